@@ -1,0 +1,67 @@
+"""Every error AsyncOPD raises on purpose. Each message says what happened to which object, what was expected, and what to do."""
+
+
+class AsyncOPDError(Exception):
+    """Root of the tree; catching it catches everything the platform raises on purpose.
+
+    ::
+
+        AsyncOPDError
+        ├── ConfigError          a configuration value, or a combination of values, that cannot work
+        ├── ShapeError           arrays of one value disagree in shape, dtype or id range
+        ├── StorageError         the object store refused or lost something
+        │   ├── StoreUnusableError   the root cannot be written, or lacks put-if-absent
+        │   ├── ObjectMissingError   a key that a manifest promises does not exist
+        │   └── ShardCorruptError    bytes differ from what the manifest promises
+        ├── EngineError          a sampler or scorer could not serve a request
+        ├── NonFiniteError       a loss or gradient became NaN or infinite; nothing was published
+        ├── DeadlineError        a wait ran out; the message names what it waited for
+        ├── RoleFailedError      a role process ended with an error; carries the role's own reason
+        └── StackError           the local Prefect server or worker could not be started or reached
+
+    All of them are picklable: the message is the only argument.
+    """
+
+
+class ConfigError(AsyncOPDError):
+    """A configuration value, or a combination of values, that cannot work."""
+
+
+class ShapeError(AsyncOPDError):
+    """Arrays of one value disagree in shape, dtype or id range."""
+
+
+class StorageError(AsyncOPDError):
+    """The object store refused or lost something."""
+
+
+class StoreUnusableError(StorageError):
+    """The storage root cannot be written, or lacks an atomic put-if-absent."""
+
+
+class ObjectMissingError(StorageError):
+    """A key that a manifest or a caller relies on does not exist."""
+
+
+class ShardCorruptError(StorageError):
+    """Stored bytes differ from what their manifest promises."""
+
+
+class EngineError(AsyncOPDError):
+    """A sampler or scorer could not serve a request."""
+
+
+class NonFiniteError(AsyncOPDError):
+    """A loss or gradient became NaN or infinite; the step was abandoned and nothing was published."""
+
+
+class DeadlineError(AsyncOPDError):
+    """A wait ran out; the message names what it waited for."""
+
+
+class RoleFailedError(AsyncOPDError):
+    """A role process ended with an error; the message carries the role's own reason."""
+
+
+class StackError(AsyncOPDError):
+    """The local Prefect server or worker could not be started or reached."""

@@ -1,0 +1,221 @@
+"""The small protocols through which stages meet engines, tasks and storage. Composition happens in flows/wiring.py.
+
+    Task ---prompts---> Sampler ---Trajectory---> Scorer ---TeacherScores---> learner ---PolicyWeights---> Sampler
+                            every arrow passes through a RunLog; nothing is handed over in memory
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from asyncopd.types import (
+    Evaluation,
+    IndexRange,
+    IntArray,
+    Manifest,
+    PolicyVersion,
+    PolicyWeights,
+    Prompt,
+    Span,
+    Split,
+    TeacherScores,
+    TrainStep,
+    Trajectory,
+)
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. Student and teacher must have equal `digest`s."""
+
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+    digest: str
+    """Hash of everything that decides the mapping."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Readable text; special tokens are shown, not dropped."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """The text of a single token, for viewers."""
+        ...
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt with a response to imitate, for supervised warm starts."""
+
+    prompt_ids: IntArray
+    response_ids: IntArray
+    """EOS included."""
+
+
+class Task(Protocol):
+    """Prompts and a verifier. All methods are pure functions of the task's own settings and their arguments."""
+
+    name: str
+    tokenizer: Tokenizer
+    max_prompt_tokens: int
+    """No prompt of the task is longer; checked against the model's context before anything is loaded."""
+    groups: tuple[str, ...]
+    """Labels that prompts carry; () where the task has none."""
+
+    def prompt(self, index: int, split: Split) -> Prompt:
+        """The `index`-th prompt of the seeded, endless stream of `split`; the two splits share no question."""
+        ...
+
+    def verify(self, prompt: Prompt, response_ids: Sequence[int]) -> bool:
+        """Is the response right? Never raises on what a model may generate."""
+        ...
+
+    def demonstration(self, index: int, split: Split) -> Demonstration:
+        """The `index`-th demonstration of the seeded stream that pre-training uses."""
+        ...
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Ask for one response. The same request under the same version gives the same tokens, whatever runs beside it."""
+
+    index: int
+    """Seeds the draws together with the run's seed."""
+    prompt_ids: IntArray
+    max_new_tokens: int
+
+
+class Sampler(Protocol):
+    """A generation engine with one set of weights at a time."""
+
+    @property
+    def version(self) -> PolicyVersion | None:
+        """The version new tokens are sampled from; None before the first `refresh`."""
+        ...
+
+    async def sample(self, request: SampleRequest) -> Trajectory:
+        """Generate one response; many calls run at once and share the engine's batch.
+
+        The returned Trajectory has an empty `prompt_id` and `group` and no `correct`: the rollout stage knows those.
+        Raises EngineError when the request cannot be served (prompt and limit exceed the context, for example).
+        """
+        ...
+
+    async def refresh(self, weights: PolicyWeights) -> None:
+        """Switch to newer weights. What is in flight keeps its finished tokens and goes on under the new weights."""
+        ...
+
+    async def close(self) -> None:
+        """Stop the engine; pending `sample` calls raise EngineError."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What to ask a teacher about each response token, besides the sampled token and the trajectory's candidates."""
+
+    top_k: int
+    """Most likely ids to return; 0 for none, the vocabulary size for all."""
+    num_teacher_draws: int
+    """Ids to draw i.i.d. from q; 0 for none. Seeded by `seed` and the trajectory's index."""
+    temperature: float
+    seed: int
+
+
+class Scorer(Protocol):
+    """A teacher. `digest` changes whenever its numbers could."""
+
+    name: str
+    digest: str
+    tokenizer_digest: str
+
+    async def score(self, trajectories: Sequence[Trajectory], request: ScoreRequest) -> list[TeacherScores]:
+        """Score every response token of every trajectory; the result is in the order of the argument."""
+        ...
+
+
+class RunLog(Protocol):
+    """One Run in storage. Every `publish_*` is durable when it returns and harmless when repeated; reads verify.
+
+    `find_*` answers None or an empty list when nothing was published yet; `read_*` raises instead
+    (ObjectMissingError, ShardCorruptError). Calls block; stages call them in threads.
+    """
+
+    run_id: str
+
+    # -- rollouts -----------------------------------------------------------------------------------------------
+    def find_trajectories(self, shard: IndexRange) -> Manifest | None: ...
+
+    def read_trajectories(self, shard: IndexRange) -> list[Trajectory]: ...
+
+    def publish_trajectories(
+        self, shard: IndexRange, trajectories: Sequence[Trajectory], *, worker: str, facts: Mapping[str, Any]
+    ) -> bool:
+        """False when another worker's complete shard was there first; ours is then discarded."""
+        ...
+
+    # -- scores -------------------------------------------------------------------------------------------------
+    def find_scores(self, teacher: str, shard: IndexRange) -> Manifest | None: ...
+
+    def read_scores(self, teacher: str, shard: IndexRange) -> list[TeacherScores]: ...
+
+    def publish_scores(
+        self, teacher: str, shard: IndexRange, scores: Sequence[TeacherScores], *, worker: str, facts: Mapping[str, Any]
+    ) -> bool: ...
+
+    # -- claims: who works on what ------------------------------------------------------------------------------
+    def claim(self, stage: str, shard: IndexRange, *, worker: str, lease_s: float) -> bool:
+        """True when `worker` now holds the shard: nobody did, or the holder's heartbeat stood still for `lease_s`."""
+        ...
+
+    def heartbeat(self, worker: str, status: Mapping[str, Any]) -> None:
+        """Renew every lease of `worker` and tell what it does; overwrites the worker's previous heartbeat."""
+        ...
+
+    def retire(self, worker: str) -> None:
+        """The worker stops in good order: its unfinished claims are free at once."""
+        ...
+
+    # -- policy versions ----------------------------------------------------------------------------------------
+    def publish_policy(self, weights: PolicyWeights, *, worker: str, facts: Mapping[str, Any]) -> None: ...
+
+    def latest_policy(self) -> PolicyVersion | None:
+        """The newest version of the surviving lineage."""
+        ...
+
+    def find_policy(self, number: int) -> PolicyVersion | None:
+        """Version `number` of the surviving lineage."""
+        ...
+
+    def read_policy(self, version: PolicyVersion) -> PolicyWeights: ...
+
+    # -- learner ------------------------------------------------------------------------------------------------
+    def publish_step(self, step: TrainStep) -> None: ...
+
+    def find_step(self, number: int) -> TrainStep | None:
+        """Step `number` of the surviving lineage."""
+        ...
+
+    def publish_checkpoint(self, step: int, rewind: int, objects: Mapping[str, bytes], *, worker: str) -> None: ...
+
+    def latest_checkpoint(self) -> tuple[int, int] | None:
+        """(step, rewind) of the newest complete checkpoint of the surviving lineage."""
+        ...
+
+    def read_checkpoint(self, step: int, rewind: int) -> Mapping[str, bytes]: ...
+
+    def record_rewind(self, to_step: int, *, worker: str) -> int:
+        """The learner went back to `to_step`: later steps and versions are superseded. Returns the rewind's number."""
+        ...
+
+    # -- observations -------------------------------------------------------------------------------------------
+    def publish_evaluation(self, evaluation: Evaluation) -> None: ...
+
+    def evaluations(self) -> list[Evaluation]: ...
+
+    def publish_spans(self, worker: str, sequence: int, spans: Sequence[Span]) -> None: ...
+
+    def publish_failure(self, role: str, worker: str, reason: str) -> None: ...
