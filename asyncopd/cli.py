@@ -1,0 +1,189 @@
+"""The `asyncopd` command. `--help` loads neither torch nor Prefect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from asyncopd import __version__, stack
+from asyncopd.config import RunConfig, load_config, parse_override
+from asyncopd.errors import AsyncOPDError
+from asyncopd.flow_runs import FlowRun
+from asyncopd.follow import follow, show_report, show_status
+from asyncopd.supervise import home
+from storage.open import open_store
+from storage.run_log import StoredRunLog
+from storage.runs import list_runs, open_run
+
+STOPPED_BY_USER = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; errors of ours end with status 2 and their message, without a traceback."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    try:
+        sys.exit(parsed.run(parsed))
+    except AsyncOPDError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        Console(stderr=True).print(str(error), markup=False, highlight=False)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="asyncopd", description="Asynchronous on-policy distillation.")
+    parser.add_argument("--version", action="version", version=f"asyncopd {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train through the deployment asyncopd/train, following it to its end")
+    train.add_argument("config", nargs="?", help="YAML file (default configs/quickstart.yaml)")
+    train.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    train.add_argument("--run-id", help="go on with this run, or give a new one this id")
+    train.add_argument("--root", help="storage root (default: the configuration's storage.root)")
+    train.set_defaults(run=_train)
+
+    up = commands.add_parser("up", help="start the local Prefect server and worker, and deploy prefect.yaml")
+    up.set_defaults(run=_up)
+    down = commands.add_parser("down", help="end the local stack and everything it started")
+    down.set_defaults(run=_down)
+
+    status = commands.add_parser("status", help="show the local stack, or what the roles of a run do now")
+    status.add_argument("run_id", nargs="?")
+    status.add_argument("--root", default="runs", help="storage root (default: runs)")
+    status.set_defaults(run=_status)
+
+    config = commands.add_parser("config", help="show a resolved configuration, or the schema of all of them")
+    config.add_argument("config", nargs="?", default="configs/quickstart.yaml")
+    config.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    config.add_argument("--schema", action="store_true", help="print the JSON schema instead")
+    config.set_defaults(run=_config)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    console = Console()
+    overrides = dict(parse_override(text) for text in arguments.overrides)
+    if arguments.root:
+        overrides["storage.root"] = arguments.root
+    # Checked here first: a mistake should not have to wait for a server to start.
+    config = load_config(arguments.config or "configs/quickstart.yaml", overrides)
+    run_id = arguments.run_id or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    if arguments.run_id and arguments.config is None and not arguments.overrides:
+        config = _stored_config(config.storage.root, run_id)
+    stack.up(lambda line: console.print(f"[dim]{line}[/]", highlight=False))
+    flow_run = _submit(arguments, overrides, run_id, console)
+    try:
+        state = follow(_log_of(config, run_id), config, console=console, is_over=flow_run.terminal_state)
+    except KeyboardInterrupt:
+        return _cancel(flow_run, run_id, console)
+    if state != "COMPLETED":
+        console.print(f"[bold red]{state}[/]: {flow_run.message()}", highlight=False)
+        console.print(f"Logs of its roles: {home() / 'logs' / run_id}/", highlight=False)
+        return 1
+    show_report(home() / "reports" / run_id, console=console)
+    return 0
+
+
+def _submit(arguments: argparse.Namespace, overrides: dict[str, Any], run_id: str, console: Console) -> FlowRun:
+    parameters: dict[str, Any] = {"run_id": run_id}
+    if arguments.config or not arguments.run_id:
+        parameters["config"] = str(Path(arguments.config or "configs/quickstart.yaml"))
+    if overrides:
+        parameters["overrides"] = overrides
+    assignments = [f"{name}={_parameter(value)}" for name, value in parameters.items()]
+    shown = " ".join(f"-p {assignment!r}" if " " in assignment else f"-p {assignment}" for assignment in assignments)
+    console.print(f"$ prefect deployment run asyncopd/train {shown}", highlight=False)
+    name = f"{run_id}-{uuid.uuid4().hex[:4]}"
+    command = stack.prefect_command(
+        "--no-prompt", "deployment", "run", "asyncopd/train", "--flow-run-name", name,
+        *(part for assignment in assignments for part in ("-p", assignment)),
+    )  # fmt: skip
+    result = subprocess.run(
+        command, env=stack.child_environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    if result.returncode:
+        raise stack.StackError(f"`prefect deployment run` failed:\n{(result.stdout + result.stderr)[-2000:]}")
+    return FlowRun.named(name)
+
+
+def _parameter(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _cancel(flow_run: FlowRun, run_id: str, console: Console) -> int:
+    console.print("\nstopping every role …", highlight=False)
+    started = time.monotonic()
+    flow_run.cancel()
+    while flow_run.terminal_state() is None and time.monotonic() - started < 30:
+        time.sleep(0.2)
+    console.print(
+        f"stopped after {time.monotonic() - started:.1f} s; nothing stored is lost. "
+        f"Go on with: asyncopd train --run-id {run_id}",
+        highlight=False,
+    )
+    return STOPPED_BY_USER
+
+
+def _up(_: argparse.Namespace) -> int:
+    stack.up(lambda line: Console().print(line, highlight=False))
+    Console().print(f"up: {stack.api_url().removesuffix('/api')}", highlight=False)
+    return 0
+
+
+def _down(_: argparse.Namespace) -> int:
+    stack.down(lambda line: Console().print(line, highlight=False))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    console = Console()
+    if arguments.run_id:
+        config = _stored_config(arguments.root, arguments.run_id)
+        show_status(_log_of(config, arguments.run_id), config, console=console)
+        return 0
+    found = stack.status()
+    console.print(f"server: {found['server'] or 'none'}", highlight=False)
+    console.print(f"worker: {'online' if found['worker_online'] else 'none'}", highlight=False)
+    for process in found["processes"]:
+        console.print(f"  {process['name']} (pid {process['pid']})", highlight=False)
+    return 0 if found["server"] and found["worker_online"] else 3
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    if arguments.schema:
+        print(json.dumps(RunConfig.model_json_schema(), indent=2))
+        return 0
+    config = load_config(arguments.config, dict(parse_override(text) for text in arguments.overrides))
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+    print(f"# digest {config.digest()}")
+    return 0
+
+
+def _stored_config(root: str, run_id: str) -> RunConfig:
+    store = open_store(root)
+    if run_id not in list_runs(store):
+        raise stack.StackError(
+            f"there is no run {run_id} in {root}. Existing runs: {', '.join(list_runs(store)[-5:]) or 'none'}. "
+            "Name another storage root with --root."
+        )
+    stored = RunConfig.model_validate(open_run(store, run_id).record["config"])
+    return stored.model_copy(update={"storage": stored.storage.model_copy(update={"root": root})})
+
+
+def _log_of(config: RunConfig, run_id: str) -> StoredRunLog:
+    return StoredRunLog(open_store(config.storage.root), run_id)
+
+
+if __name__ == "__main__":
+    main()

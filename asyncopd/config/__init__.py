@@ -1,0 +1,15 @@
+"""Configuration: what a run is made of (`schema`), the estimators' and tasks' settings, and how files become one."""
+
+from asyncopd.config.load import load_config, parse_override
+from asyncopd.config.schema import HfTeacher, ModelConfig, OracleTeacher, PretrainedModel, RunConfig, TinyModel
+
+__all__ = [
+    "HfTeacher",
+    "ModelConfig",
+    "OracleTeacher",
+    "PretrainedModel",
+    "RunConfig",
+    "TinyModel",
+    "load_config",
+    "parse_override",
+]

@@ -1,0 +1,130 @@
+"""From a file, a mapping and dotted overrides to a RunConfig, or to one error that names every problem."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from asyncopd.config.schema import RunConfig
+from asyncopd.errors import ConfigError
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read, merge and check a configuration.
+
+    Args:
+        source: path of a YAML file (which may name another as `base:`), or the same as a mapping.
+        overrides: dotted key -> value, for example `{"staleness.max_staleness": 0}`; applied last.
+    Raises:
+        ConfigError: the file is missing or not YAML, or one or more values cannot work; every problem is listed.
+    """
+    raw = _read(Path(source), seen=()) if isinstance(source, str | Path) else dict(source)
+    name = str(source) if isinstance(source, str | Path) else "config"
+    for key, value in (overrides or {}).items():
+        raw = _with(raw, key, value)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = "\n".join(f"  - {line}" for line in _explain(error, raw))
+        raise ConfigError(f"{name}: the configuration cannot work:\n{problems}") from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`learner.lr=1e-4` -> ("learner.lr", 0.0001); the value is YAML, and pydantic makes 1e-4 a number.
+
+    Raises:
+        ConfigError: there is no `=`.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {text!r}: expected KEY=VALUE, for example --set staleness.max_staleness=0.")
+    return key.strip(), yaml.safe_load(value)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: its `base:` chain comes back to itself: {[str(p) for p in seen]}.")
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: no such configuration file. In {path.parent}/ there is {near or 'none'}.")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(raw).__name__}.")
+    base = raw.pop("base", None)
+    return _merged(_read(path.parent / base, (*seen, path.resolve())), raw) if base else raw
+
+
+def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge; a section that names another variant (`kind`, `engine`, `name`) replaces its base whole."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and not _switches_variant(old, value):
+            merged[key] = _merged(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _switches_variant(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return any(tag in new and new[tag] != old.get(tag, new[tag]) for tag in ("kind", "engine", "name"))
+
+
+def _with(raw: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    head, _, rest = dotted.partition(".")
+    if not rest:
+        return _merged(raw, {head: value})
+    inner = raw.get(head, {})
+    if not isinstance(inner, Mapping):
+        raise ConfigError(f"override {dotted}: {head} is {inner!r}, not a section.")
+    return {**raw, head: _with(inner, rest, value)}
+
+
+def _explain(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[str]:
+    known = sorted(set(_dotted_keys(RunConfig)))
+    for problem in error.errors(include_url=False):
+        key = _dotted(problem["loc"], raw)
+        if problem["type"] == "extra_forbidden":
+            parent, _, leaf = key.rpartition(".")
+            siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
+            near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
+            anywhere = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+            nearest = [f"{parent}.{near[0]}".lstrip(".")] if near else anywhere
+            yield f"{key}: unknown key." + (f" Nearest known key: {nearest[0]}." if nearest else "")
+        else:
+            found = "" if isinstance(problem["input"], Mapping) else f" (found {problem['input']!r})"
+            message = problem["msg"].removeprefix("Value error, ")
+            yield f"{key + ': ' if key else ''}{message}{found if key else ''}"
+
+
+def _dotted(loc: tuple[int | str, ...], raw: Any) -> str:
+    """Location in the user's words: pydantic also lists union tags there, which no file contains."""
+    parts: list[str] = []
+    for part in loc:
+        if isinstance(raw, Mapping) and part not in raw and part != loc[-1]:
+            continue
+        parts.append(str(part))
+        raw = raw.get(part) if isinstance(raw, Mapping) else None
+    return ".".join(parts)
+
+
+def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        for inner in _models_in(field.annotation):
+            yield from _dotted_keys(inner, f"{prefix}{name}.")
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)

@@ -1,0 +1,333 @@
+"""The estimators' settings and the cached arrays each of them needs. Importing this loads no torch.
+
+    loss.name --> one config class --requirements()--> CacheRequirements --> what sampler and scorer record
+                                                        check_cache()   <--  what a log really holds
+
+Naming an estimator selects vetted settings; combinations that make no sense are refused with the reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from asyncopd.config.cache import CacheRequirements, check_cache
+from asyncopd.config.corrections import (
+    Clip,
+    CorrectionConfig,
+    Decoupled,
+    LossSettings,
+    M2po,
+    Mask,
+    NoCorrection,
+    Truncate,
+)
+
+__all__ = [
+    "CacheRequirements",
+    "Clip",
+    "CorrectionConfig",
+    "CrossEntropyConfig",
+    "Decoupled",
+    "DenseForwardKLConfig",
+    "DenseReverseKLConfig",
+    "ForwardKLConfig",
+    "ForwardKLDrawsConfig",
+    "GeneralisedJSDConfig",
+    "HeadTailConfig",
+    "LossConfig",
+    "M2po",
+    "Mask",
+    "NPDConfig",
+    "NoCorrection",
+    "PolicyGradientConfig",
+    "ReverseKLConfig",
+    "SkewKLConfig",
+    "TailName",
+    "Truncate",
+    "check_cache",
+]
+
+TailName = Literal["bucket", "drop", "renormalise"]
+
+
+class OnPolicySettings(LossSettings):
+    """Base of the estimators that aim at a divergence under the student's own prefixes."""
+
+    max_prefix_weight: float | None = Field(None, ge=1)
+    """Cap of the weight Π ρ over the previous tokens that corrects the distribution over prefixes. Off by default: the
+    weight is unbiased only without a cap, and its variance grows with response length."""
+
+
+class ForwardKLConfig(OnPolicySettings):
+    """Forward KL on the teacher's top-k."""
+
+    name: Literal["forward_kl"] = "forward_kl"
+    top_k: int = Field(16, ge=1)
+    """Teacher ids per token. 16 hold nearly all of a language model teacher's mass at 128 bytes per token."""
+    tail: TailName = "bucket"
+    """What becomes of the mass outside. `bucket` is a proper KL; `drop` empties the tail."""
+
+    @model_validator(mode="after")
+    def _tail_makes_sense(self) -> Self:
+        _check_forward_tail(self.name, self.top_k, self.tail)
+        return self
+
+    def requirements(self) -> CacheRequirements:
+        return CacheRequirements(top_k=self.top_k)
+
+
+class ForwardKLDrawsConfig(OnPolicySettings):
+    """Forward KL from ids drawn by the teacher: unbiased at any staleness."""
+
+    name: Literal["forward_kl_draws"] = "forward_kl_draws"
+    num_teacher_draws: int = Field(16, ge=1)
+    """Draws per token; the variance falls as its inverse. 16 costs as much storage as a top-k of 16."""
+
+    def requirements(self) -> CacheRequirements:
+        return CacheRequirements(num_teacher_draws=self.num_teacher_draws)
+
+
+class ReverseKLConfig(OnPolicySettings):
+    """Reverse KL on a partial support; kept for comparison, biased."""
+
+    name: Literal["reverse_kl"] = "reverse_kl"
+    support: Literal["teacher", "student"] = "teacher"
+    """Whose most likely ids. The sampling student's grow stale with it."""
+    top_k: int = Field(16, ge=1)
+    """Ids per token."""
+    tail: TailName = "bucket"
+    """`bucket` removes the mass leak that `drop` has."""
+
+    @model_validator(mode="after")
+    def _tail_makes_sense(self) -> Self:
+        _check_renormalised(self.name, self.top_k, self.tail)
+        if self.top_k == 1 and self.tail == "drop":
+            raise ValueError(
+                "reverse_kl with top_k 1 and tail 'drop' pulls that one token towards p = q/e, whatever the others do: "
+                "mass leaks away from the best token. Set tail: bucket, or a larger top_k."
+            )
+        return self
+
+    def requirements(self) -> CacheRequirements:
+        if self.support == "teacher":
+            return CacheRequirements(top_k=self.top_k)
+        return CacheRequirements(head=self.top_k)
+
+
+class DenseForwardKLConfig(OnPolicySettings):
+    """Exact forward KL over the full vocabulary; for small vocabularies."""
+
+    name: Literal["dense_forward_kl"] = "dense_forward_kl"
+
+    def requirements(self) -> CacheRequirements:
+        return CacheRequirements(full_vocabulary=True)
+
+
+class DenseReverseKLConfig(OnPolicySettings):
+    """Exact reverse KL over the full vocabulary; for small vocabularies. The reference for every other estimator."""
+
+    name: Literal["dense_reverse_kl"] = "dense_reverse_kl"
+
+    def requirements(self) -> CacheRequirements:
+        return CacheRequirements(full_vocabulary=True)
+
+
+class GeneralisedJSDConfig(OnPolicySettings):
+    """Generalised Jensen–Shannon divergence on the teacher's top-k plus a tail bucket."""
+
+    name: Literal["generalised_jsd"] = "generalised_jsd"
+    top_k: int = Field(16, ge=1)
+    """Teacher ids per token."""
+    beta: float = Field(0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture: towards 0 forward KL, towards 1 reverse KL. ½ is symmetric."""
+
+    def requirements(self) -> CacheRequirements:
+        return CacheRequirements(top_k=self.top_k)
+
+
+class SkewKLConfig(OnPolicySettings):
+    """DistiLLM's skew KL on the teacher's top-k plus a tail bucket."""
+
+    name: Literal["skew_kl"] = "skew_kl"
+    direction: Literal["forward", "reverse"] = "forward"
+    """KL(q ‖ αq + (1−α)p) or KL(p ‖ αp + (1−α)q)."""
+    top_k: int = Field(16, ge=1)
+    """Teacher ids per token."""
+    alpha: float = Field(0.1, gt=0, lt=1)
+    """Weight of the first argument in the mixture. 0.1 is DistiLLM's."""
+
+    def requirements(self) -> CacheRequirements:
+        return CacheRequirements(top_k=self.top_k)
+
+
+def _default_baseline(values: dict[str, Any]) -> Literal["none", "leave_one_out"]:
+    return "leave_one_out" if values.get("num_draws", 0) > 1 and values.get("ratio") == "importance" else "none"
+
+
+class PolicyGradientConfig(OnPolicySettings):
+    """Reverse KL by policy gradient over tokens the sampling student drew."""
+
+    name: Literal["policy_gradient"] = "policy_gradient"
+    num_draws: int = Field(16, ge=1)
+    """Draws from p_old per token, the emitted one included; 1 uses the emitted token alone and needs no candidates.
+    16 is the least the method's paper uses; the variance falls as its inverse."""
+    advantage: Literal["current", "behaviour"] = "current"
+    """`current` recomputes log q − log p_θ and is unbiased. `behaviour` freezes log q − log p_old and on a frozen log
+    collapses onto argmax q/p_old; for comparison."""
+    ratio: Literal["importance", "none"] = "importance"
+    """`none` pretends the draws were on-policy: biased as soon as there is drift."""
+    baseline: Literal["none", "leave_one_out", "exact"] = Field(default_factory=_default_baseline)
+    """Subtracted from the advantage. Leave-one-out wherever it exists (two draws or more, ratio on): it costs nothing,
+    adds no bias and was worth 4 to 11 times in variance. `exact` needs full teacher rows."""
+    correction: CorrectionConfig = NoCorrection()
+    """What bounds the ratio; every one adds bias. None, because N draws and a baseline already tame the variance."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.baseline == "leave_one_out" and self.num_draws == 1:
+            raise ValueError(
+                "baseline leave_one_out with num_draws 1: there is no other draw. Use none, or num_draws 2."
+            )
+        if self.baseline == "exact" and self.advantage == "behaviour":
+            raise ValueError(
+                "baseline exact is E[A] under the current advantage; under advantage 'behaviour' it would need full "
+                "rows of p_old, which no log holds. Use leave_one_out."
+            )
+        if self.ratio == "none":
+            for option, value, off in (
+                ("correction", self.correction.name, "none"),
+                ("baseline", self.baseline, "none"),
+                ("max_prefix_weight", self.max_prefix_weight, None),
+            ):
+                if value != off:
+                    raise ValueError(
+                        f"{option} {value} with ratio 'none': {_NEEDS_RATIO[option]}. Set ratio: importance."
+                    )
+        return self
+
+    def requirements(self) -> CacheRequirements:
+        full = self.baseline == "exact"
+        if self.num_draws == 1:
+            return CacheRequirements(full_vocabulary=full)
+        return CacheRequirements(num_draws=self.num_draws, law="policy", full_vocabulary=full)
+
+
+class HeadTailConfig(OnPolicySettings):
+    """Exact head + sampled tail: unbiased reverse KL at top-k cost. The recommended default."""
+
+    name: Literal["head_tail"] = "head_tail"
+    head: int = Field(4, ge=1)
+    """The sampling student's most likely ids, summed exactly. 4 hold most of a trained student's mass."""
+    num_draws: int = Field(4, ge=1)
+    """Draws from the rest. Below 4 a single draw with a large ratio dominates a row; 4 + 4 matched dense reverse KL."""
+    teacher_top_k: int = Field(0, ge=0)
+    """Teacher ids joined to the head after the draw, still unbiased: draws among them then count 0. Off by default, as
+    it doubles the stored ids; worth it when `loss/max_ratio` shows the student growing where the sampler was thin."""
+
+    def requirements(self) -> CacheRequirements:
+        return CacheRequirements(head=self.head, num_draws=self.num_draws, law="tail", top_k=self.teacher_top_k)
+
+
+class NPDConfig(LossSettings):
+    """NPD (reconstructed): (1−λ)·CE + λ·KL on the teacher's top-k."""
+
+    name: Literal["npd"] = "npd"
+    kl_weight: float = Field(0.9, gt=0, le=1)
+    """λ. 0.9 is the near-policy method's; 0 would be cross_entropy."""
+    top_k: int = Field(10, ge=1)
+    """Teacher ids per token. 10 is the near-policy method's."""
+    tail: TailName = "bucket"
+    """As in forward_kl."""
+
+    @model_validator(mode="after")
+    def _tail_makes_sense(self) -> Self:
+        _check_forward_tail(self.name, self.top_k, self.tail)
+        return self
+
+    def requirements(self) -> CacheRequirements:
+        return CacheRequirements(top_k=self.top_k)
+
+
+class CrossEntropyConfig(LossSettings):
+    """Supervised fine-tuning on the cached responses; no teacher."""
+
+    name: Literal["cross_entropy"] = "cross_entropy"
+
+    def requirements(self) -> CacheRequirements:
+        return CacheRequirements()
+
+
+_VARIANTS = (
+    HeadTailConfig,
+    PolicyGradientConfig,
+    DenseReverseKLConfig,
+    DenseForwardKLConfig,
+    ForwardKLConfig,
+    ForwardKLDrawsConfig,
+    ReverseKLConfig,
+    GeneralisedJSDConfig,
+    SkewKLConfig,
+    NPDConfig,
+    CrossEntropyConfig,
+)
+
+
+def _name_exists(value: Any) -> Any:
+    """Before pydantic looks for the variant: name the nearest estimator when there is none of that name."""
+    if not isinstance(value, Mapping):
+        return value
+    names = [variant.model_fields["name"].default for variant in _VARIANTS]
+    if "name" not in value:
+        raise ValueError(f"loss.name is missing. Estimators: {', '.join(names)}.")
+    if value["name"] not in names:
+        near = difflib.get_close_matches(str(value["name"]), names, n=1, cutoff=0.0)[0]
+        raise ValueError(f"no estimator is called {value['name']!r}. Nearest: {near!r}; all: {', '.join(names)}.")
+    return value
+
+
+LossConfig = Annotated[
+    HeadTailConfig
+    | PolicyGradientConfig
+    | DenseReverseKLConfig
+    | DenseForwardKLConfig
+    | ForwardKLConfig
+    | ForwardKLDrawsConfig
+    | ReverseKLConfig
+    | GeneralisedJSDConfig
+    | SkewKLConfig
+    | NPDConfig
+    | CrossEntropyConfig,
+    Field(discriminator="name"),
+    BeforeValidator(_name_exists),
+]
+"""One section, one estimator, chosen by `name`."""
+
+_NEEDS_RATIO = {
+    "correction": "there is no ratio to correct",
+    "baseline": "without the ratio E[∇log p_θ] is not 0 under stale draws, so a baseline would change the gradient it "
+    "is meant to leave alone",
+    "max_prefix_weight": "it would correct the prefixes and not the token",
+}
+
+
+def _check_renormalised(name: str, top_k: int, tail: TailName) -> None:
+    if top_k == 1 and tail == "renormalise":
+        raise ValueError(
+            f"{name} with top_k 1 and tail 'renormalise': one renormalised outcome has probability 1 on both sides, the "
+            "loss is 0 whatever the student does. Set tail: bucket, or a larger top_k."
+        )
+
+
+def _check_forward_tail(name: str, top_k: int, tail: TailName) -> None:
+    _check_renormalised(name, top_k, tail)
+    if top_k == 1 and tail == "drop":
+        warnings.warn(
+            f"{name} with top_k 1 and tail 'drop' is imitation of the teacher's argmax, not distillation of its "
+            "distribution. Set tail: bucket, or a larger top_k.",
+            stacklevel=3,
+        )

@@ -1,0 +1,275 @@
+"""What a run is made of: frozen pydantic values with a reason beside every default. Importing this loads no torch.
+
+The same model is the YAML file, the flow's parameter and the stored record of a run. Values are checked here as far
+as they can be without touching disk or a model; flows/preflight.py checks the rest before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from asyncopd.config.losses import CacheRequirements, HeadTailConfig, LossConfig
+from asyncopd.config.tasks import TaskConfig, WalkConfig
+from asyncopd.schedule import Plan
+from asyncopd.types import DrawLaw
+
+
+class Frozen(BaseModel):
+    """Base of every section: immutable, unknown keys refused, field docstrings are the schema's descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def digest(self) -> str:
+        """First 16 hex digits of the sha256 of the canonical JSON: equal settings, equal digest."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+class Storage(Frozen):
+    root: str = "runs"
+    """Directory or URL (`s3://bucket/prefix`) that holds runs and pre-trained models."""
+    min_free_bytes: int = Field(200_000_000, ge=0)
+    """Refuse to start on a local disk with less. 200 MB is several times what the quickstart writes."""
+
+
+class Pretrain(Frozen):
+    """Supervised training on the task's demonstrations; its product is cached by the digest of everything in it."""
+
+    num_steps: int = Field(500, ge=0)
+    """Optimizer steps. 500 × 32 walk demonstrations give the 2 × 48 student the 43 % accuracy that leaves room to
+    improve; 0 keeps the random initialisation."""
+    batch_size: int = Field(32, ge=1)
+    """Demonstrations per step."""
+    lr: float = Field(3e-3, gt=0)
+    """Peak AdamW learning rate; models this small want more than the usual 1e-3."""
+    warmup_steps: int = Field(20, ge=0)
+    """Linear warm-up; the rate then follows a cosine to 10 % of its peak."""
+    seed: int = 0
+    """Of initialisation and of the demonstration stream."""
+
+
+class TinyModel(Frozen):
+    """A small decoder made here: random initialisation, then `pretrain`."""
+
+    kind: Literal["tiny"] = "tiny"
+    num_layers: int = Field(2, ge=1)
+    hidden_size: int = Field(48, ge=8)
+    num_heads: int = Field(4, ge=1)
+    max_context: int = Field(256, ge=8)
+    """Positions, prompt and response together. Walks reach 173 tokens."""
+    pretrain: Pretrain = Pretrain()
+
+    @model_validator(mode="after")
+    def _heads_divide_hidden(self) -> Self:
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 2·num_heads = {2 * self.num_heads} "
+                "(rotary embeddings turn pairs of head dimensions)."
+            )
+        return self
+
+
+class PretrainedModel(Frozen):
+    """Existing weights: a local directory in Hugging Face format, or a name the local Hugging Face cache resolves."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    path: str
+    """Directory with config.json, *.safetensors and tokenizer files, or for example `Qwen/Qwen3-0.6B`."""
+    revision: str = "main"
+    """Branch, tag or commit when `path` is a hub name."""
+
+
+ModelConfig = Annotated[TinyModel | PretrainedModel, Field(discriminator="kind")]
+
+
+class OracleTeacher(Frozen):
+    """The closed form of the walk task's demonstrator: exact, and free to ask."""
+
+    engine: Literal["oracle"] = "oracle"
+    name: str = Field("oracle", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    """Names the score shards; two teachers of one run need two names."""
+    smoothing: float = Field(1e-2, gt=0, lt=1)
+    """Weight of the uniform distribution mixed in, so that every log-prob is finite. 1e-4 is the hard variant."""
+
+
+class HfTeacher(Frozen):
+    """A transformers model."""
+
+    engine: Literal["hf"] = "hf"
+    name: str = Field("teacher", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    """Names the score shards; two teachers of one run need two names."""
+    model: ModelConfig
+
+
+TeacherConfig = Annotated[OracleTeacher | HfTeacher, Field(discriminator="engine")]
+
+
+class Rollout(Frozen):
+    engine: Literal["hf"] = "hf"
+    workers: int = Field(1, ge=1)
+    """Rollout processes on this machine. One fills one core."""
+    slots: int = Field(64, ge=1)
+    """Responses generated at once by one engine. At 2 × 48 a decode step costs the same from 1 to about 64."""
+    shard_size: int = Field(64, ge=1)
+    """Consecutive indices written as one Parquet object; must divide learner.batch_size."""
+    shards_per_task: int = Field(16, ge=1)
+    """Shards one Prefect task writes. A task costs about 25 ms of CPU on both sides together; 16 walk shards take
+    about 2 s, which keeps that near 1 % (docs/performance.md)."""
+    max_new_tokens: int = Field(192, ge=1)
+    """Response limit. Above the longest walk demonstration, so that `length` means a lost student."""
+    temperature: float = Field(1.0, gt=0)
+    """1 samples from the student itself. The learner and the teacher use the same temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """1 keeps the whole distribution; less truncates it, and the stored log-probs are those of the truncated law."""
+
+
+class Recording(Frozen):
+    """Arrays to store beyond what the loss needs, so that the same log can be replayed with another estimator."""
+
+    top_k: int = Field(0, ge=0)
+    """Teacher's most likely ids per token."""
+    head: int = Field(0, ge=0)
+    """Sampling student's most likely ids per token."""
+    num_draws: int = Field(0, ge=0)
+    """Ids drawn by the sampling student per token."""
+    law: DrawLaw = "tail"
+    """What those draws are drawn from, when the loss does not say."""
+    num_teacher_draws: int = Field(0, ge=0)
+    """Ids drawn by the teacher per token."""
+
+
+class Staleness(Frozen):
+    max_staleness: int = Field(2, ge=0)
+    """Oldest admissible weights, in policy versions. 0 is synchronous. 2 already hides the long responses behind the
+    next steps' (docs/performance.md); larger buys mostly staleness."""
+    order: Literal["index"] = "index"
+    """A step trains its own index range, whatever finished first: no bias against long responses."""
+
+
+class Score(Frozen):
+    workers: int = Field(1, ge=1)
+    """Teacher processes on this machine."""
+    row_capacity: int = Field(512, ge=8)
+    """Tokens of one packed row of a forward pass; longer trajectories get a row of their own length."""
+    shards_per_task: int = Field(16, ge=1)
+    """As in rollout."""
+
+
+class Learner(Frozen):
+    num_steps: int = Field(100, ge=1)
+    """Optimizer steps, each of which publishes a policy version."""
+    batch_size: int = Field(64, ge=1)
+    """Trajectories per step."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak AdamW rate. 1e-3 suits models below a million parameters; use about 1e-6 for billions."""
+    warmup_steps: int = Field(5, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up: constant, or down to 0 at num_steps."""
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest gradient norm, of the loss averaged over the step's tokens."""
+    row_capacity: int = Field(256, ge=8)
+    """Tokens of one packed row; attention is quadratic in it."""
+    rows_per_micro_batch: int = Field(16, ge=1)
+    """Packed rows of one forward and backward. The gradient does not depend on it, memory does."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of forward and backward. Master weights and the optimizer are float32 either way."""
+    checkpoint_every: int = Field(20, ge=1)
+    """Steps between checkpoints; what a crash can cost is at most this many optimizer steps, never a rollout."""
+
+
+class Evaluate(Frozen):
+    every: int = Field(25, ge=0)
+    """Policy versions between evaluations; the first and the last are always evaluated. 0 evaluates none."""
+    num_prompts: int = Field(300, ge=1)
+    """Held-out prompts, the same ones every time. 300 gives a standard error of 2.7 points near 65 %."""
+
+
+class Limits(Frozen):
+    lease_s: float = Field(10.0, gt=0)
+    """A worker whose heartbeat stands still for this long loses its claims."""
+    heartbeat_s: float = Field(1.0, gt=0)
+    deadline_s: float = Field(300.0, gt=0)
+    """No wait of any role lasts longer without progress; the error says what was waited for."""
+    poll_s: float = Field(0.01, gt=0)
+    """Pause between looks at storage. 10 ms on a local disk; 0.5 s is kinder to S3."""
+    max_restarts: int = Field(3, ge=0)
+    """How often one role process is started again after it died."""
+
+
+class RunConfig(Frozen):
+    """Everything that decides a run."""
+
+    name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=40)
+    """First part of the run id."""
+    seed: int = 0
+    """Of prompts and sampling. Pre-training has its own."""
+    storage: Storage = Storage()
+    task: TaskConfig = WalkConfig()
+    student: ModelConfig = TinyModel()
+    teacher: TeacherConfig = OracleTeacher()
+    rollout: Rollout = Rollout()
+    recording: Recording = Recording()
+    staleness: Staleness = Staleness()
+    score: Score = Score()
+    learner: Learner = Learner()
+    loss: LossConfig = HeadTailConfig()
+    evaluate: Evaluate = Evaluate()
+    limits: Limits = Limits()
+
+    @property
+    def plan(self) -> Plan:
+        """How the run divides its indices."""
+        return Plan(
+            num_steps=self.learner.num_steps,
+            batch_size=self.learner.batch_size,
+            shard_size=self.rollout.shard_size,
+            max_staleness=self.staleness.max_staleness,
+        )
+
+    def cached(self) -> CacheRequirements:
+        """The per-token arrays the run stores: what the loss needs joined with what `recording` asks for."""
+        return self.loss.requirements().joined_with(
+            top_k=self.recording.top_k,
+            head=self.recording.head,
+            num_draws=self.recording.num_draws,
+            law=self.recording.law,
+            num_teacher_draws=self.recording.num_teacher_draws,
+        )
+
+    def models(self) -> dict[str, ModelConfig]:
+        """The models of the run by role; a closed-form teacher is none."""
+        models: dict[str, Any] = {"student": self.student}
+        if isinstance(self.teacher, HfTeacher):
+            models["teacher"] = self.teacher.model
+        return models
+
+    def model_digest(self, model: ModelConfig) -> str:
+        """Digest under which `model` is cached: its own settings and, when it is trained here, the task's."""
+        parts = model.digest() + (self.task_digest() if isinstance(model, TinyModel) else "")
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+    def task_digest(self) -> str:
+        canonical = json.dumps(self.task.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    @model_validator(mode="after")
+    def _combinations_work(self) -> Self:
+        _ = self.plan  # raises when the shard size does not divide the batch size
+        _ = self.cached()  # raises when recording and loss ask for different laws
+        if self.teacher.engine == "oracle" and self.task.kind != "walk":
+            raise ValueError("teacher.engine oracle is the closed form of task.kind walk; use engine hf for text.")
+        for role, model in self.models().items():
+            room = model.max_context if isinstance(model, TinyModel) else None
+            needed = self.rollout.max_new_tokens + self.task.max_prompt_tokens
+            if room is not None and needed > room:
+                raise ValueError(
+                    f"{role}: task.max_prompt_tokens {self.task.max_prompt_tokens} + rollout.max_new_tokens "
+                    f"{self.rollout.max_new_tokens} = {needed} tokens do not fit max_context {room}. "
+                    f"Raise {role} max_context or lower rollout.max_new_tokens."
+                )
+        return self

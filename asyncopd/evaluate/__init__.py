@@ -1,0 +1,1 @@
+"""Evaluation: sampled-decoding accuracy and KL to the teacher of chosen policy versions."""

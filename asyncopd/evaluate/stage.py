@@ -1,0 +1,123 @@
+"""The evaluator: follows the policy versions of a run and measures chosen ones on held-out prompts.
+
+    RunLog --version 0, every k-th, last--> Sampler --responses--> verifier, Scorer --> Evaluation
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncopd.ports import RunLog, Sampler, SampleRequest, Scorer, ScoreRequest, Task
+from asyncopd.types import Evaluation, PolicyVersion, Prompt, ScoredTrajectory, Trajectory
+from asyncopd.worker import Worker
+
+
+def versions_to_evaluate(num_steps: int, every: int) -> list[int]:
+    """Version numbers an evaluator waits for: the first, every `every`-th and the last; none when `every` is 0."""
+    return sorted({*range(0, num_steps + 1, every), num_steps}) if every else []
+
+
+class EvaluateStage:
+    """Evaluates one run. The prompts and their random draws are the same for every version, so differences are paired."""
+
+    def __init__(
+        self,
+        log: RunLog,
+        worker: Worker,
+        *,
+        task: Task,
+        sampler: Sampler,
+        scorer: Scorer,
+        temperature: float,
+        num_prompts: int,
+        max_new_tokens: int,
+    ) -> None:
+        """
+        Args:
+            sampler: with a head, and with draws from the tail; the KL estimate is exact on the head.
+        """
+        self._log, self._worker, self._task, self._sampler, self._scorer = log, worker, task, sampler, scorer
+        self._request = ScoreRequest(top_k=0, num_teacher_draws=0, temperature=temperature, seed=0)
+        self._max_new_tokens = max_new_tokens
+        self._prompts = [task.prompt(index, "eval") for index in range(num_prompts)]
+
+    async def run(self, version_numbers: Sequence[int]) -> None:
+        """Wait for each version in turn and evaluate it; versions already evaluated are not evaluated again."""
+        done = {evaluation.version for evaluation in await asyncio.to_thread(self._log.evaluations)}
+        for number in version_numbers:
+            version = await self._worker.wait_for(
+                lambda number=number: self._log.find_policy(number),  # type: ignore[misc]
+                f"version {number} to be published",
+            )
+            if version in done:
+                continue
+            with self._worker.span("evaluate", f"version {number}"):
+                evaluation = await self.evaluate(version)
+            await asyncio.to_thread(self._log.publish_evaluation, evaluation)
+            self._worker.status["version"] = number
+
+    async def evaluate(self, version: PolicyVersion) -> Evaluation:
+        """Sample every held-out prompt once under `version`, verify and score the responses."""
+        await self._sampler.refresh(await asyncio.to_thread(self._log.read_policy, version))
+        trajectories = await asyncio.gather(*(self._sample(prompt) for prompt in self._prompts))
+        scores = await self._scorer.score(trajectories, self._request)
+        scored = [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)]
+        correct = [self._task.verify(p, t.response_ids.tolist()) for p, t in zip(self._prompts, trajectories, strict=True)]
+        kl_nats, standard_error = kl_to_teacher(scored)
+        return Evaluation(
+            version=version,
+            num_prompts=len(self._prompts),
+            accuracy=float(np.mean(correct)),
+            accuracy_by_group=_accuracy_by_group(self._prompts, correct),
+            kl_nats=kl_nats,
+            kl_standard_error_nats=standard_error,
+            mean_response_tokens=float(np.mean([len(t.response_ids) for t in trajectories])),
+            finished=time.time(),
+        )
+
+    async def _sample(self, prompt: Prompt) -> Trajectory:
+        return await self._sampler.sample(
+            SampleRequest(index=prompt.index, prompt_ids=prompt.ids, max_new_tokens=self._max_new_tokens)
+        )
+
+
+def kl_to_teacher(batch: Sequence[ScoredTrajectory]) -> tuple[float, float]:
+    """KL(p‖q) per response token on the student's own responses, nats, with its standard error.
+
+    Per prefix the head is summed exactly and the rest is estimated by draws from the tail, so the estimate is unbiased
+    with far less variance than the sampled token alone. The standard error treats responses as independent and is
+    that of the ratio (sum of KL) / (number of tokens).
+
+    Args:
+        batch: trajectories with a head and at least one draw per position, drawn by law `tail`.
+    """
+    sums, lengths = [], []
+    for scored in batch:
+        sums.append(float(_kl_T(scored).sum(dtype=np.float64)))
+        lengths.append(len(scored.trajectory.response_ids))
+    sums_B, lengths_B = np.array(sums), np.array(lengths)
+    kl = sums_B.sum() / lengths_B.sum()
+    return float(kl), float(math.sqrt(((sums_B - kl * lengths_B) ** 2).sum()) / lengths_B.sum())
+
+
+def _kl_T(scored: ScoredTrajectory) -> NDArray[np.float64]:
+    candidates, scores = scored.trajectory.candidates, scored.scores
+    head = candidates.head_logprobs_TK.astype(np.float64)
+    draws = candidates.draw_logprobs_TN.astype(np.float64)
+    on_head_T = (np.exp(head) * (head - scores.head_logprobs_TK)).sum(axis=1)
+    on_tail_T = np.exp(candidates.tail_logmass_T) * (draws - scores.draw_logprobs_TN).mean(axis=1)
+    return np.asarray(on_head_T + on_tail_T)
+
+
+def _accuracy_by_group(prompts: Sequence[Prompt], correct: Sequence[bool]) -> dict[str, float]:
+    by_group: dict[str, list[bool]] = defaultdict(list)
+    for prompt, right in zip(prompts, correct, strict=True):
+        by_group[prompt.group].append(right)
+    return {group: float(np.mean(rights)) for group, rights in sorted(by_group.items()) if group}

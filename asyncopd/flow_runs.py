@@ -1,0 +1,57 @@
+"""One Prefect flow run, seen through Prefect's REST API: state, message, cancellation. Imports no Prefect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from asyncopd.errors import StackError
+from asyncopd.stack import api_url
+
+TERMINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
+
+
+@dataclass(frozen=True)
+class FlowRun:
+    """A flow run by its id."""
+
+    id: str
+
+    @classmethod
+    def named(cls, name: str) -> FlowRun:
+        """The flow run with this unique name. Raises StackError when there is none."""
+        body = {"flow_runs": {"name": {"any_": [name]}}, "limit": 1}
+        found = _request("POST", "/flow_runs/filter", body)
+        if not found:
+            raise StackError(f"Prefect has no flow run named {name}; it was submitted a moment ago.")
+        return cls(found[0]["id"])
+
+    def state(self) -> dict[str, Any]:
+        """Prefect's state object: `type`, `name`, `message`."""
+        state: dict[str, Any] = _request("GET", f"/flow_runs/{self.id}")["state"] or {"type": "PENDING"}
+        return state
+
+    def terminal_state(self) -> str | None:
+        """COMPLETED, FAILED, CRASHED or CANCELLED; None while it goes on, or while the server does not answer."""
+        try:
+            kind = self.state()["type"]
+        except httpx.TransportError:
+            return None  # the server may be restarting; storage has what matters
+        return kind if kind in TERMINAL else None
+
+    def message(self) -> str:
+        return str(self.state().get("message") or "no message")
+
+    def cancel(self) -> None:
+        """Ask Prefect to cancel it; the flow stops its roles within seconds."""
+        body = {"state": {"type": "CANCELLING", "name": "Cancelling"}, "force": False}
+        _request("POST", f"/flow_runs/{self.id}/set_state", body)
+
+
+def _request(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    response = httpx.request(method, f"{api_url()}{path}", json=body, timeout=30)
+    if response.is_error:
+        raise StackError(f"Prefect answered {response.status_code} to {method} {path}: {response.text[:300]}")
+    return response.json()

@@ -1,0 +1,149 @@
+"""One optimizer step over scored trajectories: packing, micro-batches, global token normalisation, statistics.
+
+    scored trajectories --pack--> micro-batches --LogprobModel--> log p_θ at ids --Estimator--> loss per token
+    step loss = Σ over all trained tokens of all micro-batches and ranks / number of those tokens
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from asyncopd.errors import NonFiniteError
+from asyncopd.learner.statistics import StepStatistics
+from asyncopd.losses.estimators import Estimator, StepContext
+from asyncopd.losses.gather import gather_logprobs
+from asyncopd.losses.rows import TokenRows
+from asyncopd.modeling import output_embedding, packed_hidden
+from asyncopd.packing import PackedTokens, pack
+from asyncopd.types import ScoredTrajectory
+
+
+class LogprobModel(nn.Module):
+    """A causal language model seen as what losses need: log-probs at given ids for every response token."""
+
+    def __init__(self, causal_lm: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.temperature = temperature
+
+    def forward(self, packed: PackedTokens, ids_TJ: Tensor) -> tuple[Tensor, Tensor]:
+        """Log p_θ at `ids_TJ`, [T, J] float32 nats with gradient, and the entropy of each row, [T], without."""
+        hidden_TD = packed_hidden(self.causal_lm, packed)
+        weight_VD, bias_V = output_embedding(self.causal_lm)
+        gathered = gather_logprobs(hidden_TD, weight_VD, ids_TJ, bias_V=bias_V, temperature=self.temperature)
+        return gathered.logprobs_TJ, gathered.entropy_T
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward works on."""
+
+    packed: PackedTokens
+    rows: TokenRows
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step measured, over all ranks."""
+
+    metrics: Mapping[str, float]
+    num_tokens: int
+
+
+def micro_batches(
+    batch: Sequence[ScoredTrajectory], *, row_capacity: int, rows_per_micro_batch: int, device: torch.device
+) -> list[MicroBatch]:
+    """Cut a batch into packed micro-batches of about `rows_per_micro_batch` rows, in index order."""
+    budget = row_capacity * rows_per_micro_batch
+    groups: list[list[ScoredTrajectory]] = [[]]
+    size = 0
+    for scored in batch:
+        length = len(scored.trajectory.prompt_ids) + len(scored.trajectory.response_ids)
+        if groups[-1] and size + length > budget:
+            groups.append([])
+            size = 0
+        groups[-1].append(scored)
+        size += length
+    return [_micro_batch(group, row_capacity, device) for group in groups if group]
+
+
+def _micro_batch(group: Sequence[ScoredTrajectory], row_capacity: int, device: torch.device) -> MicroBatch:
+    sequences = [(s.trajectory.prompt_ids, s.trajectory.response_ids) for s in group]
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+    return MicroBatch(pack(sequences, max(row_capacity, longest)), TokenRows.from_scored(group, device))
+
+
+def optimizer_step(
+    model: LogprobModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[MicroBatch],
+    estimator: Estimator,
+    *,
+    accelerator: Accelerator,
+    grad_clip: float,
+) -> StepResult:
+    """Accumulate the gradient of the whole step, clip it, and take one optimizer step.
+
+    Args:
+        batches: this rank's share; every rank needs at least one.
+    Raises:
+        NonFiniteError: the loss or the gradient norm is NaN or infinite; parameters are unchanged.
+    """
+    num_tokens = _summed(sum(len(b.rows.response_ids_T) for b in batches), accelerator)
+    context = _step_context(model, batches, estimator, accelerator)
+    statistics = StepStatistics()
+    optimizer.zero_grad(set_to_none=True)
+    for number, batch in enumerate(batches):
+        # Gradients of all but the last micro-batch stay local: one all-reduce a step.
+        with accelerator.no_sync(model) if number < len(batches) - 1 else contextlib.nullcontext():
+            loss_sum = _loss_sum(model, batch, estimator, context, statistics)
+            # DDP averages over ranks, the step's loss is a sum over them.
+            accelerator.backward(loss_sum * (accelerator.num_processes / num_tokens))
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip)
+    metrics = statistics.reduced(accelerator) | {"train/grad_norm": float(grad_norm)}
+    if not np.isfinite(metrics["train/loss_nats"]) or not np.isfinite(metrics["train/grad_norm"]):
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteError(
+            f"loss {metrics['train/loss_nats']} with gradient norm {metrics['train/grad_norm']}; both must be finite. "
+            f"The step was abandoned and nothing was published. Largest importance ratio "
+            f"{metrics.get('train/ratio_max', float('nan')):.3g}, drift {metrics.get('train/drift_nats', 0):.3g} nats."
+        )
+    optimizer.step()
+    return StepResult(metrics=metrics, num_tokens=num_tokens)
+
+
+def _loss_sum(
+    model: nn.Module, batch: MicroBatch, estimator: Estimator, context: StepContext, statistics: StepStatistics
+) -> Tensor:
+    rows = batch.rows
+    # Column 0 is always the sampled token: drift, ratios and KL are measured on it whatever the estimator.
+    ids_TJ = torch.cat([rows.response_ids_T[:, None], estimator.student_ids(rows)], dim=1)
+    logprobs_TJ, entropy_T = model(batch.packed, ids_TJ)
+    losses = estimator(rows, logprobs_TJ[:, 1:], context)
+    statistics.add(rows, logprobs_TJ[:, 0].detach(), entropy_T, losses)
+    return losses.loss_T.sum()
+
+
+@torch.no_grad()
+def _step_context(
+    model: LogprobModel, batches: Sequence[MicroBatch], estimator: Estimator, accelerator: Accelerator
+) -> StepContext:
+    """What the estimator must know of the whole step before its first micro-batch, for example m2po's threshold."""
+    if not estimator.needs_step_pass:
+        return StepContext()
+    partial = [estimator.step_context(b.rows, model(b.packed, estimator.student_ids(b.rows))[0]) for b in batches]
+    return StepContext.joined(partial, accelerator)
+
+
+def _summed(value: float, accelerator: Accelerator) -> int:
+    if accelerator.num_processes == 1:
+        return int(value)
+    return int(accelerator.reduce(torch.tensor(float(value), device=accelerator.device), "sum").item())
+

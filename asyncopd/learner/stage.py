@@ -1,0 +1,154 @@
+"""The long-running learner: consumes index ranges in order, publishes a policy version after every step.
+
+    for step s:  wait for trajectories and scores of [s·B, (s+1)·B)        (prefetched while step s−1 trains)
+                 one optimizer step over all their tokens
+                 publish PolicyVersion s+1, then TrainStep s, then every k steps a checkpoint
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from asyncopd.learner.student import Student
+from asyncopd.ports import RunLog
+from asyncopd.schedule import Plan
+from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
+from asyncopd.worker import Worker
+
+
+class LearnStage:
+    """Trains one run from its log, from the newest checkpoint to the last step."""
+
+    def __init__(
+        self,
+        log: RunLog,
+        worker: Worker,
+        *,
+        plan: Plan,
+        student: Student,
+        teacher: str,
+        checkpoint_every: int,
+    ) -> None:
+        """
+        Args:
+            teacher: name of the score shards to train on.
+        """
+        self._log, self._worker, self._plan, self._student, self._teacher = log, worker, plan, student, teacher
+        self._checkpoint_every = checkpoint_every
+        self._rewind = 0
+        worker.status.update(step=0, num_steps=plan.num_steps, num_tokens=0)
+
+    async def run(self) -> None:
+        """Train every remaining step. A second call on a finished run returns at once.
+
+        Raises:
+            NonFiniteError: see `optimizer_step`; the run's failure record names the step and its indices.
+            DeadlineError: shards of the next step did not come.
+        """
+        first_step = await asyncio.to_thread(self._resume)
+        next_batch = asyncio.create_task(self._batch(first_step)) if first_step < self._plan.num_steps else None
+        try:
+            for step in range(first_step, self._plan.num_steps):
+                assert next_batch is not None
+                batch = await next_batch
+                if step + 1 < self._plan.num_steps:
+                    next_batch = asyncio.create_task(self._batch(step + 1))
+                await self._train(step, batch)
+        finally:
+            if next_batch is not None:
+                next_batch.cancel()
+
+    def _resume(self) -> int:
+        """Restore the newest checkpoint, or publish version 0. Returns the step to go on with."""
+        checkpoint = self._log.latest_checkpoint()
+        step = 0
+        if checkpoint is not None:
+            step, rewind = checkpoint
+            self._student.restore(self._log.read_checkpoint(step, rewind))
+            self._rewind = rewind
+        latest = self._log.latest_policy()
+        if latest is None:
+            self._publish(PolicyVersion(0))
+        elif latest.number > step or self._log.find_step(step) is not None:
+            # Steps after the checkpoint are trained again from the log; what they had published is superseded.
+            self._rewind = self._log.record_rewind(step, worker=self._worker.name)
+        else:
+            self._rewind = latest.rewind
+        return step
+
+    async def _batch(self, step: int) -> list[ScoredTrajectory]:
+        """All surviving trajectories of a step with their scores, in index order."""
+        batch: list[ScoredTrajectory] = []
+        for shard in self._plan.shards_of_step(step):
+            await self._worker.wait_for(lambda shard=shard: self._log.find_scores(self._teacher, shard), f"scores of {shard.name}")
+            batch += await asyncio.to_thread(self._read, shard)
+        return batch
+
+    def _read(self, shard: IndexRange) -> list[ScoredTrajectory]:
+        with self._worker.span("orchestrate:parquet", shard.name):
+            trajectories = self._log.read_trajectories(shard)
+            scores = self._log.read_scores(self._teacher, shard)
+        return [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)]
+
+    async def _train(self, step: int, batch: Sequence[ScoredTrajectory]) -> None:
+        started = time.time()
+        with self._worker.span("train", f"step {step}"):
+            result = await asyncio.to_thread(self._student.train, step, batch)
+        seconds = time.time() - started
+        version = PolicyVersion(step + 1, self._rewind)
+        with self._worker.span("orchestrate:publish", f"version {version.number}"):
+            await asyncio.to_thread(self._publish, version)
+            record = self._record(step, version, batch, dict(result.metrics) | {"train/seconds": seconds})
+            await asyncio.to_thread(self._log.publish_step, record)
+            if (step + 1) % self._checkpoint_every == 0 or step + 1 == self._plan.num_steps:
+                objects = await asyncio.to_thread(self._student.checkpoint)
+                await asyncio.to_thread(
+                    self._log.publish_checkpoint, step + 1, self._rewind, objects, worker=self._worker.name
+                )
+        self._worker.status.update(step=step + 1, num_tokens=self._worker.status["num_tokens"] + record.num_tokens)
+
+    def _publish(self, version: PolicyVersion) -> None:
+        weights = PolicyWeights(version, self._student.weights())
+        self._log.publish_policy(weights, worker=self._worker.name, facts={"step": version.number})
+
+    def _record(
+        self, step: int, version: PolicyVersion, batch: Sequence[ScoredTrajectory], metrics: dict[str, float]
+    ) -> TrainStep:
+        staleness = staleness_tokens(batch, learner_version=step)
+        lengths = [len(s.trajectory.response_ids) for s in batch]
+        num_tokens = sum(lengths)
+        verified = [s.trajectory.correct for s in batch if s.trajectory.correct is not None]
+        metrics |= {
+            "train/lr": self._student.lr(step),
+            "train/staleness_mean_versions": sum(s * n for s, n in staleness.items()) / num_tokens,
+            "train/staleness_max_versions": float(max(staleness)),
+            "rollout/response_tokens_mean": num_tokens / len(lengths),
+            "rollout/response_tokens_max": float(max(lengths)),
+            "rollout/stopped_fraction": float(np.mean([s.trajectory.finish_reason == "stop" for s in batch])),
+        }
+        if verified:
+            metrics["rollout/accuracy"] = float(np.mean(verified))
+        return TrainStep(
+            step=step,
+            rewind=self._rewind,
+            indices=self._plan.step(step),
+            version=version,
+            num_tokens=num_tokens,
+            metrics=metrics,
+            staleness_tokens=staleness,
+            finished=time.time(),
+        )
+
+
+def staleness_tokens(batch: Sequence[ScoredTrajectory], learner_version: int) -> dict[int, int]:
+    """Staleness in versions -> number of response tokens: learner version at consumption − version that made them."""
+    counts: Counter[int] = Counter()
+    for scored in batch:
+        for run in scored.trajectory.version_runs:
+            counts[learner_version - run.version] += run.length
+    return dict(sorted(counts.items()))

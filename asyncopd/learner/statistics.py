@@ -1,0 +1,81 @@
+"""What every TrainStep reports, measured on the sampled tokens of the step under the weights it started from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asyncopd.losses.estimators import RowLosses
+from asyncopd.losses.rows import TokenRows
+
+MAX_KEYS = frozenset({"loss/max_ratio"})
+"""Per-token statistics of estimators that reduce by maximum; all others reduce by token mean."""
+
+
+class StepStatistics:
+    """Collects per-token arrays over the micro-batches of one optimizer step."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+
+    def add(self, rows: TokenRows, sampled_logprobs_T: Tensor, entropy_T: Tensor, losses: RowLosses) -> None:
+        """
+        Args:
+            sampled_logprobs_T: [T] log p_θ(response_ids[t]), nats, detached.
+            entropy_T: [T] entropy of p_θ, nats.
+        """
+        self._keep("loss", losses.loss_T)
+        self._keep("log_ratio", sampled_logprobs_T - rows.behaviour_logprobs_T)
+        self._keep("kl", rows.behaviour_logprobs_T - rows.teacher_logprobs_T)
+        self._keep("entropy", entropy_T)
+        for key, values_T in losses.statistics_T.items():
+            self._keep(key, values_T)
+
+    def _keep(self, key: str, values_T: Tensor) -> None:
+        self._arrays[key].append(values_T.detach().float().cpu().numpy())
+
+    def reduced(self, accelerator: Accelerator) -> dict[str, float]:
+        """Metrics over all micro-batches and ranks; docs/metrics.md has a line for each key."""
+        arrays = {key: np.concatenate(parts) for key, parts in self._arrays.items()}
+        if accelerator.num_processes > 1:
+            gathered: list[dict[str, NDArray[np.float32]]] = [{} for _ in range(accelerator.num_processes)]
+            torch.distributed.all_gather_object(gathered, arrays)
+            arrays = {key: np.concatenate([part[key] for part in gathered]) for key in arrays}
+        metrics = {
+            "train/loss_nats": float(arrays.pop("loss").mean(dtype=np.float64)),
+            # One draw per prefix from the sampling policy: unbiased for KL(p_old‖q) on its own responses.
+            "train/kl_nats": float(arrays.pop("kl").mean(dtype=np.float64)),
+            "train/entropy_nats": float(arrays.pop("entropy").mean(dtype=np.float64)),
+        } | ratio_metrics(arrays.pop("log_ratio"))
+        for key, values_T in arrays.items():
+            metrics[key] = float(values_T.max() if key in MAX_KEYS else values_T.mean(dtype=np.float64))
+        return metrics
+
+
+def ratio_metrics(log_ratio_T: NDArray[np.float32]) -> Mapping[str, float]:
+    """Drift, effective sample size and percentiles of the ratio p_θ/p_old on sampled tokens.
+
+    Drift is the k3 estimator of KL(p_old‖p_θ) under p_old's own samples: e^{-r} + r − 1 with r = log p_old − log p_θ,
+    never negative. Effective sample size is (Σw)²/Σw² as a fraction of the tokens.
+
+    Args:
+        log_ratio_T: [T] log p_θ − log p_old at the sampled tokens, nats.
+    """
+    log_ratio = np.clip(log_ratio_T.astype(np.float64), -20, 20)
+    ratio = np.exp(log_ratio)
+    p01, p50, p99 = np.percentile(ratio, [1, 50, 99])
+    return {
+        "train/drift_nats": float((ratio - log_ratio - 1).mean()),
+        "train/ess_fraction": float(ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)),
+        "train/ratio_p01": float(p01),
+        "train/ratio_p50": float(p50),
+        "train/ratio_p99": float(p99),
+        "train/ratio_max": float(ratio.max()),
+    }

@@ -1,0 +1,139 @@
+"""The student being trained: fp32 master weights, AdamW, schedule, checkpoint. Everything torch the learner needs."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from asyncopd.errors import ShapeError
+from asyncopd.learner.optimize import LogprobModel, StepResult, micro_batches, optimizer_step
+from asyncopd.losses.estimators import Estimator
+from asyncopd.modeling import load_safetensors, to_safetensors
+from asyncopd.types import ScoredTrajectory
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class Student:
+    """A causal LM with its optimizer. One rank's view; several ranks train the same step together."""
+
+    def __init__(
+        self,
+        causal_lm: nn.Module,
+        estimator: Estimator,
+        accelerator: Accelerator,
+        *,
+        lr: float,
+        warmup_steps: int,
+        num_steps: int,
+        schedule: Schedule,
+        weight_decay: float,
+        grad_clip: float,
+        row_capacity: int,
+        rows_per_micro_batch: int,
+        temperature: float,
+    ) -> None:
+        """
+        Args:
+            causal_lm: float32 parameters, whatever the accelerator's mixed precision computes in.
+        Raises:
+            ShapeError: a parameter is not float32; updates at small learning rates would be rounded away.
+        """
+        wrong = {p.dtype for p in causal_lm.parameters() if p.dtype != torch.float32}
+        if wrong:
+            raise ShapeError(f"master weights must be float32, found {wrong}; load the student with dtype float32.")
+        self._accelerator = accelerator
+        self._estimator = estimator
+        self._causal_lm = causal_lm
+        causal_lm.train()
+        model = LogprobModel(causal_lm, temperature)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95))
+        self._model, self._optimizer = accelerator.prepare(model, optimizer)
+        self._peak_lr, self._warmup_steps, self._num_steps, self._schedule = lr, warmup_steps, num_steps, schedule
+        self._grad_clip = grad_clip
+        self._row_capacity, self._rows_per_micro_batch = row_capacity, rows_per_micro_batch
+        self._step = 0
+
+    def lr(self, step: int) -> float:
+        """Learning rate of optimizer step `step`."""
+        return learning_rate(
+            step, peak=self._peak_lr, warmup_steps=self._warmup_steps, num_steps=self._num_steps, schedule=self._schedule
+        )
+
+    def train(self, step: int, batch: Sequence[ScoredTrajectory]) -> StepResult:
+        """One optimizer step over `batch`, of which this rank works on every `num_processes`-th trajectory."""
+        accelerator = self._accelerator
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.lr(step)
+        share = batch[accelerator.process_index :: accelerator.num_processes]
+        result = optimizer_step(
+            self._model,
+            self._optimizer,
+            micro_batches(
+                share,
+                row_capacity=self._row_capacity,
+                rows_per_micro_batch=self._rows_per_micro_batch,
+                device=accelerator.device,
+            ),
+            self._estimator,
+            accelerator=accelerator,
+            grad_clip=self._grad_clip,
+        )
+        self._step = step + 1
+        return result
+
+    def weights(self) -> bytes:
+        """The current weights, as samplers load them."""
+        return to_safetensors(self._causal_lm)
+
+    def checkpoint(self) -> dict[str, bytes]:
+        """Everything a resumed learner needs: weights, optimizer, random state, steps done."""
+        state = {
+            "optimizer": self._optimizer.state_dict(),
+            "step": self._step,
+            "torch_rng": torch.get_rng_state(),
+            "numpy_rng": _plain(np.random.get_state()),
+            "python_rng": _plain(random.getstate()),
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        return {"model.safetensors": self.weights(), "learner.pt": buffer.getvalue()}
+
+    def restore(self, objects: Mapping[str, bytes]) -> None:
+        """The inverse of `checkpoint`."""
+        load_safetensors(self._causal_lm, objects["model.safetensors"])
+        state = torch.load(io.BytesIO(objects["learner.pt"]), weights_only=True)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._step = state["step"]
+        torch.set_rng_state(state["torch_rng"])
+        name, keys, *rest = state["numpy_rng"]
+        np.random.set_state((name, np.array(keys, np.uint32), *rest))
+        version, internal, gauss = state["python_rng"]
+        random.setstate((version, tuple(internal), gauss))
+
+
+def learning_rate(step: int, *, peak: float, warmup_steps: int, num_steps: int, schedule: Schedule) -> float:
+    """Linear warm-up over `warmup_steps`, then constant, or down to 0 at `num_steps` linearly or as half a cosine."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    match schedule:
+        case "constant":
+            return peak
+        case "linear":
+            return peak * (1 - progress)
+        case "cosine":
+            return peak * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _plain(state: Any) -> list[Any]:
+    """Random states as lists of numbers, which `torch.load(weights_only=True)` accepts."""
+    return [part.tolist() if isinstance(part, np.ndarray) else list(part) if isinstance(part, tuple) else part for part in state]

@@ -1,0 +1,89 @@
+"""What the learner knows of an estimator: which ids it wants, and a loss per row. Everything else is the estimator's.
+
+TokenRows --student_ids--> ids [T, J] --gather--> log p_θ [T, J] --__call__--> RowLosses
+                                          |
+                                          +--step_context, micro-batches and ranks joined, before the first
+                                             backward, only where needs_step_pass--> StepContext
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from asyncopd.errors import ConfigError
+from asyncopd.losses.rows import TokenRows
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What an estimator must know about the whole optimizer step before it judges one row of it."""
+
+    harmful_shifts_H: Tensor | None = None
+    """[H] |log ρ| of the step's harmful draws (m2po.py), any order; None where no pass over the step was made.
+    One 1-D tensor, so that ranks can gather it."""
+
+    @classmethod
+    def join(cls, contexts: Sequence[StepContext]) -> StepContext:
+        """The context of all micro-batches and ranks together; their order does not matter."""
+        parts = [context.harmful_shifts_H for context in contexts if context.harmful_shifts_H is not None]
+        return cls(torch.cat(parts) if parts else None)
+
+    def required_shifts_H(self) -> Tensor:
+        """`harmful_shifts_H`, or ConfigError when the learner skipped the pass that the estimator needs."""
+        if self.harmful_shifts_H is None:
+            raise ConfigError(
+                "loss.correction m2po was called without its pass over the whole optimizer step. Call step_context on "
+                "every micro-batch first and pass StepContext.join of the results."
+            )
+        return self.harmful_shifts_H
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """The loss of every row and what is worth watching about it.
+
+    The learner sums `loss_T` and divides by the number of trained tokens of the whole optimizer step.
+    """
+
+    loss_T: Tensor
+    """[T] nats, with gradient."""
+    statistics_T: Mapping[str, Tensor] = field(default_factory=dict)
+    """`loss/name` -> [T], detached; reduced by the mean over trained tokens."""
+    maxima_T: Mapping[str, Tensor] = field(default_factory=dict)
+    """`loss/name` -> [T], detached; reduced by the maximum."""
+
+
+class Estimator(Protocol):
+    """One configured estimator. Stateless: the same arguments give the same result."""
+
+    @property
+    def needs_step_pass(self) -> bool:
+        """Must `step_context` see the whole optimizer step before the first `__call__`?"""
+        ...
+
+    def student_ids(self, rows: TokenRows) -> Tensor:
+        """[T, J] int64: the ids at which it wants log p_θ.
+
+        Raises:
+            ShapeError: a cached array is narrower than the configuration asks for.
+        """
+        ...
+
+    def step_context(self, rows: TokenRows, student_logprobs_TJ: Tensor) -> StepContext:
+        """What these rows contribute to the step's context; never carries gradient. Join with StepContext.join."""
+        ...
+
+    def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
+        """The loss of each row.
+
+        Args:
+            rows: T trained tokens, all of one micro-batch.
+            student_logprobs_TJ: [T, J] log p_θ at `student_ids(rows)`, with gradient.
+            context: of the whole optimizer step; StepContext() where `needs_step_pass` is False.
+        """
+        ...

@@ -1,0 +1,154 @@
+"""The one place that turns hidden states into log-probs: chunked over tokens, recomputed in backward.
+
+    hidden [T, D] --chunk--> logits [c, V] --log-softmax in fp32--> log-probs at ids [c, J], entropy [c]
+
+Neither direction holds more than one chunk of [c, V] numbers, so no [T, V] tensor exists in training. Backward repeats
+the chunk's matrix product, one third more arithmetic in the LM head for V/J times less memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from asyncopd.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class GatheredLogprobs:
+    """Student log-probs at the ids an estimator asked for."""
+
+    logprobs_TJ: Tensor
+    """[T, J] nats, float32 (float64 for float64 hidden states), with gradient."""
+    entropy_T: Tensor
+    """[T] nats, entropy of the whole distribution at the same temperature, same dtype, detached."""
+
+
+def gather_logprobs(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    ids_TJ: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_tokens: int = 512,
+) -> GatheredLogprobs:
+    """Log-softmax of (hidden · weightᵀ + bias) / temperature over the full vocabulary, at `ids_TJ`.
+
+    Value and gradient (hidden, weight, bias) equal the plain computation. The matrix product runs in the dtype of
+    `hidden_TD`, as a plain LM head does (`weight_VD` is cast to it, autocast is ignored); everything after it in float32, or in float64
+    when the hidden states are float64. Gradients are summed over chunks in that same accumulation dtype.
+    Peak extra memory: about 3 · chunk_tokens · V accumulation-dtype numbers, plus one [V, D] gradient.
+
+    Args:
+        hidden_TD: [T, D] last hidden states at the rows' prefixes; T may be 0.
+        weight_VD: [V, D] LM head.
+        ids_TJ: [T, J] int64 in [0, V); repeats are allowed.
+        bias_V: [V] added to the logits before the temperature.
+        temperature: the one that was really used for sampling, > 0.
+        chunk_tokens: rows per chunk, >= 1. 512 keeps a 152k vocabulary below 1 GB (docs/estimators.md).
+    Raises:
+        ShapeError: shapes disagree, or temperature or chunk_tokens is not positive.
+    """
+    if hidden_TD.ndim != 2 or ids_TJ.ndim != 2 or len(hidden_TD) != len(ids_TJ):
+        raise ShapeError(f"hidden {tuple(hidden_TD.shape)} and ids {tuple(ids_TJ.shape)} must be [T, D] and [T, J].")
+    if weight_VD.ndim != 2 or weight_VD.shape[1] != hidden_TD.shape[1]:
+        raise ShapeError(f"weight {tuple(weight_VD.shape)} must be [V, {hidden_TD.shape[1]}].")
+    if bias_V is not None and bias_V.shape != weight_VD.shape[:1]:
+        raise ShapeError(f"bias {tuple(bias_V.shape)} must be [{len(weight_VD)}].")
+    if temperature <= 0 or chunk_tokens < 1:
+        raise ShapeError(f"temperature {temperature} must be > 0 and chunk_tokens {chunk_tokens} >= 1.")
+    # Autocast is on in forward but not in backward; with it the recomputed softmax would be another one.
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        logprobs_TJ, entropy_T = _Gather.apply(hidden_TD, weight_VD, bias_V, ids_TJ, temperature, chunk_tokens)
+    return GatheredLogprobs(logprobs_TJ, entropy_T)
+
+
+class _Gather(torch.autograd.Function):
+    """Forward keeps the inputs and one normaliser per row; backward rebuilds each chunk's softmax from them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        ids_TJ: Tensor,
+        temperature: float,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = _accumulation_dtype(hidden_TD)
+        logprobs_TJ = torch.empty(ids_TJ.shape, dtype=dtype, device=hidden_TD.device)
+        entropy_T = torch.empty(len(hidden_TD), dtype=dtype, device=hidden_TD.device)
+        normaliser_T1 = torch.empty((len(hidden_TD), 1), dtype=dtype, device=hidden_TD.device)
+        weight_cast_VD = weight_VD.to(hidden_TD.dtype)
+        for rows in _chunks(len(hidden_TD), chunk_tokens):
+            logits_CV = _logits(hidden_TD[rows], weight_cast_VD, bias_V, temperature)
+            normaliser_C1 = logits_CV.logsumexp(-1, keepdim=True)
+            logprobs_TJ[rows] = logits_CV.gather(-1, ids_TJ[rows]) - normaliser_C1
+            probs_CV = torch.exp(logits_CV - normaliser_C1)
+            entropy_T[rows] = normaliser_C1[:, 0] - probs_CV.mul_(logits_CV).sum(-1)
+            normaliser_T1[rows] = normaliser_C1
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, ids_TJ, normaliser_T1)
+        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
+        ctx.mark_non_differentiable(entropy_T)
+        return logprobs_TJ, entropy_T
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_TJ: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, bias_V, ids_TJ, normaliser_T1 = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dtype = normaliser_T1.dtype
+        weight_cast_VD = weight_VD.to(hidden_TD.dtype)
+        grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=dtype) if needs_bias else None
+        for rows in _chunks(len(hidden_TD), ctx.chunk_tokens):
+            # d logprob_j / d logit_v = (1[v = id_j] − p_v) / temperature
+            grad_CV = _logits(hidden_TD[rows], weight_cast_VD, bias_V, ctx.temperature)
+            grad_CV.sub_(normaliser_T1[rows]).exp_().mul_(-grad_TJ[rows].sum(-1, keepdim=True))
+            grad_CV.scatter_add_(-1, ids_TJ[rows], grad_TJ[rows]).div_(ctx.temperature)
+            if grad_bias_V is not None:
+                grad_bias_V += grad_CV.sum(0)
+            product_CV = grad_CV.to(hidden_TD.dtype)
+            if grad_hidden_TD is not None:
+                grad_hidden_TD[rows] = product_CV @ weight_cast_VD
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD, product_CV.T, hidden_TD[rows])
+        return (
+            grad_hidden_TD,
+            None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
+            None if grad_bias_V is None else grad_bias_V.to(bias_V.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _accumulation_dtype(hidden_TD: Tensor) -> torch.dtype:
+    return torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+
+
+def _chunks(num_rows: int, chunk_tokens: int) -> list[slice]:
+    return [slice(start, min(start + chunk_tokens, num_rows)) for start in range(0, num_rows, chunk_tokens)]
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
+    """[C, V] tempered logits in the accumulation dtype, a fresh tensor the caller may overwrite."""
+    logits_CV = (hidden_CD @ weight_VD.T).to(_accumulation_dtype(hidden_CD))
+    if bias_V is not None:
+        logits_CV += bias_V
+    return logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
+
+
+def _add_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
+    """sum += left · right. A bf16 product is added in fp32: a bf16 running sum would lose late chunks."""
+    if sum_VD.dtype == right_CD.dtype:
+        sum_VD.addmm_(left_VC, right_CD)
+    else:
+        sum_VD += left_VC @ right_CD

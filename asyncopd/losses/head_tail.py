@@ -1,0 +1,79 @@
+"""Exact head + sampled tail: reverse KL summed exactly where the mass is, estimated without bias where it is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asyncopd.losses.logspace import importance_log_ratio
+
+
+@dataclass(frozen=True)
+class HeadTailLoss:
+    """The surrogate per row, and what is worth watching about it."""
+
+    loss_T: Tensor
+    """[T] nats, with gradient."""
+    head_mass_T: Tensor
+    """[T] p_θ(H), detached."""
+    max_ratio_T: Tensor
+    """[T] largest p_θ/p_old among the tail draws, detached: large where p_θ grew in a tail p_old neglected."""
+
+
+def head_tail(
+    head_student_logprobs_TK: Tensor,
+    head_teacher_logprobs_TK: Tensor,
+    tail_student_logprobs_TN: Tensor,
+    tail_behaviour_logprobs_TN: Tensor,
+    tail_teacher_logprobs_TN: Tensor,
+    tail_logmass_T: Tensor,
+    *,
+    in_head_TK: Tensor,
+    in_tail_TN: Tensor,
+) -> HeadTailLoss:
+    """A surrogate whose gradient is unbiased for ∇D_R at any drift, with d = log p_θ − log q (nats) and d − b detached:
+
+        ℓ = Σ_{v∈H} p_θ(v)(d(v) − b) + (P_old(H^c)/n) Σ_i ρ(v_i)(d(v_i) − b) + b,   v_i ~ p_old restricted to H^c
+
+        b = Σ_H p_θ d / Σ_H p_θ  (detached)
+
+    ∇ℓ = ĝ of docs/estimators.md 4.5b, since ∇p_θ = p_θ ∇log p_θ and ∇ρ = ρ ∇log p_θ. Any b that does not depend on the
+    draws leaves E[ĝ] = ∇D_R; this one makes the head a proper KL inside itself. The value is unbiased for D_R too.
+
+    The head may be larger than the set the draws avoid (the teacher's top-k joined to the sampler's): a draw that
+    falls into the joined head then counts 0 (`in_tail_TN`), which keeps the sum over the rest unbiased.
+    Needs p_old > 0 outside the head: truncated sampling (top-p < 1) never draws some ids, and their share is lost.
+
+    Args:
+        head_student_logprobs_TK: [T, K] with gradient; K >= 1, fixed before any draw.
+        head_teacher_logprobs_TK: [T, K] same ids.
+        tail_student_logprobs_TN: [T, N] with gradient, at the draws.
+        tail_behaviour_logprobs_TN: [T, N] log p_old at the draws (not renormalised on the tail).
+        tail_teacher_logprobs_TN: [T, N] log q at the draws.
+        tail_logmass_T: [T] log P_old of the set the draws came from; −inf where it is empty.
+        in_head_TK: [T, K] bool, False for a column that repeats another one.
+        in_tail_TN: [T, N] bool, False for a draw that is in the head.
+    Returns:
+        Loss per row, not normalised by anything.
+    Source:
+        This project; docs/estimators.md 4.5b.
+    """
+    minus_inf = torch.full_like(head_student_logprobs_TK, -torch.inf)
+    head_logprobs_TK = torch.where(in_head_TK, head_student_logprobs_TK, minus_inf)
+    gap_TK = (head_student_logprobs_TK - head_teacher_logprobs_TK).detach()
+    baseline_T1 = (torch.softmax(head_logprobs_TK.detach(), -1) * gap_TK).sum(-1, keepdim=True)
+    head_T = (head_logprobs_TK.exp() * (gap_TK - baseline_T1)).sum(-1)
+
+    # A tail of mass 0 has no draws; what stands in their columns must not reach the loss, not even as 0 · inf.
+    counts_TN = in_tail_TN & torch.isfinite(tail_logmass_T)[:, None]
+    log_ratio_TN = importance_log_ratio(tail_student_logprobs_TN, tail_behaviour_logprobs_TN)
+    gap_TN = (tail_student_logprobs_TN - tail_teacher_logprobs_TN).detach() - baseline_T1
+    weight_TN = torch.where(counts_TN, log_ratio_TN.exp(), torch.zeros_like(log_ratio_TN))
+    tail_T = tail_logmass_T.exp() * (weight_TN * torch.where(counts_TN, gap_TN, torch.zeros_like(gap_TN))).mean(-1)
+    return HeadTailLoss(
+        loss_T=head_T + tail_T + baseline_T1[:, 0],
+        head_mass_T=head_logprobs_TK.detach().exp().sum(-1),
+        max_ratio_T=weight_TN.detach().amax(-1),
+    )

@@ -1,0 +1,134 @@
+"""The rollout stage: keeps one sampler busy with the shards the admission rule lets start.
+
+RunLog --newest version--> follow_versions --refresh--> Sampler
+next_shard: lowest index range nobody produced or holds, once the sampler's version admits it
+work:       prompts -> Sampler (all indices of the shard at once) -> verifier -> Parquet shard
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+from asyncopd.ports import RunLog, Sampler, SampleRequest, Task
+from asyncopd.schedule import Plan
+from asyncopd.types import IndexRange, Trajectory
+from asyncopd.worker import Worker
+
+
+class RolloutStage:
+    """Samples the shards of one run with one engine; any number of these may work on the same run."""
+
+    def __init__(
+        self,
+        log: RunLog,
+        worker: Worker,
+        *,
+        plan: Plan,
+        task: Task,
+        sampler: Sampler,
+        max_new_tokens: int,
+        lease_s: float,
+        busy_intervals: Callable[[], list[tuple[float, float]]] = lambda: [],
+    ) -> None:
+        """
+        Args:
+            busy_intervals: drains the engine's (start, end) stretches of decoding in Unix seconds, for the timeline.
+        """
+        self._log, self._worker, self._plan, self._task, self._sampler = log, worker, plan, task, sampler
+        self._max_new_tokens = max_new_tokens
+        self._lease_s = lease_s
+        self._busy_intervals = busy_intervals
+        self._open = list(plan.shards())
+        """Shards neither produced nor claimed by this worker, in index order."""
+        self._choosing = asyncio.Lock()
+        worker.status.update(num_trajectories=0, num_tokens=0, version=None)
+
+    @contextlib.asynccontextmanager
+    async def following_versions(self) -> AsyncIterator[None]:
+        """Load the newest version, then keep the sampler on it while the body runs."""
+        await self._worker.wait_for(self._log.latest_policy, "version 0 to be published")
+        await self._refresh()
+        async with asyncio.TaskGroup() as group:
+            following = group.create_task(self._follow())
+            try:
+                yield
+            finally:
+                following.cancel()
+                self._record_busy()
+
+    async def next_shard(self) -> IndexRange | None:
+        """Claim the lowest admissible shard that nobody produced or holds; waits for versions and for other workers."""
+        async with self._choosing:
+            if not self._open:
+                return None
+            shard = await self._worker.wait_for(self._claim_next, self._what_is_missing())
+            return shard or None
+
+    async def work(self, shard: IndexRange) -> None:
+        """Sample, verify and publish one shard. Harmless when another worker publishes it first."""
+        started = time.time()
+        trajectories = await asyncio.gather(*(self._one(index) for index in shard.indices))
+        num_tokens = sum(len(t.response_ids) for t in trajectories)
+        facts = {
+            "num_tokens": num_tokens,
+            "version_first": min(t.version_first for t in trajectories),
+            "version_last": max(t.version_last for t in trajectories),
+            "num_correct": sum(bool(t.correct) for t in trajectories),
+            "seconds": time.time() - started,
+        }
+        with self._worker.span("orchestrate:parquet", shard.name):
+            await asyncio.to_thread(
+                self._log.publish_trajectories, shard, trajectories, worker=self._worker.name, facts=facts
+            )
+        self._worker.status["num_trajectories"] += len(trajectories)
+        self._worker.status["num_tokens"] += num_tokens
+        self._record_busy()
+
+    async def _one(self, index: int) -> Trajectory:
+        prompt = self._task.prompt(index, "train")
+        request = SampleRequest(index=index, prompt_ids=prompt.ids, max_new_tokens=self._max_new_tokens)
+        trajectory = await self._sampler.sample(request)
+        correct = self._task.verify(prompt, trajectory.response_ids.tolist())
+        return replace(trajectory, prompt_id=prompt.prompt_id, group=prompt.group, correct=correct)
+
+    def _claim_next(self) -> IndexRange | bool | None:
+        """A claimed shard; False when every shard is produced; None when there is nothing to do right now."""
+        version = self._sampler.version
+        assert version is not None  # following_versions has loaded one
+        for shard in list(self._open):
+            if not self._plan.may_start(shard, version.number):
+                return None
+            if self._log.find_trajectories(shard) is not None:
+                self._open.remove(shard)
+            elif self._log.claim("rollout", shard, worker=self._worker.name, lease_s=self._lease_s):
+                self._open.remove(shard)
+                return shard
+        return None if self._open else False
+
+    def _what_is_missing(self) -> str:
+        required = self._plan.required_version(self._open[0])
+        version = self._sampler.version
+        if version is not None and version.number < required:
+            return f"version {required} (step {required - 1} to be trained)"
+        return f"shard {self._open[0].name} (another worker holds it)"
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(self._worker.poll_s)
+            if await asyncio.to_thread(self._log.latest_policy) != self._sampler.version:
+                await self._refresh()
+
+    async def _refresh(self) -> None:
+        latest = await asyncio.to_thread(self._log.latest_policy)
+        assert latest is not None
+        with self._worker.span("orchestrate:refresh", f"version {latest.number}"):
+            await self._sampler.refresh(await asyncio.to_thread(self._log.read_policy, latest))
+        self._worker.status["version"] = latest.number
+
+    def _record_busy(self) -> None:
+        for start, end in self._busy_intervals():
+            self._worker.record("sample", start, end)

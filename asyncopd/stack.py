@@ -1,0 +1,192 @@
+"""The local stack: one Prefect server on SQLite, one process worker, and the deployments of prefect.yaml.
+
+    asyncopd up     server (if none answers) -> worker (if none runs) -> prefect deploy --all
+    asyncopd down   ends both, every flow they run, and every role those started
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from asyncopd.errors import StackError
+from asyncopd.supervise import end_processes, home, record_process, recorded_processes
+
+POOL = "local"
+SERVER_START_S = 240.0
+"""A fresh home runs every database migration: 30–50 s on two cores, more when they are busy."""
+
+
+def api_url() -> str:
+    """Where Prefect's REST API is: $PREFECT_API_URL, or the address in prefect.toml."""
+    return os.environ.get("PREFECT_API_URL", "http://127.0.0.1:4200/api").rstrip("/")
+
+
+def server_answers() -> bool:
+    """Does a Prefect server answer at `api_url()`?"""
+    try:
+        return httpx.get(f"{api_url()}/health", timeout=5).text.strip() == "true"
+    except httpx.HTTPError:
+        return False
+
+
+def up(say: Callable[[str], None]) -> None:
+    """Start what is missing. A second call finds everything running and returns at once.
+
+    Raises:
+        StackError: the port belongs to another program, or the server or worker did not start in time.
+    """
+    started_server = _ensure_server(say)
+    started_worker = _ensure_worker(say)
+    _ensure_deployed(say, force=started_server)
+    if started_worker:
+        _wait(_worker_online, 60, "the Prefect worker to report", home() / "logs" / "worker.log")
+
+
+def down(say: Callable[[str], None]) -> None:
+    """End the stack and everything it started, also what a SIGKILL of any part left behind."""
+    records = recorded_processes()
+    if not records:
+        say("nothing runs")
+        return
+    num_ended = 0
+    # The server last, so that what ends before it can still report how.
+    for group in ([r for r in records if r.name != "server"], [r for r in records if r.name == "server"]):
+        num_ended += len(end_processes([process for record in group if (process := record.process()) is not None]))
+    recorded_processes()  # forgets the records of what just ended
+    say(f"ended {num_ended} processes: {', '.join(sorted({r.name for r in records}))}")
+
+
+def status() -> dict[str, Any]:
+    """What runs here: server, worker, flows and roles with their pids."""
+    return {
+        "server": api_url() if server_answers() else None,
+        "worker_online": server_answers() and _worker_online(),
+        "processes": [{"name": r.name, "pid": r.pid} for r in recorded_processes()],
+    }
+
+
+def prefect_environment() -> dict[str, str]:
+    """Environment of every Prefect process started here; a user's own variables win."""
+    return {
+        "PREFECT_API_URL": api_url(),
+        "PREFECT_HOME": str(home() / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        # The worker looks for submitted runs this often; the default of 10 s is most of a quickstart's patience.
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "0.5",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "asyncopd",
+        # One compute thread per process: 3–10 times faster than two at these sizes, and reproducible.
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    } | {key: value for key, value in os.environ.items() if key.startswith(("PREFECT_", "OMP_"))}
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment with `prefect_environment` in it."""
+    return {**os.environ, **prefect_environment()}
+
+
+def prefect_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "prefect", *arguments]
+
+
+def _ensure_server(say: Callable[[str], None]) -> bool:
+    if server_answers():
+        return False
+    address = urlsplit(api_url())
+    if address.hostname not in ("127.0.0.1", "localhost", "::1"):
+        raise StackError(f"no Prefect server answers at {api_url()}, and only a local one can be started here.")
+    port = address.port or 80
+    with socket.socket() as probe:
+        if probe.connect_ex((address.hostname, port)) == 0:
+            raise StackError(
+                f"port {port} of {address.hostname} is in use by something that is not a Prefect server. Stop it, or "
+                f"choose another: PREFECT_API_URL=http://127.0.0.1:{port + 1}/api asyncopd up."
+            )
+    say(f"starting a Prefect server at {api_url()} (a fresh one takes 30–50 s)")
+    log_path = _spawn("server", prefect_command("server", "start", "--host", address.hostname, "--port", str(port)))
+    _wait(server_answers, SERVER_START_S, f"the Prefect server at {api_url()}", log_path)
+    return True
+
+
+def _ensure_worker(say: Callable[[str], None]) -> bool:
+    if any(record.name == "worker" for record in recorded_processes()):
+        return False
+    say(f"starting a Prefect worker on work pool {POOL}")
+    # Created here: `prefect deploy` into a pool that does not exist yet only warns, and its runs never start.
+    response = httpx.post(f"{api_url()}/work_pools/", json={"name": POOL, "type": "process"}, timeout=30)
+    if response.status_code not in (201, 409):
+        raise StackError(f"the Prefect server refused work pool {POOL}: {response.status_code} {response.text[:300]}")
+    _spawn("worker", prefect_command("worker", "start", "--pool", POOL, "--type", "process"))
+    return True
+
+
+def _ensure_deployed(say: Callable[[str], None], *, force: bool) -> None:
+    """Deploy when prefect.yaml, the place of the checkout or the server changed since the last time."""
+    definition = Path("prefect.yaml")
+    if not definition.is_file():
+        raise StackError(f"{definition.absolute()}: not found. Run asyncopd from the root of the checkout.")
+    stamp = home() / "deployed"
+    now = hashlib.sha256(definition.read_bytes() + str(definition.absolute()).encode()).hexdigest()
+    if not force and stamp.is_file() and stamp.read_text() == now:
+        response = httpx.get(f"{api_url()}/deployments/name/asyncopd/train", timeout=30)
+        if response.status_code == 200:
+            return
+    say("deploying prefect.yaml")
+    result = subprocess.run(
+        prefect_command("--no-prompt", "deploy", "--all"),
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    if result.returncode:
+        raise StackError(f"`prefect deploy --all` failed:\n{(result.stdout + result.stderr)[-2000:]}")
+    stamp.write_text(now)
+
+
+def _worker_online() -> bool:
+    response = httpx.post(f"{api_url()}/work_pools/{POOL}/workers/filter", json={}, timeout=30)
+    return response.status_code == 200 and any(worker["status"] == "ONLINE" for worker in response.json())
+
+
+def _spawn(name: str, argv: list[str]) -> Path:
+    """Start a daemon in its own session. It outlives this process on purpose; `down` ends it by its record."""
+    log_path = home() / "logs" / f"{name}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    (home() / "prefect").mkdir(parents=True, exist_ok=True)
+    with log_path.open("ab") as output:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=child_environment(),
+        )
+    record_process(name, process.pid)
+    return log_path
+
+
+def _wait(ready: Callable[[], bool], seconds: float, what: str, log_path: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > deadline:
+            tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:]) if log_path.is_file() else ""
+            raise StackError(f"waited {seconds:.0f} s for {what}. The end of {log_path}:\n{tail}")
+        time.sleep(0.5)

@@ -1,0 +1,113 @@
+"""Tokenizers that need no download: a closed list of words (the walk task) and UTF-8 bytes (text with tiny models)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Protocol
+
+from asyncopd.errors import ConfigError
+from asyncopd.ports import Tokenizer
+
+
+class TextTokenizer(Tokenizer, Protocol):
+    """A Tokenizer for running text, which also knows how a text begins."""
+
+    prompt_prefix_ids: tuple[int, ...]
+    """Put in front of every prompt (a BOS token, where the model was trained with one); may be ()."""
+
+
+class VocabTokenizer:
+    """A closed list of words; text is words separated by blanks.
+
+    Args:
+        words: the word of every id, in order; distinct and without blanks.
+        pad: the word that fills batches.
+        eos: the word that ends a response.
+    Raises:
+        ConfigError: a word is repeated, empty or contains a blank, or `pad` or `eos` is not a word.
+    """
+
+    def __init__(self, words: Sequence[str], *, pad: str = "<pad>", eos: str = "<eos>") -> None:
+        self._words = tuple(words)
+        self._ids = {word: token_id for token_id, word in enumerate(self._words)}
+        broken = [word for word in self._words if word.split() != [word]]
+        if broken or len(self._ids) != len(self._words) or not {pad, eos} <= self._ids.keys():
+            raise ConfigError(
+                f"vocabulary of {len(self._words)} words, {len(self._ids)} of them distinct, blanks in {broken[:5]}: "
+                f"expected distinct words without blanks, {pad!r} and {eos!r} among them. Rename the offending words."
+            )
+        self.vocab_size = len(self._words)
+        self.pad_id = self._ids[pad]
+        self.eos_id = self._ids[eos]
+        self.digest = _digest("words", self._words, pad, eos)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of blank-separated words. Raises ConfigError on a word outside the vocabulary."""
+        words = text.split()
+        unknown = [word for word in words if word not in self._ids]
+        if unknown:
+            raise ConfigError(
+                f"{unknown[0]!r} is not one of the {self.vocab_size} words of this vocabulary "
+                f"({' '.join(self._words[:12])} ...). Write the text in these words, separated by blanks."
+            )
+        return [self._ids[word] for word in words]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(self.token_text(token_id) for token_id in ids)
+
+    def token_text(self, token_id: int) -> str:
+        if 0 <= token_id < self.vocab_size:
+            return self._words[token_id]
+        return unknown_text(token_id)
+
+
+class ByteTokenizer:
+    """UTF-8 bytes: ids 0–255 are the bytes, then `<pad>` 256, `<bos>` 257, `<eos>` 258.
+
+    Text never turns into a special token, whatever it says; bytes that are no valid UTF-8 decode to U+FFFD.
+    """
+
+    vocab_size = 259
+    pad_id = 256
+    bos_id = 257
+    eos_id = 258
+    prompt_prefix_ids: tuple[int, ...] = (257,)
+    digest = hashlib.sha256(b'["bytes", 256, "<pad>", "<bos>", "<eos>"]').hexdigest()
+
+    _SPECIALS = ("<pad>", "<bos>", "<eos>")
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of `text`, without specials; lone surrogates become `?`."""
+        return list(text.encode("utf-8", errors="replace"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        pieces: list[str] = []
+        pending = bytearray()
+        for token_id in ids:
+            if 0 <= token_id < 256:
+                pending.append(token_id)
+                continue
+            pieces += [pending.decode("utf-8", errors="replace"), self.token_text(token_id)]
+            pending.clear()
+        return "".join([*pieces, pending.decode("utf-8", errors="replace")])
+
+    def token_text(self, token_id: int) -> str:
+        """The character of an ASCII byte, `<0xE2>` for the other bytes, the name of a special."""
+        if 0 <= token_id < 128:
+            return chr(token_id)
+        if 128 <= token_id < 256:
+            return f"<0x{token_id:02X}>"
+        if 256 <= token_id < self.vocab_size:
+            return self._SPECIALS[token_id - 256]
+        return unknown_text(token_id)
+
+
+def unknown_text(token_id: int) -> str:
+    """How viewers show an id that no token has."""
+    return f"<?{token_id}>"
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()

@@ -1,0 +1,165 @@
+"""What every role process does besides its work: heartbeats, a timeline, waits with deadlines, lanes of tasks.
+
+A role process hosts one engine and keeps several shards in work at once. Its lanes are coroutines on the main
+thread; each asks the stage for the next shard, so the order of work is decided in one place:
+
+    lane 1 --next shard?--> stage --claim--> RunLog          heartbeat() renews the lease of every claim
+    lane 2 --next shard?-->   |
+                              +--wait for a version or a shard, with a deadline that names it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, Protocol, TypeVar
+
+from asyncopd.errors import DeadlineError
+from asyncopd.ports import RunLog
+from asyncopd.types import IndexRange, Span
+
+Found = TypeVar("Found")
+
+
+def worker_name(role: str) -> str:
+    """A name no other process has: role, host, pid and four random digits."""
+    return f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
+
+
+class Worker:
+    """One role process as storage sees it: its name, its heartbeat, and the spans of its timeline."""
+
+    def __init__(
+        self, log: RunLog, role: str, *, poll_s: float, deadline_s: float, heartbeat_s: float, name: str | None = None
+    ) -> None:
+        self.log = log
+        self.role = role
+        self.name = name or worker_name(role)
+        self.poll_s = poll_s
+        self.deadline_s = deadline_s
+        self.status: dict[str, Any] = {"role": role, "pid": os.getpid(), "host": socket.gethostname()}
+        """Shown by every progress display; the stage updates it, the heartbeat publishes it."""
+        self._heartbeat_s = heartbeat_s
+        self._spans: list[Span] = []
+        self._num_span_objects = 0
+
+    # -- timeline -------------------------------------------------------------------------------------------------
+    def record(self, activity: str, start: float, end: float, detail: str = "") -> None:
+        """Add a span that ended; times are Unix seconds."""
+        self._spans.append(Span(self.role, self.name, activity, start, end, detail))
+
+    @contextlib.contextmanager
+    def span(self, activity: str, detail: str = "") -> Iterator[None]:
+        """Record the time the body takes, also when it raises."""
+        start = time.time()
+        try:
+            yield
+        finally:
+            self.record(activity, start, time.time(), detail)
+
+    async def flush_spans(self) -> None:
+        """Publish the spans recorded so far."""
+        spans, self._spans = self._spans, []
+        if spans:
+            self._num_span_objects += 1
+            await asyncio.to_thread(self.log.publish_spans, self.name, self._num_span_objects, spans)
+
+    # -- life -----------------------------------------------------------------------------------------------------
+    @contextlib.asynccontextmanager
+    async def alive(self) -> AsyncIterator[None]:
+        """Heartbeat while the body runs; retire at its end, however it ends, so that claims are free at once.
+
+        An error that ends the body is published as the role's failure before it travels on.
+        """
+        self._beat()
+        beating = asyncio.create_task(self._beat_forever())
+        try:
+            yield
+        except Exception as error:
+            self.log.publish_failure(self.role, self.name, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            beating.cancel()
+            # Shutdown is synchronous: a cancelled coroutine may not get another turn of the event loop.
+            self._num_span_objects += 1
+            if self._spans:
+                self.log.publish_spans(self.name, self._num_span_objects, self._spans)
+            self.log.retire(self.name)
+
+    def _beat(self) -> None:
+        self.log.heartbeat(self.name, self.status)
+
+    async def _beat_forever(self) -> None:
+        ticks = 0
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            await asyncio.to_thread(self._beat)
+            ticks += 1
+            if ticks % 5 == 0:
+                await self.flush_spans()
+
+    # -- waiting --------------------------------------------------------------------------------------------------
+    async def wait_for(self, probe: Callable[[], Found | None], what: str) -> Found:
+        """Call `probe` in a thread until it finds something.
+
+        Raises:
+            DeadlineError: nothing was found for `deadline_s`; the message says `what` was waited for.
+        """
+        found = await asyncio.to_thread(probe)
+        if found is not None:
+            return found
+        start, began = time.monotonic(), time.time()
+        self.status["waiting_for"] = what
+        while found is None:
+            if time.monotonic() - start > self.deadline_s:
+                raise DeadlineError(
+                    f"{self.name} waited {self.deadline_s:.0f} s for {what} and nothing came. See which role stands "
+                    f"still with `asyncopd status {self.log.run_id}`, or raise limits.deadline_s."
+                )
+            await asyncio.sleep(self.poll_s)
+            found = await asyncio.to_thread(probe)
+        self.status.pop("waiting_for", None)
+        self.record(f"wait:{what.split(' ')[0]}", began, time.time(), what)
+        return found
+
+
+class ShardStage(Protocol):
+    """A stage that works shard by shard: rollout and scoring."""
+
+    async def next_shard(self) -> IndexRange | None:
+        """Claim the next shard to work on, waiting for it if need be; None when the run has no more."""
+        ...
+
+    async def work(self, shard: IndexRange) -> None:
+        """Do and publish one claimed shard."""
+        ...
+
+
+async def work_on_shards(stage: ShardStage, max_shards: int) -> int:
+    """One task's worth of work: up to `max_shards` shards, one after the other. Returns how many were done."""
+    for done in range(max_shards):
+        shard = await stage.next_shard()
+        if shard is None:
+            return done
+        await stage.work(shard)
+    return max_shards
+
+
+async def run_lanes(task: Callable[[], Awaitable[int]], *, num_lanes: int, shards_per_task: int) -> None:
+    """Run `task` again and again in `num_lanes` lanes at once, until it finds less work than it asked for.
+
+    `task` is `work_on_shards` bound to a stage, plain or wrapped as a Prefect task.
+    """
+
+    async def lane() -> None:
+        while await task() == shards_per_task:
+            pass
+
+    async with asyncio.TaskGroup() as lanes:
+        for _ in range(num_lanes):
+            lanes.create_task(lane())

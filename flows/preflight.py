@@ -1,0 +1,94 @@
+"""What can be known to be wrong with a run before a model is loaded: storage, files, contexts, tokenizers.
+
+Loads no torch. Every refusal says what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from asyncopd.config import PretrainedModel, RunConfig, TinyModel
+from asyncopd.errors import ConfigError
+from asyncopd.tasks.build import build_task
+from storage.open import open_store
+
+
+def preflight(config: RunConfig) -> None:
+    """Check everything about a run that needs a disk but no model.
+
+    Raises:
+        StoreUnusableError: the storage root cannot be written, has no room, or lacks put-if-absent.
+        ConfigError: a dataset or model that is missing or does not fit.
+    """
+    open_store(config.storage.root).probe(config.storage.min_free_bytes)
+    if config.task.kind == "walk" or config.task.tokenizer == "bytes":
+        build_task(config.task, seed=config.seed, tokenizer=None).prompt(0, "train")
+    for role, model in config.models().items():
+        if isinstance(model, PretrainedModel):
+            _check_pretrained(config, role, model)
+    _check_same_tokenizer(config)
+
+
+def _check_pretrained(config: RunConfig, role: str, model: PretrainedModel) -> None:
+    folder = Path(model.path)
+    if not folder.is_dir():
+        if _looks_like_hub_name(model.path):
+            return  # transformers resolves it from its cache, or says why it cannot
+        raise ConfigError(
+            f"{role}.path: there is no directory {folder.absolute()}. Expected a model in Hugging Face format "
+            "(config.json, *.safetensors, tokenizer files), or a hub name such as Qwen/Qwen3-0.6B."
+        )
+    description = _json(folder / "config.json", role)
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{role}.path: {folder} holds no *.safetensors weights.")
+    room = description.get("max_position_embeddings")
+    needed = config.task.max_prompt_tokens + config.rollout.max_new_tokens
+    if room is not None and needed > room:
+        raise ConfigError(
+            f"{role}.path: {folder} has a context of {room} tokens, and task.max_prompt_tokens "
+            f"{config.task.max_prompt_tokens} + rollout.max_new_tokens {config.rollout.max_new_tokens} = {needed}. "
+            "Lower one of them or take a model with a longer context."
+        )
+
+
+def _check_same_tokenizer(config: RunConfig) -> None:
+    """Teacher and student must give every id the same meaning; tiny models both speak the task's vocabulary."""
+    models = config.models()
+    paths = {role: Path(m.path) for role, m in models.items() if isinstance(m, PretrainedModel) and Path(m.path).is_dir()}
+    if config.task.kind == "text" and Path(config.task.tokenizer).is_dir():
+        paths["task.tokenizer"] = Path(config.task.tokenizer)
+    digests = {
+        role: hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest()[:12]
+        for role, path in paths.items()
+        if (path / "tokenizer.json").is_file()
+    }
+    if len(set(digests.values())) > 1:
+        raise ConfigError(
+            f"tokenizers differ: {digests} (sha256 of tokenizer.json). Distillation compares log-probs of the same ids, "
+            "so student, teacher and task.tokenizer must share one tokenizer."
+        )
+    kinds = {type(model) for model in models.values()}
+    if kinds == {TinyModel, PretrainedModel}:
+        raise ConfigError(
+            "one model is made here for the task's own vocabulary (kind: tiny) and the other has its own (kind: "
+            "pretrained). Give both the same kind."
+        )
+    if PretrainedModel in kinds and (config.task.kind == "walk" or config.task.tokenizer == "bytes"):
+        raise ConfigError(
+            "task.tokenizer: a pretrained model needs its own tokenizer. Set task.tokenizer to the model's directory "
+            "or hub name."
+        )
+
+
+def _looks_like_hub_name(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
+def _json(path: Path, role: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{role}.path: {path} is missing; expected a model directory in Hugging Face format.")
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded

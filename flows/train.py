@@ -1,0 +1,188 @@
+"""Flow `asyncopd` (deployment `asyncopd/train`): creates or resumes a run and sees it through.
+
+    config --preflight--> Run --> pretrain (missing models) --> rollout, score, learn, evaluate --> report, artifacts
+
+It holds no arithmetic and loads no model: the roles are child processes that meet in storage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import (
+    acreate_link_artifact,
+    acreate_markdown_artifact,
+    acreate_progress_artifact,
+    acreate_table_artifact,
+    aupdate_progress_artifact,
+)
+from prefect.client.orchestration import get_client
+from prefect.context import get_run_context
+from prefect.states import Cancelled, State
+
+from asyncopd import __version__
+from asyncopd.config import RunConfig, TinyModel, load_config
+from asyncopd.errors import ConfigError
+from asyncopd.report import write_report
+from asyncopd.roles import RoleProcesses, RoleSpec
+from asyncopd.stack import prefect_environment
+from asyncopd.supervise import home, record_process
+from flows.preflight import preflight
+from storage.open import open_store
+from storage.run_log import StoredRunLog
+from storage.runs import create_run, find_model, list_runs, open_run
+
+PROGRESS_S = 10.0
+"""Between updates of the progress artifact; each costs the server 30–50 ms."""
+
+
+@flow(name="asyncopd", flow_run_name="{run_id}", log_prints=True)
+async def train(
+    config: str | dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
+    run_id: str | None = None,
+    root: str | None = None,
+) -> str | State[Any]:
+    """Train a student by on-policy distillation, or go on with a run that stopped.
+
+    Args:
+        config: path of a YAML file, or its content as a mapping. New runs default to configs/quickstart.yaml.
+        overrides: dotted keys that replace values of `config`, for example {"staleness.max_staleness": 0}.
+        run_id: of the run to go on with; a new run takes this id when no run has it.
+        root: storage root; defaults to the configuration's `storage.root`.
+    Returns:
+        The run id.
+    """
+    record_process("flow", os.getpid())
+    resolved, log = _open_or_create(config, overrides or {}, run_id, root)
+    say = get_run_logger().info
+    say(f"run {log.run_id} in {resolved.storage.root}")
+    started = time.time()
+    try:
+        if _missing_models(resolved):
+            await _run_roles(resolved, log, [RoleSpec("pretrain")])
+        await _run_roles(resolved, log, role_specs(resolved))
+    except _CancelRequested:
+        return Cancelled(message=f"cancelled; `prefect deployment run asyncopd/train -p run_id={log.run_id}` goes on")
+    await _publish_report(log, resolved, started)
+    return log.run_id
+
+
+def role_specs(config: RunConfig) -> list[RoleSpec]:
+    """The role processes of one run on one machine."""
+    return [
+        RoleSpec("learn"),
+        *(RoleSpec("rollout", number) for number in range(config.rollout.workers)),
+        *(RoleSpec("score", number) for number in range(config.score.workers)),
+        *([RoleSpec("evaluate")] if config.evaluate.every else []),
+    ]
+
+
+class _CancelRequested(Exception):
+    """Prefect's state of this flow run is Cancelling."""
+
+
+def _open_or_create(
+    config: str | dict[str, Any] | None, overrides: dict[str, Any], run_id: str | None, root: str | None
+) -> tuple[RunConfig, StoredRunLog]:
+    if root is not None:
+        overrides = {**overrides, "storage.root": root}
+    resolved = load_config(config or "configs/quickstart.yaml", overrides)
+    store = open_store(resolved.storage.root)
+    if run_id is not None and run_id in list_runs(store):
+        log = open_run(store, run_id)
+        stored = RunConfig.model_validate(log.record["config"])
+        if (config is not None or set(overrides) - {"storage.root"}) and stored != resolved:
+            raise ConfigError(
+                f"run {run_id} was started with another configuration and only goes on with its own. Leave `config` "
+                "and `overrides` out to resume it, or leave `run_id` out to start a new run."
+            )
+        preflight(stored)
+        return stored, log
+    if run_id is not None and config is None and not overrides:
+        raise ConfigError(
+            f"there is no run {run_id} in {resolved.storage.root}. Existing runs: {list_runs(store)[-5:] or 'none'}. "
+            "Name its storage root with `root`, or give a `config` to start a new run under that id."
+        )
+    preflight(resolved)
+    record = {
+        "config": resolved.model_dump(mode="json"),
+        "config_hash": resolved.digest(),
+        "code_version": __version__,
+        "seed": resolved.seed,
+        "created": time.time(),
+        "parent": None,
+    }
+    return resolved, create_run(store, run_id or new_run_id(resolved.name), record)
+
+
+def new_run_id(name: str) -> str:
+    """`quickstart-20261121-024605-3f2a`: sorts by time within a name."""
+    return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+
+
+def _missing_models(config: RunConfig) -> bool:
+    store = open_store(config.storage.root)
+    tiny = [m for m in config.models().values() if isinstance(m, TinyModel)]
+    return any(find_model(store, config.model_digest(model)) is None for model in tiny)
+
+
+async def _run_roles(config: RunConfig, log: StoredRunLog, specs: list[RoleSpec]) -> None:
+    """Run role processes to their end, while watching for cancellation and reporting progress to Prefect."""
+    logger = get_run_logger()
+    processes = RoleProcesses(
+        specs,
+        run_id=log.run_id,
+        root=config.storage.root,
+        log_dir=home() / "logs" / log.run_id,
+        env=prefect_environment(),
+        max_restarts=config.limits.max_restarts,
+        failure_of=lambda role: next((f["reason"] for f in reversed(log.failures()) if f["role"] == role), None),
+        say=logger.info,
+    )
+    running = asyncio.create_task(processes.run())
+    watching = asyncio.create_task(_watch(config, log))
+    try:
+        done, _ = await asyncio.wait((running, watching), return_when=asyncio.FIRST_COMPLETED)
+        for finished in done:
+            finished.result()
+    finally:
+        for unfinished in (running, watching):
+            unfinished.cancel()
+        # Also when this coroutine itself is being cancelled: stopping is synchronous on purpose.
+        processes.stop()
+
+
+async def _watch(config: RunConfig, log: StoredRunLog) -> None:
+    """Raise _CancelRequested within two seconds of a cancellation; keep the progress artifact up to date."""
+    flow_run_id = get_run_context().flow_run.id  # type: ignore[union-attr]
+    artifact = await acreate_progress_artifact(0.0, key="training-progress", description=log.run_id)
+    last_update = time.monotonic()
+    async with get_client() as client:
+        while True:
+            await asyncio.sleep(2)
+            flow_run = await client.read_flow_run(flow_run_id)
+            if flow_run.state is not None and flow_run.state.is_cancelling():
+                raise _CancelRequested
+            if time.monotonic() - last_update > PROGRESS_S:
+                last_update = time.monotonic()
+                policy = await asyncio.to_thread(log.latest_policy)
+                done = policy.number / config.learner.num_steps if policy else 0.0
+                await aupdate_progress_artifact(artifact, round(100 * done, 1))
+
+
+async def _publish_report(log: StoredRunLog, config: RunConfig, started: float) -> None:
+    """Write the report into the run's folder and show it in Prefect as artifacts."""
+    folder = home() / "reports" / log.run_id
+    report = await asyncio.to_thread(write_report, log, config, folder)
+    get_run_logger().info(f"report: {Path(folder) / 'report.md'} ({time.time() - started:.0f} s since the flow began)")
+    await acreate_markdown_artifact(report.markdown, key="report", description=log.run_id)
+    await acreate_table_artifact(report.table, key="evaluations", description=log.run_id)
+    await acreate_link_artifact(folder.as_uri(), link_text=f"plots and trace of {log.run_id}", key="run-folder")

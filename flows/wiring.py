@@ -1,0 +1,229 @@
+"""The composition root: from a RunConfig to stores, tasks, engines and stages. The only place that names them all.
+
+Imports torch; the `asyncopd` flow therefore never imports this module, only the role processes do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from asyncopd.config import HfTeacher, ModelConfig, OracleTeacher, RunConfig, TinyModel
+from asyncopd.evaluate.stage import EvaluateStage
+from asyncopd.learner.stage import LearnStage
+from asyncopd.learner.student import Student
+from asyncopd.losses.estimators import build_estimator
+from asyncopd.modeling import architecture_of_size, build_causal_lm, load_causal_lm, load_safetensors
+from asyncopd.ports import Scorer, ScoreRequest, Task
+from asyncopd.rollout.hf import HfSampler
+from asyncopd.rollout.stage import RolloutStage
+from asyncopd.tasks.build import build_task
+from asyncopd.tasks.tokenizers_hf import HfTokenizer
+from asyncopd.teacher.hf import HfScorer
+from asyncopd.teacher.oracle import OracleScorer
+from asyncopd.teacher.stage import ScoreStage
+from asyncopd.worker import Worker
+from storage.objects import ObjectStore
+from storage.open import open_store
+from storage.run_log import StoredRunLog
+from storage.runs import find_model, open_run, read_model
+
+EVALUATION_HEAD = 8
+"""Ids per position on which an evaluation sums KL(p‖q) exactly; four draws estimate the rest."""
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A stored run with what every role needs of it."""
+
+    store: ObjectStore
+    log: StoredRunLog
+    config: RunConfig
+    task: Task
+
+    def worker(self, role: str) -> Worker:
+        limits = self.config.limits
+        return Worker(
+            self.log, role, poll_s=limits.poll_s, deadline_s=limits.deadline_s, heartbeat_s=limits.heartbeat_s
+        )
+
+
+def open_stored_run(root: str, run_id: str) -> OpenRun:
+    """Open a run that the `asyncopd` flow created. Its configuration is the stored one, not a file's."""
+    torch.set_num_threads(1)
+    store = open_store(root)
+    log = open_run(store, run_id)
+    config = RunConfig.model_validate(log.record["config"])
+    return OpenRun(store, log, config, task_of(config))
+
+
+def task_of(config: RunConfig) -> Task:
+    """The task of a run; loads a Hugging Face tokenizer where the task names one."""
+    tokenizer = None
+    if config.task.kind == "text" and config.task.tokenizer != "bytes":
+        tokenizer = HfTokenizer(config.task.tokenizer)
+    return build_task(config.task, seed=config.seed, tokenizer=tokenizer)
+
+
+# -- models -------------------------------------------------------------------------------------------------------
+def architecture_of(model: ModelConfig, task: Task) -> dict[str, Any]:
+    """The transformers configuration of a tiny model for the vocabulary of `task`."""
+    assert isinstance(model, TinyModel)
+    return architecture_of_size(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_heads=model.num_heads,
+        vocab_size=task.tokenizer.vocab_size,
+        max_positions=model.max_context,
+        eos_id=task.tokenizer.eos_id,
+        pad_id=task.tokenizer.pad_id,
+    )
+
+
+def load_model(run: OpenRun, model: ModelConfig) -> PreTrainedModel:
+    """A model with its weights, float32: from the cache of pre-trained ones, or from its own directory."""
+    if not isinstance(model, TinyModel):
+        return load_causal_lm(model.path)
+    objects = read_model(run.store, run.config.model_digest(model))
+    causal_lm = build_causal_lm(json.loads(objects["config.json"]), seed=0)
+    load_safetensors(causal_lm, objects["model.safetensors"])
+    return causal_lm
+
+
+def student_skeleton(run: OpenRun) -> PreTrainedModel:
+    """The student's architecture without its weights, as the learner stored it: samplers fetch weights by version."""
+    return build_causal_lm(json.loads(run.log.read_architecture()["config.json"]), seed=0)
+
+
+# -- stages -------------------------------------------------------------------------------------------------------
+def hf_sampler(run: OpenRun, *, head: int, num_draws: int, law: Any, seed: int, slots: int) -> HfSampler:
+    config = run.config
+    return HfSampler(
+        student_skeleton(run),
+        slots=slots,
+        max_context=run.task.max_prompt_tokens + config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        head=head,
+        num_draws=num_draws,
+        law=law,
+        seed=seed,
+        eos_id=run.task.tokenizer.eos_id,
+        pad_id=run.task.tokenizer.pad_id,
+    )
+
+
+def rollout_stage(run: OpenRun, worker: Worker) -> tuple[RolloutStage, HfSampler]:
+    """The rollout stage with its engine, which the caller closes."""
+    config, cached = run.config, run.config.cached()
+    sampler = hf_sampler(
+        run,
+        head=cached.head,
+        num_draws=cached.num_draws,
+        law=cached.law,
+        seed=config.seed,
+        slots=config.rollout.slots,
+    )
+    stage = RolloutStage(
+        run.log,
+        worker,
+        plan=config.plan,
+        task=run.task,
+        sampler=sampler,
+        max_new_tokens=config.rollout.max_new_tokens,
+        lease_s=config.limits.lease_s,
+        busy_intervals=sampler.busy_intervals,
+    )
+    return stage, sampler
+
+
+def scorer_of(run: OpenRun) -> Scorer:
+    """The run's teacher."""
+    teacher = run.config.teacher
+    if isinstance(teacher, OracleTeacher):
+        return OracleScorer(run.task, name=teacher.name, smoothing=teacher.smoothing)
+    assert isinstance(teacher, HfTeacher)
+    return HfScorer(
+        load_model(run, teacher.model),
+        name=teacher.name,
+        tokenizer_digest=run.task.tokenizer.digest,
+        row_capacity=run.config.score.row_capacity,
+    )
+
+
+def score_stage(run: OpenRun, worker: Worker) -> ScoreStage:
+    config, cached = run.config, run.config.cached()
+    top_k = run.task.tokenizer.vocab_size if cached.full_vocabulary else cached.top_k
+    request = ScoreRequest(
+        top_k=top_k,
+        num_teacher_draws=cached.num_teacher_draws,
+        temperature=config.rollout.temperature,
+        seed=config.seed,
+    )
+    return ScoreStage(
+        run.log, worker, plan=config.plan, scorer=scorer_of(run), request=request, lease_s=config.limits.lease_s
+    )
+
+
+def learn_stage(run: OpenRun, worker: Worker) -> LearnStage:
+    """The learner. Stores the student's architecture, which samplers wait for, before version 0."""
+    config = run.config
+    causal_lm = load_model(run, config.student)
+    run.log.publish_architecture({"config.json": json.dumps(causal_lm.config.to_dict()).encode()})
+    student = Student(
+        causal_lm,
+        build_estimator(config.loss),
+        Accelerator(mixed_precision="bf16" if config.learner.compute_dtype == "bfloat16" else "no"),
+        lr=config.learner.lr,
+        warmup_steps=config.learner.warmup_steps,
+        num_steps=config.learner.num_steps,
+        schedule=config.learner.schedule,
+        weight_decay=config.learner.weight_decay,
+        grad_clip=config.learner.grad_clip,
+        row_capacity=config.learner.row_capacity,
+        rows_per_micro_batch=config.learner.rows_per_micro_batch,
+        temperature=config.rollout.temperature,
+    )
+    return LearnStage(
+        run.log,
+        worker,
+        plan=config.plan,
+        student=student,
+        teacher=config.teacher.name,
+        checkpoint_every=config.learner.checkpoint_every,
+    )
+
+
+def evaluate_stage(run: OpenRun, worker: Worker) -> tuple[EvaluateStage, HfSampler]:
+    """The evaluator with its engine, which the caller closes."""
+    config = run.config
+    # Another seed than training: held-out prompts carry the same indices.
+    sampler = hf_sampler(
+        run, head=EVALUATION_HEAD, num_draws=4, law="tail", seed=config.seed + 1, slots=config.rollout.slots
+    )
+    stage = EvaluateStage(
+        run.log,
+        worker,
+        task=run.task,
+        sampler=sampler,
+        scorer=scorer_of(run),
+        temperature=config.rollout.temperature,
+        num_prompts=config.evaluate.num_prompts,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+    return stage, sampler
+
+
+def missing_models(run: OpenRun) -> Mapping[str, TinyModel]:
+    """The tiny models of a run that no earlier run has pre-trained, by role."""
+    return {
+        role: model
+        for role, model in run.config.models().items()
+        if isinstance(model, TinyModel) and find_model(run.store, run.config.model_digest(model)) is None
+    }

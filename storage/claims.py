@@ -1,0 +1,131 @@
+"""Who works on which shard: claims that expire when their holder's heartbeat stands still.
+
+    claims/<stage>/<shard>.1.json   put-if-absent: exactly one worker gets attempt 1
+    claims/<stage>/<shard>.2.json   put by whoever saw the holder of attempt 1 dead; again exactly one
+
+Time is only ever the observer's own monotonic clock: it measures how long a heartbeat's bytes did not change.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from asyncopd.errors import ShardCorruptError
+from asyncopd.types import IndexRange
+from storage.layout import RunLayout
+from storage.objects import ObjectStore
+from storage.records import Claim, Heartbeat, from_json, to_json
+
+
+@dataclass(frozen=True)
+class _Sighting:
+    """A heartbeat as this observer saw it first."""
+
+    body: bytes | None
+    seen_s: float
+    """The observer's monotonic clock."""
+
+
+class ClaimLog:
+    """Claims and heartbeats of one run, as seen by this process."""
+
+    store: ObjectStore
+    layout: RunLayout
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._sightings: dict[str, _Sighting] = {}
+        self._newest: dict[tuple[str, IndexRange], Claim] = {}
+        self._beats: dict[str, int] = {}
+        self._claim_lock = threading.Lock()
+        # Of its own, so that a claim that waits for a slow store does not hold up the heartbeat.
+        self._beat_lock = threading.Lock()
+
+    def claim(self, stage: str, shard: IndexRange, *, worker: str, lease_s: float) -> bool:
+        """True when `worker` now holds the shard: nobody did, or the holder's heartbeat stood still for `lease_s`."""
+        with self._claim_lock:
+            if worker not in self._beats:
+                # Otherwise an old heartbeat of this name, perhaps a retired one, would make the new claim look dead.
+                self.heartbeat(worker, {})
+            claim = self._newest.get((stage, shard))
+            while True:
+                if claim is not None and claim.worker == worker:
+                    successor = self._find_claim(stage, shard, claim.attempt + 1)
+                    if successor is None:
+                        return True
+                    claim = self._newest[stage, shard] = successor
+                    continue
+                if claim is not None and not self._dead(claim.worker, lease_s):
+                    return False
+                attempt = 1 if claim is None else claim.attempt + 1
+                mine = Claim(stage=stage, shard=shard, attempt=attempt, worker=worker, claimed=time.time())
+                key, body = self.layout.claim(stage, shard, attempt), _claim_to_json(mine)
+                won = self.store.put_if_absent(key, body, durable=False)
+                claim = self._newest[stage, shard] = mine if won else self._read_claim(stage, shard, attempt)
+
+    def heartbeat(self, worker: str, status: Mapping[str, Any]) -> None:
+        """Renew every lease of `worker` and tell what it does; overwrites the worker's previous heartbeat."""
+        self._beat(worker, status, retired=False)
+
+    def retire(self, worker: str) -> None:
+        """The worker stops in good order: its unfinished claims are free at once."""
+        self._beat(worker, {}, retired=True)
+        with self._beat_lock:
+            self._beats.pop(worker, None)
+
+    def claims(self) -> list[Claim]:
+        """Every claim ever made, by stage, shard and attempt."""
+        parsed = [self.layout.parse_claim(key) for key in self.store.list(self.layout.claims)]
+        return [self._read_claim(*claim) for claim in sorted(parsed)]
+
+    def heartbeats(self) -> dict[str, Heartbeat]:
+        """The last heartbeat of every worker, by worker."""
+        beats = (self._read_heartbeat(key, self.store.find(key)) for key in self.store.list(self.layout.heartbeats))
+        return {beat.worker: beat for beat in beats if beat is not None}
+
+    # -- private --------------------------------------------------------------------------------------------------
+    def _beat(self, worker: str, status: Mapping[str, Any], *, retired: bool) -> None:
+        with self._beat_lock:
+            # The count makes two beats differ even within one tick of the clock.
+            beat = self._beats[worker] = self._beats.get(worker, 0) + 1
+        fields = {"worker": worker, "beat": beat, "beaten": time.time(), "retired": retired, "status": status}
+        self.store.put(self.layout.heartbeat(worker), to_json(fields), durable=False)
+
+    def _dead(self, worker: str, lease_s: float) -> bool:
+        """Has `worker` retired, or has its heartbeat not changed for `lease_s` while this process was looking?"""
+        key = self.layout.heartbeat(worker)
+        body, now_s = self.store.find(key), self._clock()
+        sighting = self._sightings.get(worker)
+        if sighting is None or sighting.body != body:
+            sighting = self._sightings[worker] = _Sighting(body, now_s)
+        beat = self._read_heartbeat(key, body)
+        return (beat is not None and beat.retired) or now_s - sighting.seen_s >= lease_s
+
+    def _find_claim(self, stage: str, shard: IndexRange, attempt: int) -> Claim | None:
+        exists = self.store.exists(self.layout.claim(stage, shard, attempt))
+        return self._read_claim(stage, shard, attempt) if exists else None
+
+    def _read_claim(self, stage: str, shard: IndexRange, attempt: int) -> Claim:
+        key = self.layout.claim(stage, shard, attempt)
+        try:
+            fields = from_json(self.store.get(key), key, dict)
+        except ShardCorruptError:
+            # Claims are not flushed, so a power cut can leave an empty one: held by nobody, and free after a lease.
+            fields = {"worker": "?", "claimed": 0.0}
+        return Claim(stage=stage, shard=shard, attempt=attempt, worker=fields["worker"], claimed=fields["claimed"])
+
+    def _read_heartbeat(self, key: str, body: bytes | None) -> Heartbeat | None:
+        if not body:
+            return None
+        fields = from_json(body, key, dict)
+        return Heartbeat(
+            worker=fields["worker"], beaten=fields["beaten"], retired=fields["retired"], status=fields["status"]
+        )
+
+
+def _claim_to_json(claim: Claim) -> bytes:
+    return to_json({"worker": claim.worker, "claimed": claim.claimed})

@@ -1,0 +1,123 @@
+"""Publication: write the data objects, then the manifest that promises them; and verified reading.
+
+    put data (unique keys) ... -> put_if_absent manifest -> True : visible, complete, final
+                                                         -> False: somebody was first, our data objects are deleted
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from asyncopd.errors import ObjectMissingError, ShardCorruptError
+from asyncopd.types import Manifest
+from storage.objects import ObjectStore
+from storage.records import from_json, manifest_from_json, manifest_to_json
+
+
+def publish(
+    store: ObjectStore,
+    manifest_key: str,
+    objects: Mapping[str, bytes],
+    *,
+    kind: str,
+    worker: str,
+    facts: Mapping[str, Any],
+) -> bool:
+    """Make `objects` visible under `manifest_key`; their keys must be this writer's own.
+
+    False when `manifest_key` exists already; then nothing of ours remains.
+    """
+    if store.exists(manifest_key):
+        return False
+    manifest = Manifest(
+        kind=kind,
+        objects={key: {"size_bytes": len(body), "sha256": sha256(body)} for key, body in objects.items()},
+        created=time.time(),
+        worker=worker,
+        facts=facts,
+    )
+    record = manifest_to_json(manifest)
+    for key, body in objects.items():
+        store.put(key, body)
+    # Manifest last: a crash before this line leaves unreferenced objects, never a half shard.
+    if store.put_if_absent(manifest_key, record):
+        return True
+    for key in objects:
+        store.delete(key)
+    return False
+
+
+def find_manifest(store: ObjectStore, manifest_key: str) -> Manifest | None:
+    """The manifest under `manifest_key`; None when nothing was published there. Does not look at the data."""
+    body = store.find(manifest_key)
+    return None if body is None else from_json(body, manifest_key, manifest_from_json)
+
+
+def read_manifest(store: ObjectStore, manifest_key: str) -> Manifest:
+    """The manifest under `manifest_key`. Raises ObjectMissingError when nothing was published there."""
+    return from_json(store.get(manifest_key), manifest_key, manifest_from_json)
+
+
+def read_objects(store: ObjectStore, manifest_key: str, manifest: Manifest) -> dict[str, bytes]:
+    """The bodies `manifest` promises, by key, each checked against its size and sha256.
+
+    Raises:
+        ObjectMissingError: a promised object does not exist.
+        ShardCorruptError: an object's bytes are not the promised ones.
+    """
+    return {
+        key: _read_object(store, manifest_key, manifest.kind, key, promise) for key, promise in manifest.objects.items()
+    }
+
+
+def sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+def what_to_do(manifest_key: str, kind: str) -> str:
+    """Advice for an object that is missing or corrupt, by what the manifest stands for."""
+    if kind in ("trajectories", "scores"):
+        return (
+            "Restore the object, or run `asyncopd maintain quarantine "
+            f"{manifest_key}` to have its indices generated again."
+        )
+    if kind == "checkpoint":
+        return f"Restore the object, or run `asyncopd maintain quarantine {manifest_key}` to use an older checkpoint."
+    return "Restore the object; nothing else can make it again."
+
+
+def quarantine(store: ObjectStore, manifest_key: str) -> str:
+    """Take the manifest out of the run, so that what it stands for counts as not published; returns its new key.
+
+    Raises ObjectMissingError when there is no such manifest. The data objects stay where they are.
+    """
+    body = store.get(manifest_key)
+    root, _, rest = manifest_key.rpartition("/")
+    moved = f"{root}/quarantine/{time.time_ns()}.{rest}"
+    store.put(moved, body)
+    store.delete(manifest_key)
+    return moved
+
+
+def _read_object(store: ObjectStore, manifest_key: str, kind: str, key: str, promise: Mapping[str, Any]) -> bytes:
+    advice = what_to_do(manifest_key, kind)
+    body = store.find(key)
+    if body is None:
+        raise ObjectMissingError(
+            f"{key} does not exist in {store.url}, but the manifest {manifest_key} promises "
+            f"{promise['size_bytes']} bytes. {advice}"
+        )
+    if len(body) != promise["size_bytes"]:
+        raise ShardCorruptError(
+            f"{key}: found {len(body)} bytes, the manifest expects {promise['size_bytes']}. {advice}"
+        )
+    found, expected = sha256(body), promise["sha256"]
+    if found != expected:
+        raise ShardCorruptError(
+            f"{key}: sha256 {found[:12]} does not match the manifest's {expected[:12]} ({len(body)} bytes read). "
+            f"{advice}"
+        )
+    return body

@@ -1,0 +1,66 @@
+"""Evaluations, spans and failures: what a run tells about itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from asyncopd.types import Evaluation, Span
+from storage.layout import RunLayout, parse_version
+from storage.lineage import Lineage, surviving
+from storage.objects import ObjectStore
+from storage.records import (
+    Failure,
+    evaluation_from_json,
+    evaluation_to_json,
+    from_json,
+    spans_from_json,
+    spans_to_json,
+    to_json,
+)
+
+
+class ObservationLog:
+    """Evaluations, spans and failures of one run."""
+
+    store: ObjectStore
+    layout: RunLayout
+    lineage: Lineage
+
+    def publish_evaluation(self, evaluation: Evaluation) -> None:
+        """Record the quality of one version; the first evaluation of a version is kept."""
+        self.store.put_if_absent(self.layout.evaluation(evaluation.version), evaluation_to_json(evaluation))
+
+    def evaluations(self) -> list[Evaluation]:
+        """Evaluations of the surviving lineage, by version."""
+        keys = self.store.folder(self.layout.evaluations).keys
+        found = [version for key in keys if (version := parse_version(key)) is not None]
+        kept = [self.layout.evaluation(version) for version in surviving(found, self.lineage.rewinds())]
+        return [from_json(self.store.get(key), key, evaluation_from_json) for key in kept]
+
+    def publish_spans(self, worker: str, sequence: int, spans: Sequence[Span]) -> None:
+        """Write the `sequence`-th batch of a worker's spans; writing it again replaces it."""
+        self.store.put(self.layout.span(worker, sequence), spans_to_json(spans))
+
+    def spans(self) -> list[Span]:
+        """All spans of all workers, by start."""
+        spans = []
+        for key in self.store.list(self.layout.spans):
+            spans += from_json(self.store.get(key), key, spans_from_json)
+        return sorted(spans, key=lambda span: span.start)
+
+    def publish_failure(self, role: str, worker: str, reason: str) -> None:
+        """Record why a role failed; every call adds a record."""
+        now = time.time()
+        fields = {"role": role, "worker": worker, "reason": reason, "failed": now}
+        self.store.put(self.layout.failure(now, role, worker), to_json(fields))
+
+    def failures(self) -> list[Failure]:
+        """All failures, oldest first."""
+        failures = []
+        for key in self.store.list(self.layout.failures):
+            fields = from_json(self.store.get(key), key, dict)
+            failures.append(
+                Failure(role=fields["role"], worker=fields["worker"], reason=fields["reason"], failed=fields["failed"])
+            )
+        return failures

@@ -1,0 +1,217 @@
+"""One Run in storage: the `RunLog` every stage talks to. This file owns shards; the other nouns have their own files.
+
+    rollout --publish_trajectories--> trajectories/ --read--> teacher --publish_scores--> scores/ --read--> learner
+       ^                                                                                                      |
+       +---- latest_policy, read_policy ---- policies/ <----------------- publish_policy, publish_step -------+
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from asyncopd.errors import ShapeError, ShardCorruptError
+from asyncopd.types import IndexRange, Manifest, TeacherScores, Trajectory
+from storage.claims import ClaimLog
+from storage.layout import RunLayout, decode_name, new_attempt, parse_shard
+from storage.learner_log import LearnerLog
+from storage.lineage import Lineage
+from storage.manifests import find_manifest, publish, read_manifest, read_objects, what_to_do
+from storage.objects import ObjectStore
+from storage.observations import ObservationLog
+from storage.policies import PolicyLog
+from storage.records import from_json
+from storage.schema import SCHEMA_VERSION, TopkPrecision
+from storage.shards import decode_scores, decode_trajectories, encode_scores, encode_trajectories
+
+
+class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, ObservationLog):
+    """`asyncopd.ports.RunLog` on an object store. Safe to share between threads."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        run_id: str,
+        *,
+        topk_precision: TopkPrecision = "float32",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock` measures leases, in seconds. Use `create_run` or `open_run` rather than this constructor."""
+        self.store = store
+        self.layout = RunLayout(run_id)
+        self.lineage = Lineage(store, self.layout)
+        self.run_id = run_id
+        self._topk_precision: TopkPrecision = topk_precision
+        self._record: Mapping[str, Any] | None = None
+        PolicyLog.__init__(self)
+        ClaimLog.__init__(self, clock)
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What `create_run` stored: config, config_hash, code_version, created, parent. Read once, then remembered."""
+        if self._record is None:
+            key = self.layout.record
+            self._record = from_json(self.store.get(key), key, dict)
+        return self._record
+
+    # -- rollouts -------------------------------------------------------------------------------------------------
+    def find_trajectories(self, shard: IndexRange) -> Manifest | None:
+        return find_manifest(self.store, self.layout.shard_manifest(self.layout.trajectories, shard))
+
+    def read_trajectories(self, shard: IndexRange) -> list[Trajectory]:
+        """The trajectories of a shard in index order, without the dropped ones; their arrays are read-only.
+
+        Raises:
+            ObjectMissingError: the shard was not published, or its data is gone.
+            ShardCorruptError: the data is not what the manifest promises.
+        """
+        key, manifest, data_key, body = self._read_shard(self.layout.trajectories, shard)
+        trajectories = decode_trajectories(body, data_key)
+        _check_rows(key, manifest, shard, [trajectory.index for trajectory in trajectories])
+        return trajectories
+
+    def publish_trajectories(
+        self, shard: IndexRange, trajectories: Sequence[Trajectory], *, worker: str, facts: Mapping[str, Any]
+    ) -> bool:
+        """Make a shard visible; `facts["dropped"]` maps each index without a trajectory to the reason.
+
+        Returns:
+            False when another worker's complete shard was there first; ours is then discarded.
+        Raises:
+            ShapeError: trajectories and dropped indices do not add up to the shard.
+        """
+        ordered = sorted(trajectories, key=lambda trajectory: trajectory.index)
+        _check_cover(shard, [trajectory.index for trajectory in ordered], facts.get("dropped", {}))
+        known = {
+            "num_tokens": sum(len(trajectory.response_ids) for trajectory in ordered),
+            "version_first": min((trajectory.version_first for trajectory in ordered), default=None),
+            "version_last": max((trajectory.version_last for trajectory in ordered), default=None),
+        }
+        body = encode_trajectories(ordered, self.run_id)
+        return self._publish_shard("trajectories", shard, body, len(ordered), worker=worker, facts={**facts, **known})
+
+    def trajectory_shards(self) -> list[IndexRange]:
+        """All published shards of trajectories, in index order."""
+        return self._shards(self.layout.trajectories)
+
+    # -- scores ---------------------------------------------------------------------------------------------------
+    def find_scores(self, teacher: str, shard: IndexRange) -> Manifest | None:
+        return find_manifest(self.store, self.layout.shard_manifest(self.layout.scores(teacher), shard))
+
+    def read_scores(self, teacher: str, shard: IndexRange) -> list[TeacherScores]:
+        """The scores of a shard in index order, without the dropped ones; their arrays are read-only.
+
+        Raises as `read_trajectories` does.
+        """
+        key, manifest, data_key, body = self._read_shard(self.layout.scores(teacher), shard)
+        scores = decode_scores(body, data_key)
+        _check_rows(key, manifest, shard, [row.index for row in scores])
+        return scores
+
+    def publish_scores(
+        self, teacher: str, shard: IndexRange, scores: Sequence[TeacherScores], *, worker: str, facts: Mapping[str, Any]
+    ) -> bool:
+        """Make a teacher's scores of a shard visible. Indices dropped at rollout are dropped here without being named.
+
+        Returns and raises as `publish_trajectories` does.
+        """
+        ordered = sorted(scores, key=lambda row: row.index)
+        dropped: dict[int, str] = dict(facts.get("dropped", {}))
+        if len(ordered) + len(dropped) < len(shard):
+            rollout = self.find_trajectories(shard)
+            dropped = {**(rollout.facts.get("dropped", {}) if rollout else {}), **dropped}
+        _check_cover(shard, [row.index for row in ordered], dropped)
+        known: dict[str, Any] = {
+            "num_tokens": sum(len(row.sampled_logprobs_T) for row in ordered),
+            "teacher": teacher,
+            "teacher_digests": sorted({row.teacher_digest for row in ordered}),
+        }
+        if dropped:
+            known["dropped"] = dropped
+        body = encode_scores(ordered, self.run_id, self._topk_precision)
+        folder = self.layout.scores(teacher)
+        return self._publish_shard(
+            "scores", shard, body, len(ordered), worker=worker, facts={**facts, **known}, folder=folder
+        )
+
+    def score_shards(self, teacher: str) -> list[IndexRange]:
+        """All published shards of a teacher's scores, in index order."""
+        return self._shards(self.layout.scores(teacher))
+
+    def teachers(self) -> list[str]:
+        """The teachers that have scored something."""
+        return [decode_name(name) for name in self.store.folder(self.layout.all_scores).folders]
+
+    # -- architecture ---------------------------------------------------------------------------------------------
+    def publish_architecture(self, objects: Mapping[str, bytes], *, worker: str = "") -> bool:
+        """Store what engines need besides weights (config, tokenizer files), by name. False when it was there."""
+        attempt = new_attempt()
+        named = {self.layout.architecture_object(attempt, name): body for name, body in objects.items()}
+        return publish(
+            self.store, self.layout.architecture_manifest, named, kind="architecture", worker=worker, facts={}
+        )
+
+    def read_architecture(self) -> Mapping[str, bytes]:
+        """What `publish_architecture` stored, by name. Raises as `read_trajectories` does."""
+        key = self.layout.architecture_manifest
+        bodies = read_objects(self.store, key, read_manifest(self.store, key))
+        return {object_key.rsplit("/", 1)[1]: body for object_key, body in bodies.items()}
+
+    # -- private --------------------------------------------------------------------------------------------------
+    def _publish_shard(
+        self,
+        kind: str,
+        shard: IndexRange,
+        body: bytes,
+        num_rows: int,
+        *,
+        worker: str,
+        facts: Mapping[str, Any],
+        folder: str = "",
+    ) -> bool:
+        folder = folder or self.layout.trajectories
+        own = {"num_rows": num_rows, "index_range": [shard.start, shard.stop], "parquet_schema_version": SCHEMA_VERSION}
+        return publish(
+            self.store,
+            self.layout.shard_manifest(folder, shard),
+            {self.layout.shard_object(folder, shard): body},
+            kind=kind,
+            worker=worker,
+            facts={**facts, **own},
+        )
+
+    def _read_shard(self, folder: str, shard: IndexRange) -> tuple[str, Manifest, str, bytes]:
+        """(manifest key, manifest, data key, verified data) of one shard."""
+        key = self.layout.shard_manifest(folder, shard)
+        manifest = read_manifest(self.store, key)
+        ((data_key, body),) = read_objects(self.store, key, manifest).items()
+        return key, manifest, data_key, body
+
+    def _shards(self, folder: str) -> list[IndexRange]:
+        keys = self.store.folder(folder).keys
+        return sorted(shard for key in keys if (shard := parse_shard(key)) is not None)
+
+
+def _check_cover(shard: IndexRange, rows: Sequence[int], dropped: Iterable[int]) -> None:
+    """Raise ShapeError unless every index of `shard` has exactly one row or one reason for having none."""
+    if sorted([*rows, *dropped]) != list(shard.indices):
+        raise ShapeError(
+            f"shard {shard.name}: rows for {list(rows)} and dropped indices {sorted(dropped)} do not add up to "
+            f"[{shard.start}, {shard.stop}). Give each index a row, or a reason in facts['dropped']."
+        )
+
+
+def _check_rows(key: str, manifest: Manifest, shard: IndexRange, rows: Sequence[int]) -> None:
+    """Raise ShardCorruptError unless the rows found are those the manifest promises."""
+    expected_rows, expected_range = manifest.facts["num_rows"], manifest.facts["index_range"]
+    dropped = manifest.facts.get("dropped", {})
+    if (
+        expected_range != [shard.start, shard.stop]
+        or len(rows) != expected_rows
+        or sorted([*rows, *dropped]) != list(shard.indices)
+    ):
+        raise ShardCorruptError(
+            f"{key}: found {len(rows)} rows for indices {list(rows)}, the manifest expects {expected_rows} rows of "
+            f"{expected_range} without dropped {sorted(dropped)}. {what_to_do(key, manifest.kind)}"
+        )

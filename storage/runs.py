@@ -1,0 +1,70 @@
+"""Runs and shared models of a storage root: create, open, list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from asyncopd.errors import StorageError
+from asyncopd.types import Manifest
+from storage.layout import RUNS, RunLayout, model_manifest, model_object, new_attempt
+from storage.manifests import find_manifest, publish, read_manifest, read_objects
+from storage.objects import ObjectStore
+from storage.records import from_json, to_json
+from storage.run_log import StoredRunLog
+from storage.schema import TopkPrecision
+
+
+def create_run(
+    store: ObjectStore, run_id: str, record: Mapping[str, Any], *, topk_precision: TopkPrecision = "float32"
+) -> StoredRunLog:
+    """Store `record` (config, config_hash, code_version, created, parent) as a new run and open it.
+
+    A run that exists with an equal `config_hash` is opened as it is: a restarted flow finds its own run again.
+
+    Raises:
+        StorageError: the run exists with another `config_hash`, or `run_id` cannot be part of a key.
+    """
+    key = RunLayout(run_id).record
+    if not store.put_if_absent(key, to_json(record)):
+        found = from_json(store.get(key), key, dict)
+        if found.get("config_hash") != record.get("config_hash"):
+            raise StorageError(
+                f"run {run_id} exists in {store.url} with config hash {found.get('config_hash')}, not "
+                f"{record.get('config_hash')}. Choose another run id, or start it with the config it was made with."
+            )
+    return StoredRunLog(store, run_id, topk_precision=topk_precision)
+
+
+def open_run(store: ObjectStore, run_id: str, *, topk_precision: TopkPrecision = "float32") -> StoredRunLog:
+    """The run's log. Raises StorageError (ObjectMissingError) when there is no such run."""
+    log = StoredRunLog(store, run_id, topk_precision=topk_precision)
+    if not store.exists(log.layout.record):
+        raise store.missing(log.layout.record)
+    return log
+
+
+def list_runs(store: ObjectStore) -> list[str]:
+    """The ids of all runs, sorted."""
+    return [run_id for run_id in store.folder(RUNS).folders if store.exists(RunLayout(run_id).record)]
+
+
+def publish_model(
+    store: ObjectStore, digest: str, objects: Mapping[str, bytes], facts: Mapping[str, Any], *, worker: str = ""
+) -> bool:
+    """Store a pretrained model for all runs under the digest of how it was made. False when it was there before."""
+    attempt = new_attempt()
+    named = {model_object(digest, attempt, name): body for name, body in objects.items()}
+    return publish(store, model_manifest(digest), named, kind="model", worker=worker, facts=facts)
+
+
+def find_model(store: ObjectStore, digest: str) -> Manifest | None:
+    """The manifest of a stored model; None when nobody made it yet."""
+    return find_manifest(store, model_manifest(digest))
+
+
+def read_model(store: ObjectStore, digest: str) -> Mapping[str, bytes]:
+    """The bodies of a stored model, by name. Raises ObjectMissingError or ShardCorruptError."""
+    key = model_manifest(digest)
+    bodies = read_objects(store, key, read_manifest(store, key))
+    return {object_key.rsplit("/", 1)[1]: body for object_key, body in bodies.items()}
