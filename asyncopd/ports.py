@@ -211,6 +211,10 @@ class RunLog(Protocol):
         """The learner went back to `to_step`: later steps and versions are superseded. Returns the rewind's number."""
         ...
 
+    def current_rewind(self) -> int:
+        """Number of the last recorded rewind, under which a learner publishes; 0 before the first."""
+        ...
+
     # -- observations -------------------------------------------------------------------------------------------
     def publish_evaluation(self, evaluation: Evaluation) -> None: ...
 
@@ -219,3 +223,92 @@ class RunLog(Protocol):
     def publish_spans(self, worker: str, sequence: int, spans: Sequence[Span]) -> None: ...
 
     def publish_failure(self, role: str, worker: str, reason: str) -> None: ...
+
+
+class FailureRecord(Protocol):
+    """Why a role failed."""
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def worker(self) -> str: ...
+
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def failed(self) -> float:
+        """Unix time, seconds."""
+        ...
+
+
+class HeartbeatRecord(Protocol):
+    """The last sign of life of a worker."""
+
+    @property
+    def worker(self) -> str: ...
+
+    @property
+    def beaten(self) -> float:
+        """Unix time, seconds, of the worker's clock."""
+        ...
+
+    @property
+    def retired(self) -> bool:
+        """The worker stopped in good order; its `status` is then empty."""
+        ...
+
+    @property
+    def status(self) -> Mapping[str, Any]: ...
+
+
+class RewindRecord(Protocol):
+    """The learner went back to the state after `to_step` steps."""
+
+    @property
+    def to_step(self) -> int: ...
+
+
+class RunHistory(Protocol):
+    """One Run for those who only look, reports and progress displays. A run that does not exist yet reads as empty."""
+
+    run_id: str
+
+    def steps(self) -> Sequence[TrainStep]:
+        """All steps of the surviving lineage, in order."""
+        ...
+
+    def find_step(self, number: int) -> TrainStep | None: ...
+
+    def latest_policy(self) -> PolicyVersion | None: ...
+
+    def evaluations(self) -> Sequence[Evaluation]:
+        """Those of the surviving lineage, by version."""
+        ...
+
+    def spans(self) -> Sequence[Span]:
+        """Of all workers, by start."""
+        ...
+
+    def heartbeats(self) -> Mapping[str, HeartbeatRecord]:
+        """By worker."""
+        ...
+
+    def failures(self) -> Sequence[FailureRecord]:
+        """Oldest first."""
+        ...
+
+    def rewinds(self) -> Sequence[RewindRecord]:
+        """Oldest first."""
+        ...
+
+    def trajectory_shards(self) -> Sequence[IndexRange]:
+        """Published shards of trajectories, in index order."""
+        ...
+
+    def score_shards(self, teacher: str) -> Sequence[IndexRange]: ...
+
+    def find_trajectories(self, shard: IndexRange) -> Manifest | None: ...
+
+    def read_trajectories(self, shard: IndexRange) -> Sequence[Trajectory]: ...

@@ -19,7 +19,7 @@ from asyncopd.errors import ConfigError
 from asyncopd.types import DrawLaw
 
 LOGPROB_FLOOR = -100.0
-"""Nats; stored where a log-prob is −inf or lower: exp(−100) is 0 in any loss, and unlike −inf it is safe to subtract."""
+"""Nats; stored where a log-prob is lower or −inf. exp(−100) is 0 in any loss, and unlike −inf it can be subtracted."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -61,7 +61,7 @@ def uniforms(keys_A: NDArray[np.uint64], positions_A: NDArray[np.int64], num_lan
     """[A, num_lanes] numbers in [0, 1), a pure function of key, position and lane; chained splitmix64."""
     keys = _absorb(keys_A, positions_A.astype(np.uint64))[:, None]
     lanes = np.arange(num_lanes, dtype=np.uint64)[None, :]
-    return (_absorb(keys, lanes) >> np.uint64(11)) * 2.0**-53
+    return np.multiply(_absorb(keys, lanes) >> np.uint64(11), 2.0**-53, dtype=np.float64)
 
 
 def law_logprobs(logits_AV: Tensor, *, temperature: float, top_p: float) -> Tensor:

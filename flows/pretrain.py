@@ -12,7 +12,7 @@ from asyncopd.config import TinyModel
 from asyncopd.learner.pretrain import pretrain as train_on_demonstrations
 from asyncopd.modeling import build_causal_lm, to_safetensors
 from asyncopd.worker import Worker
-from flows.wiring import OpenRun, architecture_of, missing_models, open_stored_run
+from flows.wiring import OpenRun, architecture_of, missing_models, open_stored_run, task_of
 from storage.runs import publish_model
 
 
@@ -28,10 +28,11 @@ async def pretrain(run_id: str, root: str = "runs") -> None:
     worker = run.worker("pretrain")
     async with worker.alive():
         for role, model in missing_models(run).items():
-            await asyncio.to_thread(_make, run, worker, role, model)
+            await asyncio.to_thread(make_model, run, worker, role, model)
 
 
-def _make(run: OpenRun, worker: Worker, role: str, model: TinyModel) -> None:
+def make_model(run: OpenRun, worker: Worker, role: str, model: TinyModel) -> None:
+    """Train one tiny model and publish it under its digest. Repeating it is harmless: the first one is kept."""
     settings = model.pretrain
     architecture = architecture_of(model, run.task)
     causal_lm = build_causal_lm(architecture, seed=settings.seed)
@@ -44,13 +45,13 @@ def _make(run: OpenRun, worker: Worker, role: str, model: TinyModel) -> None:
     with worker.span("pretrain", role):
         loss = train_on_demonstrations(
             causal_lm,
-            run.task,
+            # The model's own seed, not the run's: the product is shared by all runs with the same settings.
+            task_of(run.config, settings.seed),
             num_steps=settings.num_steps,
             batch_size=settings.batch_size,
             lr=settings.lr,
             warmup_steps=settings.warmup_steps,
             row_capacity=run.config.learner.row_capacity,
-            seed=settings.seed,
             on_step=on_step,
         )
     publish_model(

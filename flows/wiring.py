@@ -24,10 +24,12 @@ from asyncopd.ports import Scorer, ScoreRequest, Task
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.rollout.stage import RolloutStage
 from asyncopd.tasks.build import build_task
+from asyncopd.tasks.walk import WalkTask
 from asyncopd.tasks.tokenizers_hf import HfTokenizer
 from asyncopd.teacher.hf import HfScorer
 from asyncopd.teacher.oracle import OracleScorer
 from asyncopd.teacher.stage import ScoreStage
+from asyncopd.types import DrawLaw
 from asyncopd.worker import Worker
 from storage.objects import ObjectStore
 from storage.open import open_store
@@ -60,15 +62,15 @@ def open_stored_run(root: str, run_id: str) -> OpenRun:
     store = open_store(root)
     log = open_run(store, run_id)
     config = RunConfig.model_validate(log.record["config"])
-    return OpenRun(store, log, config, task_of(config))
+    return OpenRun(store, log, config, task_of(config, config.seed))
 
 
-def task_of(config: RunConfig) -> Task:
-    """The task of a run; loads a Hugging Face tokenizer where the task names one."""
+def task_of(config: RunConfig, seed: int) -> Task:
+    """The task of a run, its streams seeded by `seed`; loads a Hugging Face tokenizer where the task names one."""
     tokenizer = None
     if config.task.kind == "text" and config.task.tokenizer != "bytes":
         tokenizer = HfTokenizer(config.task.tokenizer)
-    return build_task(config.task, seed=config.seed, tokenizer=tokenizer)
+    return build_task(config.task, seed=seed, tokenizer=tokenizer)
 
 
 # -- models -------------------------------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ def student_skeleton(run: OpenRun) -> PreTrainedModel:
 
 
 # -- stages -------------------------------------------------------------------------------------------------------
-def hf_sampler(run: OpenRun, *, head: int, num_draws: int, law: Any, seed: int, slots: int) -> HfSampler:
+def hf_sampler(run: OpenRun, *, head: int, num_draws: int, law: DrawLaw, seed: int, slots: int) -> HfSampler:
     config = run.config
     return HfSampler(
         student_skeleton(run),
@@ -115,7 +117,6 @@ def hf_sampler(run: OpenRun, *, head: int, num_draws: int, law: Any, seed: int, 
         law=law,
         seed=seed,
         eos_id=run.task.tokenizer.eos_id,
-        pad_id=run.task.tokenizer.pad_id,
     )
 
 
@@ -126,7 +127,7 @@ def rollout_stage(run: OpenRun, worker: Worker) -> tuple[RolloutStage, HfSampler
         run,
         head=cached.head,
         num_draws=cached.num_draws,
-        law=cached.law,
+        law=cached.law or "policy",
         seed=config.seed,
         slots=config.rollout.slots,
     )
@@ -147,7 +148,8 @@ def scorer_of(run: OpenRun) -> Scorer:
     """The run's teacher."""
     teacher = run.config.teacher
     if isinstance(teacher, OracleTeacher):
-        return OracleScorer(run.task, name=teacher.name, smoothing=teacher.smoothing)
+        assert isinstance(run.task, WalkTask)
+        return OracleScorer(run.task.rules, smoothing=teacher.smoothing, name=teacher.name)
     assert isinstance(teacher, HfTeacher)
     return HfScorer(
         load_model(run, teacher.model),

@@ -93,6 +93,10 @@ class LearnerLog:
         """The learner went back to `to_step`: later steps and versions are superseded. Returns the rewind's number."""
         return self.lineage.record(to_step, worker)
 
+    def current_rewind(self) -> int:
+        """Number of the last recorded rewind, under which a learner publishes; 0 before the first."""
+        return len(self.lineage.rewinds())
+
     def rewinds(self) -> list[Rewind]:
         """All rewinds, oldest first."""
         return self.lineage.rewinds()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -61,7 +62,12 @@ class LocalStore(ObjectStore):
                 return None
 
     def exists(self, key: str) -> bool:
-        return os.path.isfile(self._path(key))
+        path = self._path(key)
+        with self._explained("look for", key):
+            try:
+                return stat.S_ISREG(os.stat(path).st_mode)
+            except FileNotFoundError:
+                return False
 
     def list(self, prefix: str) -> Keys:
         with self._explained("list", prefix):

@@ -39,8 +39,9 @@ class CacheRequirements:
         """
         if self.law is not None and num_draws > 0 and law != self.law:
             raise ConfigError(
-                f"recording.num_draws {num_draws} with recording.law {law!r}: the loss needs draws of law {self.law!r}, "
-                f"and a log holds draws of one law. Set recording.law to {self.law!r}, or recording.num_draws to 0."
+                f"recording.num_draws {num_draws} with recording.law {law!r}: the loss needs draws of law "
+                f"{self.law!r}, and a log holds draws of one law. Set recording.law to {self.law!r}, "
+                "or recording.num_draws to 0."
             )
         if self.law == "tail" and head > self.head:
             raise ConfigError(
@@ -105,8 +106,8 @@ def _missing(required: CacheRequirements, held: CacheRequirements, run_id: str) 
         yield f"  - draw_logprobs holds draws of law {held.law!r}, needed is {required.law!r}. {candidates}"
     elif required.law == "tail" and required.head < held.head:
         yield (
-            f"  - head_logprobs holds {held.head} ids per token, which all the draws avoid; the loss asks for a head of "
-            f"{required.head}. Set loss.head to {held.head}."
+            f"  - head_logprobs holds {held.head} ids per token, which all the draws avoid; the loss asks for a "
+            f"head of {required.head}. Set loss.head to {held.head}."
         )
 
 

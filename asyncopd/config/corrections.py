@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class LossSettings(BaseModel):
@@ -26,6 +26,23 @@ class LossSettings(BaseModel):
                 + (f"Nearest: {near[0]!r}; all: {', '.join(options)}." if near else "It has no options.")
             )
         return values
+
+
+def name_checker(what: str, variants: Sequence[type[LossSettings]]) -> Callable[[Any], Any]:
+    """A validator that runs before pydantic looks for the variant, to name the nearest when there is none."""
+    names = [variant.model_fields["name"].default for variant in variants]
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        if "name" not in value:
+            raise ValueError(f"{what}: `name` is missing. It may be {', '.join(names)}.")
+        if value["name"] not in names:
+            near = difflib.get_close_matches(str(value["name"]), names, n=1, cutoff=0.0)[0]
+            raise ValueError(f"no {what} is called {value['name']!r}. Nearest: {near!r}; all: {', '.join(names)}.")
+        return value
+
+    return check
 
 
 class NoCorrection(LossSettings):
@@ -95,4 +112,6 @@ class Mask(LossSettings):
 CorrectionConfig = Annotated[
     NoCorrection | Clip | Decoupled | M2po | Truncate | Mask,
     Field(discriminator="name"),
+    BeforeValidator(name_checker("correction", (NoCorrection, Clip, Decoupled, M2po, Truncate, Mask))),
 ]
+"""One section, one correction, chosen by `name`."""

@@ -8,9 +8,7 @@ Naming an estimator selects vetted settings; combinations that make no sense are
 
 from __future__ import annotations
 
-import difflib
 import warnings
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -25,6 +23,7 @@ from asyncopd.config.corrections import (
     Mask,
     NoCorrection,
     Truncate,
+    name_checker,
 )
 
 __all__ = [
@@ -277,19 +276,6 @@ _VARIANTS = (
 )
 
 
-def _name_exists(value: Any) -> Any:
-    """Before pydantic looks for the variant: name the nearest estimator when there is none of that name."""
-    if not isinstance(value, Mapping):
-        return value
-    names = [variant.model_fields["name"].default for variant in _VARIANTS]
-    if "name" not in value:
-        raise ValueError(f"loss.name is missing. Estimators: {', '.join(names)}.")
-    if value["name"] not in names:
-        near = difflib.get_close_matches(str(value["name"]), names, n=1, cutoff=0.0)[0]
-        raise ValueError(f"no estimator is called {value['name']!r}. Nearest: {near!r}; all: {', '.join(names)}.")
-    return value
-
-
 LossConfig = Annotated[
     HeadTailConfig
     | PolicyGradientConfig
@@ -303,7 +289,7 @@ LossConfig = Annotated[
     | NPDConfig
     | CrossEntropyConfig,
     Field(discriminator="name"),
-    BeforeValidator(_name_exists),
+    BeforeValidator(name_checker("estimator", _VARIANTS)),
 ]
 """One section, one estimator, chosen by `name`."""
 
@@ -318,8 +304,8 @@ _NEEDS_RATIO = {
 def _check_renormalised(name: str, top_k: int, tail: TailName) -> None:
     if top_k == 1 and tail == "renormalise":
         raise ValueError(
-            f"{name} with top_k 1 and tail 'renormalise': one renormalised outcome has probability 1 on both sides, the "
-            "loss is 0 whatever the student does. Set tail: bucket, or a larger top_k."
+            f"{name} with top_k 1 and tail 'renormalise': one renormalised outcome has probability 1 on both sides, "
+            "the loss is 0 whatever the student does. Set tail: bucket, or a larger top_k."
         )
 
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,8 +54,7 @@ class EvaluateStage:
         done = {evaluation.version for evaluation in await asyncio.to_thread(self._log.evaluations)}
         for number in version_numbers:
             version = await self._worker.wait_for(
-                lambda number=number: self._log.find_policy(number),  # type: ignore[misc]
-                f"version {number} to be published",
+                partial(self._log.find_policy, number), f"version {number} to be published"
             )
             if version in done:
                 continue

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from asyncopd.errors import NonFiniteError
 from asyncopd.learner.statistics import StepStatistics
-from asyncopd.losses.estimators import Estimator, StepContext
+from asyncopd.losses.contract import Estimator, StepContext
 from asyncopd.losses.gather import gather_logprobs
 from asyncopd.losses.rows import TokenRows
 from asyncopd.modeling import output_embedding, packed_hidden
@@ -138,8 +139,14 @@ def _step_context(
     """What the estimator must know of the whole step before its first micro-batch, for example m2po's threshold."""
     if not estimator.needs_step_pass:
         return StepContext()
-    partial = [estimator.step_context(b.rows, model(b.packed, estimator.student_ids(b.rows))[0]) for b in batches]
-    return StepContext.joined(partial, accelerator)
+    mine = StepContext.join(
+        [estimator.step_context(b.rows, model(b.packed, estimator.student_ids(b.rows))[0]) for b in batches]
+    )
+    if accelerator.num_processes == 1:
+        return mine
+    everyones: list[StepContext] = [mine] * accelerator.num_processes
+    torch.distributed.all_gather_object(everyones, mine)
+    return StepContext.join(everyones)
 
 
 def _summed(value: float, accelerator: Accelerator) -> int:

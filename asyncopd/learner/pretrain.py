@@ -23,13 +23,11 @@ def pretrain(
     lr: float,
     warmup_steps: int,
     row_capacity: int,
-    seed: int,
     on_step: Callable[[int, float], None],
 ) -> float:
     """Minimise the cross-entropy of the task's demonstrations, in place.
 
     Args:
-        seed: picks the part of the demonstration stream; two models with different seeds see different demonstrations.
         on_step: called after every step with the number of steps done and the loss, nats per token.
     Returns:
         The mean loss of the last tenth of the steps, nats per token.
@@ -38,8 +36,8 @@ def pretrain(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.95))
     losses: list[float] = []
     for step in range(num_steps):
-        first = seed * 1_000_000_000 + step * batch_size
-        demonstrations = [task.demonstration(index, "train") for index in range(first, first + batch_size)]
+        indices = range(step * batch_size, (step + 1) * batch_size)
+        demonstrations = [task.demonstration(index, "train") for index in indices]
         sequences = [(d.prompt_ids, d.response_ids) for d in demonstrations]
         longest = max(len(prompt) + len(response) for prompt, response in sequences)
         ids_T = torch.cat([torch.as_tensor(d.response_ids, dtype=torch.int64) for d in demonstrations])
@@ -52,7 +50,7 @@ def pretrain(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         on_step(step + 1, losses[-1])
     last = losses[-max(1, num_steps // 10) :]
     return sum(last) / len(last) if last else float("nan")

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -70,22 +71,21 @@ class LearnStage:
         if checkpoint is not None:
             step, rewind = checkpoint
             self._student.restore(self._log.read_checkpoint(step, rewind))
-            self._rewind = rewind
+        self._rewind = self._log.current_rewind()
         latest = self._log.latest_policy()
         if latest is None:
             self._publish(PolicyVersion(0))
         elif latest.number > step or self._log.find_step(step) is not None:
             # Steps after the checkpoint are trained again from the log; what they had published is superseded.
             self._rewind = self._log.record_rewind(step, worker=self._worker.name)
-        else:
-            self._rewind = latest.rewind
         return step
 
     async def _batch(self, step: int) -> list[ScoredTrajectory]:
         """All surviving trajectories of a step with their scores, in index order."""
         batch: list[ScoredTrajectory] = []
         for shard in self._plan.shards_of_step(step):
-            await self._worker.wait_for(lambda shard=shard: self._log.find_scores(self._teacher, shard), f"scores of {shard.name}")
+            find = partial(self._log.find_scores, self._teacher, shard)
+            await self._worker.wait_for(find, f"scores of {shard.name}")
             batch += await asyncio.to_thread(self._read, shard)
         return batch
 

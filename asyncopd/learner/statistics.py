@@ -12,18 +12,15 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asyncopd.losses.estimators import RowLosses
+from asyncopd.losses.contract import RowLosses
 from asyncopd.losses.rows import TokenRows
-
-MAX_KEYS = frozenset({"loss/max_ratio"})
-"""Per-token statistics of estimators that reduce by maximum; all others reduce by token mean."""
-
 
 class StepStatistics:
     """Collects per-token arrays over the micro-batches of one optimizer step."""
 
     def __init__(self) -> None:
         self._arrays: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+        self._maxima: set[str] = set()
 
     def add(self, rows: TokenRows, sampled_logprobs_T: Tensor, entropy_T: Tensor, losses: RowLosses) -> None:
         """
@@ -35,7 +32,8 @@ class StepStatistics:
         self._keep("log_ratio", sampled_logprobs_T - rows.behaviour_logprobs_T)
         self._keep("kl", rows.behaviour_logprobs_T - rows.teacher_logprobs_T)
         self._keep("entropy", entropy_T)
-        for key, values_T in losses.statistics_T.items():
+        self._maxima |= losses.maxima_T.keys()
+        for key, values_T in {**losses.statistics_T, **losses.maxima_T}.items():
             self._keep(key, values_T)
 
     def _keep(self, key: str, values_T: Tensor) -> None:
@@ -55,7 +53,7 @@ class StepStatistics:
             "train/entropy_nats": float(arrays.pop("entropy").mean(dtype=np.float64)),
         } | ratio_metrics(arrays.pop("log_ratio"))
         for key, values_T in arrays.items():
-            metrics[key] = float(values_T.max() if key in MAX_KEYS else values_T.mean(dtype=np.float64))
+            metrics[key] = float(values_T.max() if key in self._maxima else values_T.mean(dtype=np.float64))
         return metrics
 
 

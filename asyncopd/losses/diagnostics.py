@@ -14,8 +14,8 @@ from asyncopd.losses.logspace import importance_log_ratio
 def drift_k3(student_logprobs_T: Tensor, behaviour_logprobs_T: Tensor) -> Tensor:
     """[T] nats >= 0, detached; its mean estimates the drift KL(p_old‖p_θ) under samples of p_old.
 
-    k3: with r = log p_old − log p_θ, e^{−r} + r − 1. Unbiased, because E_{p_old}[e^{−r}] = 1, never negative, and of far
-    smaller variance than r itself.
+    k3: with r = log p_old − log p_θ, e^{−r} + r − 1. Unbiased, because E_{p_old}[e^{−r}] = 1, never negative, and of
+    far smaller variance than r itself.
 
     Source:
         J. Schulman, "Approximating KL divergence", 2020.

@@ -159,7 +159,8 @@ class HeadTail(NoStepPass):
     def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
         draws, teacher = first_draws(rows, self.num_draws), teacher_support(rows, self.teacher_top_k)
         head_ids_TK = torch.cat([rows.head_ids_TK, teacher.ids_TK], -1)
-        head_student_TK, tail_student_TN = student_logprobs_TJ.split([head_ids_TK.shape[1], self.num_draws], -1)
+        width = head_ids_TK.shape[1]
+        head_student_TK, tail_student_TN = student_logprobs_TJ[:, :width], student_logprobs_TJ[:, width:]
         head_teacher_TK = torch.cat([rows.head_teacher_logprobs_TK, teacher.teacher_logprobs_TK], -1)
         repeats_TK = torch.zeros_like(head_ids_TK, dtype=torch.bool)
         repeats_TK[:, self.head :] = _contains(rows.head_ids_TK, teacher.ids_TK)

@@ -40,8 +40,8 @@ def gather_logprobs(
     """Log-softmax of (hidden · weightᵀ + bias) / temperature over the full vocabulary, at `ids_TJ`.
 
     Value and gradient (hidden, weight, bias) equal the plain computation. The matrix product runs in the dtype of
-    `hidden_TD`, as a plain LM head does (`weight_VD` is cast to it, autocast is ignored); everything after it in float32, or in float64
-    when the hidden states are float64. Gradients are summed over chunks in that same accumulation dtype.
+    `hidden_TD`, as a plain LM head does (`weight_VD` is cast to it, autocast is ignored); everything after it in
+    float32, or in float64 when the hidden states are float64. Gradients are summed over chunks in that same dtype.
     Peak extra memory: about 3 · chunk_tokens · V accumulation-dtype numbers, plus one [V, D] gradient.
 
     Args:
@@ -64,7 +64,9 @@ def gather_logprobs(
         raise ShapeError(f"temperature {temperature} must be > 0 and chunk_tokens {chunk_tokens} >= 1.")
     # Autocast is on in forward but not in backward; with it the recomputed softmax would be another one.
     with torch.autocast(hidden_TD.device.type, enabled=False):
-        logprobs_TJ, entropy_T = _Gather.apply(hidden_TD, weight_VD, bias_V, ids_TJ, temperature, chunk_tokens)
+        logprobs_TJ, entropy_T = _Gather.apply(  # type: ignore[no-untyped-call]
+            hidden_TD, weight_VD, bias_V, ids_TJ, temperature, chunk_tokens
+        )
     return GatheredLogprobs(logprobs_TJ, entropy_T)
 
 
@@ -88,18 +90,22 @@ class _Gather(torch.autograd.Function):
         weight_cast_VD = weight_VD.to(hidden_TD.dtype)
         for rows in _chunks(len(hidden_TD), chunk_tokens):
             logits_CV = _logits(hidden_TD[rows], weight_cast_VD, bias_V, temperature)
-            normaliser_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            logprobs_TJ[rows] = logits_CV.gather(-1, ids_TJ[rows]) - normaliser_C1
-            probs_CV = torch.exp(logits_CV - normaliser_C1)
-            entropy_T[rows] = normaliser_C1[:, 0] - probs_CV.mul_(logits_CV).sum(-1)
-            normaliser_T1[rows] = normaliser_C1
+            # One exp serves the normaliser and the entropy; subtracting the maximum keeps it finite.
+            maximum_C1 = logits_CV.amax(-1, keepdim=True)
+            logits_CV -= maximum_C1
+            exp_CV = logits_CV.exp()
+            mass_C1 = exp_CV.sum(-1, keepdim=True)
+            log_mass_C1 = mass_C1.log()
+            normaliser_T1[rows] = maximum_C1 + log_mass_C1
+            logprobs_TJ[rows] = logits_CV.gather(-1, ids_TJ[rows]) - log_mass_C1
+            entropy_T[rows] = (log_mass_C1 - exp_CV.mul_(logits_CV).sum(-1, keepdim=True) / mass_C1)[:, 0]
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, ids_TJ, normaliser_T1)
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
         ctx.mark_non_differentiable(entropy_T)
         return logprobs_TJ, entropy_T
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_TJ: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, bias_V, ids_TJ, normaliser_T1 = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]

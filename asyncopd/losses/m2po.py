@@ -46,7 +46,7 @@ def second_moment_threshold(shifts_H: Tensor, *, budget: float) -> float:
     total = budget * num_shifts
     smaller_sums_H = squares_H.cumsum(0) - squares_H
     num_clipped_H = num_shifts - torch.arange(num_shifts, device=shifts_H.device)
-    # Clipping at the i-th smallest |δ| gives Σ_{<i} δ² + (H − i) δ_i², which grows with i: τ lies before the first excess.
+    # Clipping at the i-th smallest |δ| leaves Σ_{<i} δ² + (H − i) δ_i², growing with i: τ is below the first excess.
     exceeds_H = smaller_sums_H + num_clipped_H * squares_H > total
     if not bool(exceeds_H.any()):
         return math.inf

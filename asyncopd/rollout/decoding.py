@@ -24,9 +24,10 @@ from asyncopd.errors import EngineError
 from asyncopd.modeling import block_causal_mask, load_safetensors, output_embedding
 from asyncopd.packing import PackedTokens, TokenPair, pack
 from asyncopd.ports import SampleRequest
+from asyncopd.rollout.records import OpenResponse, TokenRecords
 from asyncopd.rollout.slots import ATTENTION_NAME, PassPlan, SlotCache
 from asyncopd.sampling import CandidateRule, check_law, draw, law_logprobs, row_keys
-from asyncopd.types import Candidates, PolicyVersion, PolicyWeights, Trajectory, VersionRun
+from asyncopd.types import FinishReason, PolicyVersion, PolicyWeights, Trajectory
 
 STREAM = 1
 """Random stream of the student's draws; a scorer uses another one, so teacher and student draws are independent."""
@@ -34,17 +35,6 @@ _ROW_CAPACITY = 128
 # Short rows keep the block-causal mask small: attention over C cells costs C² whatever the segments are.
 _PREFILL_CELLS = 8192
 _NEXT_TOKEN = np.zeros(1, np.int32)
-
-
-class _Slot:
-    """What the host remembers about the response in one slot, besides the arrays of `Decoder`."""
-
-    def __init__(self, ticket: int, request: SampleRequest, row: int, version: int) -> None:
-        self.ticket = ticket
-        self.request = request
-        self.row = row
-        self.runs: list[tuple[int, int]] = [(version, 0)]
-        """(version, first response position it produced), in order."""
 
 
 class Decoder:
@@ -80,6 +70,8 @@ class Decoder:
         # Kept, because the model finds them by walking its parameters, and a step asks many times.
         self._device, self._dtype = model.device, model.dtype
         self._weight_VD, self._bias_V = output_embedding(model)
+        # Slot attention has its own masks. A 4-D one is handed through as it is, and stops models from making theirs.
+        self._no_mask_1111 = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=self._device)
         self._cache = SlotCache(num_slots, max_context)
         self._temperature, self._top_p, self._rule = temperature, top_p, rule
         self._seed, self._eos_id = seed, eos_id
@@ -87,13 +79,12 @@ class Decoder:
         self.num_slots, self.max_context = num_slots, max_context
         self.vocab_size = int(model.config.vocab_size)
 
-        num_columns = 1 + rule.head + rule.num_draws
-        # By row: a response keeps its row when its slot moves. Columns as in Draws, then the tail mass.
-        self._ids_STC = np.zeros((num_slots, max_context, num_columns), np.int32)
-        self._logprobs_STC = np.zeros((num_slots, max_context, num_columns + 1), np.float32)
-        # By slot.
-        self._slots: list[_Slot | None] = [None] * num_slots
+        # A response keeps its row of the records when its slot moves.
+        self._records = TokenRecords(num_slots, max_context, rule)
+        # All by slot.
+        self._responses: list[OpenResponse | None] = [None] * num_slots
         self._rows_S = np.arange(num_slots)
+        self._indices_S = np.zeros(num_slots, np.int64)
         self._keys_S = np.zeros(num_slots, np.uint64)
         self._prompt_lengths_S = np.zeros(num_slots, np.int64)
         self._counts_S = np.zeros(num_slots, np.int64)
@@ -119,8 +110,8 @@ class Decoder:
             slot = self._holes.pop()
         else:
             slot, self._end = self._end, self._end + 1
-        self._slots[slot] = _Slot(self._num_admitted, request, int(self._rows_S[slot]), self.version.number)
-        self._keys_S[slot] = row_keys(self._seed, np.array([request.index]), STREAM)[0]
+        self._responses[slot] = OpenResponse(self._num_admitted, request, int(self._rows_S[slot]), self.version.number)
+        self._indices_S[slot] = request.index
         self._prompt_lengths_S[slot] = len(request.prompt_ids)
         self._limits_S[slot] = request.max_new_tokens
         self._counts_S[slot] = 0
@@ -137,11 +128,9 @@ class Decoder:
         load_safetensors(self._model, weights.safetensors)
         self.version = weights.version
         self._is_cached_S[:] = False
-        for slot, state in enumerate(self._slots):
-            if state is not None:
-                count = int(self._counts_S[slot])
-                # A run that has no token yet is replaced.
-                state.runs = [run for run in state.runs if run[1] < count] + [(weights.version.number, count)]
+        for slot, response in enumerate(self._responses):
+            if response is not None:
+                response.start_version(weights.version.number, int(self._counts_S[slot]))
 
     def step(self) -> list[tuple[int, Trajectory]]:
         """One token for every active slot (at least one); returns tickets and responses that this finished.
@@ -153,6 +142,8 @@ class Decoder:
         active = slice(0, self._end)
         logits_AV = torch.nn.functional.linear(self._hidden(), self._weight_VD, self._bias_V)
         logprobs_AV = law_logprobs(logits_AV, temperature=self._temperature, top_p=self._top_p)
+        new_U = np.flatnonzero(self._counts_S[active] == 0)
+        self._keys_S[new_U] = row_keys(self._seed, self._indices_S[new_U], STREAM)
         draws = draw(logprobs_AV, self._keys_S[active], self._counts_S[active], self._rule)
         ids_AC = draws.ids_AC.cpu().numpy()
         logprobs_AC = torch.cat([draws.logprobs_AC, draws.tail_logmass_A[:, None]], dim=1).cpu().numpy()
@@ -161,9 +152,7 @@ class Decoder:
                 f"the student produced NaN under policy version {self.version}; generation stopped. "
                 "Check the published weights and the learner's last steps."
             )
-        rows_A, counts_A = self._rows_S[active], self._counts_S[active]
-        self._ids_STC[rows_A, counts_A] = ids_AC
-        self._logprobs_STC[rows_A, counts_A] = logprobs_AC
+        self._records.write(self._rows_S[active], self._counts_S[active], ids_AC, logprobs_AC)
         self._last_ids_S[active] = ids_AC[:, 0]
         self._is_cached_S[active] = True
         self._counts_S[active] += 1
@@ -196,10 +185,10 @@ class Decoder:
         unless a single response is longer."""
         pairs: list[TokenPair] = []
         for slot in uncached_U:
-            state, count = self._slots[slot], self._counts_S[slot]
-            assert state is not None
-            so_far = self._ids_STC[state.row, :count, 0]
-            pairs.append((np.concatenate([state.request.prompt_ids, so_far]), _NEXT_TOKEN))
+            response = self._responses[slot]
+            assert response is not None
+            so_far = self._records.response_ids(response.row, int(self._counts_S[slot]))
+            pairs.append((np.concatenate([response.request.prompt_ids, so_far]), _NEXT_TOKEN))
         ends_U = np.cumsum([len(ids) for ids, _ in pairs])
         for group in np.unique(ends_U // _PREFILL_CELLS):
             members = np.flatnonzero(ends_U // _PREFILL_CELLS == group)
@@ -210,30 +199,30 @@ class Decoder:
         """[num_decode + U, D]: hidden states of the decoding slots, then of each prefilled slot's last token."""
         is_cached_A = self._is_cached_S[:num_decode]
         positions_A = np.where(is_cached_A, (self._prompt_lengths_S + self._counts_S)[:num_decode] - 1, 0)
-        ids, positions, tokens = self._last_ids_S[:num_decode], positions_A, np.flatnonzero(is_cached_A)
-        slots, outputs = tokens, np.arange(num_decode)
+        ids, positions, outputs = self._last_ids_S[:num_decode], positions_A, np.arange(num_decode)
+        slots = np.where(is_cached_A, outputs, self._cache.scratch_slot)
         prefill_mask = None
         if packed is not None:
             segments = packed.segments_RC.ravel()
-            cells = np.flatnonzero(segments >= 0)
             ids = np.concatenate([ids, packed.ids_RC.ravel()])
             positions = np.concatenate([positions, packed.positions_RC.ravel()])
-            tokens = np.concatenate([tokens, num_decode + cells])
-            slots = np.concatenate([slots, slots_U[segments[cells]]])
+            # Segment −1, padding, selects the last element.
+            slots = np.concatenate([slots, np.append(slots_U, self._cache.scratch_slot)[segments]])
             outputs = np.concatenate([outputs, num_decode + packed.predict_rows_T])
             prefill_mask = block_causal_mask(self._on_device(packed.segments_RC), self._dtype)
+        position_ids_N = self._on_device(positions)
         plan = PassPlan(
             cache=self._cache,
             num_decode=num_decode,
             decode_mask_A11L=self._decode_mask(positions_A) if num_decode else None,
             prefill_mask_R1CC=prefill_mask,
-            write_tokens_W=None if len(tokens) == len(ids) else self._on_device(tokens),
-            write_slots_W=self._on_device(slots),
-            write_positions_W=self._on_device(positions[tokens]),
+            slots_N=self._on_device(slots),
+            positions_N=position_ids_N,
         )
         output: Any = self._model.base_model(
             input_ids=self._on_device(ids)[None],
-            position_ids=self._on_device(positions)[None],
+            position_ids=position_ids_N[None],
+            attention_mask=self._no_mask_1111,
             use_cache=False,
             plan=plan,
         )
@@ -265,8 +254,9 @@ class Decoder:
             self._cache.move(last, hole, length)
             # Swapped, not copied: rows stay a permutation, so a freed slot owns a free row.
             self._rows_S[[hole, last]] = self._rows_S[[last, hole]]
-            self._slots[hole], self._slots[last] = self._slots[last], None
+            self._responses[hole], self._responses[last] = self._responses[last], None
             for by_slot in (
+                self._indices_S,
                 self._keys_S,
                 self._prompt_lengths_S,
                 self._counts_S,
@@ -278,32 +268,10 @@ class Decoder:
         self._holes.clear()
 
     def _finish(self, slot: int) -> tuple[int, Trajectory]:
-        """Free the slot and copy its records into a Trajectory."""
-        state = self._slots[slot]
-        assert state is not None
-        self._slots[slot] = None
+        """Free the slot and turn its records into a Trajectory."""
+        response = self._responses[slot]
+        assert response is not None
+        self._responses[slot] = None
         self._holes.append(slot)
-        count, head_end = int(self._counts_S[slot]), 1 + self._rule.head
-        ids_TC = self._ids_STC[state.row, :count].copy()
-        logprobs_TC = self._logprobs_STC[state.row, :count].copy()
-        starts = [start for _, start in state.runs]
-        lengths = np.diff([*starts, count])
-        return state.ticket, Trajectory(
-            index=state.request.index,
-            prompt_id="",
-            prompt_ids=state.request.prompt_ids,
-            response_ids=np.ascontiguousarray(ids_TC[:, 0]),
-            behaviour_logprobs_T=np.ascontiguousarray(logprobs_TC[:, 0]),
-            version_runs=tuple(
-                VersionRun(version, int(length)) for (version, _), length in zip(state.runs, lengths, strict=True)
-            ),
-            finish_reason="stop" if ids_TC[-1, 0] == self._eos_id else "length",
-            candidates=Candidates(
-                head_ids_TK=np.ascontiguousarray(ids_TC[:, 1:head_end]),
-                head_logprobs_TK=np.ascontiguousarray(logprobs_TC[:, 1:head_end]),
-                tail_logmass_T=np.ascontiguousarray(logprobs_TC[:, -1]),
-                draw_ids_TN=np.ascontiguousarray(ids_TC[:, head_end:]),
-                draw_logprobs_TN=np.ascontiguousarray(logprobs_TC[:, head_end:-1]),
-                law=self._rule.law,
-            ),
-        )
+        reason: FinishReason = "stop" if self._last_ids_S[slot] == self._eos_id else "length"
+        return response.ticket, self._records.trajectory(response, int(self._counts_S[slot]), reason)

@@ -7,7 +7,7 @@ A pass sees one flat row of tokens (transformers' `AttentionInterface` is the on
       attends to the slot's buffers      and their keys and values are scattered into slots
 
 Nothing is padded to the longest response, and finishing a response frees its slot without touching the others.
-Suffixes: S slots, A decoding slots, G key-value heads, H heads, L cached positions, R·C prefill cells, W writes.
+Suffixes: S slots, A decoding slots, G key-value heads, H heads, L cached positions, R·C prefill cells, N all tokens.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ ATTENTION_NAME = "asyncopd_slots"
 
 
 class SlotCache:
-    """Key and value buffers [S, G, L_max, head_dim] per layer, allocated when the first keys show their shape."""
+    """Key and value buffers [S + 1, G, L_max, head_dim] per layer, allocated when the first keys show their shape."""
 
     def __init__(self, num_slots: int, max_context: int) -> None:
-        self.num_slots = num_slots
+        self.scratch_slot = num_slots
+        """Takes what belongs nowhere (padding, slots that wait for their prefill); never read."""
         self.max_context = max_context
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, number: int, like_GND: Tensor) -> tuple[Tensor, Tensor]:
         """(keys, values) of a layer. Zeros at first: masked positions still enter a product, so must be finite."""
         if number not in self._buffers:
-            shape = (self.num_slots, like_GND.shape[0], self.max_context, like_GND.shape[-1])
+            shape = (self.scratch_slot + 1, like_GND.shape[0], self.max_context, like_GND.shape[-1])
             self._buffers[number] = (like_GND.new_zeros(shape), like_GND.new_zeros(shape))
         return self._buffers[number]
 
@@ -56,10 +57,9 @@ class PassPlan:
     """Additive; which cached positions each slot may see, its new token included."""
     prefill_mask_R1CC: Tensor | None
     """Additive block-causal mask of the packed rows behind the decode tokens."""
-    write_tokens_W: Tensor | None
-    """Which tokens of the pass are cached; None is all of them, in order."""
-    write_slots_W: Tensor
-    write_positions_W: Tensor
+    slots_N: Tensor
+    positions_N: Tensor
+    """Where the keys and values of each token of the pass are cached."""
     layers_seen: set[int] = field(default_factory=set)
     """Filled during the pass: proof that the model really attends through this plan."""
 
@@ -85,10 +85,7 @@ def slot_attention(
     keys_SGLD, values_SGLD = plan.cache.layer(layer, key_GND)
     plan.layers_seen.add(layer)
     for buffer, new_GND in ((keys_SGLD, key_GND), (values_SGLD, value_GND)):
-        new_NGD = new_GND.transpose(0, 1)
-        if plan.write_tokens_W is not None:
-            new_NGD = new_NGD[plan.write_tokens_W]
-        buffer[plan.write_slots_W, :, plan.write_positions_W] = new_NGD
+        buffer[plan.slots_N, :, plan.positions_N] = new_GND.transpose(0, 1)
 
     parts = []
     if plan.decode_mask_A11L is not None:

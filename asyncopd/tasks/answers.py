@@ -11,7 +11,7 @@ from fractions import Fraction
 
 _MARKER = re.compile(r"####[ \t]*([^\n]*)")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+"
 # A minus after a word, a digit or a bracket subtracts. Digits glued to a word in front are part of a name, as in v2.0;
 # units may be glued behind. The end refuses to stop inside a longer numeral, or inside a date such as 1/2/2024.
 _NUMBER = re.compile(
@@ -79,13 +79,18 @@ def _only_words_around(text: str, number: re.Match[str]) -> bool:
 
 def _last_boxed(text: str) -> str | None:
     r"""Contents of the last `\boxed{...}` whose braces close; they may nest."""
-    for opening in reversed(list(_BOXED.finditer(text))):
-        depth = 1
-        for position in range(opening.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[opening.end() : position]
-    return None
+    opened = {match.end() for match in _BOXED.finditer(text)}
+    if not opened:
+        return None
+    last: tuple[int, int] | None = None
+    # One pass with a stack: a model stuck on "\boxed{" must not cost quadratic time.
+    stack: list[int] = []
+    for brace in re.finditer(r"[{}]", text):
+        if brace[0] == "{":
+            stack.append(brace.end())
+        elif stack and (start := stack.pop()) in opened:
+            last = max(last or (0, 0), (start, brace.start()))
+    return text[slice(*last)] if last else None
 
 
 def _without_latex(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from asyncopd.errors import ConfigError
@@ -12,10 +12,18 @@ from asyncopd.ports import Tokenizer
 
 
 class TextTokenizer(Tokenizer, Protocol):
-    """A Tokenizer for running text, which also knows how a text begins."""
+    """A Tokenizer for running text, which also knows how a text and how a conversation begin."""
 
-    prompt_prefix_ids: tuple[int, ...]
-    """Put in front of every prompt (a BOS token, where the model was trained with one); may be ()."""
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text from its very beginning: with a BOS token where the model was trained with one."""
+        ...
+
+    def encode_chat(self, message: str, options: Mapping[str, bool | int | str]) -> list[int]:
+        """Ids of a conversation in which the user said `message` and the assistant is about to speak.
+
+        Raises ConfigError where there is no chat template.
+        """
+        ...
 
 
 class VocabTokenizer:
@@ -73,7 +81,6 @@ class ByteTokenizer:
     pad_id = 256
     bos_id = 257
     eos_id = 258
-    prompt_prefix_ids: tuple[int, ...] = (257,)
     digest = hashlib.sha256(b'["bytes", 256, "<pad>", "<bos>", "<eos>"]').hexdigest()
 
     _SPECIALS = ("<pad>", "<bos>", "<eos>")
@@ -81,6 +88,17 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """The bytes of `text`, without specials; lone surrogates become `?`."""
         return list(text.encode("utf-8", errors="replace"))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """`<bos>` and the bytes of `text`."""
+        return [self.bos_id, *self.encode(text)]
+
+    def encode_chat(self, message: str, options: Mapping[str, bool | int | str]) -> list[int]:
+        """Raises ConfigError: bytes have no chat template."""
+        raise ConfigError(
+            "task.prompt_format chat: the byte tokenizer has no chat template. Use prompt_format plain, or set "
+            "task.tokenizer to a Hugging Face tokenizer that has one."
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         pieces: list[str] = []

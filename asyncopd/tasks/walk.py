@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncopd.errors import ConfigError
-from asyncopd.ports import Demonstration
+from asyncopd.ports import Demonstration, Tokenizer
 from asyncopd.tasks.counter import derive, permutation, stream_key, uniform
 from asyncopd.tasks.walk_rules import EOS_ID, FIRST_NOISE_ID, NUM_OPERATIONS, WalkRules
 from asyncopd.types import IntArray, Prompt, Split
@@ -56,7 +56,7 @@ class WalkTask:
         max_demo_tokens: int = 192,
     ) -> None:
         self.rules = WalkRules(p, noise_levels)
-        self.tokenizer = self.rules.tokenizer
+        self.tokenizer: Tokenizer = self.rules.tokenizer
         self.groups = tuple(f"noise {level:g}" for level in noise_levels)
         needed = 2 * int(self.rules.distances_GS.max()) + 1
         if max_demo_tokens < needed:

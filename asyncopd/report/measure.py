@@ -1,0 +1,214 @@
+"""From what was observed to the figures of a Summary: pure arithmetic on values in memory."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from asyncopd.config import RunConfig
+from asyncopd.ports import RunHistory
+from asyncopd.report.intervals import (
+    by_worker,
+    covered_by,
+    difference,
+    is_busy,
+    is_orchestration,
+    is_wait,
+    kind,
+    length_s,
+)
+from asyncopd.report.observe import PIPELINE, Observations, Responses, observe
+from asyncopd.summary import Incidents, Lengths, Orchestration, Quality, RoleTime, StalenessFigures, Summary, Tokens
+from asyncopd.types import Evaluation, Span, TrainStep
+
+STANDSTILL_S = 30.0
+"""A stretch this long without any span is a pause of the run, and the report says so."""
+
+
+def summarise(log: RunHistory, config: RunConfig) -> Summary:
+    """The figures of a run, finished or not, without plots."""
+    return measure(observe(log, config.teacher.name), config)
+
+
+def measure(seen: Observations, config: RunConfig) -> Summary:
+    """The figures of what was observed of a run."""
+    wall_s = _wall_s(seen.spans)
+    trained = sum(step.num_tokens for step in seen.steps)
+    roles = {role: _role_time(spans, wall_s) for role, spans in _by_role(seen.spans).items()}
+    busy_s = sum(roles[role].busy_s for role in PIPELINE if role in roles)
+    qualities = [_quality(evaluation) for evaluation in seen.evaluations]
+    return Summary(
+        run_id=seen.run_id,
+        num_steps=len(seen.steps),
+        num_steps_planned=config.learner.num_steps,
+        max_staleness=config.staleness.max_staleness,
+        wall_s=wall_s,
+        overlap=busy_s / wall_s if wall_s else None,
+        first=qualities[0] if qualities else None,
+        last=qualities[-1] if qualities else None,
+        tokens=Tokens(
+            generated=seen.tokens_generated,
+            scored=seen.tokens_scored,
+            trained=trained,
+            trained_per_s=trained / wall_s if wall_s else None,
+        ),
+        roles=roles,
+        orchestration=_orchestration(seen.spans, roles),
+        staleness=_staleness(seen.steps),
+        lengths=_lengths(seen.responses),
+        incidents=Incidents(
+            failures=seen.failures,
+            num_extra_workers=_extra_workers(seen.workers, config),
+            num_rewinds=seen.num_rewinds,
+            dropped=dict(Counter(reason for step in seen.steps for reason in step.dropped.values())),
+        ),
+        notes=tuple(_notes(seen, config)),
+    )
+
+
+# -- quality ------------------------------------------------------------------------------------------------------
+def accuracy_standard_error(evaluation: Evaluation) -> float:
+    """Binomial standard error of the accuracy, fraction; NaN without a verifier."""
+    return math.sqrt(evaluation.accuracy * (1 - evaluation.accuracy) / evaluation.num_prompts)
+
+
+def _quality(evaluation: Evaluation) -> Quality:
+    return Quality(
+        version=evaluation.version.number,
+        num_prompts=evaluation.num_prompts,
+        accuracy=_known(evaluation.accuracy),
+        accuracy_standard_error=_known(accuracy_standard_error(evaluation)),
+        accuracy_by_group={g: v for g, v in evaluation.accuracy_by_group.items() if math.isfinite(v)},
+        kl_nats=_known(evaluation.kl_nats),
+        kl_standard_error_nats=_known(evaluation.kl_standard_error_nats),
+        mean_response_tokens=_known(evaluation.mean_response_tokens),
+    )
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+# -- time ---------------------------------------------------------------------------------------------------------
+def _by_role(spans: Sequence[Span]) -> dict[str, list[Span]]:
+    roles = sorted({span.role for span in spans}, key=lambda r: (PIPELINE.index(r) if r in PIPELINE else 9, r))
+    return {role: [span for span in spans if span.role == role] for role in roles}
+
+
+def _wall_s(spans: Sequence[Span]) -> float | None:
+    busy = [span for span in spans if span.role in PIPELINE and is_busy(span)]
+    if not busy:
+        return None
+    return max(span.end for span in busy) - min(span.start for span in busy)
+
+
+def _role_time(spans: Sequence[Span], wall_s: float | None) -> RoleTime:
+    busy_s, alive_s = 0.0, 0.0
+    waiting_s: Counter[str] = Counter()
+    workers = by_worker(spans)
+    for own in workers.values():
+        busy = covered_by(filter(is_busy, own))
+        busy_s += length_s(busy)
+        alive_s += max(span.end for span in own) - min(span.start for span in own)
+        for what in sorted({kind(span) for span in own if is_wait(span)}):
+            waits = covered_by(span for span in own if is_wait(span) and kind(span) == what)
+            waiting_s[what] += length_s(difference(waits, busy))  # type: ignore[assignment]
+    return RoleTime(
+        num_workers=len(workers),
+        alive_s=alive_s,
+        busy_s=busy_s,
+        busy_share=busy_s / wall_s if wall_s else None,
+        waiting_s=dict(waiting_s),
+    )
+
+
+def _orchestration(spans: Sequence[Span], roles: Mapping[str, RoleTime]) -> Orchestration:
+    alive_s = sum(roles[role].alive_s for role in PIPELINE if role in roles)
+    if not alive_s:
+        return Orchestration(share=None, share_by_kind={}, exposed_share=None)
+    seconds: dict[str, float] = {}
+    exposed_s = 0.0
+    for own in by_worker(span for span in spans if span.role in PIPELINE).values():
+        overhead = [span for span in own if is_orchestration(span)]
+        for span in overhead:
+            seconds[kind(span)] = seconds.get(kind(span), 0.0) + span.end - span.start
+        exposed_s += length_s(difference(covered_by(overhead), covered_by(filter(is_busy, own))))
+    return Orchestration(
+        share=sum(seconds.values()) / alive_s,
+        share_by_kind={name: seconds[name] / alive_s for name in sorted(seconds, key=lambda n: -seconds[n])},
+        exposed_share=exposed_s / alive_s,
+    )
+
+
+# -- tokens -------------------------------------------------------------------------------------------------------
+def _staleness(steps: Sequence[TrainStep]) -> StalenessFigures:
+    tokens: Counter[int] = Counter()
+    for step in steps:
+        tokens.update(step.staleness_tokens)
+    total = sum(tokens.values())
+    return StalenessFigures(
+        tokens=dict(sorted(tokens.items())),
+        mean_versions=sum(s * n for s, n in tokens.items()) / total if total else None,
+        max_versions=max(tokens, default=None),
+    )
+
+
+def _lengths(responses: Responses) -> Lengths:
+    lengths_B = responses.lengths_B
+    known = len(lengths_B) > 0
+    return Lengths(
+        num_responses=len(lengths_B),
+        num_shards_read=responses.num_shards_read,
+        num_shards=responses.num_shards,
+        mean_tokens=float(lengths_B.mean()) if known else None,
+        p99_tokens=float(np.percentile(lengths_B, 99)) if known else None,
+        max_tokens=int(lengths_B.max()) if known else None,
+        stopped_fraction=float(responses.stopped_B.mean()) if known else None,
+    )
+
+
+# -- what the reader must know ------------------------------------------------------------------------------------
+def _extra_workers(workers: Mapping[str, int], config: RunConfig) -> int:
+    configured = {"rollout": config.rollout.workers, "score": config.score.workers}
+    return sum(max(0, count - configured.get(role, 1)) for role, count in workers.items())
+
+
+def _notes(seen: Observations, config: RunConfig) -> list[str]:
+    notes = []
+    planned = config.learner.num_steps
+    if len(seen.steps) < planned:
+        notes.append(
+            f"The run stopped after {len(seen.steps)} of {planned} steps; everything below is about what was done. "
+            f"`prefect deployment run asyncopd/train -p run_id={seen.run_id}` goes on with it."
+        )
+    if not seen.evaluations:
+        why = "evaluate.every is 0" if config.evaluate.every == 0 else "the run ended before the first was finished"
+        notes.append(f"There are no evaluations ({why}), so accuracy and held-out KL are not known.")
+    elif len(seen.evaluations) == 1:
+        notes.append(f"Only version {seen.evaluations[0].version.number} was evaluated: there is no before and after.")
+    elif seen.evaluations[-1].version.number < planned:
+        notes.append(f"The last evaluated version is {seen.evaluations[-1].version.number}, not {planned}.")
+    if seen.evaluations and not math.isfinite(seen.evaluations[-1].accuracy):
+        notes.append("The task has no verifier, so accuracy is not known.")
+    if not any(span.role in PIPELINE and is_busy(span) for span in seen.spans):
+        notes.append("No timeline was stored, so wall time, throughput and overlap are not known.")
+    elif (paused_s := _paused_s(seen.spans)) > 0:
+        notes.append(
+            f"Nothing ran for {paused_s:.0f} s in pauses of more than {STANDSTILL_S:.0f} s (a stop and a later "
+            "resumption). Wall time includes them, so throughput and overlap are lower than while it ran."
+        )
+    read, total = seen.responses.num_shards_read, seen.responses.num_shards
+    if not total:
+        notes.append("No trajectory shard was published, so response lengths are not known.")
+    elif read < total:
+        notes.append(f"Response lengths are from {read} of {total} shards, spread evenly over the run.")
+    return notes + [f"A shard could not be read: {problem}" for problem in seen.responses.problems]
+
+
+def _paused_s(spans: Sequence[Span]) -> float:
+    covered = covered_by(spans)
+    gaps = [after[0] - before[1] for before, after in zip(covered, covered[1:], strict=False)]
+    return sum(gap for gap in gaps if gap > STANDSTILL_S)

@@ -1,0 +1,94 @@
+"""Builders for tests that run real stages on a small run, without Prefect and in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+from asyncopd.config import RunConfig, load_config
+from asyncopd.evaluate.stage import versions_to_evaluate
+from asyncopd.worker import run_lanes, work_on_shards
+from flows.pretrain import make_model
+from flows.wiring import (
+    OpenRun,
+    evaluate_stage,
+    learn_stage,
+    missing_models,
+    open_stored_run,
+    rollout_stage,
+    score_stage,
+)
+from storage.open import open_store
+from storage.runs import create_run
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "student": {"kind": "tiny", "num_layers": 1, "hidden_size": 16, "num_heads": 2, "pretrain": {"num_steps": 30}},
+    "rollout": {"slots": 8, "shard_size": 4, "shards_per_task": 2, "max_new_tokens": 32},
+    "learner": {"num_steps": 4, "batch_size": 8, "checkpoint_every": 2},
+    "evaluate": {"every": 4, "num_prompts": 20},
+    "limits": {"deadline_s": 30, "poll_s": 0.002, "lease_s": 2, "heartbeat_s": 0.2},
+}
+
+
+def small_config(root: Path | str, **overrides: Any) -> RunConfig:
+    """The small walk run in `root`; overrides are dotted keys with `__` for the dot."""
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_config(SMALL, {"storage.root": str(root), **dotted})
+
+
+def new_run(config: RunConfig, run_id: str = "small-1") -> OpenRun:
+    """Create a run in storage with its models made, ready for every stage."""
+    record = {"config": config.model_dump(mode="json"), "config_hash": config.digest(), "created": time.time()}
+    create_run(open_store(config.storage.root), run_id, record)
+    run = open_stored_run(config.storage.root, run_id)
+    worker = run.worker("pretrain")
+    for role, model in missing_models(run).items():
+        make_model(run, worker, role, model)
+    return run
+
+
+async def roll_out(run: OpenRun) -> None:
+    worker = run.worker("rollout")
+    async with worker.alive():
+        await worker.wait_for(run.log.latest_policy, "version 0 to be published")
+        stage, sampler = rollout_stage(run, worker)
+        try:
+            async with stage.following_versions():
+                await run_lanes(lambda: work_on_shards(stage, 2), num_lanes=3, shards_per_task=2)
+        finally:
+            await sampler.close()
+
+
+async def score(run: OpenRun) -> None:
+    worker = run.worker("score")
+    async with worker.alive():
+        stage = score_stage(run, worker)
+        await run_lanes(lambda: work_on_shards(stage, 2), num_lanes=2, shards_per_task=2)
+
+
+async def learn(run: OpenRun) -> None:
+    worker = run.worker("learn")
+    async with worker.alive():
+        await learn_stage(run, worker).run()
+
+
+async def evaluate(run: OpenRun) -> None:
+    worker = run.worker("evaluate")
+    async with worker.alive():
+        await worker.wait_for(run.log.latest_policy, "version 0 to be published")
+        stage, sampler = evaluate_stage(run, worker)
+        try:
+            await stage.run(versions_to_evaluate(run.config.learner.num_steps, run.config.evaluate.every))
+        finally:
+            await sampler.close()
+
+
+async def run_all(run: OpenRun) -> None:
+    """Every role of a run at once, each with its own view of storage."""
+    root, run_id = run.config.storage.root, run.log.run_id
+    async with asyncio.TaskGroup() as roles:
+        for role in (roll_out, score, learn, evaluate):
+            roles.create_task(role(open_stored_run(root, run_id)))

@@ -1,0 +1,90 @@
+"""Configuration: what is refused, and how well the refusal says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from asyncopd.config import load_config, parse_override
+from asyncopd.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config == load_config(config.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"learner": {"lrr": 1}}, "learner.lrr: unknown key. Nearest known key: learner.lr"),
+        ({"stalenes": {}}, "stalenes: unknown key. Nearest known key: staleness"),
+        ({"student": {"kind": "tiny", "num_layer": 2}}, "Nearest known key: student.num_layers"),
+        ({"learner": {"lr": "fast"}}, "learner.lr: Input should be a valid number"),
+        ({"staleness": {"max_staleness": -1}}, "staleness.max_staleness: Input should be greater than or equal to 0"),
+        ({"rollout": {"shard_size": 48}}, "rollout.shard_size 48 must divide learner.batch_size 64"),
+        ({"rollout": {"max_new_tokens": 254}}, "do not fit max_context 256"),
+        ({"loss": {"name": "head_tial"}}, "Nearest: 'head_tail'"),
+        ({"student": {"kind": "tiny", "hidden_size": 50}}, "must be a multiple of"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_place_and_what_to_do(raw: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(raw)
+    assert expected in str(refused.value)
+
+
+def test_every_problem_is_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config({"seed": "x", "learner": {"lr": -1}, "task": {"kind": "walk", "q": 1}})
+    assert str(refused.value).count("\n  - ") == 3
+
+
+def test_the_oracle_cannot_teach_text() -> None:
+    raw = {"task": {"kind": "text", "train_path": "x.jsonl"}, "student": {"kind": "tiny", "max_context": 2048}}
+    with pytest.raises(ConfigError, match="oracle is the closed form of task.kind walk"):
+        load_config(raw)
+
+
+def test_overrides_are_applied_last_and_parse_numbers() -> None:
+    assert parse_override("learner.lr=1e-4")[0] == "learner.lr"
+    config = load_config({}, dict([parse_override("learner.lr=1e-4"), parse_override("staleness.max_staleness=0")]))
+    assert config.learner.lr == pytest.approx(1e-4)
+    assert config.staleness.max_staleness == 0
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        parse_override("learner.lr")
+
+
+def test_base_files_merge_deeply_and_a_new_variant_replaces_its_section(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        yaml.safe_dump({"learner": {"lr": 0.5, "num_steps": 7}, "loss": {"name": "head_tail", "head": 9}})
+    )
+    (tmp_path / "top.yaml").write_text(
+        yaml.safe_dump({"base": "base.yaml", "learner": {"lr": 0.25}, "loss": {"name": "dense_reverse_kl"}})
+    )
+    config = load_config(tmp_path / "top.yaml")
+    assert (config.learner.lr, config.learner.num_steps, config.loss.name) == (0.25, 7, "dense_reverse_kl")
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text("{}")
+    with pytest.raises(ConfigError, match=r"no such configuration file.*quickstart\.yaml"):
+        load_config(tmp_path / "quickstrat.yaml")
+
+
+def test_a_base_that_comes_back_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(ConfigError, match="comes back to itself"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_digest_follows_every_value() -> None:
+    assert load_config({}).digest() == load_config({}).digest()
+    assert load_config({}).digest() != load_config({}, {"seed": 1}).digest()

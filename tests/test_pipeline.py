@@ -1,0 +1,74 @@
+"""The whole pipeline on real parts, in one process: every arrow of the design, without Prefect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pipeline
+import pytest
+
+from asyncopd.schedule import step_of
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+async def test_a_run_trains_every_index_once_within_the_staleness_bound(tmp_path: Path, max_staleness: int) -> None:
+    config = pipeline.small_config(tmp_path, staleness__max_staleness=max_staleness)
+    run = pipeline.new_run(config)
+    await pipeline.run_all(run)
+
+    steps = run.log.steps()
+    assert [step.step for step in steps] == list(range(4))
+    assert [i for step in steps for i in step.indices.indices] == list(range(32))
+    for step in steps:
+        assert 0 <= min(step.staleness_tokens) <= max(step.staleness_tokens) <= max_staleness
+        assert sum(step.staleness_tokens.values()) == step.num_tokens
+    for shard in config.plan.shards():
+        for trajectory in run.log.read_trajectories(shard):
+            step = step_of(trajectory.index, config.learner.batch_size)
+            assert step - max_staleness <= trajectory.version_first <= trajectory.version_last <= step
+    assert run.log.latest_policy().number == 4
+    assert [e.version.number for e in run.log.evaluations()] == [0, 4]
+
+
+async def test_behaviour_logprobs_are_the_learners_own_when_nothing_is_stale(tmp_path: Path) -> None:
+    run = pipeline.new_run(pipeline.small_config(tmp_path, staleness__max_staleness=0))
+    await pipeline.run_all(run)
+    for step in run.log.steps():
+        # The sampler's cached decoding and the learner's packed forward agree on every trained token.
+        assert step.metrics["train/drift_nats"] < 1e-9
+        assert step.metrics["train/ess_fraction"] == pytest.approx(1, abs=1e-6)
+
+
+async def test_a_stopped_learner_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path: Path) -> None:
+    # All rollouts and scores exist; one learner trains through, the other is stopped after step 3 and resumed.
+    config = pipeline.small_config(tmp_path / "a", staleness__max_staleness=4, evaluate__every=0)
+    run = pipeline.new_run(config)
+    await pipeline.run_all(run)
+    through = run.log.read_policy(run.log.latest_policy()).safetensors
+
+    worker = run.worker("learn")
+    rewind = run.log.record_rewind(2, worker=worker.name)  # as if steps 2 and 3 had been lost
+    await pipeline.learn(run)
+    resumed = run.log.latest_policy()
+    assert (resumed.number, resumed.rewind) == (4, rewind)
+    assert run.log.read_policy(resumed).safetensors == through
+    assert [(s.step, s.rewind) for s in run.log.steps()] == [(0, 0), (1, 0), (2, rewind), (3, rewind)]
+
+
+async def test_a_second_learner_call_on_a_finished_run_does_nothing(tmp_path: Path) -> None:
+    run = pipeline.new_run(pipeline.small_config(tmp_path, evaluate__every=0))
+    await pipeline.run_all(run)
+    before = run.log.policies()
+    await pipeline.learn(run)
+    assert run.log.policies() == before
+
+
+async def test_training_lowers_the_divergence_from_the_teacher(tmp_path: Path) -> None:
+    config = pipeline.small_config(
+        tmp_path, learner__num_steps=30, learner__batch_size=16, learner__lr=3e-3, evaluate__every=30
+    )
+    run = pipeline.new_run(config)
+    await pipeline.run_all(run)
+    first, last = run.log.evaluations()
+    assert last.kl_nats < first.kl_nats - 2 * np.hypot(first.kl_standard_error_nats, last.kl_standard_error_nats)

@@ -1,0 +1,165 @@
+"""Claims: one holder per shard, who loses it by dying or retiring; no clock but the observer's own."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from storage_builders import STORE_KINDS, fresh_log, fresh_store
+
+from asyncopd.types import IndexRange
+from storage.objects import ObjectStore
+from storage.run_log import StoredRunLog
+
+SHARD = IndexRange(0, 8)
+
+
+class Clock:
+    """A monotonic clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    return fresh_store("memory", tmp_path)
+
+
+def observer(store: ObjectStore) -> tuple[StoredRunLog, Clock]:
+    """One process's view of the run, with its own clock."""
+    clock = Clock()
+    return StoredRunLog(store, "run", clock=clock), clock
+
+
+def test_a_shard_has_one_holder(store: ObjectStore) -> None:
+    (ours, _), (theirs, _) = observer(store), observer(store)
+    assert ours.claim("rollout", SHARD, worker="a", lease_s=10)
+    assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
+    assert ours.claim("rollout", SHARD, worker="a", lease_s=10), "a second call of the holder"
+    assert theirs.claim("rollout", IndexRange(8, 16), worker="b", lease_s=10)
+    assert theirs.claim("score.t", SHARD, worker="b", lease_s=10), "stages are claimed separately"
+
+
+def test_a_heartbeat_that_stands_still_for_a_lease_frees_the_shard(store: ObjectStore) -> None:
+    (ours, _), (theirs, clock) = observer(store), observer(store)
+    assert ours.claim("rollout", SHARD, worker="a", lease_s=10)
+    ours.heartbeat("a", {"done": 1})
+    assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
+    clock.now_s += 9.9
+    assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
+    clock.now_s += 0.2
+    assert theirs.claim("rollout", SHARD, worker="b", lease_s=10)
+    assert [(claim.attempt, claim.worker) for claim in theirs.claims()] == [(1, "a"), (2, "b")]
+
+
+def test_a_beating_holder_keeps_its_shard(store: ObjectStore) -> None:
+    (ours, _), (theirs, clock) = observer(store), observer(store)
+    ours.claim("rollout", SHARD, worker="a", lease_s=10)
+    for _ in range(20):
+        ours.heartbeat("a", {"state": "unchanged"})
+        assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
+        clock.now_s += 9
+
+
+def test_wrong_clocks_change_nothing(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The holder's wall clock is a year behind; only changes count.
+    (ours, _), (theirs, clock) = observer(store), observer(store)
+    monkeypatch.setattr("storage.claims.time.time", lambda: 3.0)
+    ours.claim("rollout", SHARD, worker="a", lease_s=10)
+    for _ in range(3):
+        clock.now_s += 9
+        ours.heartbeat("a", {})
+        assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
+
+
+def test_a_retired_worker_frees_its_shards_at_once(store: ObjectStore) -> None:
+    (ours, _), (theirs, _) = observer(store), observer(store)
+    ours.claim("rollout", SHARD, worker="a", lease_s=10)
+    ours.retire("a")
+    assert theirs.claim("rollout", SHARD, worker="b", lease_s=10)
+
+
+def test_a_retired_name_can_work_again(store: ObjectStore) -> None:
+    (ours, _), (theirs, _) = observer(store), observer(store)
+    ours.heartbeat("a", {})
+    ours.retire("a")
+    assert ours.claim("rollout", SHARD, worker="a", lease_s=10)
+    assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
+
+
+def test_a_holder_that_never_beats_counts_from_the_first_look(store: ObjectStore) -> None:
+    ours, clock = observer(store)
+    store.put(ours.layout.claim("rollout", SHARD, 1), b'{"schema_version": 1, "worker": "ghost", "claimed": 0}')
+    assert not ours.claim("rollout", SHARD, worker="b", lease_s=10)
+    clock.now_s += 10
+    assert ours.claim("rollout", SHARD, worker="b", lease_s=10)
+
+
+def test_a_claim_emptied_by_a_power_cut_frees_after_a_lease(store: ObjectStore) -> None:
+    ours, clock = observer(store)
+    store.put(ours.layout.claim("rollout", SHARD, 1), b"")
+    assert not ours.claim("rollout", SHARD, worker="b", lease_s=10)
+    clock.now_s += 10
+    assert ours.claim("rollout", SHARD, worker="b", lease_s=10)
+
+
+def test_a_heartbeat_emptied_by_a_power_cut_counts_as_standing_still(store: ObjectStore) -> None:
+    (ours, _), (theirs, clock) = observer(store), observer(store)
+    ours.claim("rollout", SHARD, worker="a", lease_s=10)
+    store.put(ours.layout.heartbeat("a"), b"")
+    assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
+    clock.now_s += 10
+    assert theirs.claim("rollout", SHARD, worker="b", lease_s=10)
+
+
+def test_a_holder_that_was_taken_for_dead_learns_it(store: ObjectStore) -> None:
+    (ours, _), (theirs, clock) = observer(store), observer(store)
+    ours.claim("rollout", SHARD, worker="a", lease_s=10)
+    theirs.claim("rollout", SHARD, worker="b", lease_s=10)
+    clock.now_s += 10
+    assert theirs.claim("rollout", SHARD, worker="b", lease_s=10)
+    assert not ours.claim("rollout", SHARD, worker="a", lease_s=10)
+
+
+def test_a_restarted_process_finds_its_own_claim(store: ObjectStore) -> None:
+    (ours, _), (restarted, _) = observer(store), observer(store)
+    ours.claim("rollout", SHARD, worker="a", lease_s=10)
+    assert restarted.claim("rollout", SHARD, worker="a", lease_s=10)
+
+
+@pytest.mark.parametrize("kind", STORE_KINDS)
+@pytest.mark.parametrize("dead_holder", [False, True])
+def test_of_eight_claimants_one_wins(kind: str, dead_holder: bool, tmp_path: Path) -> None:
+    log = fresh_log(kind, tmp_path)
+    if dead_holder:
+        log.claim("rollout", SHARD, worker="dead", lease_s=10)
+        log.retire("dead")
+    barrier = threading.Barrier(8)
+
+    def claim(number: int) -> bool:
+        mine = StoredRunLog(log.store, "run")
+        barrier.wait()
+        return mine.claim("rollout", SHARD, worker=f"w{number}", lease_s=60)
+
+    with ThreadPoolExecutor(8) as threads:
+        won = list(threads.map(claim, range(8)))
+    assert won.count(True) == 1
+    assert log.claims()[-1].worker == f"w{won.index(True)}"
+    assert log.claims()[-1].attempt == 1 + dead_holder
+
+
+def test_heartbeats_tell_what_workers_do(store: ObjectStore) -> None:
+    ours, _ = observer(store)
+    ours.heartbeat("rollout/0 on gpu.example", {"state": "sampling", "rate": float("nan")})
+    ours.heartbeat("b", {})
+    ours.retire("b")
+    beats = ours.heartbeats()
+    assert sorted(beats) == ["b", "rollout/0 on gpu.example"]
+    assert beats["rollout/0 on gpu.example"].status == {"state": "sampling", "rate": None}
+    assert [beats[worker].retired for worker in sorted(beats)] == [True, False]
