@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asyncopd.errors import ConfigError
+from asyncopd.tasks.counter import derive, stream_key, uniforms
 from asyncopd.types import DrawLaw
 
 LOGPROB_FLOOR = -100.0
 """Nats; stored where a log-prob is lower or −inf. exp(−100) is 0 in any loss, and unlike −inf it can be subtracted."""
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+# Counters of one lane; responses are shorter.
+_LANE_STRIDE = 1 << 32
 # Above this the inverse CDF goes through block sums: one cumulative sum over 151k float64 per row is avoidable.
 _BLOCK_SIZE = 1024
 
@@ -51,17 +52,19 @@ class Draws:
     head as large as the vocabulary); tail draws are then the head's first id, and weigh exp(floor) = 0."""
 
 
-def row_keys(seed: int, indices_A: NDArray[np.int64], stream: int) -> NDArray[np.uint64]:
-    """[A] random keys, one per trajectory index; different streams (student, teacher) of a seed are independent."""
-    keys = np.full(len(indices_A), seed & 0xFFFFFFFFFFFFFFFF, np.uint64)
-    return _absorb(_absorb(_mix(keys), np.full(1, stream, np.uint64)), indices_A.astype(np.uint64))
+def policy_key(seed: int, index: int) -> int:
+    """Random key (64 bits) of the student's draws for trajectory `index` of the run seeded by `seed`."""
+    return derive(stream_key("student draws", seed), index)
 
 
-def uniforms(keys_A: NDArray[np.uint64], positions_A: NDArray[np.int64], num_lanes: int) -> NDArray[np.float64]:
-    """[A, num_lanes] numbers in [0, 1), a pure function of key, position and lane; chained splitmix64."""
-    keys = _absorb(keys_A, positions_A.astype(np.uint64))[:, None]
-    lanes = np.arange(num_lanes, dtype=np.uint64)[None, :]
-    return np.multiply(_absorb(keys, lanes) >> np.uint64(11), 2.0**-53, dtype=np.float64)
+def teacher_key(seed: int, index: int) -> int:
+    """Random key of a teacher's draws for trajectory `index`; its stream is independent of the student's."""
+    return derive(stream_key("teacher draws", seed), index)
+
+
+def lane_uniforms(keys_A: NDArray[np.uint64], positions_A: NDArray[np.int64], num_lanes: int) -> NDArray[np.float64]:
+    """[A, num_lanes] numbers in [0, 1), a pure function of key, position and lane, whatever `num_lanes` is."""
+    return uniforms(keys_A[:, None], positions_A[:, None] + np.arange(num_lanes) * _LANE_STRIDE)
 
 
 def law_logprobs(logits_AV: Tensor, *, temperature: float, top_p: float) -> Tensor:
@@ -85,7 +88,7 @@ def draw(logprobs_AV: Tensor, keys_A: NDArray[np.uint64], positions_A: NDArray[n
     The emitted token uses lane 0 alone, so it is the same whatever candidates are recorded.
     """
     probs_AV = logprobs_AV.exp()
-    uniforms_AN = torch.from_numpy(uniforms(keys_A, positions_A, 1 + rule.num_draws)).to(logprobs_AV.device)
+    uniforms_AN = torch.from_numpy(lane_uniforms(keys_A, positions_A, 1 + rule.num_draws)).to(logprobs_AV.device)
     head_ids_AK = logprobs_AV.topk(rule.head, dim=-1).indices
     tail_mass_A = torch.ones(len(logprobs_AV), dtype=torch.float64, device=logprobs_AV.device)
     if rule.head:
@@ -123,7 +126,7 @@ def inverse_cdf(weights_AV: Tensor, uniforms_AN: Tensor) -> Tensor:
     # First the block, then the id inside it: two short cumulative sums instead of one over the vocabulary.
     num_blocks = -(-num_ids // _BLOCK_SIZE)
     padded_AV = torch.nn.functional.pad(weights_AV, (0, num_blocks * _BLOCK_SIZE - num_ids))
-    blocks_ABW = padded_AV.unflatten(1, (num_blocks, _BLOCK_SIZE))
+    blocks_ABW = padded_AV.view(-1, num_blocks, _BLOCK_SIZE)
     block_cdf_AB = blocks_ABW.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     targets_AN = uniforms_AN * block_cdf_AB[:, -1:]
     block_AN = _search(block_cdf_AB, targets_AN)
@@ -158,15 +161,3 @@ def _search(cdf_V: Tensor, targets_N: Tensor) -> Tensor:
     below_N = torch.minimum(targets_N, torch.nextafter(totals, torch.zeros_like(totals)))
     # The clamp matters only where weights are NaN; the caller sees that in the log-probs.
     return torch.searchsorted(cdf_V, below_N, right=True).clamp_(max=cdf_V.shape[-1] - 1)
-
-
-def _absorb(keys: NDArray[np.uint64], words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Mix a word into each key. Injective in the word, so distinct words never share a key."""
-    return _mix(keys + (words + np.uint64(1)) * _GOLDEN)
-
-
-def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64: every input bit reaches every output bit."""
-    words = (words ^ (words >> np.uint64(30))) * _MIX_1
-    words = (words ^ (words >> np.uint64(27))) * _MIX_2
-    return words ^ (words >> np.uint64(31))

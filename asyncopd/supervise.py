@@ -14,7 +14,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -126,7 +125,9 @@ def watch_parent() -> None:
     """
 
     def wait_for_end() -> None:
-        sys.stdin.buffer.read()
+        # Not sys.stdin: a daemon thread inside its lock makes the interpreter abort at exit.
+        while os.read(0, 4096):
+            continue
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(TERMINATE_GRACE_S)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -119,9 +119,13 @@ class ClaimLog:
         return Claim(stage=stage, shard=shard, attempt=attempt, worker=fields["worker"], claimed=fields["claimed"])
 
     def _read_heartbeat(self, key: str, body: bytes | None) -> Heartbeat | None:
-        if not body:
+        try:
+            fields = from_json(body, key, dict) if body is not None else None
+        except ShardCorruptError:
+            # Not flushed either: a heartbeat that a power cut destroyed is one that stands still.
+            fields = None
+        if fields is None:
             return None
-        fields = from_json(body, key, dict)
         return Heartbeat(
             worker=fields["worker"], beaten=fields["beaten"], retired=fields["retired"], status=fields["status"]
         )

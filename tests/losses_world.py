@@ -134,11 +134,17 @@ def enumerate_for(world: World, config: LossConfig) -> Enumeration:
     return Enumeration(rows_with(world, head=needs.head), torch.ones(1, dtype=torch.float64))
 
 
-def losses_at(config: LossConfig, rows: TokenRows, student_logprobs_TV: Tensor) -> RowLosses:
-    """The estimator's losses when row t of the student is `student_logprobs_TV[t]`; makes the step pass if needed."""
+def losses_at(
+    config: LossConfig, rows: TokenRows, student_logprobs_TV: Tensor, context: StepContext | None = None
+) -> RowLosses:
+    """The estimator's losses when row t of the student is `student_logprobs_TV[t]`.
+
+    Without a context the rows are the whole optimizer step.
+    """
     estimator = build_estimator(config)
     gathered_TJ = student_logprobs_TV.gather(-1, estimator.student_ids(rows))
-    context = estimator.step_context(rows, gathered_TJ) if estimator.needs_step_pass else StepContext()
+    if context is None:
+        context = estimator.step_context(rows, gathered_TJ)
     return estimator(rows, gathered_TJ, context)
 
 
@@ -153,8 +159,19 @@ def expectation(config: LossConfig, world: World, enumeration: Enumeration | Non
     enumeration = enumerate_for(world, config) if enumeration is None else enumeration
     logits_V = world.student_V.clone().requires_grad_()
     student_TV = torch.log_softmax(logits_V, -1).expand(len(enumeration.rows), -1)
-    loss = (enumeration.weights_T * losses_at(config, enumeration.rows, student_TV).loss_T).sum()
-    return Expectation(float(loss), torch.autograd.grad(loss, logits_V)[0])
+    context = _population_context(config, world, enumeration)
+    loss = (enumeration.weights_T * losses_at(config, enumeration.rows, student_TV, context).loss_T).sum()
+    return Expectation(loss.item(), torch.autograd.grad(loss, logits_V)[0])
+
+
+def _population_context(config: LossConfig, world: World, enumeration: Enumeration) -> StepContext:
+    """The context of an optimizer step so large that every row occurs in it as often as it is probable."""
+    estimator = build_estimator(config)
+    if not estimator.needs_step_pass:
+        return StepContext()
+    occurrences_T = (enumeration.weights_T * 20_000).round().long()
+    rows = enumeration.rows.select(torch.arange(len(enumeration.rows)).repeat_interleave(occurrences_T))
+    return estimator.step_context(rows, world.student_V[estimator.student_ids(rows)])
 
 
 def exact_forward_kl(world: World) -> Expectation:
@@ -162,7 +179,7 @@ def exact_forward_kl(world: World) -> Expectation:
     logits_V = world.student_V.clone().requires_grad_()
     q_V = world.teacher_V.exp()
     loss = (q_V * (q_V.log() - torch.softmax(logits_V, -1).log())).sum()
-    return Expectation(float(loss), torch.autograd.grad(loss, logits_V)[0])
+    return Expectation(loss.item(), torch.autograd.grad(loss, logits_V)[0])
 
 
 def exact_reverse_kl(world: World) -> Expectation:
@@ -170,7 +187,7 @@ def exact_reverse_kl(world: World) -> Expectation:
     logits_V = world.student_V.clone().requires_grad_()
     p_V = torch.softmax(logits_V, -1)
     loss = (p_V * (p_V.log() - world.teacher_V)).sum()
-    return Expectation(float(loss), torch.autograd.grad(loss, logits_V)[0])
+    return Expectation(loss.item(), torch.autograd.grad(loss, logits_V)[0])
 
 
 def relative_error(found_V: Tensor, target_V: Tensor) -> float:

@@ -109,10 +109,12 @@ def test_a_claim_emptied_by_a_power_cut_frees_after_a_lease(store: ObjectStore) 
     assert ours.claim("rollout", SHARD, worker="b", lease_s=10)
 
 
-def test_a_heartbeat_emptied_by_a_power_cut_counts_as_standing_still(store: ObjectStore) -> None:
+@pytest.mark.parametrize("body", [b"", bytes(100)])
+def test_a_heartbeat_destroyed_by_a_power_cut_counts_as_standing_still(body: bytes, store: ObjectStore) -> None:
     (ours, _), (theirs, clock) = observer(store), observer(store)
     ours.claim("rollout", SHARD, worker="a", lease_s=10)
-    store.put(ours.layout.heartbeat("a"), b"")
+    store.put(ours.layout.heartbeat("a"), body)
+    assert theirs.heartbeats() == {}
     assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
     clock.now_s += 10
     assert theirs.claim("rollout", SHARD, worker="b", lease_s=10)

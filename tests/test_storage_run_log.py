@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from asyncopd.errors import ObjectMissingError, ShapeError, ShardCorruptError
 from asyncopd.ports import RunLog
 from asyncopd.types import IndexRange, PolicyVersion
 from storage.manifests import quarantine
+from storage.records import to_json
 from storage.run_log import StoredRunLog
 
 SHARD = IndexRange(8, 12)
@@ -226,6 +228,16 @@ def test_a_manifest_of_another_shard_is_noticed() -> None:
     log.store.put(log.layout.shard_manifest(log.layout.trajectories, elsewhere), log.store.get(manifest_key))
     with pytest.raises(ShardCorruptError, match=r"found 4 rows for indices \[8, 9, 10, 11\]"):
         log.read_trajectories(elsewhere)
+
+
+def test_a_manifest_that_does_not_cover_its_range_is_noticed() -> None:
+    log = memory_log()
+    manifest_key, _ = published(log)
+    fields = json.loads(log.store.get(manifest_key))
+    fields["facts"]["dropped"] = {"8": "dropped and present"}
+    log.store.put(manifest_key, to_json(fields))
+    with pytest.raises(ShardCorruptError, match=r"without dropped \[8\]"):
+        log.read_trajectories(SHARD)
 
 
 def test_a_quarantined_shard_can_be_published_again() -> None:

@@ -77,13 +77,13 @@ def teacher_scores(draw: st.DrawFn) -> TeacherScores:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(trajectories(), max_size=4))
 def test_trajectories_come_back_bit_by_bit(rows: list[Trajectory]) -> None:
     assert_same(decode_trajectories(encode_trajectories(rows, "run"), "key"), rows)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(teacher_scores(), max_size=4))
 def test_scores_come_back_bit_by_bit(rows: list[TeacherScores]) -> None:
     assert_same(decode_scores(encode_scores(rows, "run"), "key"), rows)

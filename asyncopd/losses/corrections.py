@@ -111,8 +111,7 @@ def truncate(log_ratio_TN: Tensor, advantage_TN: Tensor, *, max_ratio: float) ->
     """
     ratio_TN = log_ratio_TN.exp()
     value_TN = ratio_TN.detach()
-    # Dividing by max(ρ, c) rather than multiplying by min(1, c/ρ): ρ = e^−20 divides by nothing small.
-    scale_TN = max_ratio / value_TN.clamp(min=max_ratio)
+    scale_TN = (max_ratio / value_TN).clamp(max=1.0)
     return Corrected(ratio_TN * scale_TN * advantage_TN, value_TN > max_ratio)
 
 

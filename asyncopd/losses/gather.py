@@ -40,9 +40,10 @@ def gather_logprobs(
     """Log-softmax of (hidden · weightᵀ + bias) / temperature over the full vocabulary, at `ids_TJ`.
 
     Value and gradient (hidden, weight, bias) equal the plain computation. The matrix product runs in the dtype of
-    `hidden_TD`, as a plain LM head does (`weight_VD` is cast to it, autocast is ignored); everything after it in
-    float32, or in float64 when the hidden states are float64. Gradients are summed over chunks in that same dtype.
-    Peak extra memory: about 3 · chunk_tokens · V accumulation-dtype numbers, plus one [V, D] gradient.
+    `hidden_TD`, as a plain LM head does (`weight_VD` is cast to it, autocast is ignored), or in float32 for half
+    precision on a CPU; everything after it in float32, or in float64 when the hidden states are float64. Gradients are
+    summed over chunks in that same dtype. Peak extra memory: 2 to 3 · chunk_tokens · V such numbers, one [V, D] gradient
+    and, where the product's dtype is not the weight's, one cast [V, D].
 
     Args:
         hidden_TD: [T, D] last hidden states at the rows' prefixes; T may be 0.
@@ -87,9 +88,10 @@ class _Gather(torch.autograd.Function):
         logprobs_TJ = torch.empty(ids_TJ.shape, dtype=dtype, device=hidden_TD.device)
         entropy_T = torch.empty(len(hidden_TD), dtype=dtype, device=hidden_TD.device)
         normaliser_T1 = torch.empty((len(hidden_TD), 1), dtype=dtype, device=hidden_TD.device)
-        weight_cast_VD = weight_VD.to(hidden_TD.dtype)
+        product_dtype = _product_dtype(hidden_TD)
+        weight_cast_VD = weight_VD.to(product_dtype)
         for rows in _chunks(len(hidden_TD), chunk_tokens):
-            logits_CV = _logits(hidden_TD[rows], weight_cast_VD, bias_V, temperature)
+            logits_CV = _logits(hidden_TD[rows].to(product_dtype), weight_cast_VD, bias_V, temperature)
             # One exp serves the normaliser and the entropy; subtracting the maximum keeps it finite.
             maximum_C1 = logits_CV.amax(-1, keepdim=True)
             logits_CV -= maximum_C1
@@ -110,22 +112,24 @@ class _Gather(torch.autograd.Function):
         hidden_TD, weight_VD, bias_V, ids_TJ, normaliser_T1 = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = normaliser_T1.dtype
-        weight_cast_VD = weight_VD.to(hidden_TD.dtype)
+        product_dtype = _product_dtype(hidden_TD)
+        weight_cast_VD = weight_VD.to(product_dtype)
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=dtype) if needs_bias else None
         for rows in _chunks(len(hidden_TD), ctx.chunk_tokens):
             # d logprob_j / d logit_v = (1[v = id_j] − p_v) / temperature
-            grad_CV = _logits(hidden_TD[rows], weight_cast_VD, bias_V, ctx.temperature)
+            hidden_CD = hidden_TD[rows].to(product_dtype)
+            grad_CV = _logits(hidden_CD, weight_cast_VD, bias_V, ctx.temperature)
             grad_CV.sub_(normaliser_T1[rows]).exp_().mul_(-grad_TJ[rows].sum(-1, keepdim=True))
             grad_CV.scatter_add_(-1, ids_TJ[rows], grad_TJ[rows]).div_(ctx.temperature)
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0)
-            product_CV = grad_CV.to(hidden_TD.dtype)
+            product_CV = grad_CV.to(product_dtype)
             if grad_hidden_TD is not None:
                 grad_hidden_TD[rows] = product_CV @ weight_cast_VD
             if grad_weight_VD is not None:
-                _add_product(grad_weight_VD, product_CV.T, hidden_TD[rows])
+                _add_product(grad_weight_VD, product_CV.T, hidden_CD)
         return (
             grad_hidden_TD,
             None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
@@ -138,6 +142,12 @@ class _Gather(torch.autograd.Function):
 
 def _accumulation_dtype(hidden_TD: Tensor) -> torch.dtype:
     return torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+
+
+def _product_dtype(hidden_TD: Tensor) -> torch.dtype:
+    # Torch's half-precision products on CPUs without AVX512-BF16 are 50 times slower than float32's (and less exact).
+    half = hidden_TD.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and hidden_TD.device.type == "cpu" else hidden_TD.dtype
 
 
 def _chunks(num_rows: int, chunk_tokens: int) -> list[slice]:

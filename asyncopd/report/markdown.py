@@ -1,12 +1,11 @@
-"""The report as Markdown that reads well in a terminal and on GitHub: every figure with its unit, gaps as a dash."""
+"""The report as Markdown that reads well in a terminal and on GitHub."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from asyncopd.summary import Quality, RoleTime, Summary
-
-MISSING = "–"
+from asyncopd.summary_text import headline, number, percent, quality_rows, role_rows, speed_rows
 
 
 def to_markdown(summary: Summary, folder: str) -> str:
@@ -33,88 +32,6 @@ def with_plots(markdown: str, plots: Mapping[str, str]) -> str:
     """`markdown` followed by pictures: caption -> file name beside the report."""
     pictures = [f"### {caption}\n\n![{caption}]({name})" for caption, name in plots.items()]
     return "\n\n".join([markdown.rstrip("\n"), "## Plots", *pictures]) + "\n"
-
-
-def headline(summary: Summary) -> str:
-    """What the run achieved, in one sentence or two."""
-    done = f"{summary.num_steps} of {summary.num_steps_planned} steps"
-    took = f" in {duration(summary.wall_s)}" if summary.wall_s else ""
-    text = f"Trained {done}{took} at a staleness of at most τ = {summary.max_staleness}."
-    first, last = summary.first, summary.last
-    if first and last and first.version != last.version:
-        gains = []
-        if first.accuracy is not None and last.accuracy is not None:
-            gains.append(f"accuracy {percent(first.accuracy)} -> **{percent(last.accuracy)}**")
-        if first.kl_nats is not None and last.kl_nats is not None:
-            gains.append(f"KL to the teacher {first.kl_nats:.3f} -> **{last.kl_nats:.3f}** nats per token")
-        if gains:
-            text += f" On {last.num_prompts} held-out prompts: {', '.join(gains)}."
-    return text
-
-
-def quality_rows(first: Quality | None, last: Quality | None) -> list[tuple[str, str, str, str]]:
-    """(measure, before, after, change) for every figure of an evaluation; empty without evaluations."""
-    if first is None or last is None:
-        return []
-    rows = [
-        ("accuracy", _accuracy(first), _accuracy(last), _points(first.accuracy, last.accuracy)),
-        *(
-            (
-                f"accuracy, {group}",
-                percent(first.accuracy_by_group.get(group)),
-                percent(last.accuracy_by_group.get(group)),
-                _points(first.accuracy_by_group.get(group), last.accuracy_by_group.get(group)),
-            )
-            for group in sorted({*first.accuracy_by_group, *last.accuracy_by_group})
-        ),
-        ("KL to teacher, nats/token", _kl(first), _kl(last), _difference(first.kl_nats, last.kl_nats, "+.4f")),
-        (
-            "mean response, tokens",
-            _number(first.mean_response_tokens, ".1f"),
-            _number(last.mean_response_tokens, ".1f"),
-            _difference(first.mean_response_tokens, last.mean_response_tokens, "+.1f"),
-        ),
-    ]
-    if first.version == last.version:
-        return [(name, before, MISSING, MISSING) for name, before, _, _ in rows]
-    return rows
-
-
-def speed_rows(summary: Summary) -> list[tuple[str, str, str]]:
-    """(figure, value, meaning) for throughput, overlap and overhead."""
-    overhead = summary.orchestration
-    kinds = ", ".join(f"{name} {percent(share)}" for name, share in overhead.share_by_kind.items())
-    return [
-        ("wall time", duration(summary.wall_s), "first to last busy moment of rollout, score and learn"),
-        ("throughput", _with_unit(summary.tokens.trained_per_s, ",.0f", "tokens/s"), "response tokens trained / wall time"),
-        ("overlap", _number(summary.overlap, ".2f"), "Σ busy time of rollout, score and learn / wall time"),
-        (
-            "orchestration",
-            percent(overhead.share),
-            "Σ overhead / Σ lifetime of the roles" + (f": {kinds}" if kinds else ""),
-        ),
-        ("orchestration, exposed", percent(overhead.exposed_share), "the part during which the process had nothing else to do"),
-        (
-            "staleness, mean / max",
-            f"{_number(summary.staleness.mean_versions, '.2f')} / {_number(summary.staleness.max_versions, 'd')} versions",
-            f"over trained tokens; the bound τ is {summary.max_staleness}",
-        ),
-    ]
-
-
-def role_rows(roles: Mapping[str, RoleTime]) -> list[tuple[str, str, str, str, str]]:
-    """(role, processes, busy seconds, busy share, what it waited for) of every role."""
-    return [
-        (
-            role,
-            str(time.num_workers),
-            f"{time.busy_s:.1f} s",
-            percent(time.busy_share),
-            ", ".join(f"{what} {s:.1f} s" for what, s in sorted(time.waiting_s.items(), key=lambda i: -i[1]) if s >= 0.05)
-            or MISSING,
-        )
-        for role, time in roles.items()
-    ]
 
 
 # -- sections -----------------------------------------------------------------------------------------------------
@@ -145,8 +62,8 @@ def _tokens(summary: Summary) -> str:
     ]
     if lengths.num_responses:
         lines.append(
-            f"- Response length: mean {_number(lengths.mean_tokens, '.1f')}, 99th percentile "
-            f"{_number(lengths.p99_tokens, '.0f')}, longest {_number(lengths.max_tokens, 'd')} tokens; "
+            f"- Response length: mean {number(lengths.mean_tokens, '.1f')}, 99th percentile "
+            f"{number(lengths.p99_tokens, '.0f')}, longest {number(lengths.max_tokens, 'd')} tokens; "
             f"{percent(lengths.stopped_fraction)} ended by themselves, the rest at the limit "
             f"({lengths.num_responses:,} responses)."
         )
@@ -168,9 +85,9 @@ def _incidents(summary: Summary) -> str:
     return "## Incidents\n\n" + ("\n".join(lines) or "None: no failure, no restart, nothing dropped.")
 
 
-# -- figures as text ----------------------------------------------------------------------------------------------
+# -- tables -------------------------------------------------------------------------------------------------------
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """A Markdown table with padded cells, so that it is a table in a terminal too; columns not in `left` align right."""
+    """A Markdown table with padded cells, a table in a terminal too; columns not in `left` align right."""
     widths = [max(len(str(row[column])) for row in (header, *rows)) for column in range(len(header))]
     widths = [max(3, width) for width in widths]
 
@@ -180,44 +97,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[i
 
     rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return "\n".join([line(header), line(rule), *map(line, rows)])
-
-
-def percent(fraction: float | None) -> str:
-    """`43.1 %`, or a dash."""
-    return MISSING if fraction is None else f"{100 * fraction:.1f} %"
-
-
-def duration(seconds: float | None) -> str:
-    """`48.2 s`, `4 min 05 s` or `2 h 03 min`, or a dash."""
-    if seconds is None:
-        return MISSING
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _number(value: float | None, form: str) -> str:
-    return MISSING if value is None else format(value, form)
-
-
-def _with_unit(value: float | None, form: str, unit: str) -> str:
-    return MISSING if value is None else f"{value:{form}} {unit}"
-
-
-def _difference(before: float | None, after: float | None, form: str) -> str:
-    return MISSING if before is None or after is None else format(after - before, form)
-
-
-def _points(before: float | None, after: float | None) -> str:
-    return MISSING if before is None or after is None else f"{100 * (after - before):+.1f} points"
-
-
-def _accuracy(quality: Quality) -> str:
-    if quality.accuracy is None:
-        return MISSING
-    return f"{100 * quality.accuracy:.1f} ± {100 * (quality.accuracy_standard_error or 0):.1f} %"
-
-
-def _kl(quality: Quality) -> str:
-    return MISSING if quality.kl_nats is None else f"{quality.kl_nats:.4f} ± {quality.kl_standard_error_nats or 0:.4f}"

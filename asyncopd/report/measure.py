@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -107,7 +108,7 @@ def _wall_s(spans: Sequence[Span]) -> float | None:
 
 def _role_time(spans: Sequence[Span], wall_s: float | None) -> RoleTime:
     busy_s, alive_s = 0.0, 0.0
-    waiting_s: Counter[str] = Counter()
+    waiting_s: dict[str, float] = {}
     workers = by_worker(spans)
     for own in workers.values():
         busy = covered_by(filter(is_busy, own))
@@ -115,13 +116,13 @@ def _role_time(spans: Sequence[Span], wall_s: float | None) -> RoleTime:
         alive_s += max(span.end for span in own) - min(span.start for span in own)
         for what in sorted({kind(span) for span in own if is_wait(span)}):
             waits = covered_by(span for span in own if is_wait(span) and kind(span) == what)
-            waiting_s[what] += length_s(difference(waits, busy))  # type: ignore[assignment]
+            waiting_s[what] = waiting_s.get(what, 0.0) + length_s(difference(waits, busy))
     return RoleTime(
         num_workers=len(workers),
         alive_s=alive_s,
         busy_s=busy_s,
         busy_share=busy_s / wall_s if wall_s else None,
-        waiting_s=dict(waiting_s),
+        waiting_s=waiting_s,
     )
 
 
@@ -209,6 +210,6 @@ def _notes(seen: Observations, config: RunConfig) -> list[str]:
 
 
 def _paused_s(spans: Sequence[Span]) -> float:
-    covered = covered_by(spans)
-    gaps = [after[0] - before[1] for before, after in zip(covered, covered[1:], strict=False)]
+    covered = covered_by(span for span in spans if span.role in PIPELINE)
+    gaps = [after[0] - before[1] for before, after in itertools.pairwise(covered)]
     return sum(gap for gap in gaps if gap > STANDSTILL_S)

@@ -42,14 +42,16 @@ def to_trace(spans: Sequence[Span], run_id: str, epoch: float) -> str:
 
 
 def _complete(span: Span, process: int, thread: int, epoch: float) -> dict[str, Any]:
+    # Both ends rounded, not the duration: events that follow one another must not come to overlap.
+    start, end = (round((moment - epoch) * 1e6) for moment in (span.start, span.end))
     return {
         "ph": "X",
         "name": span.activity,
         "cat": span.activity.partition(":")[0],
         "pid": process,
         "tid": thread,
-        "ts": round((span.start - epoch) * 1e6, 1),
-        "dur": round((span.end - span.start) * 1e6, 1),
+        "ts": start,
+        "dur": end - start,
         "args": {"detail": span.detail},
     }
 

@@ -26,11 +26,9 @@ from asyncopd.packing import PackedTokens, TokenPair, pack
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.records import OpenResponse, TokenRecords
 from asyncopd.rollout.slots import ATTENTION_NAME, PassPlan, SlotCache
-from asyncopd.sampling import CandidateRule, check_law, draw, law_logprobs, row_keys
+from asyncopd.sampling import CandidateRule, check_law, draw, law_logprobs, policy_key
 from asyncopd.types import FinishReason, PolicyVersion, PolicyWeights, Trajectory
 
-STREAM = 1
-"""Random stream of the student's draws; a scorer uses another one, so teacher and student draws are independent."""
 _ROW_CAPACITY = 128
 # Short rows keep the block-causal mask small: attention over C cells costs C² whatever the segments are.
 _PREFILL_CELLS = 8192
@@ -84,7 +82,6 @@ class Decoder:
         # All by slot.
         self._responses: list[OpenResponse | None] = [None] * num_slots
         self._rows_S = np.arange(num_slots)
-        self._indices_S = np.zeros(num_slots, np.int64)
         self._keys_S = np.zeros(num_slots, np.uint64)
         self._prompt_lengths_S = np.zeros(num_slots, np.int64)
         self._counts_S = np.zeros(num_slots, np.int64)
@@ -111,7 +108,7 @@ class Decoder:
         else:
             slot, self._end = self._end, self._end + 1
         self._responses[slot] = OpenResponse(self._num_admitted, request, int(self._rows_S[slot]), self.version.number)
-        self._indices_S[slot] = request.index
+        self._keys_S[slot] = policy_key(self._seed, request.index)
         self._prompt_lengths_S[slot] = len(request.prompt_ids)
         self._limits_S[slot] = request.max_new_tokens
         self._counts_S[slot] = 0
@@ -142,8 +139,6 @@ class Decoder:
         active = slice(0, self._end)
         logits_AV = torch.nn.functional.linear(self._hidden(), self._weight_VD, self._bias_V)
         logprobs_AV = law_logprobs(logits_AV, temperature=self._temperature, top_p=self._top_p)
-        new_U = np.flatnonzero(self._counts_S[active] == 0)
-        self._keys_S[new_U] = row_keys(self._seed, self._indices_S[new_U], STREAM)
         draws = draw(logprobs_AV, self._keys_S[active], self._counts_S[active], self._rule)
         ids_AC = draws.ids_AC.cpu().numpy()
         logprobs_AC = torch.cat([draws.logprobs_AC, draws.tail_logmass_A[:, None]], dim=1).cpu().numpy()
@@ -256,7 +251,6 @@ class Decoder:
             self._rows_S[[hole, last]] = self._rows_S[[last, hole]]
             self._responses[hole], self._responses[last] = self._responses[last], None
             for by_slot in (
-                self._indices_S,
                 self._keys_S,
                 self._prompt_lengths_S,
                 self._counts_S,

@@ -111,7 +111,7 @@ def _attend_slots(
 ) -> Tensor:
     """[A, H, head_dim]. Heads that share keys are laid side by side as if they were query positions."""
     num_slots, num_kv_heads = keys_AGLD.shape[:2]
-    query = query_HAD.transpose(0, 1).unflatten(1, (num_kv_heads, -1))
+    query = query_HAD.transpose(0, 1).reshape(num_slots, num_kv_heads, -1, query_HAD.shape[-1])
     output = scaled_dot_product_attention(query, keys_AGLD, values_AGLD, attn_mask=mask_A11L, scale=scaling)
     return output.reshape(num_slots, query_HAD.shape[0], -1)
 
@@ -123,7 +123,7 @@ def _attend_rows(
     num_rows, num_columns = mask_R1CC.shape[0], mask_R1CC.shape[-1]
     num_groups = query_HPD.shape[0] // key_GPD.shape[0]
     query, key, value = (
-        states.unflatten(1, (num_rows, num_columns)).transpose(0, 1)
+        states.reshape(states.shape[0], num_rows, num_columns, -1).transpose(0, 1)
         for states in (
             query_HPD,
             key_GPD.repeat_interleave(num_groups, dim=0),

@@ -16,8 +16,8 @@ _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\
 # units may be glued behind. The end refuses to stop inside a longer numeral, or inside a date such as 1/2/2024.
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]])[-−+])?(?:\\?\$[-−]?)?"
-    rf"(?<!\w)(?<!\w\.)(?<!/)(?:{_UNSIGNED})(?:\s*/\s*(?:{_UNSIGNED}))?"
-    r"(?!\.?[0-9]|,[0-9]{3}(?![0-9])|\s*/\s*[0-9])"
+    rf"(?<!\w)(?<!\w\.)(?<!/)(?:{_UNSIGNED})(?:[ \t]*/[ \t]*(?:{_UNSIGNED}))?"
+    r"(?!\.?[0-9]|,[0-9]{3}(?![0-9])|[ \t]*/[ \t]*[0-9])"
 )
 _FRAC = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
 _WRAPPER = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
@@ -37,8 +37,12 @@ def extract_answer(text: str) -> str | None:
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed.strip()
-    numbers = _NUMBER.findall(_without_fractions(text))
-    return numbers[-1].strip() if numbers else None
+    # From the end, because most of a response is reasoning full of numbers.
+    for line in reversed(text.splitlines()):
+        numbers = _NUMBER.findall(_without_fractions(line))
+        if numbers:
+            return str(numbers[-1])
+    return None
 
 
 def answers_match(found: str | None, expected: str | None) -> bool:

@@ -94,8 +94,8 @@ def split_questions(
     if not remaining or not evaluation:
         raise ConfigError(
             f"{train[0].where.rpartition(':')[0]}: of {len(train)} questions {len(remaining)} are left for training "
-            f"and {len(evaluation)} for evaluation; expected at least one each. Add questions, or set task.eval_path to "
-            f"other questions than task.train_path."
+            f"and {len(evaluation)} for evaluation; expected at least one each. Add questions, or let "
+            f"task.eval_path hold other questions than task.train_path."
         )
     return remaining, list(evaluation)
 
@@ -174,8 +174,9 @@ def _hugging_face_rows(source: str) -> Iterator[tuple[str, Any]]:
         rows = library.load_dataset(dataset, config or None, split=split or "train")
     except Exception as error:
         # The library raises its own, the hub's and the HTTP client's errors; all mean the same here.
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise ConfigError(
-            f"{source}: could not be loaded: {type(error).__name__}: {str(error).strip().splitlines()[:1]}. Expected "
+            f"{source}: could not be loaded: {type(error).__name__}: {reason} Expected "
             f"hf:<dataset>[:config[:split]] that is in the local cache or that this machine can download; offline, "
             f"export it to JSONL elsewhere and give its path."
         ) from error

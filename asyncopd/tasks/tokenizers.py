@@ -101,6 +101,14 @@ class ByteTokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
+        try:
+            # A list: bytes(array) would be the memory of the array.
+            return bytes(list(ids)).decode("utf-8", errors="replace")
+        except ValueError:
+            # Some id is no byte, as in any response that ends in EOS.
+            return self._decode_mixed(ids)
+
+    def _decode_mixed(self, ids: Sequence[int]) -> str:
         pieces: list[str] = []
         pending = bytearray()
         for token_id in ids:

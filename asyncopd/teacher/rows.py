@@ -57,7 +57,7 @@ class RowTable:
         flat = np.searchsorted(self._shifted_cdf_RV.ravel(), uniforms_TM + rows_T[:, None], side="right")
         ids_TM = flat - rows_T[:, None] * self.vocab_size
         # A uniform just below 1 may round up to the next row.
-        return np.clip(ids_TM, 0, self.vocab_size - 1).astype(np.int32)
+        return np.asarray(np.clip(ids_TM, 0, self.vocab_size - 1), np.int32)
 
 
 def scores_from_rows(

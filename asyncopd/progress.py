@@ -1,0 +1,194 @@
+"""How far a run is, folded from storage as it grows: cheap enough to ask twice a second, and harmless to the run.
+
+heartbeats --> totals per role, what each role does or waits for        (few, overwritten in place)
+steps      --> one read per new step; a rewind takes steps back again
+evaluations, failures --> listed every few looks
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from asyncopd.ports import HeartbeatRecord, RunHistory
+from asyncopd.types import Evaluation, TrainStep
+
+WINDOW_S = 5.0
+"""Over which rates are averaged; several shards of the quickstart."""
+_RECENT_STEPS = 20
+_OBSERVATIONS_EVERY = 4
+"""Looks between listings of evaluations and failures."""
+_SILENT_HEARTBEATS = 4.0
+"""Heartbeat intervals after which a worker is called silent."""
+
+
+@dataclass(frozen=True)
+class RoleProgress:
+    """One worker that is alive, or was a moment ago."""
+
+    role: str
+    worker: str
+    status: Mapping[str, Any]
+    """As its heartbeat tells it."""
+    silent_s: float
+    """Seconds since its last heartbeat when that is too long, else 0."""
+
+    @property
+    def waiting_for(self) -> str | None:
+        """What its next piece of work needs; the present one may go on beside the wait."""
+        return self.status.get("waiting_for")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run at one moment."""
+
+    elapsed_s: float
+    num_steps_done: int
+    last_step: TrainStep | None
+    tokens: Mapping[str, int]
+    """`rollout`, `score`, `learn` -> response tokens done, as far as seen."""
+    rates: Mapping[str, float | None]
+    """The same roles -> tokens per second over the last WINDOW_S; None before two looks."""
+    version: int | None
+    staleness_mean: float | None
+    """Versions, over the tokens of the last steps."""
+    staleness_max: int | None
+    eta_s: float | None
+    evaluations: tuple[Evaluation, ...]
+    roles: tuple[RoleProgress, ...]
+    failures: tuple[str, ...]
+    """`role: reason`, oldest first."""
+
+    @property
+    def started(self) -> bool:
+        """Has any role given a sign of life?"""
+        return bool(self.roles or self.tokens or self.last_step)
+
+
+@dataclass
+class _Totals:
+    """Token counts by worker, kept after a worker retires and its status is gone."""
+
+    by_worker: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def add(self, worker: str, role: str, num_tokens: int) -> None:
+        self.by_worker[worker] = (role, num_tokens)
+
+    def by_role(self) -> dict[str, int]:
+        totals: dict[str, int] = {}
+        for role, num_tokens in self.by_worker.values():
+            totals[role] = totals.get(role, 0) + num_tokens
+        return totals
+
+
+class ProgressWatch:
+    """Looks at one run again and again. One thread at a time."""
+
+    def __init__(
+        self,
+        log: RunHistory,
+        *,
+        num_steps: int,
+        heartbeat_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """
+        Args:
+            num_steps: planned for the run.
+            heartbeat_s: of its workers.
+            clock: measures rates and elapsed time; `wall_clock` is compared with the heartbeats' own time.
+        """
+        self._log, self._num_steps, self._heartbeat_s = log, num_steps, heartbeat_s
+        self._clock, self._wall_clock = clock, wall_clock
+        self._began = clock()
+        self._steps: list[TrainStep] = []
+        self._num_rewinds = 0
+        self._totals = _Totals()
+        self._history: deque[tuple[float, dict[str, int]]] = deque()
+        self._evaluations: tuple[Evaluation, ...] = ()
+        self._failures: tuple[str, ...] = ()
+        self._num_looks = 0
+
+    def look(self, *, thorough: bool = False) -> Progress:
+        """Read what is new and say where the run is.
+
+        Args:
+            thorough: list evaluations and failures too, which most looks skip; for a last look.
+        Raises:
+            StorageError: storage does not answer.
+        """
+        self._read_steps()
+        roles = self._read_heartbeats()
+        if thorough or self._num_looks % _OBSERVATIONS_EVERY == 0:
+            self._evaluations = tuple(self._log.evaluations())
+            self._failures = tuple(f"{failure.role}: {failure.reason}" for failure in self._log.failures())
+        self._num_looks += 1
+        tokens = self._totals.by_role()
+        if self._steps:
+            # From the steps, not the heartbeats: exact also when the learner went back to a checkpoint.
+            tokens["learn"] = sum(step.num_tokens for step in self._steps)
+        recent = self._steps[-_RECENT_STEPS:]
+        ages = [(age, count) for step in recent for age, count in step.staleness_tokens.items()]
+        latest = self._log.latest_policy()
+        return Progress(
+            elapsed_s=self._clock() - self._began,
+            num_steps_done=len(self._steps),
+            last_step=self._steps[-1] if self._steps else None,
+            tokens=tokens,
+            rates=self._rates(tokens),
+            version=latest.number if latest else None,
+            staleness_mean=sum(a * n for a, n in ages) / sum(n for _, n in ages) if ages else None,
+            staleness_max=max((age for age, _ in ages), default=None),
+            eta_s=self._eta_s(recent),
+            evaluations=self._evaluations,
+            roles=roles,
+            failures=self._failures,
+        )
+
+    def _read_steps(self) -> None:
+        rewinds = self._log.rewinds()
+        for rewind in rewinds[self._num_rewinds :]:
+            del self._steps[rewind.to_step :]
+        self._num_rewinds = len(rewinds)
+        while (step := self._log.find_step(len(self._steps))) is not None:
+            self._steps.append(step)
+
+    def _read_heartbeats(self) -> tuple[RoleProgress, ...]:
+        roles = []
+        for worker, beat in self._log.heartbeats().items():
+            role = beat.status.get("role", worker.partition("-")[0])
+            if "num_tokens" in beat.status:
+                self._totals.add(worker, role, int(beat.status["num_tokens"]))
+            if not beat.retired and beat.status:
+                roles.append(RoleProgress(role, worker, beat.status, self._silent_s(beat)))
+        return tuple(sorted(roles, key=lambda r: (r.role, r.worker)))
+
+    def _silent_s(self, beat: HeartbeatRecord) -> float:
+        age_s = self._wall_clock() - beat.beaten
+        return age_s if age_s > _SILENT_HEARTBEATS * self._heartbeat_s else 0.0
+
+    def _rates(self, tokens: dict[str, int]) -> dict[str, float | None]:
+        now = self._clock()
+        self._history.append((now, tokens))
+        while len(self._history) > 2 and now - self._history[1][0] >= WINDOW_S:
+            self._history.popleft()
+        then, before = self._history[0]
+        if now <= then:
+            return dict.fromkeys(tokens)
+        # A rewind takes trained tokens back; a negative rate would only confuse.
+        return {role: max(0.0, (total - before.get(role, 0)) / (now - then)) for role, total in tokens.items()}
+
+    def _eta_s(self, recent: list[TrainStep]) -> float | None:
+        left = self._num_steps - len(self._steps)
+        gaps = [after.finished - before.finished for before, after in itertools.pairwise(recent)]
+        if left <= 0:
+            return 0.0
+        # The median, because a resumed run has one gap that is hours long.
+        return left * statistics.median(gaps) if gaps else None

@@ -1,0 +1,200 @@
+"""Plots of quality, training, staleness and response lengths; each returns a PNG. The timeline has its own file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from asyncopd.report.measure import accuracy_standard_error
+from asyncopd.report.observe import Observations, Responses
+from asyncopd.report.style import ACCENT, INK, SECOND, Page, missing, styled, tint
+from asyncopd.types import Evaluation, TrainStep
+
+FloatArray = NDArray[np.float64]
+
+CURVES = (
+    ("train/loss_nats", "loss", "nats per token"),
+    ("train/kl_nats", "KL to teacher (training responses)", "nats per token"),
+    ("train/drift_nats", "drift KL(p_old‖p_θ)", "nats per token"),
+    ("train/ess_fraction", "effective sample size", "fraction of tokens"),
+    ("train/entropy_nats", "student entropy", "nats per token"),
+    ("train/grad_norm", "gradient norm before clipping", ""),
+)
+"""(metric key, title, unit) of the training curves."""
+_EVALUATED: dict[str, Any] = {"color": INK, "linewidth": 2.4, "capsize": 3, "marker": "o", "markersize": 5}
+
+
+# -- quality ------------------------------------------------------------------------------------------------------
+@styled
+def plot_quality(seen: Observations) -> bytes:
+    """Accuracy and KL to the teacher of every evaluated version, against learner steps and against wall time."""
+    page = Page(2, 2, width=12, height=7.2, sharex="col", sharey="row")
+    by_step = [float(evaluation.version.number) for evaluation in seen.evaluations]
+    times = [seen.published_s(evaluation.version.number) for evaluation in seen.evaluations]
+    timed = [(evaluation, s) for evaluation, s in zip(seen.evaluations, times, strict=True) if s is not None]
+    for column, (evaluations, x, label) in enumerate(
+        (
+            (list(seen.evaluations), by_step, "learner steps"),
+            ([evaluation for evaluation, _ in timed], [s for _, s in timed], "wall time, s"),
+        )
+    ):
+        _accuracy(page.axes[column], evaluations, x, legend=column == 1)
+        _kl(page.axes[2 + column], evaluations, x, seen, legend=column == 1)
+        page.axes[2 + column].set_xlabel(label)
+    page.axes[0].set_title("Accuracy, held-out prompts")
+    page.axes[2].set_title("KL to the teacher, nats per token")
+    return page.png()
+
+
+def _accuracy(axes: Axes, evaluations: Sequence[Evaluation], x: Sequence[float], *, legend: bool) -> None:
+    known = [(e, at) for e, at in zip(evaluations, x, strict=True) if np.isfinite(e.accuracy)]
+    if not known:
+        missing(axes, "no accuracy was measured")
+        return
+    at = [position for _, position in known]
+    groups = sorted({group for e, _ in known for group in e.accuracy_by_group})
+    # One hue from dark to light: groups are ordered, for example by noise.
+    shades = colormaps["viridis"](np.linspace(0.15, 0.85, max(2, len(groups))))
+    for group, shade in zip(groups, shades, strict=False):
+        values = [e.accuracy_by_group.get(group, np.nan) for e, _ in known]
+        axes.plot(at, values, color=shade, linewidth=1.2, marker=".", markersize=4, label=group)
+    errors = [1.96 * accuracy_standard_error(e) for e, _ in known]
+    values = [e.accuracy for e, _ in known]
+    axes.errorbar(at, values, errors, label="all prompts,\n95 % interval", **_EVALUATED)
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if legend and groups:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _kl(axes: Axes, evaluations: Sequence[Evaluation], x: Sequence[float], seen: Observations, *, legend: bool) -> None:
+    against_steps = bool(x) and list(x) == [float(e.version.number) for e in evaluations]
+    training = [(s.step if against_steps else s.finished - seen.epoch, s.metrics["train/kl_nats"])
+                for s in seen.steps if "train/kl_nats" in s.metrics]  # fmt: skip
+    if training:
+        axes.plot(*zip(*training, strict=True), color=tint(ACCENT, 0.4), linewidth=1, label="training responses")
+    if evaluations:
+        errors = [1.96 * e.kl_standard_error_nats for e in evaluations]
+        values = [e.kl_nats for e in evaluations]
+        axes.errorbar(x, values, errors, label="held-out prompts,\n95 % interval", **_EVALUATED)
+    if not training and not evaluations:
+        missing(axes, "no KL was measured")
+        return
+    axes.set_ylim(bottom=0)
+    if legend:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+@styled
+def plot_training(steps: Sequence[TrainStep]) -> bytes:
+    """What every step measured: each step faint, their running mean bold."""
+    page = Page(2, 3, width=13, height=6.6)
+    for axes, (key, title, unit) in zip(page.axes, CURVES, strict=True):
+        points = [(step.step, step.metrics[key]) for step in steps if np.isfinite(step.metrics.get(key, np.nan))]
+        axes.set_title(title)
+        if not points:
+            missing(axes, f"no step reported {key}")
+            continue
+        x, y = np.array(points, np.float64).T
+        window = max(1, len(y) // 20)
+        axes.plot(x, y, color=tint(ACCENT, 0.4) if window > 1 else ACCENT, linewidth=1 if window > 1 else 1.8)
+        if window > 1:
+            axes.plot(x, running_mean(y, window), color=ACCENT, linewidth=2.2)
+        axes.set_xlabel("learner step")
+        axes.set_ylabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return page.png()
+
+
+def running_mean(values: FloatArray, window: int) -> FloatArray:
+    """Mean over up to `window` values on both sides of each; shorter at the ends."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    low, high = np.maximum(0, at - window), np.minimum(len(values), at + window + 1)
+    return np.asarray((sums[high] - sums[low]) / (high - low))
+
+
+# -- staleness ----------------------------------------------------------------------------------------------------
+@styled
+def plot_staleness(steps: Sequence[TrainStep], max_staleness: int) -> bytes:
+    """Trained tokens by their staleness: over the whole run, and step by step."""
+    page = Page(1, 2, width=12, height=4.2, width_ratios=(1, 1.8))
+    left, right = page.axes
+    ages = sorted({age for step in steps for age in step.staleness_tokens})
+    if not ages:
+        missing(left, "no step was trained")
+        missing(right, "")
+        return page.png()
+    shares_SA = staleness_shares(steps, ages[-1] + 1)
+    tokens_S = np.array([step.num_tokens for step in steps], np.float64)
+    shares_A = (shares_SA * tokens_S[:, None]).sum(0) / tokens_S.sum()
+    left.bar(range(len(shares_A)), shares_A, color=ACCENT, width=0.7)
+    for age, share in enumerate(shares_A):
+        if len(shares_A) <= 12:
+            left.annotate(f"{share:.0%}", (age, share), ha="center", va="bottom", fontsize=9, color=INK)
+    left.margins(y=0.1)
+    left.set_title("Staleness of trained tokens")
+    left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    left.set_ylabel("share of tokens")
+    left.set_xlabel(f"staleness, policy versions (bound τ = {max_staleness})")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.grid(axis="x", visible=False)
+    first, last = steps[0].step, steps[-1].step
+    picture = right.imshow(
+        shares_SA.T, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest",
+        extent=(first - 0.5, last + 0.5, -0.5, len(shares_A) - 0.5),
+    )  # fmt: skip
+    right.grid(visible=False)
+    right.set_title("Step by step")
+    right.set_xlabel("learner step")
+    right.set_ylabel("staleness, versions")
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
+    shares = PercentFormatter(1.0, decimals=0)
+    page.figure.colorbar(picture, ax=right, format=shares, label="share of the step's tokens")
+    return page.png()
+
+
+def staleness_shares(steps: Sequence[TrainStep], num_ages: int) -> FloatArray:
+    """[S, A] share of each step's tokens that had each staleness."""
+    shares_SA = np.zeros((len(steps), num_ages))
+    for row, step in enumerate(steps):
+        for age, count in step.staleness_tokens.items():
+            shares_SA[row, age] = count / max(1, sum(step.staleness_tokens.values()))
+    return shares_SA
+
+
+# -- lengths ------------------------------------------------------------------------------------------------------
+@styled
+def plot_lengths(responses: Responses) -> bytes:
+    """How long responses were, split by how they ended; the count axis is logarithmic, because the tail is heavy."""
+    page = Page(1, 1, width=9, height=4.2)
+    (axes,) = page.axes
+    lengths_B, stopped_B = responses.lengths_B, responses.stopped_B
+    if not len(lengths_B):
+        missing(axes, "no trajectory shard could be read")
+        return page.png()
+    longest = int(lengths_B.max())
+    bins = np.arange(0.5, longest + 1.5) if longest <= 100 else np.linspace(0.5, longest + 0.5, 81)
+    ends = [("ended by itself (stop)", stopped_B, ACCENT), ("hit the limit (length)", ~stopped_B, SECOND)]
+    shown = [(label, lengths_B[chosen], colour) for label, chosen, colour in ends if chosen.any()]
+    axes.hist(
+        [lengths for _, lengths, _ in shown], bins=bins.tolist(), stacked=True,
+        color=[colour for _, _, colour in shown], label=[f"{label}: {len(part):,}" for label, part, _ in shown],
+    )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7)
+    mean, p99 = lengths_B.mean(), np.percentile(lengths_B, 99)
+    for value in (mean, p99):
+        axes.axvline(value, color=INK, linewidth=1, linestyle="--")
+    axes.set_title(f"Response lengths: mean {mean:.0f} and 99th percentile {p99:.0f} tokens (dashed)", pad=26)
+    axes.set_xlabel("response tokens, EOS included")
+    axes.set_ylabel("responses (log scale)")
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 0.99), ncols=2)
+    return page.png()

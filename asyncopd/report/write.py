@@ -1,0 +1,83 @@
+"""Writes the report of a run into a folder: figures, Markdown, plots and a trace. Reads storage once.
+
+    RunHistory --observe--> Observations --measure--> Summary --> report.md, summary.json
+                                 +----------------------------> *.png, trace.json
+
+Nothing here talks to Prefect; the flow shows the returned Report as artifacts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asyncopd.config import RunConfig
+from asyncopd.ports import RunHistory
+from asyncopd.report.markdown import to_markdown, with_plots
+from asyncopd.report.measure import measure
+from asyncopd.report.observe import Observations, observe
+from asyncopd.report.plot_timeline import plot_timeline
+from asyncopd.report.plots import plot_lengths, plot_quality, plot_staleness, plot_training
+from asyncopd.report.trace import to_trace
+from asyncopd.summary import Summary
+from asyncopd.types import Evaluation
+
+
+@dataclass(frozen=True)
+class Report:
+    """The report of a run, also on disk."""
+
+    markdown: str
+    """Without the plots, which the file report.md shows as well."""
+    table: list[dict[str, Any]]
+    """One row per evaluation, JSON values only; a single row with the reason when there are none."""
+    summary: Summary
+    folder: Path
+
+
+def write_report(log: RunHistory, config: RunConfig, folder: Path) -> Report:
+    """Write report.md, summary.json, trace.json and the plots into `folder`, replacing earlier ones.
+
+    Works on a run that is still going on or that stopped half-way; the report then says what is missing.
+    """
+    seen = observe(log, config.teacher.name)
+    summary = measure(seen, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    plots: dict[str, tuple[str, Callable[[], bytes]]] = {
+        "Accuracy and KL to the teacher": ("quality.png", lambda: plot_quality(seen)),
+        "Timeline of the roles": ("timeline.png", lambda: plot_timeline(seen)),
+        "Training curves": ("training.png", lambda: plot_training(seen.steps)),
+        "Staleness": ("staleness.png", lambda: plot_staleness(seen.steps, summary.max_staleness)),
+        "Response lengths": ("lengths.png", lambda: plot_lengths(seen.responses)),
+    }
+    for name, plot in plots.values():
+        (folder / name).write_bytes(plot())
+    markdown = to_markdown(summary, str(folder))
+    captions = {caption: name for caption, (name, _) in plots.items()}
+    (folder / "report.md").write_text(with_plots(markdown, captions), encoding="utf-8")
+    (folder / "summary.json").write_text(summary.to_json(), encoding="utf-8")
+    (folder / "trace.json").write_text(to_trace(seen.spans, seen.run_id, seen.epoch), encoding="utf-8")
+    return Report(markdown=markdown, table=_table(seen, summary), summary=summary, folder=folder)
+
+
+def _table(seen: Observations, summary: Summary) -> list[dict[str, Any]]:
+    rows = [_row(evaluation, seen.published_s(evaluation.version.number)) for evaluation in seen.evaluations]
+    return rows or [{"evaluations": "none", "reason": next((n for n in summary.notes if "evaluations" in n), "")}]
+
+
+def _row(evaluation: Evaluation, published_s: float | None) -> dict[str, Any]:
+    """Percentages and nats, rounded for reading; None for what was not measured."""
+    groups = {f"accuracy {group} %": 100 * value for group, value in evaluation.accuracy_by_group.items()}
+    figures = {
+        "wall s": math.nan if published_s is None else published_s,
+        "accuracy %": 100 * evaluation.accuracy,
+        **groups,
+        "KL nats": evaluation.kl_nats,
+        "KL s.e. nats": evaluation.kl_standard_error_nats,
+        "response tokens": evaluation.mean_response_tokens,
+    }
+    rounded = {name: round(value, 4) if math.isfinite(value) else None for name, value in figures.items()}
+    return {"version": evaluation.version.number, **rounded}
