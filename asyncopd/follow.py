@@ -28,7 +28,7 @@ from asyncopd.ports import RunHistory
 from asyncopd.progress import Progress, ProgressWatch
 from asyncopd.progress_text import panel, plain_line
 from asyncopd.summary import Summary
-from asyncopd.summary_text import headline, quality_rows, role_rows, speed_rows
+from asyncopd.summary_text import duration, headline, quality_rows, role_rows, speed_rows
 
 POLL_S = 0.5
 PLAIN_EVERY_S = 5.0
@@ -68,7 +68,7 @@ def follow(
 
 def show_status(log: RunHistory, config: RunConfig, *, console: Console) -> None:
     """Print what a run and its roles do at this moment."""
-    console.print(panel(_watch(log, config).look(), log.run_id, config))
+    console.print(panel(_watch(log, config).look(), f"[bold]{escape(log.run_id)}[/]", config))
 
 
 def show_report(folder: Path, *, console: Console) -> None:
@@ -111,7 +111,8 @@ def _display(run_id: str, config: RunConfig, console: Console, plain_every_s: fl
         with Live(console=console, auto_refresh=False) as live:
 
             def show_panel(progress: Progress, *, last: bool) -> None:
-                live.update(panel(progress, run_id, config), refresh=True)
+                title = f"[bold]{escape(run_id)}[/]  [dim]followed for {duration(progress.elapsed_s)}[/]"
+                live.update(panel(progress, title, config), refresh=True)
 
             yield show_panel
         return

@@ -19,9 +19,12 @@ _ROLES = ("pretrain", "rollout", "score", "learn", "evaluate")
 _VERBS = {"rollout": "generated", "score": "scored", "learn": "trained"}
 
 
-def panel(progress: Progress, run_id: str, config: RunConfig) -> RenderableType:
-    """Everything about a run at this moment, a dozen lines high."""
-    title = f"[bold]{escape(run_id)}[/]  [dim]{duration(progress.elapsed_s)}[/]"
+def panel(progress: Progress, title: str, config: RunConfig) -> RenderableType:
+    """Everything about a run at this moment, a dozen lines high.
+
+    Args:
+        title: rich markup.
+    """
     if not progress.started:
         return Group(title, "  waiting for a worker to start the flow …")
     lines = Table.grid(padding=(0, 2))
@@ -35,7 +38,8 @@ def panel(progress: Progress, run_id: str, config: RunConfig) -> RenderableType:
         total = config.learner.num_steps
         text = f"step {progress.num_steps_done:,} of {total:,}, {_eta(progress)}"
         lines.add_row("train", _bar(progress.num_steps_done, total, text))
-        lines.add_row("tokens", _tokens(progress))
+        if any(rate is not None for rate in progress.rates.values()):
+            lines.add_row("tokens", _tokens(progress))
         lines.add_row("policy", _policy(progress, config))
         lines.add_row("step", _losses(progress))
         lines.add_row("quality", _quality(progress))

@@ -1,4 +1,4 @@
-"""Corrections, m2po's threshold, the mass leak of a dropped tail, prefix weights and drift diagnostics."""
+"""Corrections, m2po's threshold, the mass leak of a dropped tail, arithmetic and prefix weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from losses_world import make_world
 from torch import Tensor
 
 from asyncopd.losses.corrections import Corrected, clip, decoupled, mask, no_correction, truncate
-from asyncopd.losses.diagnostics import drift_k3, effective_sample_size, ratio_percentiles, teacher_kl
 from asyncopd.losses.logspace import MAX_LOG_RATIO, importance_log_ratio, log1mexp, unit_log_ratio
 from asyncopd.losses.m2po import harmful_shifts, m2po, second_moment_threshold
 from asyncopd.losses.policy_gradient import leave_one_out_baseline
@@ -270,36 +269,3 @@ def test_prefix_weight_makes_the_expectation_over_prefixes_that_of_the_student()
     f_V = torch.arange(5, dtype=torch.float64)
     expected = (world.student_V.exp() * f_V).sum()
     torch.testing.assert_close((probability_T * weights * f_V[first_T]).sum(), expected)
-
-
-# -- diagnostics ------------------------------------------------------------------------------------------------------
-
-
-def test_drift_and_teacher_kl_are_unbiased_by_enumeration() -> None:
-    world = make_world(drift=0.15)
-    p_old_V = world.behaviour_V.exp()
-    drift = (p_old_V * drift_k3(world.student_V, world.behaviour_V)).sum()
-    torch.testing.assert_close(drift, (p_old_V * (world.behaviour_V - world.student_V)).sum())
-    kl = (p_old_V * teacher_kl(world.student_V, world.behaviour_V, world.teacher_V)).sum()
-    torch.testing.assert_close(kl, (world.student_V.exp() * (world.student_V - world.teacher_V)).sum())
-
-
-def test_tiny_drift_does_not_cancel_in_float32() -> None:
-    behaviour_T = torch.tensor([-1.0, -2.0])
-    student_T = behaviour_T + torch.tensor([1e-3, -1e-3])
-    assert drift_k3(student_T, behaviour_T).mean().item() == pytest.approx(5e-7, rel=2e-2)
-
-
-@given(values=log_ratios)
-def test_effective_sample_size_is_a_fraction(values: list[float]) -> None:
-    log_ratio_T = torch.tensor(values, dtype=torch.float64)
-    weights_T = log_ratio_T.exp()
-    expected = float(weights_T.sum() ** 2 / weights_T.square().sum()) / len(values)
-    assert effective_sample_size(log_ratio_T) == pytest.approx(expected)
-    assert 0 < effective_sample_size(log_ratio_T) <= 1 + 1e-9
-
-
-def test_ratio_percentiles_are_those_of_the_ratio() -> None:
-    log_ratio_T = torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64).log()
-    found = ratio_percentiles(log_ratio_T, (0.0, 50.0, 100.0))
-    assert found == {0.0: pytest.approx(1.0), 50.0: pytest.approx(2.0), 100.0: pytest.approx(3.0)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ def spans_of(role: str, *spans: tuple[str, float, float], worker: str = "") -> l
 def publish_spans(log: StoredRunLog, *groups: list[Span]) -> None:
     for spans in groups:
         log.publish_spans(spans[0].worker, 1, spans)
+
+
+def test_every_metric_and_activity_in_the_code_is_documented() -> None:
+    root = Path(__file__).parent.parent
+    documented = (root / "docs" / "metrics.md").read_text()
+    pattern = re.compile(r"""["']((?:train|rollout|loss)/[a-z0-9_]+|orchestrate:[a-z]+)["']""")
+    sources = [path.read_text() for folder in ("asyncopd", "flows") for path in (root / folder).rglob("*.py")]
+    keys = {key for source in sources for key in pattern.findall(source)}
+    assert len(keys) > 20
+    assert sorted(key for key in keys if f"`{key}`" not in documented) == []
 
 
 # -- the files ----------------------------------------------------------------------------------------------------

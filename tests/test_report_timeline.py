@@ -13,7 +13,7 @@ from synthetic_run import START, train_step
 
 from asyncopd.report.intervals import difference, length_s, packed, union
 from asyncopd.report.observe import evenly
-from asyncopd.report.plot_timeline import joined, lanes_of, middle_window
+from asyncopd.report.plot_timeline import MAX_WORKERS, joined, lanes_of, middle_window
 from asyncopd.report.plots import running_mean, staleness_shares
 from asyncopd.report.trace import to_trace
 from asyncopd.types import IndexRange, Span
@@ -104,6 +104,12 @@ def test_lanes_are_in_pipeline_order_and_numbered_only_when_there_are_several() 
         span("rollout", "sample", 0, 1, worker="rollout-host-2-bbbb"),
     ]
     assert [lane.label for lane in lanes_of(spans)] == ["rollout 0", "rollout 1", "learn"]
+
+
+def test_a_role_with_many_workers_leaves_room_for_the_others() -> None:
+    spans = [span("rollout", "sample", n, n + 1, worker=f"rollout-host-{n}-aaaa") for n in range(40)]
+    lanes = lanes_of([*spans, span("learn", "train", 0, 1)])
+    assert [lane.role for lane in lanes] == ["rollout"] * MAX_WORKERS + ["learn"]
 
 
 def test_the_zoomed_window_holds_about_four_steps_of_the_middle() -> None:

@@ -42,7 +42,7 @@ def gather_logprobs(
     Value and gradient (hidden, weight, bias) equal the plain computation. The matrix product runs in the dtype of
     `hidden_TD`, as a plain LM head does (`weight_VD` is cast to it, autocast is ignored), or in float32 for half
     precision on a CPU; everything after it in float32, or in float64 when the hidden states are float64. Gradients are
-    summed over chunks in that same dtype. Peak extra memory: 2 to 3 · chunk_tokens · V such numbers, one [V, D] gradient
+    summed over chunks in that same dtype. Peak extra memory: 2 · chunk_tokens · V such numbers, one [V, D] gradient
     and, where the product's dtype is not the weight's, one cast [V, D].
 
     Args:
@@ -92,15 +92,9 @@ class _Gather(torch.autograd.Function):
         weight_cast_VD = weight_VD.to(product_dtype)
         for rows in _chunks(len(hidden_TD), chunk_tokens):
             logits_CV = _logits(hidden_TD[rows].to(product_dtype), weight_cast_VD, bias_V, temperature)
-            # One exp serves the normaliser and the entropy; subtracting the maximum keeps it finite.
-            maximum_C1 = logits_CV.amax(-1, keepdim=True)
-            logits_CV -= maximum_C1
-            exp_CV = logits_CV.exp()
-            mass_C1 = exp_CV.sum(-1, keepdim=True)
-            log_mass_C1 = mass_C1.log()
-            normaliser_T1[rows] = maximum_C1 + log_mass_C1
-            logprobs_TJ[rows] = logits_CV.gather(-1, ids_TJ[rows]) - log_mass_C1
-            entropy_T[rows] = (log_mass_C1 - exp_CV.mul_(logits_CV).sum(-1, keepdim=True) / mass_C1)[:, 0]
+            logprobs_TJ[rows], entropy_T[rows], normaliser_T1[rows] = _log_softmax_at(logits_CV, ids_TJ[rows])
+            # Before the next chunk's logits exist: otherwise the peak holds two chunks.
+            del logits_CV
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, ids_TJ, normaliser_T1)
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
         ctx.mark_non_differentiable(entropy_T)
@@ -125,11 +119,12 @@ class _Gather(torch.autograd.Function):
             grad_CV.scatter_add_(-1, ids_TJ[rows], grad_TJ[rows]).div_(ctx.temperature)
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0)
-            product_CV = grad_CV.to(product_dtype)
+            grad_CV = grad_CV.to(product_dtype)
             if grad_hidden_TD is not None:
-                grad_hidden_TD[rows] = product_CV @ weight_cast_VD
+                grad_hidden_TD[rows] = grad_CV @ weight_cast_VD
             if grad_weight_VD is not None:
-                _add_product(grad_weight_VD, product_CV.T, hidden_CD)
+                _add_product(grad_weight_VD, grad_CV.T, hidden_CD)
+            del grad_CV
         return (
             grad_hidden_TD,
             None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
@@ -160,6 +155,19 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, tempera
     if bias_V is not None:
         logits_CV += bias_V
     return logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
+
+
+def _log_softmax_at(logits_CV: Tensor, ids_CJ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs [C, J], entropy [C] and log normaliser [C, 1] of a chunk; overwrites `logits_CV`."""
+    maximum_C1 = logits_CV.amax(-1, keepdim=True)
+    logits_CV -= maximum_C1
+    # One exp serves the normaliser and the entropy.
+    exp_CV = logits_CV.exp()
+    mass_C1 = exp_CV.sum(-1, keepdim=True)
+    log_mass_C1 = mass_C1.log()
+    logprobs_CJ = logits_CV.gather(-1, ids_CJ) - log_mass_C1
+    entropy_C1 = log_mass_C1 - exp_CV.mul_(logits_CV).sum(-1, keepdim=True) / mass_C1
+    return logprobs_CJ, entropy_C1[:, 0], maximum_C1 + log_mass_C1
 
 
 def _add_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:

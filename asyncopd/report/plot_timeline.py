@@ -30,8 +30,8 @@ from asyncopd.types import Span, TrainStep
 
 LANES = ("rollout", "score", "learn", "evaluate")
 """Top to bottom. Pre-training is over before the others begin and would only squeeze them; the trace has it."""
-MAX_LANES = 24
-"""Workers drawn; with more, the earliest of each role."""
+MAX_WORKERS = 6
+"""Lanes of one role; of more workers the first are drawn. The trace has all."""
 _WAITED_FOR = {"version": "learn", "scores": "score", "shard": "rollout"}
 """What a wait names -> the role that makes it."""
 _HEIGHT, _STRIP = 0.62, 0.13
@@ -50,7 +50,7 @@ class Lane:
 def plot_timeline(seen: Observations) -> bytes:
     """What every worker did, over the whole run and enlarged."""
     lanes = lanes_of(seen.spans)
-    page = Page(2, 1, width=14, height=2.6 + 1.0 * min(len(lanes), MAX_LANES), sharey=True)
+    page = Page(2, 1, width=14, height=2.6 + 1.0 * len(lanes), sharey=True)
     above, below = page.axes
     if not lanes:
         missing(above, "no timeline was stored")
@@ -73,9 +73,9 @@ def lanes_of(spans: Sequence[Span]) -> list[Lane]:
     lanes = []
     for role in LANES:
         workers = by_worker(span for span in spans if span.role == role)
-        for number, own in enumerate(workers.values()):
+        for number, own in enumerate(list(workers.values())[:MAX_WORKERS]):
             lanes.append(Lane(role, role if len(workers) == 1 else f"{role} {number}", own))
-    return lanes[:MAX_LANES]
+    return lanes
 
 
 def middle_window(spans: Sequence[Span], steps: Sequence[TrainStep]) -> Interval:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,33 +32,41 @@ _EVALUATED: dict[str, Any] = {"color": INK, "linewidth": 2.4, "capsize": 3, "mar
 
 
 # -- quality ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Against:
+    """One horizontal axis: where an evaluation and a training step lie on it."""
+
+    label: str
+    of_evaluation: Callable[[Evaluation], float | None]
+    of_step: Callable[[TrainStep], float]
+
+
 @styled
 def plot_quality(seen: Observations) -> bytes:
     """Accuracy and KL to the teacher of every evaluated version, against learner steps and against wall time."""
     page = Page(2, 2, width=12, height=7.2, sharex="col", sharey="row")
-    by_step = [float(evaluation.version.number) for evaluation in seen.evaluations]
-    times = [seen.published_s(evaluation.version.number) for evaluation in seen.evaluations]
-    timed = [(evaluation, s) for evaluation, s in zip(seen.evaluations, times, strict=True) if s is not None]
-    for column, (evaluations, x, label) in enumerate(
-        (
-            (list(seen.evaluations), by_step, "learner steps"),
-            ([evaluation for evaluation, _ in timed], [s for _, s in timed], "wall time, s"),
-        )
-    ):
-        _accuracy(page.axes[column], evaluations, x, legend=column == 1)
-        _kl(page.axes[2 + column], evaluations, x, seen, legend=column == 1)
-        page.axes[2 + column].set_xlabel(label)
+    steps = _Against("learner steps", lambda e: e.version.number, lambda step: step.step)
+    wall = _Against("wall time, s", lambda e: seen.published_s(e.version.number), lambda s: s.finished - seen.epoch)
+    for column, against in enumerate((steps, wall)):
+        above, below = page.axes[column], page.axes[2 + column]
+        placed = [(e, x) for e in seen.evaluations if (x := against.of_evaluation(e)) is not None]
+        _accuracy(above, placed)
+        _kl(below, placed, [(against.of_step(step), step) for step in seen.steps])
+        below.set_xlabel(against.label)
+    for axes in page.axes[1::2]:
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     page.axes[0].set_title("Accuracy, held-out prompts")
     page.axes[2].set_title("KL to the teacher, nats per token")
     return page.png()
 
 
-def _accuracy(axes: Axes, evaluations: Sequence[Evaluation], x: Sequence[float], *, legend: bool) -> None:
-    known = [(e, at) for e, at in zip(evaluations, x, strict=True) if np.isfinite(e.accuracy)]
+def _accuracy(axes: Axes, placed: Sequence[tuple[Evaluation, float]]) -> None:
+    known = [(evaluation, x) for evaluation, x in placed if np.isfinite(evaluation.accuracy)]
     if not known:
         missing(axes, "no accuracy was measured")
         return
-    at = [position for _, position in known]
+    at = [x for _, x in known]
     groups = sorted({group for e, _ in known for group in e.accuracy_by_group})
     # One hue from dark to light: groups are ordered, for example by noise.
     shades = colormaps["viridis"](np.linspace(0.15, 0.85, max(2, len(groups))))
@@ -69,26 +78,21 @@ def _accuracy(axes: Axes, evaluations: Sequence[Evaluation], x: Sequence[float],
     axes.errorbar(at, values, errors, label="all prompts,\n95 % interval", **_EVALUATED)
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    if legend and groups:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def _kl(axes: Axes, evaluations: Sequence[Evaluation], x: Sequence[float], seen: Observations, *, legend: bool) -> None:
-    against_steps = bool(x) and list(x) == [float(e.version.number) for e in evaluations]
-    training = [(s.step if against_steps else s.finished - seen.epoch, s.metrics["train/kl_nats"])
-                for s in seen.steps if "train/kl_nats" in s.metrics]  # fmt: skip
-    if training:
-        axes.plot(*zip(*training, strict=True), color=tint(ACCENT, 0.4), linewidth=1, label="training responses")
-    if evaluations:
-        errors = [1.96 * e.kl_standard_error_nats for e in evaluations]
-        values = [e.kl_nats for e in evaluations]
-        axes.errorbar(x, values, errors, label="held-out prompts,\n95 % interval", **_EVALUATED)
-    if not training and not evaluations:
+def _kl(axes: Axes, placed: Sequence[tuple[Evaluation, float]], steps: Sequence[tuple[float, TrainStep]]) -> None:
+    training = [(x, step.metrics["train/kl_nats"]) for x, step in steps if "train/kl_nats" in step.metrics]
+    if not training and not placed:
         missing(axes, "no KL was measured")
         return
-    axes.set_ylim(bottom=0)
-    if legend:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    if training:
+        axes.plot(*zip(*training, strict=True), color=tint(ACCENT, 0.4), linewidth=1, label="training responses")
+    if placed:
+        errors = [1.96 * e.kl_standard_error_nats for e, _ in placed]
+        values = [e.kl_nats for e, _ in placed]
+        axes.errorbar([x for _, x in placed], values, errors, label="held-out prompts,\n95 % interval", **_EVALUATED)
+    # Training KL is one draw per token, so that a step's can be negative.
+    axes.set_ylim(bottom=min([0.0, *(kl for _, kl in training)]))
 
 
 # -- training -----------------------------------------------------------------------------------------------------
