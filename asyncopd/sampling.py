@@ -122,6 +122,7 @@ def inverse_cdf(weights_AV: Tensor, uniforms_AN: Tensor) -> Tensor:
     num_ids = weights_AV.shape[1]
     if num_ids <= 4 * _BLOCK_SIZE:
         cdf_AV = weights_AV.cumsum(dim=-1, dtype=torch.float64)
+        # In float64 u·total < total for every u < 1, so the last id of positive weight is never passed.
         return _search(cdf_AV, uniforms_AN * cdf_AV[:, -1:])
     # First the block, then the id inside it: two short cumulative sums instead of one over the vocabulary.
     num_blocks = -(-num_ids // _BLOCK_SIZE)
@@ -133,7 +134,10 @@ def inverse_cdf(weights_AV: Tensor, uniforms_AN: Tensor) -> Tensor:
     before_AN = torch.nn.functional.pad(block_cdf_AB, (1, 0)).gather(1, block_AN)
     rows_A1 = torch.arange(len(weights_AV), device=weights_AV.device)[:, None]
     cdf_ANW = blocks_ABW[rows_A1, block_AN].cumsum(dim=-1, dtype=torch.float64)
-    within_AN1 = _search(cdf_ANW, (targets_AN - before_AN)[..., None])
+    # What is left for the block was rounded, so here the total itself must be kept out.
+    totals_AN1 = cdf_ANW[..., -1:]
+    largest_AN1 = torch.nextafter(totals_AN1, torch.zeros_like(totals_AN1))
+    within_AN1 = _search(cdf_ANW, torch.minimum((targets_AN - before_AN)[..., None], largest_AN1))
     return block_AN * _BLOCK_SIZE + within_AN1[..., 0]
 
 
@@ -156,8 +160,5 @@ def check_law(*, temperature: float, top_p: float, rule: CandidateRule, vocab_si
 
 def _search(cdf_V: Tensor, targets_N: Tensor) -> Tensor:
     """First ids whose cumulative weight exceeds the targets: [..., N] into cdf [..., V]."""
-    totals = cdf_V[..., -1:]
-    # Strictly below the total: a target rounded up to it would select past the last id of positive weight.
-    below_N = torch.minimum(targets_N, torch.nextafter(totals, torch.zeros_like(totals)))
     # The clamp matters only where weights are NaN; the caller sees that in the log-probs.
-    return torch.searchsorted(cdf_V, below_N, right=True).clamp_(max=cdf_V.shape[-1] - 1)
+    return torch.searchsorted(cdf_V, targets_N, right=True).clamp_(max=cdf_V.shape[-1] - 1)

@@ -1,6 +1,6 @@
 """Tokens per second of `HfSampler` against transformers' `generate`: same model, prompts, lengths and law, one thread.
 
-    python benchmarks/sampler.py [--prompts 1024] [--rounds 5] [--family gpt2]
+    python benchmarks/sampler.py [--prompts 2048] [--rounds 3] [--family gpt2]
 
 Both engines serve the 2 × 48 student the walk recipe's length mix: response i is as long as the task's i-th
 demonstration (mean 11, p99 69), by a per-request limit here and a stopping criterion there, EOS being switched off. So
@@ -49,8 +49,8 @@ class LengthsReached(StoppingCriteria):  # type: ignore[misc]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="HfSampler against generate, tokens per second.")
-    parser.add_argument("--prompts", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--family", default="gpt2", choices=("gpt2", "llama", "qwen3"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -71,7 +71,8 @@ def main() -> None:
         ours = lengths_B.sum() / asyncio.run(seconds_of_sampler(owned, prompts_BP, lengths_B))
         ratios.append(ours / theirs)
         print(
-            f"round {number}: generate {theirs:7,.0f} tokens/s   HfSampler {ours:7,.0f} tokens/s   ratio {ratios[-1]:.2f}"
+            f"round {number}: generate {theirs:7,.0f} tokens/s   HfSampler {ours:7,.0f} tokens/s   "
+            f"ratio {ratios[-1]:.2f}"
         )
     print(f"ratio: median {statistics.median(ratios):.2f}, worst {min(ratios):.2f}, best {max(ratios):.2f}")
 

@@ -60,11 +60,11 @@ def slow_law(prompt: list[str], prefix: list[str]) -> dict[str, float]:
     epsilon, state, goal = EPSILONS[prompt[0]], int(prompt[1]), int(prompt[2])
     pending: str | None = None
     for word in prefix:
-        if pending is None and word in MOVES:
+        if word in MOVES:
             pending = word
-        elif pending is not None and word.isdigit():
+        elif word.isdigit():
             state, pending = int(word), None
-        else:
+        elif word == "<eos>":
             return {"<eos>": 1.0}
     if pending is not None:
         return {str(MOVES[pending](state)): 1.0}

@@ -125,6 +125,8 @@ class _Gather(torch.autograd.Function):
             if grad_weight_VD is not None:
                 _add_product(grad_weight_VD, grad_CV.T, hidden_CD)
             del grad_CV
+        # Before the gradient is cast to the weight's dtype: otherwise the peak holds three [V, D].
+        del weight_cast_VD
         return (
             grad_hidden_TD,
             None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),

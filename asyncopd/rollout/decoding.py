@@ -170,7 +170,7 @@ class Decoder:
             if hidden_AD is None:
                 hidden_AD = output_PD.new_empty(num_active, output_PD.shape[-1])
                 hidden_AD[:num_decode] = output_PD[:num_decode]
-            hidden_AD[torch.from_numpy(slots_U)] = output_PD[num_decode:]
+            hidden_AD[self._on_device(slots_U)] = output_PD[num_decode:]
             num_decode = 0
         assert hidden_AD is not None
         return hidden_AD

@@ -6,9 +6,10 @@ What has been written decides in which of three situations the next token stands
     a state is due after op    op(x) with certainty, x being the state written last (or the start)
     the response is over       EOS with certainty
 
-The law is total. A wrong state is a state: the walk goes on from what was written. An operation at the goal starts
-another walk to it. The response is over after an EOS, after any token of the wrong kind (a state where an operation is
-due, a pad, ...), and for a prompt that is not (noise level, state, state); it stays over.
+The law is total and always leads back to the goal, so that a student is taught at every prefix it can reach. A wrong
+state is a state: the walk goes on from what was written last. Of several operations in a row the last one counts, of
+several states too; pads and noise levels change nothing. An operation at the goal starts another walk to it. The
+response is over after an EOS, and from the start for a prompt that is not (noise level, state, state).
 """
 
 from __future__ import annotations
@@ -62,22 +63,18 @@ class WalkOracle:
         start_B, goal_B = (prompts_B3[:, column] - rules.first_state_id for column in (1, 2))
         broken_B = ~(_within(noise_B, len(rules.noise_levels)) & _within(start_B, p) & _within(goal_B, p))
 
-        # Operations stand at even positions and states at odd ones, for as long as the response is not over.
         operation_BT = ids_BT - rules.first_operation_id
         state_BT = ids_BT - rules.first_state_id
-        even_T = np.arange(ids_BT.shape[1]) % 2 == 0
-        wrong_BT = np.where(even_T, ~_within(operation_BT, NUM_OPERATIONS), ~_within(state_BT, p))
-        over_BT = np.logical_or.accumulate(np.column_stack([broken_B, wrong_BT]), axis=1)[:, :-1]
+        over_BT = np.logical_or.accumulate(np.column_stack([broken_B, ids_BT == EOS_ID]), axis=1)[:, :-1]
+        state_position_BT, at_BT = _latest(_within(state_BT, p), state_BT, start_B)
+        operation_position_BT, chosen_BT = _latest(_within(operation_BT, NUM_OPERATIONS), operation_BT, 0 * start_B)
+        state_is_due_BT = operation_position_BT > state_position_BT
 
-        # The state at t: what was written last, at t−1 where an operation is due and at t−2 where a state is due.
-        written_BT = np.column_stack([start_B, start_B, state_BT])[:, : ids_BT.shape[1]]
-        at_BT = np.where(even_T, np.column_stack([start_B, state_BT])[:, :-1], written_BT)
-        at_BT = np.where(over_BT, 0, at_BT)
-        chosen_BT = np.where(over_BT | even_T, 0, np.column_stack([start_B, operation_BT])[:, :-1])
+        at_BT = np.where(broken_B[:, None], 0, at_BT)
         context_B = np.where(broken_B, 0, (noise_B * p + goal_B) * p)
         operation_rows_BT = context_B[:, None] + at_BT
         state_rows_BT = self._first_state_row + rules.successors_SO[at_BT, chosen_BT]
-        rows_BT = np.where(even_T, operation_rows_BT, state_rows_BT)
+        rows_BT = np.where(state_is_due_BT, state_rows_BT, operation_rows_BT)
         return np.where(over_BT, len(self.probabilities_RV) - 1, rows_BT)
 
     @property
@@ -104,6 +101,17 @@ def _prompt_matrix(prompts: Sequence[IntArray]) -> NDArray[np.int64]:
         if len(prompt) == 3:
             ids_3[:] = prompt
     return prompts_B3
+
+
+def _latest(
+    is_one_BT: NDArray[np.bool_], values_BT: NDArray[np.int64], initial_B: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Before each position: where the last marked token stands (0 for none, else 1 + its position), and its value."""
+    positions_T = np.arange(1, is_one_BT.shape[1] + 1)
+    marked_BT = np.maximum.accumulate(np.where(is_one_BT, positions_T, 0), axis=1)
+    latest_BT = np.column_stack([np.zeros_like(initial_B), marked_BT])[:, : is_one_BT.shape[1]]
+    with_initial_BT = np.column_stack([initial_B, values_BT])
+    return latest_BT, np.take_along_axis(with_initial_BT, latest_BT, axis=1)
 
 
 def _within(values: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
