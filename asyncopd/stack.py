@@ -46,9 +46,9 @@ def up(say: Callable[[str], None]) -> None:
     Raises:
         StackError: the port belongs to another program, or the server or worker did not start in time.
     """
-    started_server = _ensure_server(say)
+    _ensure_server(say)
     started_worker = _ensure_worker(say)
-    _ensure_deployed(say, force=started_server)
+    _ensure_deployed(say)
     if started_worker:
         _wait(_worker_online, 60, "the Prefect worker to report", home() / "logs" / "worker.log")
 
@@ -83,11 +83,13 @@ def prefect_environment() -> dict[str, str]:
         "PREFECT_HOME": str(home() / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
+        "PREFECT_CLI_COLORS": "false",
         # The worker looks for submitted runs this often; the default of 10 s is most of a quickstart's patience.
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
-        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "0.5",
+        # Whole seconds: Prefect 3.7.7 truncates a fraction, and an interval of 0 spins a core.
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "asyncopd",
         # One compute thread per process: 3–10 times faster than two at these sizes, and reproducible.
         "OMP_NUM_THREADS": "1",
@@ -105,9 +107,9 @@ def prefect_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "prefect", *arguments]
 
 
-def _ensure_server(say: Callable[[str], None]) -> bool:
+def _ensure_server(say: Callable[[str], None]) -> None:
     if server_answers():
-        return False
+        return
     address = urlsplit(api_url())
     if address.hostname not in ("127.0.0.1", "localhost", "::1"):
         raise StackError(f"no Prefect server answers at {api_url()}, and only a local one can be started here.")
@@ -121,7 +123,6 @@ def _ensure_server(say: Callable[[str], None]) -> bool:
     say(f"starting a Prefect server at {api_url()} (a fresh one takes 30–50 s)")
     log_path = _spawn("server", prefect_command("server", "start", "--host", address.hostname, "--port", str(port)))
     _wait(server_answers, SERVER_START_S, f"the Prefect server at {api_url()}", log_path)
-    return True
 
 
 def _ensure_worker(say: Callable[[str], None]) -> bool:
@@ -136,14 +137,14 @@ def _ensure_worker(say: Callable[[str], None]) -> bool:
     return True
 
 
-def _ensure_deployed(say: Callable[[str], None], *, force: bool) -> None:
-    """Deploy when prefect.yaml, the place of the checkout or the server changed since the last time."""
+def _ensure_deployed(say: Callable[[str], None]) -> None:
+    """Deploy when prefect.yaml or the place of the checkout changed, or the server does not know it."""
     definition = Path("prefect.yaml")
     if not definition.is_file():
         raise StackError(f"{definition.absolute()}: not found. Run asyncopd from the root of the checkout.")
     stamp = home() / "deployed"
     now = hashlib.sha256(definition.read_bytes() + str(definition.absolute()).encode()).hexdigest()
-    if not force and stamp.is_file() and stamp.read_text() == now:
+    if stamp.is_file() and stamp.read_text() == now:
         response = httpx.get(f"{api_url()}/deployments/name/asyncopd/train", timeout=30)
         if response.status_code == 200:
             return

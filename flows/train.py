@@ -144,7 +144,7 @@ async def _run_roles(config: RunConfig, log: StoredRunLog, specs: list[RoleSpec]
         log_dir=home() / "logs" / log.run_id,
         env=prefect_environment(),
         max_restarts=config.limits.max_restarts,
-        failure_of=lambda role: next((f["reason"] for f in reversed(log.failures()) if f["role"] == role), None),
+        failure_of=lambda role: next((f.reason for f in reversed(log.failures()) if f.role == role), None),
         say=logger.info,
     )
     running = asyncio.create_task(processes.run())

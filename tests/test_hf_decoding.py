@@ -12,6 +12,7 @@ from hf_models import EOS_ID, FAMILIES, MAX_CONTEXT, law_rows, requests, tiny_mo
 from transformers import PreTrainedModel
 
 from asyncopd.errors import ConfigError, EngineError
+from asyncopd.modeling import build_causal_lm
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout import decoding
 from asyncopd.rollout.decoding import Decoder
@@ -200,5 +201,8 @@ def test_nan_weights_are_an_error_not_tokens() -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(EngineError, match="max_context 129 must be at most the model's 128"):
         decoder(tiny_model(), max_context=129)
+    falcon = {"model_type": "falcon", "vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 1}
+    with pytest.raises(EngineError, match="0 of 1 layers attend through"):
+        decoder(build_causal_lm({**falcon, "num_attention_heads": 2}, seed=0))
     with pytest.raises(ConfigError, match="temperature"):
         decoder(tiny_model(), temperature=0.0)

@@ -196,6 +196,15 @@ def test_frozen_advantage_descends_reverse_kl_less_its_entropy_term(drift: float
         torch.testing.assert_close(expectation(config, world).gradient_V, target_V, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("advantage", ["current", "behaviour"])
+def test_decoupled_with_one_mini_batch_is_the_plain_ratio(advantage: str) -> None:
+    world = make_world(drift=0.15)
+    wide = {"name": "decoupled", "max_behaviour_weight": 1e6}
+    found = expectation(one_draw(advantage=advantage, correction=wide), world)
+    plain = expectation(one_draw(advantage=advantage), world)
+    torch.testing.assert_close(found.gradient_V, plain.gradient_V, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("drift", DRIFTS)
 def test_without_ratio_the_gradient_is_weighted_by_the_sampler(drift: float) -> None:
     world = make_world(drift=drift)

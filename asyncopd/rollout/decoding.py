@@ -12,7 +12,6 @@ Suffixes: S slots, A active slots, U uncached ones, C candidates columns.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +20,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asyncopd.errors import EngineError
-from asyncopd.modeling import block_causal_mask, load_safetensors, output_embedding
 from asyncopd.packing import PackedTokens, TokenPair, pack
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.records import OpenResponse, TokenRecords
-from asyncopd.rollout.slots import ATTENTION_NAME, PassPlan, SlotCache
+from asyncopd.rollout.slot_model import SlotModel
 from asyncopd.sampling import CandidateRule, check_law, draw, law_logprobs, policy_key
 from asyncopd.types import FinishReason, PolicyVersion, PolicyWeights, Trajectory
 
-_ROW_CAPACITY = 128
 # Short rows keep the block-causal mask small: attention over C cells costs C² whatever the segments are.
+_ROW_CAPACITY = 128
+# Tokens prefilled in one pass; bounds activations when a refresh makes all caches again.
 _PREFILL_CELLS = 8192
+# `pack` lays out what predicts a response; what comes next is not known yet, only that it is one token.
 _NEXT_TOKEN = np.zeros(1, np.int32)
 
 
@@ -50,32 +50,20 @@ class Decoder:
         seed: int,
         eos_id: int,
     ) -> None:
-        """Takes ownership of `model`, whose attention is replaced.
-
+        """
+        Args:
+            model: owned from here on.
         Raises:
             ConfigError: a sampling law that is no distribution.
-            EngineError: `max_context` beyond the model's positions, or an attention that cannot be replaced.
+            EngineError: the model cannot serve `max_context` or be given slots.
         """
         check_law(temperature=temperature, top_p=top_p, rule=rule, vocab_size=model.config.vocab_size)
-        positions = getattr(model.config, "max_position_embeddings", max_context)
-        if max_context > positions or num_slots < 1:
-            raise EngineError(
-                f"max_context {max_context} must be at most the model's {positions} positions, "
-                f"and {num_slots} slots at least 1."
-            )
-        model.set_attn_implementation(ATTENTION_NAME)
-        self._model, self._num_layers = model, int(model.config.num_hidden_layers)
-        # Kept, because the model finds them by walking its parameters, and a step asks many times.
-        self._device, self._dtype = model.device, model.dtype
-        self._weight_VD, self._bias_V = output_embedding(model)
-        # Slot attention has its own masks. A 4-D one is handed through as it is, and stops models from making theirs.
-        self._no_mask_1111 = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=self._device)
-        self._cache = SlotCache(num_slots, max_context)
+        self._model = SlotModel(model, num_slots=num_slots, max_context=max_context)
         self._temperature, self._top_p, self._rule = temperature, top_p, rule
         self._seed, self._eos_id = seed, eos_id
         self.version: PolicyVersion | None = None
         self.num_slots, self.max_context = num_slots, max_context
-        self.vocab_size = int(model.config.vocab_size)
+        self.vocab_size = self._model.vocab_size
 
         # A response keeps its row of the records when its slot moves.
         self._records = TokenRecords(num_slots, max_context, rule)
@@ -122,7 +110,7 @@ class Decoder:
         Raises:
             EngineError: the weights do not fit; nothing changed.
         """
-        load_safetensors(self._model, weights.safetensors)
+        self._model.load(weights.safetensors)
         self.version = weights.version
         self._is_cached_S[:] = False
         for slot, response in enumerate(self._responses):
@@ -133,11 +121,11 @@ class Decoder:
         """One token for every active slot (at least one); returns tickets and responses that this finished.
 
         Raises:
-            EngineError: the model produced NaN, or ignores the slot attention.
+            EngineError: the model produced NaN.
         """
         self._fill_holes()
         active = slice(0, self._end)
-        logits_AV = torch.nn.functional.linear(self._hidden(), self._weight_VD, self._bias_V)
+        logits_AV = self._model.logits(self._hidden())
         logprobs_AV = law_logprobs(logits_AV, temperature=self._temperature, top_p=self._top_p)
         draws = draw(logprobs_AV, self._keys_S[active], self._counts_S[active], self._rule)
         ids_AC = draws.ids_AC.cpu().numpy()
@@ -156,21 +144,22 @@ class Decoder:
 
     def _hidden(self) -> Tensor:
         """[A, D] hidden states that predict the next token of every active slot; fills the cache on the way."""
-        num_active = self._end
-        uncached_U = np.flatnonzero(~self._is_cached_S[:num_active])
+        is_cached_A = self._is_cached_S[: self._end]
+        ids_A = self._last_ids_S[: self._end]
+        positions_A = np.where(is_cached_A, (self._prompt_lengths_S + self._counts_S)[: self._end] - 1, -1)
+        uncached_U = np.flatnonzero(~is_cached_A)
         if len(uncached_U) == 0:
-            return self._forward_pass(num_active, None, uncached_U)
-        prefills = list(self._prefill_groups(uncached_U))
-        # Decoding rides on the first prefill pass. Slots still uncached decode too, masked and never written:
-        # that costs one row each and keeps the cache a view.
-        num_decode = num_active if len(uncached_U) < num_active else 0
+            return self._model.forward_pass(ids_A, positions_A, None, uncached_U)
+        # Decoding rides on the first prefill pass, unless nothing is cached. Uncached slots are computed too:
+        # that costs a row each and keeps the cache a view.
+        num_decode = self._end if is_cached_A.any() else 0
         hidden_AD: Tensor | None = None
-        for slots_U, packed in prefills:
-            output_PD = self._forward_pass(num_decode, packed, slots_U)
+        for slots_U, packed in self._prefill_groups(uncached_U):
+            output_PD = self._model.forward_pass(ids_A[:num_decode], positions_A[:num_decode], packed, slots_U)
             if hidden_AD is None:
-                hidden_AD = output_PD.new_empty(num_active, output_PD.shape[-1])
+                hidden_AD = output_PD.new_empty(self._end, output_PD.shape[-1])
                 hidden_AD[:num_decode] = output_PD[:num_decode]
-            hidden_AD[self._on_device(slots_U)] = output_PD[num_decode:]
+            hidden_AD[self._model.on_device(slots_U)] = output_PD[num_decode:]
             num_decode = 0
         assert hidden_AD is not None
         return hidden_AD
@@ -190,54 +179,6 @@ class Decoder:
             chosen = [pairs[member] for member in members]
             yield uncached_U[members], pack(chosen, max(_ROW_CAPACITY, max(len(ids) for ids, _ in chosen)))
 
-    def _forward_pass(self, num_decode: int, packed: PackedTokens | None, slots_U: NDArray[np.int64]) -> Tensor:
-        """[num_decode + U, D]: hidden states of the decoding slots, then of each prefilled slot's last token."""
-        is_cached_A = self._is_cached_S[:num_decode]
-        positions_A = np.where(is_cached_A, (self._prompt_lengths_S + self._counts_S)[:num_decode] - 1, 0)
-        ids, positions, outputs = self._last_ids_S[:num_decode], positions_A, np.arange(num_decode)
-        slots = np.where(is_cached_A, outputs, self._cache.scratch_slot)
-        prefill_mask = None
-        if packed is not None:
-            segments = packed.segments_RC.ravel()
-            ids = np.concatenate([ids, packed.ids_RC.ravel()])
-            positions = np.concatenate([positions, packed.positions_RC.ravel()])
-            # Segment −1, padding, selects the last element.
-            slots = np.concatenate([slots, np.append(slots_U, self._cache.scratch_slot)[segments]])
-            outputs = np.concatenate([outputs, num_decode + packed.predict_rows_T])
-            prefill_mask = block_causal_mask(self._on_device(packed.segments_RC), self._dtype)
-        position_ids_N = self._on_device(positions)
-        plan = PassPlan(
-            cache=self._cache,
-            num_decode=num_decode,
-            decode_mask_A11L=self._decode_mask(positions_A) if num_decode else None,
-            prefill_mask_R1CC=prefill_mask,
-            slots_N=self._on_device(slots),
-            positions_N=position_ids_N,
-        )
-        output: Any = self._model.base_model(
-            input_ids=self._on_device(ids)[None],
-            position_ids=position_ids_N[None],
-            attention_mask=self._no_mask_1111,
-            use_cache=False,
-            plan=plan,
-        )
-        if len(plan.layers_seen) != self._num_layers:
-            raise EngineError(
-                f"{self._model.config.model_type}: {len(plan.layers_seen)} of {self._num_layers} layers "
-                "attend through transformers' AttentionInterface, so the slot cache cannot serve it."
-            )
-        hidden_ND: Tensor = output.last_hidden_state[0]
-        return hidden_ND if len(outputs) == len(ids) else hidden_ND[self._on_device(outputs)]
-
-    def _decode_mask(self, positions_A: NDArray[np.int64]) -> Tensor:
-        """[A, 1, 1, L] additive; each slot sees its cached positions and the one being written."""
-        hidden_AL = np.arange(positions_A.max() + 1) > positions_A[:, None]
-        mask_AL = torch.zeros(hidden_AL.shape, dtype=self._dtype, device=self._device)
-        return mask_AL.masked_fill_(self._on_device(hidden_AL), torch.finfo(mask_AL.dtype).min)[:, None, None]
-
-    def _on_device(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
-
     def _fill_holes(self) -> None:
         """Move the last slots into holes, so that active slots are contiguous. Rare: new requests fill holes first."""
         for hole in sorted(self._holes, reverse=True):
@@ -246,7 +187,7 @@ class Decoder:
             if hole == last:
                 continue
             length = int(self._prompt_lengths_S[last] + self._counts_S[last]) - 1
-            self._cache.move(last, hole, length)
+            self._model.cache.move(last, hole, length)
             # Swapped, not copied: rows stay a permutation, so a freed slot owns a free row.
             self._rows_S[[hole, last]] = self._rows_S[[last, hole]]
             self._responses[hole], self._responses[last] = self._responses[last], None
