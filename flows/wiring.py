@@ -85,6 +85,7 @@ def architecture_of(model: ModelConfig, task: Task) -> dict[str, Any]:
         max_positions=model.max_context,
         eos_id=task.tokenizer.eos_id,
         pad_id=task.tokenizer.pad_id,
+        model_type=model.architecture,
     )
 
 

@@ -181,8 +181,8 @@ class PolicyGradientConfig(OnPolicySettings):
     ratio: Literal["importance", "none"] = "importance"
     """`none` pretends the draws were on-policy: biased as soon as there is drift."""
     baseline: Literal["none", "leave_one_out", "exact"] = Field(default_factory=_default_baseline)
-    """Subtracted from the advantage. Leave-one-out wherever it exists (two draws or more, ratio on): no bias, nothing more
-    to ask of the teacher. It lowers the variance from about 16 draws on; with 2 to 4 its own noise can outweigh
+    """Subtracted from the advantage. Leave-one-out wherever it exists (two draws or more, ratio on): no bias, and
+    nothing more to ask of the teacher. It lowers the variance from about 16 draws on; with 2 to 4 its own noise can outweigh
     that (docs/estimators.md). `exact` needs full teacher rows."""
     correction: CorrectionConfig = NoCorrection()
     """What bounds the ratio; every one adds bias. None, because N draws and a baseline already tame the variance."""

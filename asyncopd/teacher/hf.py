@@ -197,5 +197,7 @@ def _asked_ids(trajectory: Trajectory) -> IntArray:
 def _draw_uniforms(trajectory: Trajectory, request: ScoreRequest) -> NDArray[np.float64]:
     """[T, M] of the trajectory's own random stream."""
     positions_T = np.arange(len(trajectory.response_ids))
+    if request.num_teacher_draws == 0:
+        return np.empty((len(positions_T), 0))
     keys_T = np.full(len(positions_T), teacher_key(request.seed, trajectory.index), np.uint64)
     return lane_uniforms(keys_T, positions_T, request.num_teacher_draws)
