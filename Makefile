@@ -11,7 +11,6 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -m "not slow"
 
@@ -20,7 +19,6 @@ test-slow: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
 
 up down status: $(VENV)/installed
 	@$(BIN)/asyncopd $@

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from asyncopd import __version__, stack
 from asyncopd.config import RunConfig, load_config, parse_override
-from asyncopd.errors import AsyncOPDError
+from asyncopd.errors import AsyncOPDError, StackError
 from asyncopd.flow_runs import FlowRun
 from asyncopd.follow import follow, show_report, show_status
 from asyncopd.supervise import home
@@ -113,7 +113,7 @@ def _submit(arguments: argparse.Namespace, overrides: dict[str, Any], run_id: st
         command, env=stack.child_environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     if result.returncode:
-        raise stack.StackError(f"`prefect deployment run` failed:\n{(result.stdout + result.stderr)[-2000:]}")
+        raise StackError(f"`prefect deployment run` failed:\n{(result.stdout + result.stderr)[-2000:]}")
     return FlowRun.named(name)
 
 
@@ -173,7 +173,7 @@ def _config(arguments: argparse.Namespace) -> int:
 def _stored_config(root: str, run_id: str) -> RunConfig:
     store = open_store(root)
     if run_id not in list_runs(store):
-        raise stack.StackError(
+        raise StackError(
             f"there is no run {run_id} in {root}. Existing runs: {', '.join(list_runs(store)[-5:]) or 'none'}. "
             "Name another storage root with --root."
         )

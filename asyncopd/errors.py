@@ -1,4 +1,4 @@
-"""Every error AsyncOPD raises on purpose. Each message says what happened to which object, what was expected, and what to do."""
+"""Every error AsyncOPD raises on purpose. A message says what happened, what was expected, what to do."""
 
 
 class AsyncOPDError(Exception):

@@ -1,7 +1,7 @@
 """Keeps the role processes of a run alive on one machine: starts, restarts, stops them, and reports why one failed.
 
-    start all --> every second: ended well? done with it.  ended badly? start again, up to max_restarts, else fail
-    stop: SIGTERM to all at once, SIGKILL after the grace; by stdin's end they also stop when this process dies
+start all --> every second: ended well? done with it.  ended badly? start again, up to max_restarts, else fail
+stop: SIGTERM to all at once, SIGKILL after the grace; by stdin's end they also stop when this process dies
 """
 
 from __future__ import annotations
@@ -102,5 +102,7 @@ class RoleProcesses:
         if self._restarts_left[spec.name] == 0:
             raise RoleFailedError(f"{spec.name} ended with {cause}: {reason}\nIts output is in {child.log_path}.")
         self._restarts_left[spec.name] -= 1
-        self._say(f"{spec.name} ended with {cause} and is started again ({self._restarts_left[spec.name]} left): {reason}")
+        self._say(
+            f"{spec.name} ended with {cause} and is started again ({self._restarts_left[spec.name]} left): {reason}"
+        )
         self._start(spec)

@@ -1,7 +1,7 @@
 """The pipeline as a discrete-event simulation: the real scheduling rule under given durations, on a simulated clock.
 
-    shard admitted -> its indices take free slots in order -> produced -> scored (one teacher) -> trained (one learner)
-                                                                                   publishes the next version <--+
+shard admitted -> its indices take free slots in order -> produced -> scored (one teacher) -> trained (one learner)
+                                                                               publishes the next version <--+
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ class _Simulator:
         while len(self._trained_at) < self._plan.num_steps:
             if not self._events:
                 raise DeadlineError(
-                    f"nothing can go on at version {self._version}: shard {self._next_shard} of {self._plan.num_shards} "
-                    f"is next to start and step {len(self._trained_at)} of {self._plan.num_steps} to train."
+                    f"nothing can go on at version {self._version}: shard {self._next_shard} of "
+                    f"{self._plan.num_shards} is next to start and step {len(self._trained_at)} of "
+                    f"{self._plan.num_steps} to train."
                 )
             self._now, _, kind, number = heapq.heappop(self._events)
             getattr(self, f"_{kind}")(number)

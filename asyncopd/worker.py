@@ -17,6 +17,7 @@ import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from asyncopd.errors import DeadlineError
@@ -126,6 +127,14 @@ class Worker:
         self.status.pop("waiting_for", None)
         self.record(f"wait:{what.split(' ')[0]}", began, time.time(), what)
         return found
+
+
+@dataclass(frozen=True)
+class NextShard:
+    """The answer to "what is there to do?"."""
+
+    shard: IndexRange | None
+    """Claimed for the asker; None when the run has no more shards for this stage."""
 
 
 class ShardStage(Protocol):

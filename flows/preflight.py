@@ -57,7 +57,9 @@ def _check_pretrained(config: RunConfig, role: str, model: PretrainedModel) -> N
 def _check_same_tokenizer(config: RunConfig) -> None:
     """Teacher and student must give every id the same meaning; tiny models both speak the task's vocabulary."""
     models = config.models()
-    paths = {role: Path(m.path) for role, m in models.items() if isinstance(m, PretrainedModel) and Path(m.path).is_dir()}
+    paths = {
+        role: Path(m.path) for role, m in models.items() if isinstance(m, PretrainedModel) and Path(m.path).is_dir()
+    }
     if config.task.kind == "text" and Path(config.task.tokenizer).is_dir():
         paths["task.tokenizer"] = Path(config.task.tokenizer)
     digests = {
@@ -67,8 +69,8 @@ def _check_same_tokenizer(config: RunConfig) -> None:
     }
     if len(set(digests.values())) > 1:
         raise ConfigError(
-            f"tokenizers differ: {digests} (sha256 of tokenizer.json). Distillation compares log-probs of the same ids, "
-            "so student, teacher and task.tokenizer must share one tokenizer."
+            f"tokenizers differ: {digests} (sha256 of tokenizer.json). Distillation compares log-probs of the same "
+            "ids, so student, teacher and task.tokenizer must share one tokenizer."
         )
     kinds = {type(model) for model in models.values()}
     if kinds == {TinyModel, PretrainedModel}:

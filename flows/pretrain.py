@@ -57,6 +57,9 @@ def make_model(run: OpenRun, worker: Worker, role: str, model: TinyModel) -> Non
     publish_model(
         run.store,
         run.config.model_digest(model),
-        {"config.json": json.dumps(causal_lm.config.to_dict()).encode(), "model.safetensors": to_safetensors(causal_lm)},
+        {
+            "config.json": json.dumps(causal_lm.config.to_dict()).encode(),
+            "model.safetensors": to_safetensors(causal_lm),
+        },
         facts={"settings": model.model_dump(mode="json"), "loss_nats": loss, "seconds": time.time() - started},
     )

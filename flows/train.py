@@ -24,8 +24,9 @@ from prefect.artifacts import (
     aupdate_progress_artifact,
 )
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.context import get_run_context
-from prefect.states import Cancelled, State
+from prefect.states import Cancelled
 
 from asyncopd import __version__
 from asyncopd.config import RunConfig, TinyModel, load_config

@@ -24,8 +24,8 @@ from asyncopd.ports import Scorer, ScoreRequest, Task
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.rollout.stage import RolloutStage
 from asyncopd.tasks.build import build_task
-from asyncopd.tasks.walk import WalkTask
 from asyncopd.tasks.tokenizers_hf import HfTokenizer
+from asyncopd.tasks.walk import WalkTask
 from asyncopd.teacher.hf import HfScorer
 from asyncopd.teacher.oracle import OracleScorer
 from asyncopd.teacher.stage import ScoreStage

@@ -24,7 +24,14 @@ LAYERS = [
     ("flows.wiring", 3), ("flows.preflight", 3),
     ("flows", 4), ("asyncopd.cli", 4),
 ]  # fmt: skip
-SIBLINGS = ("asyncopd.rollout", "asyncopd.teacher", "asyncopd.learner", "asyncopd.evaluate", "asyncopd.report", "storage")
+SIBLINGS = (
+    "asyncopd.rollout",
+    "asyncopd.teacher",
+    "asyncopd.learner",
+    "asyncopd.evaluate",
+    "asyncopd.report",
+    "storage",
+)
 ONLY_IN = {
     "torch": ("asyncopd.losses", "asyncopd.modeling", "asyncopd.sampling", "asyncopd.learner", "asyncopd.rollout",
               "asyncopd.teacher", "flows.wiring"),
@@ -59,7 +66,9 @@ def layer(module: str) -> int | None:
     return max(matches)[1] if matches else None
 
 
-MODULES = [pytest.param(name, path, id=name) for name, path in modules() if name not in ("asyncopd", "storage", "flows")]
+MODULES = [
+    pytest.param(name, path, id=name) for name, path in modules() if name not in ("asyncopd", "storage", "flows")
+]
 
 
 @pytest.mark.parametrize(("module", "path"), MODULES)
@@ -81,8 +90,11 @@ def test_heavy_packages_are_imported_where_they_belong(module: str, path: Path) 
         assert allowed is None or any(within(module, a) for a in allowed), f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("module", ["asyncopd.config", "asyncopd.cli", "asyncopd.types", "storage.run_log", "flows.preflight"])
+@pytest.mark.parametrize(
+    "module", ["asyncopd.config", "asyncopd.cli", "asyncopd.types", "storage.run_log", "flows.preflight"]
+)
 def test_light_modules_import_neither_torch_nor_prefect(module: str) -> None:
-    code = f"import sys, {module}; print([m for m in ('torch', 'prefect', 'transformers', 'matplotlib') if m in sys.modules])"
+    heavy = ("torch", "prefect", "transformers", "matplotlib")
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.strip() == "[]"

@@ -17,7 +17,6 @@ from asyncopd.config.tasks import TaskConfig, WalkConfig
 from asyncopd.schedule import Plan
 from asyncopd.types import DrawLaw
 
-
 PRETRAIN_CODE = 1
 """Raised whenever pre-training itself changes, so that models made by older code are not taken for new ones."""
 
@@ -74,8 +73,8 @@ class TinyModel(Frozen):
     def _heads_divide_hidden(self) -> Self:
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of 2·num_heads = {2 * self.num_heads}: heads divide "
-                "it evenly, and rotary embeddings turn pairs of head dimensions."
+                f"hidden_size {self.hidden_size} must be a multiple of 2·num_heads = {2 * self.num_heads}: heads "
+                "divide it evenly, and rotary embeddings turn pairs of head dimensions."
             )
         return self
 

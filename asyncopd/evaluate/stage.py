@@ -1,6 +1,6 @@
 """The evaluator: follows the policy versions of a run and measures chosen ones on held-out prompts.
 
-    RunLog --version 0, every k-th, last--> Sampler --responses--> verifier, Scorer --> Evaluation
+RunLog --version 0, every k-th, last--> Sampler --responses--> verifier, Scorer --> Evaluation
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def versions_to_evaluate(num_steps: int, every: int) -> list[int]:
 
 
 class EvaluateStage:
-    """Evaluates one run. The prompts and their random draws are the same for every version, so differences are paired."""
+    """Evaluates one run. Prompts and random draws are the same for every version, so differences are paired."""
 
     def __init__(
         self,
@@ -69,7 +69,9 @@ class EvaluateStage:
         trajectories = await asyncio.gather(*(self._sample(prompt) for prompt in self._prompts))
         scores = await self._scorer.score(trajectories, self._request)
         scored = [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)]
-        correct = [self._task.verify(p, t.response_ids.tolist()) for p, t in zip(self._prompts, trajectories, strict=True)]
+        correct = [
+            self._task.verify(p, t.response_ids.tolist()) for p, t in zip(self._prompts, trajectories, strict=True)
+        ]
         kl_nats, standard_error = kl_to_teacher(scored)
         return Evaluation(
             version=version,

@@ -1,7 +1,7 @@
 """One optimizer step over scored trajectories: packing, micro-batches, global token normalisation, statistics.
 
-    scored trajectories --pack--> micro-batches --LogprobModel--> log p_θ at ids --Estimator--> loss per token
-    step loss = Σ over all trained tokens of all micro-batches and ranks / number of those tokens
+scored trajectories --pack--> micro-batches --LogprobModel--> log p_θ at ids --Estimator--> loss per token
+step loss = Σ over all trained tokens of all micro-batches and ranks / number of those tokens
 """
 
 from __future__ import annotations
@@ -153,4 +153,3 @@ def _summed(value: float, accelerator: Accelerator) -> int:
     if accelerator.num_processes == 1:
         return int(value)
     return int(accelerator.reduce(torch.tensor(float(value), device=accelerator.device), "sum").item())
-

@@ -47,7 +47,7 @@ def pretrain(
         for group in optimizer.param_groups:
             group["lr"] = rate + 0.1 * lr * min(1.0, (step + 1) / max(1, warmup_steps))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))

@@ -1,8 +1,8 @@
 """The long-running learner: consumes index ranges in order, publishes a policy version after every step.
 
-    for step s:  wait for trajectories and scores of [s·B, (s+1)·B)        (prefetched while step s−1 trains)
-                 one optimizer step over all their tokens
-                 publish PolicyVersion s+1, then TrainStep s, then every k steps a checkpoint
+for step s:  wait for trajectories and scores of [s·B, (s+1)·B)        (prefetched while step s−1 trains)
+             one optimizer step over all their tokens
+             publish PolicyVersion s+1, then TrainStep s, then every k steps a checkpoint
 """
 
 from __future__ import annotations

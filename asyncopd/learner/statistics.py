@@ -15,6 +15,7 @@ from torch import Tensor
 from asyncopd.losses.contract import RowLosses
 from asyncopd.losses.rows import TokenRows
 
+
 class StepStatistics:
     """Collects per-token arrays over the micro-batches of one optimizer step."""
 
@@ -46,12 +47,12 @@ class StepStatistics:
             gathered: list[dict[str, NDArray[np.float32]]] = [{} for _ in range(accelerator.num_processes)]
             torch.distributed.all_gather_object(gathered, arrays)
             arrays = {key: np.concatenate([part[key] for part in gathered]) for key in arrays}
-        metrics = {
+        metrics: dict[str, float] = {
             "train/loss_nats": float(arrays.pop("loss").mean(dtype=np.float64)),
             # One draw per prefix from the sampling policy: unbiased for KL(p_old‖q) on its own responses.
             "train/kl_nats": float(arrays.pop("kl").mean(dtype=np.float64)),
             "train/entropy_nats": float(arrays.pop("entropy").mean(dtype=np.float64)),
-        } | ratio_metrics(arrays.pop("log_ratio"))
+        } | dict(ratio_metrics(arrays.pop("log_ratio")))
         for key, values_T in arrays.items():
             metrics[key] = float(values_T.max() if key in self._maxima else values_T.mean(dtype=np.float64))
         return metrics

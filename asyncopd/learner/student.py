@@ -65,7 +65,11 @@ class Student:
     def lr(self, step: int) -> float:
         """Learning rate of optimizer step `step`."""
         return learning_rate(
-            step, peak=self._peak_lr, warmup_steps=self._warmup_steps, num_steps=self._num_steps, schedule=self._schedule
+            step,
+            peak=self._peak_lr,
+            warmup_steps=self._warmup_steps,
+            num_steps=self._num_steps,
+            schedule=self._schedule,
         )
 
     def train(self, step: int, batch: Sequence[ScoredTrajectory]) -> StepResult:
@@ -136,4 +140,7 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, num_steps: int, 
 
 def _plain(state: Any) -> list[Any]:
     """Random states as lists of numbers, which `torch.load(weights_only=True)` accepts."""
-    return [part.tolist() if isinstance(part, np.ndarray) else list(part) if isinstance(part, tuple) else part for part in state]
+    return [
+        part.tolist() if isinstance(part, np.ndarray) else list(part) if isinstance(part, tuple) else part
+        for part in state
+    ]

@@ -16,7 +16,7 @@ from dataclasses import replace
 from asyncopd.ports import RunLog, Sampler, SampleRequest, Task
 from asyncopd.schedule import Plan
 from asyncopd.types import IndexRange, Trajectory
-from asyncopd.worker import Worker
+from asyncopd.worker import NextShard, Worker
 
 
 class RolloutStage:
@@ -32,7 +32,7 @@ class RolloutStage:
         sampler: Sampler,
         max_new_tokens: int,
         lease_s: float,
-        busy_intervals: Callable[[], list[tuple[float, float]]] = lambda: [],
+        busy_intervals: Callable[[], list[tuple[float, float]]] = list,
     ) -> None:
         """
         Args:
@@ -65,8 +65,7 @@ class RolloutStage:
         async with self._choosing:
             if not self._open:
                 return None
-            shard = await self._worker.wait_for(self._claim_next, self._what_is_missing())
-            return shard or None
+            return (await self._worker.wait_for(self._claim_next, self._what_is_missing())).shard
 
     async def work(self, shard: IndexRange) -> None:
         """Sample, verify and publish one shard. Harmless when another worker publishes it first."""
@@ -95,8 +94,8 @@ class RolloutStage:
         correct = self._task.verify(prompt, trajectory.response_ids.tolist())
         return replace(trajectory, prompt_id=prompt.prompt_id, group=prompt.group, correct=correct)
 
-    def _claim_next(self) -> IndexRange | bool | None:
-        """A claimed shard; False when every shard is produced; None when there is nothing to do right now."""
+    def _claim_next(self) -> NextShard | None:
+        """What to do next; None when there is nothing to do right now."""
         version = self._sampler.version
         assert version is not None  # following_versions has loaded one
         for shard in list(self._open):
@@ -106,8 +105,8 @@ class RolloutStage:
                 self._open.remove(shard)
             elif self._log.claim("rollout", shard, worker=self._worker.name, lease_s=self._lease_s):
                 self._open.remove(shard)
-                return shard
-        return None if self._open else False
+                return NextShard(shard)
+        return None if self._open else NextShard(None)
 
     def _what_is_missing(self) -> str:
         required = self._plan.required_version(self._open[0])

@@ -11,7 +11,7 @@ import time
 from asyncopd.ports import RunLog, Scorer, ScoreRequest
 from asyncopd.schedule import Plan
 from asyncopd.types import IndexRange
-from asyncopd.worker import Worker
+from asyncopd.worker import NextShard, Worker
 
 
 class ScoreStage:
@@ -34,7 +34,7 @@ class ScoreStage:
             if not self._open:
                 return None
             what = f"shard {self._open[0].name} to be sampled"
-            return await self._worker.wait_for(self._claim_next, what) or None
+            return (await self._worker.wait_for(self._claim_next, what)).shard
 
     async def work(self, shard: IndexRange) -> None:
         """Score and publish one shard. Harmless when another worker publishes it first."""
@@ -52,8 +52,8 @@ class ScoreStage:
         self._worker.status["num_trajectories"] += len(trajectories)
         self._worker.status["num_tokens"] += num_tokens
 
-    def _claim_next(self) -> IndexRange | bool | None:
-        """A claimed shard; False when every shard is scored; None when there is nothing to do right now."""
+    def _claim_next(self) -> NextShard | None:
+        """What to do next; None when there is nothing to do right now."""
         # No rollout is ahead of the oldest unscored step by more than τ steps: nothing to look for beyond.
         per_step = self._plan.batch_size // self._plan.shard_size
         for shard in self._open[: (self._plan.max_staleness + 2) * per_step]:
@@ -63,5 +63,5 @@ class ScoreStage:
                 self._open.remove(shard)
             elif self._log.claim(self._stage, shard, worker=self._worker.name, lease_s=self._lease_s):
                 self._open.remove(shard)
-                return shard
-        return None if self._open else False
+                return NextShard(shard)
+        return None if self._open else NextShard(None)
