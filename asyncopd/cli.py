@@ -22,11 +22,14 @@ from asyncopd.errors import AsyncOPDError, StackError
 from asyncopd.flow_runs import FlowRun
 from asyncopd.follow import follow, show_report, show_status
 from asyncopd.supervise import home
+from flows.preflight import preflight
 from storage.open import open_store
 from storage.run_log import StoredRunLog
 from storage.runs import list_runs, open_run
 
 STOPPED_BY_USER = 130
+CANCEL_S = 30.0
+"""Patience with a cancelled flow; its roles stop within ten seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,20 +79,23 @@ def _train(arguments: argparse.Namespace) -> int:
     overrides = dict(parse_override(text) for text in arguments.overrides)
     if arguments.root:
         overrides["storage.root"] = arguments.root
-    # Checked here first: a mistake should not have to wait for a server to start.
     config = load_config(arguments.config or "configs/quickstart.yaml", overrides)
     run_id = arguments.run_id or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     if arguments.run_id and arguments.config is None and not arguments.overrides:
         config = _stored_config(config.storage.root, run_id)
+    # The flow checks the same, but a mistake should not have to wait for a server to start.
+    preflight(config)
     stack.up(lambda line: console.print(f"[dim]{line}[/]", highlight=False))
     flow_run = _submit(arguments, overrides, run_id, console)
     try:
         state = follow(_log_of(config, run_id), config, console=console, is_over=flow_run.terminal_state)
     except KeyboardInterrupt:
-        return _cancel(flow_run, run_id, console)
+        return _cancel(flow_run, config, run_id, console)
     if state != "COMPLETED":
-        console.print(f"[bold red]{state}[/]: {flow_run.message()}", highlight=False)
-        console.print(f"Logs of its roles: {home() / 'logs' / run_id}/", highlight=False)
+        console.print(f"[bold red]{state}[/]: ", end="")
+        console.print(flow_run.message(), markup=False, highlight=False, soft_wrap=True)
+        console.print(f"Logs of its roles: {home() / 'logs' / run_id}/", highlight=False, soft_wrap=True)
+        console.print(_how_to_go_on(config, run_id), highlight=False, soft_wrap=True)
         return 1
     show_report(home() / "reports" / run_id, console=console)
     return 0
@@ -103,7 +109,7 @@ def _submit(arguments: argparse.Namespace, overrides: dict[str, Any], run_id: st
         parameters["overrides"] = overrides
     assignments = [f"{name}={_parameter(value)}" for name, value in parameters.items()]
     shown = " ".join(f"-p {assignment!r}" if " " in assignment else f"-p {assignment}" for assignment in assignments)
-    console.print(f"$ prefect deployment run asyncopd/train {shown}", highlight=False)
+    console.print(f"$ prefect deployment run asyncopd/train {shown}", markup=False, highlight=False, soft_wrap=True)
     name = f"{run_id}-{uuid.uuid4().hex[:4]}"
     command = stack.prefect_command(
         "--no-prompt", "deployment", "run", "asyncopd/train", "--flow-run-name", name,
@@ -121,18 +127,30 @@ def _parameter(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _cancel(flow_run: FlowRun, run_id: str, console: Console) -> int:
+def _cancel(flow_run: FlowRun, config: RunConfig, run_id: str, console: Console) -> int:
     console.print("\nstopping every role …", highlight=False)
     started = time.monotonic()
     flow_run.cancel()
-    while flow_run.terminal_state() is None and time.monotonic() - started < 30:
+    while flow_run.terminal_state() is None:
+        if time.monotonic() - started > CANCEL_S:
+            console.print(
+                f"the flow did not stop within {CANCEL_S:.0f} s. End it, and everything else, with: asyncopd down",
+                highlight=False,
+            )
+            return STOPPED_BY_USER
         time.sleep(0.2)
-    console.print(
-        f"stopped after {time.monotonic() - started:.1f} s; nothing stored is lost. "
-        f"Go on with: asyncopd train --run-id {run_id}",
-        highlight=False,
-    )
+    console.print(f"stopped after {time.monotonic() - started:.1f} s; nothing stored is lost.", highlight=False)
+    console.print(_how_to_go_on(config, run_id), highlight=False, soft_wrap=True)
     return STOPPED_BY_USER
+
+
+def _how_to_go_on(config: RunConfig, run_id: str) -> str:
+    """The command that resumes a run, or says that the flow never came to create it."""
+    root = config.storage.root
+    if run_id not in list_runs(open_store(root)):
+        return f"Run {run_id} was not created yet; start it again as before."
+    option = "" if root == RunConfig().storage.root else f" --root {root}"
+    return f"Go on with: asyncopd train --run-id {run_id}{option}"
 
 
 def _up(_: argparse.Namespace) -> int:

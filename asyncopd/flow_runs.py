@@ -37,8 +37,8 @@ class FlowRun:
         """COMPLETED, FAILED, CRASHED or CANCELLED; None while it goes on, or while the server does not answer."""
         try:
             kind = self.state()["type"]
-        except httpx.TransportError:
-            return None  # the server may be restarting; storage has what matters
+        except _ServerAwayError:
+            return None  # it may be restarting; storage has what matters
         return kind if kind in TERMINAL else None
 
     def message(self) -> str:
@@ -50,8 +50,20 @@ class FlowRun:
         _request("POST", f"/flow_runs/{self.id}/set_state", body)
 
 
+class _ServerAwayError(StackError):
+    """No server answered, or it answered that it cannot serve now."""
+
+
 def _request(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    response = httpx.request(method, f"{api_url()}{path}", json=body, timeout=30)
+    try:
+        response = httpx.request(method, f"{api_url()}{path}", json=body, timeout=30)
+    except httpx.TransportError as error:
+        raise _ServerAwayError(
+            f"no Prefect server answers at {api_url()} ({error}). Start it again with `asyncopd up`; runs that go on "
+            "find it, or are ended with `asyncopd down`."
+        ) from error
+    if response.is_server_error:
+        raise _ServerAwayError(f"Prefect answered {response.status_code} to {method} {path}: {response.text[:300]}")
     if response.is_error:
         raise StackError(f"Prefect answered {response.status_code} to {method} {path}: {response.text[:300]}")
     return response.json()

@@ -1,7 +1,7 @@
 """The local stack: one Prefect server on SQLite, one process worker, and the deployments of prefect.yaml.
 
-    asyncopd up     server (if none answers) -> worker (if none runs) -> prefect deploy --all
-    asyncopd down   ends both, every flow they run, and every role those started
+asyncopd up     server (if none answers) -> worker (if none runs) -> prefect deploy --all
+asyncopd down   ends both, every flow they run, and every role those started
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from asyncopd.errors import StackError
-from asyncopd.supervise import end_processes, home, record_process, recorded_processes
+from asyncopd.supervise import STACK_HOME, end_processes, home, marked_processes, record_process, recorded_processes
 
 POOL = "local"
 SERVER_START_S = 240.0
@@ -47,32 +47,46 @@ def up(say: Callable[[str], None]) -> None:
         StackError: the port belongs to another program, or the server or worker did not start in time.
     """
     _ensure_server(say)
-    started_worker = _ensure_worker(say)
+    _ensure_worker(say)
     _ensure_deployed(say)
-    if started_worker:
-        _wait(_worker_online, 60, "the Prefect worker to report", home() / "logs" / "worker.log")
+    # Also when it runs already: one that reports to another server would leave every run waiting.
+    _wait(_worker_online, 60, f"the Prefect worker to report to {api_url()}", home() / "logs" / "worker.log")
 
 
 def down(say: Callable[[str], None]) -> None:
-    """End the stack and everything it started, also what a SIGKILL of any part left behind."""
-    records = recorded_processes()
-    if not records:
-        say("nothing runs")
-        return
+    """End the stack and everything it started, also what a SIGKILL of any part left behind.
+
+    Raises:
+        StackError: something survives SIGKILL.
+    """
     num_ended = 0
-    # The server last, so that what ends before it can still report how.
-    for group in ([r for r in records if r.name != "server"], [r for r in records if r.name == "server"]):
-        num_ended += len(end_processes([process for record in group if (process := record.process()) is not None]))
-    recorded_processes()  # forgets the records of what just ended
-    say(f"ended {num_ended} processes: {', '.join(sorted({r.name for r in records}))}")
+    names: set[str] = set()
+    # In rounds, because a flow may restart a role that was ended before it.
+    for _ in range(5):
+        records = recorded_processes()
+        # The server last, so that what ends before it can still report how.
+        server = {r.pid for r in records if r.name == "server"}
+        found = {p.pid: p for p in (*(r.process() for r in records), *marked_processes()) if p is not None}
+        if not found:
+            say(f"ended {num_ended} processes: {', '.join(sorted(names))}" if num_ended else "nothing runs")
+            return
+        names |= {r.name for r in records} or {"what they left"}
+        others = [process for pid, process in found.items() if pid not in server]
+        num_ended += len(end_processes(others or list(found.values())))
+    raise StackError(
+        f"processes {sorted(found)} do not end, not even by SIGKILL. See `ps -o pid,stat,wchan,cmd -p PID`."
+    )
 
 
 def status() -> dict[str, Any]:
     """What runs here: server, worker, flows and roles with their pids."""
+    processes = [{"name": r.name, "pid": r.pid} for r in recorded_processes()]
+    server = server_answers()
     return {
-        "server": api_url() if server_answers() else None,
-        "worker_online": server_answers() and _worker_online(),
-        "processes": [{"name": r.name, "pid": r.pid} for r in recorded_processes()],
+        "server": api_url() if server else None,
+        # Prefect calls a killed worker online for another half minute.
+        "worker_online": server and any(p["name"] == "worker" for p in processes) and _worker_online(),
+        "processes": processes,
     }
 
 
@@ -125,16 +139,15 @@ def _ensure_server(say: Callable[[str], None]) -> None:
     _wait(server_answers, SERVER_START_S, f"the Prefect server at {api_url()}", log_path)
 
 
-def _ensure_worker(say: Callable[[str], None]) -> bool:
+def _ensure_worker(say: Callable[[str], None]) -> None:
     if any(record.name == "worker" for record in recorded_processes()):
-        return False
+        return
     say(f"starting a Prefect worker on work pool {POOL}")
     # Created here: `prefect deploy` into a pool that does not exist yet only warns, and its runs never start.
     response = httpx.post(f"{api_url()}/work_pools/", json={"name": POOL, "type": "process"}, timeout=30)
     if response.status_code not in (201, 409):
         raise StackError(f"the Prefect server refused work pool {POOL}: {response.status_code} {response.text[:300]}")
     _spawn("worker", prefect_command("worker", "start", "--pool", POOL, "--type", "process"))
-    return True
 
 
 def _ensure_deployed(say: Callable[[str], None]) -> None:
@@ -178,7 +191,7 @@ def _spawn(name: str, argv: list[str]) -> Path:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=child_environment(),
+            env={**child_environment(), STACK_HOME: str(home())},
         )
     record_process(name, process.pid)
     return log_path
@@ -189,5 +202,8 @@ def _wait(ready: Callable[[], bool], seconds: float, what: str, log_path: Path) 
     while not ready():
         if time.monotonic() > deadline:
             tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:]) if log_path.is_file() else ""
-            raise StackError(f"waited {seconds:.0f} s for {what}. The end of {log_path}:\n{tail}")
+            raise StackError(
+                f"waited {seconds:.0f} s for {what}. If `asyncopd down` and `asyncopd up` do not help, the reason may be "
+                f"at the end of {log_path}:\n{tail}"
+            )
         time.sleep(0.5)

@@ -2,7 +2,8 @@
 
     parent --Popen, own session, stdin pipe, log file--> child --watch_parent()--> ends itself when stdin closes
        |
-       +--record: pid + start time in <home>/processes/ --> `asyncopd down` finds and ends what a crash left
+       +--record: pid + start time in <home>/processes/ --+--> `asyncopd down` finds and ends what a crash left
+       +--environment: ASYNCOPD_STACK_HOME, inherited ----+
 
 A pid alone may belong to somebody else by the time it is read; with the start time it names one process for ever.
 """
@@ -24,6 +25,10 @@ import psutil
 
 TERMINATE_GRACE_S = 6.0
 """From SIGTERM to SIGKILL. Roles stop within a second or two; cancellation promises ten in all."""
+
+
+STACK_HOME = "ASYNCOPD_STACK_HOME"
+"""Environment variable that marks everything a stack started, directly or not, with the home of that stack."""
 
 
 def home() -> Path:
@@ -76,6 +81,19 @@ def recorded_processes() -> list[ProcessRecord]:
         else:
             alive.append(record)
     return alive
+
+
+def marked_processes() -> list[psutil.Process]:
+    """Every process that descends from this home's server or worker, recorded or not.
+
+    A flow puts itself on record only after seconds of importing; a worker killed before that leaves it unknown.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(STACK_HOME) == str(home()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 class Child:

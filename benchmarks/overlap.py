@@ -13,6 +13,7 @@ import asyncio
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from rich.table import Table
 
 from asyncopd import stack
 from asyncopd.config import load_config
-from asyncopd.report import Summary, summarise
+from asyncopd.report import summarise
 from asyncopd.roles import RoleProcesses
 from asyncopd.stack import prefect_environment
+from asyncopd.summary import Summary
 from flows.train import role_specs
 from storage.open import open_store
 from storage.runs import create_run, find_model
@@ -70,29 +72,38 @@ def main() -> None:
             for tau in arguments.tau:
                 overrides = {"staleness.max_staleness": tau, "learner.num_steps": arguments.steps}
                 results[tau].append(asyncio.run(run_once(Path(folder), overrides)))
-                console.print(f"round {number + 1}, τ={tau}: {results[tau][-1].throughput_tokens_per_s:,.0f} tokens/s")
+                rate = results[tau][-1].tokens.trained_per_s or 0
+                console.print(f"round {number + 1}, τ={tau}: {rate:,.0f} tokens/s")
     console.print(_table(results))
+
+
+COLUMNS: dict[str, tuple[Callable[[Summary], float | None], str]] = {
+    "trained tokens/s": (lambda s: s.tokens.trained_per_s, "{:,.0f}"),
+    "overlap": (lambda s: s.overlap, "{:.2f}"),
+    "mean staleness": (lambda s: s.staleness.mean_versions, "{:.2f}"),
+    "max": (lambda s: s.staleness.max_versions, "{:.0f}"),
+    "orchestration": (lambda s: s.orchestration.share, "{:.1%}"),
+    "exposed": (lambda s: s.orchestration.exposed_share, "{:.1%}"),
+    "rollout busy": (lambda s: s.roles["rollout"].busy_share, "{:.0%}"),
+    "learn busy": (lambda s: s.roles["learn"].busy_share, "{:.0%}"),
+}
 
 
 def _table(results: dict[int, list[Summary]]) -> Table:
     table = Table(title="walk recipe, medians over rounds")
-    for heading in ("τ", "trained tokens/s", "ratio to τ=0", "overlap", "mean staleness", "max", "orchestration"):
+    for heading in ("τ", "ratio to τ=0", *COLUMNS):
         table.add_column(heading, justify="right")
 
-    def median(tau: int, name: str) -> float:
-        return statistics.median(getattr(summary, name) for summary in results[tau])
+    def median(tau: int, figure: Callable[[Summary], float | None]) -> float:
+        return statistics.median(figure(summary) or 0.0 for summary in results[tau])
 
-    base = median(min(results), "throughput_tokens_per_s")
+    throughput, _ = COLUMNS["trained tokens/s"]
     for tau in results:
-        table.add_row(
-            str(tau),
-            f"{median(tau, 'throughput_tokens_per_s'):,.0f}",
-            f"{median(tau, 'throughput_tokens_per_s') / base:.2f}",
-            f"{median(tau, 'overlap'):.2f}",
-            f"{median(tau, 'staleness_mean_versions'):.2f}",
-            f"{median(tau, 'staleness_max_versions'):.0f}",
-            f"{median(tau, 'orchestration_share'):.1%}",
-        )
+        # Paired: each run against the synchronous one of its own round.
+        pairs = zip(results[tau], results[min(results)], strict=True)
+        ratios = [(throughput(run) or 0) / (throughput(base) or 1) for run, base in pairs]
+        cells = [shape.format(median(tau, figure)) for figure, shape in COLUMNS.values()]
+        table.add_row(str(tau), f"{statistics.median(ratios):.2f}", *cells)
     return table
 
 

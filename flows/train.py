@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect import flow, get_run_logger
 from prefect.artifacts import (
     acreate_link_artifact,
@@ -71,7 +72,8 @@ async def train(
             await _run_roles(resolved, log, [RoleSpec("pretrain")])
         await _run_roles(resolved, log, role_specs(resolved))
     except _CancelRequested:
-        return Cancelled(message=f"cancelled; `prefect deployment run asyncopd/train -p run_id={log.run_id}` goes on")
+        again = f"prefect deployment run asyncopd/train -p run_id={log.run_id} -p root={resolved.storage.root}"
+        return Cancelled(message=f"cancelled; `{again}` goes on")
     await _publish_report(log, resolved, started)
     return log.run_id
 
@@ -169,7 +171,10 @@ async def _watch(config: RunConfig, log: StoredRunLog) -> None:
     async with get_client() as client:
         while True:
             await asyncio.sleep(2)
-            flow_run = await client.read_flow_run(flow_run_id)
+            try:
+                flow_run = await client.read_flow_run(flow_run_id)
+            except httpx.TransportError:
+                continue  # the roles meet in storage; a server that is away need not stop them
             if flow_run.state is not None and flow_run.state.is_cancelling():
                 raise _CancelRequested
             if time.monotonic() - last_update > PROGRESS_S:

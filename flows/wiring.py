@@ -200,6 +200,8 @@ def learn_stage(run: OpenRun, worker: Worker) -> LearnStage:
         student=student,
         teacher=config.teacher.name,
         checkpoint_every=config.learner.checkpoint_every,
+        required=config.loss.requirements(),
+        vocab_size=run.task.tokenizer.vocab_size,
     )
 
 

@@ -72,8 +72,9 @@ class ClaimLog:
         self._beat(worker, status, retired=False)
 
     def retire(self, worker: str) -> None:
-        """The worker stops in good order: its unfinished claims are free at once."""
-        self._beat(worker, {}, retired=True)
+        """The worker stops in good order: its unfinished claims are free at once. Its last status stays readable."""
+        last = self._read_heartbeat(key := self.layout.heartbeat(worker), self.store.find(key))
+        self._beat(worker, last.status if last else {}, retired=True)
         with self._beat_lock:
             self._beats.pop(worker, None)
 

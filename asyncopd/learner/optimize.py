@@ -93,9 +93,10 @@ def optimizer_step(
     """Accumulate the gradient of the whole step, clip it, and take one optimizer step.
 
     Args:
-        batches: this rank's share; every rank needs at least one.
+        batches: this rank's share; every rank needs at least one, and ranks may have different numbers of them.
     Raises:
-        NonFiniteError: the loss or the gradient norm is NaN or infinite; parameters are unchanged.
+        NonFiniteError: the loss or the gradient norm is NaN or infinite; parameters are unchanged. Every rank raises
+            it, with the statistics of the whole step.
     """
     num_tokens = _summed(sum(len(b.rows.response_ids_T) for b in batches), accelerator)
     context = _step_context(model, batches, estimator, accelerator)
@@ -111,13 +112,18 @@ def optimizer_step(
     metrics = statistics.reduced(accelerator) | {"train/grad_norm": float(grad_norm)}
     if not np.isfinite(metrics["train/loss_nats"]) or not np.isfinite(metrics["train/grad_norm"]):
         optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(
-            f"loss {metrics['train/loss_nats']} with gradient norm {metrics['train/grad_norm']}; both must be finite. "
-            f"The step was abandoned and nothing was published. Largest importance ratio "
-            f"{metrics.get('train/ratio_max', float('nan')):.3g}, drift {metrics.get('train/drift_nats', 0):.3g} nats."
-        )
+        raise NonFiniteError(_non_finite(metrics, statistics.non_finite_indices(accelerator)))
     optimizer.step()
     return StepResult(metrics=metrics, num_tokens=num_tokens)
+
+
+def _non_finite(metrics: Mapping[str, float], indices: Sequence[int]) -> str:
+    named = ", ".join(map(str, indices[:8])) + (" …" if len(indices) > 8 else "")
+    return (
+        f"loss {metrics['train/loss_nats']} with gradient norm {metrics['train/grad_norm']}; both must be finite. "
+        f"The step was abandoned and nothing was published. Indices with a non-finite loss: {named or 'none'}. "
+        "Statistics: " + ", ".join(f"{key} {value:.6g}" for key, value in sorted(metrics.items())) + "."
+    )
 
 
 def _loss_sum(
@@ -128,7 +134,7 @@ def _loss_sum(
     ids_TJ = torch.cat([rows.response_ids_T[:, None], estimator.student_ids(rows)], dim=1)
     logprobs_TJ, entropy_T = model(batch.packed, ids_TJ)
     losses = estimator(rows, logprobs_TJ[:, 1:], context)
-    statistics.add(rows, logprobs_TJ[:, 0].detach(), entropy_T, losses)
+    statistics.add(rows, ids_TJ, logprobs_TJ.detach(), entropy_T, losses)
     return losses.loss_T.sum()
 
 
@@ -144,12 +150,16 @@ def _step_context(
     )
     if accelerator.num_processes == 1:
         return mine
+    # On the CPU: an unpickled GPU tensor would come back on the device of the rank that sent it.
+    shifts_H = None if mine.harmful_shifts_H is None else mine.harmful_shifts_H.cpu()
     everyones: list[StepContext] = [mine] * accelerator.num_processes
-    torch.distributed.all_gather_object(everyones, mine)
+    torch.distributed.all_gather_object(everyones, StepContext(shifts_H))
     return StepContext.join(everyones)
 
 
-def _summed(value: float, accelerator: Accelerator) -> int:
+def _summed(value: int, accelerator: Accelerator) -> int:
     if accelerator.num_processes == 1:
-        return int(value)
-    return int(accelerator.reduce(torch.tensor(float(value), device=accelerator.device), "sum").item())
+        return value
+    # Not an integer tensor: accelerate scales it by a float in place. float64 counts exactly to 2^53.
+    total = accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=accelerator.device), "sum")
+    return int(total.item())

@@ -15,6 +15,8 @@ from functools import partial
 
 import numpy as np
 
+from asyncopd.config.cache import CacheRequirements, check_cache
+from asyncopd.errors import NonFiniteError
 from asyncopd.learner.student import Student
 from asyncopd.ports import RunLog
 from asyncopd.schedule import Plan
@@ -34,13 +36,17 @@ class LearnStage:
         student: Student,
         teacher: str,
         checkpoint_every: int,
+        required: CacheRequirements,
+        vocab_size: int,
     ) -> None:
         """
         Args:
             teacher: name of the score shards to train on.
+            required: cached arrays that the student's loss needs; compared with what every batch really holds.
         """
         self._log, self._worker, self._plan, self._student, self._teacher = log, worker, plan, student, teacher
         self._checkpoint_every = checkpoint_every
+        self._required, self._vocab_size = required, vocab_size
         self._rewind = 0
         worker.status.update(step=0, num_steps=plan.num_steps, num_tokens=0)
 
@@ -48,7 +54,9 @@ class LearnStage:
         """Train every remaining step. A second call on a finished run returns at once.
 
         Raises:
-            NonFiniteError: see `optimizer_step`; the run's failure record names the step and its indices.
+            NonFiniteError: see `optimizer_step`; the message, which becomes the run's failure record, names the step,
+                its indices and the step's statistics.
+            ConfigError: the log lacks cached arrays that the loss needs; names column, run and back-fill command.
             DeadlineError: shards of the next step did not come.
         """
         first_step = await asyncio.to_thread(self._resume)
@@ -96,9 +104,13 @@ class LearnStage:
         return [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)]
 
     async def _train(self, step: int, batch: Sequence[ScoredTrajectory]) -> None:
+        self._check_cache(batch)
         started = time.time()
         with self._worker.span("train", f"step {step}"):
-            result = await asyncio.to_thread(self._student.train, step, batch)
+            try:
+                result = await asyncio.to_thread(self._student.train, step, batch)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"step {step}, indices {self._plan.step(step).name}: {error}") from error
         seconds = time.time() - started
         version = PolicyVersion(step + 1, self._rewind)
         with self._worker.span("orchestrate:publish", f"version {version.number}"):
@@ -111,6 +123,11 @@ class LearnStage:
                     self._log.publish_checkpoint, step + 1, self._rewind, objects, worker=self._worker.name
                 )
         self._worker.status.update(step=step + 1, num_tokens=self._worker.status["num_tokens"] + record.num_tokens)
+
+    def _check_cache(self, batch: Sequence[ScoredTrajectory]) -> None:
+        # Every batch, not the first alone: a log that was back-filled in part is narrower further on.
+        for held in {CacheRequirements.held_by(scored, vocab_size=self._vocab_size) for scored in batch}:
+            check_cache(self._required, held, run_id=self._log.run_id)
 
     def _publish(self, version: PolicyVersion) -> None:
         weights = PolicyWeights(version, self._student.weights())

@@ -16,26 +16,43 @@ from asyncopd.losses.contract import RowLosses
 from asyncopd.losses.rows import TokenRows
 
 
+_AFFECTED = ("loss/clipped_fraction", "loss/masked_fraction", "loss/truncated_fraction")
+"""Reported by every step, 0 where the estimator has no correction that could do it."""
+
+
 class StepStatistics:
     """Collects per-token arrays over the micro-batches of one optimizer step."""
 
     def __init__(self) -> None:
         self._arrays: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
         self._maxima: set[str] = set()
+        self._non_finite: set[int] = set()
 
-    def add(self, rows: TokenRows, sampled_logprobs_T: Tensor, entropy_T: Tensor, losses: RowLosses) -> None:
+    def add(self, rows: TokenRows, ids_TJ: Tensor, logprobs_TJ: Tensor, entropy_T: Tensor, losses: RowLosses) -> None:
         """
         Args:
-            sampled_logprobs_T: [T] log p_θ(response_ids[t]), nats, detached.
+            ids_TJ: [T, J] the sampled token, then the ids that the estimator asked for.
+            logprobs_TJ: [T, J] log p_θ there, nats, detached.
             entropy_T: [T] entropy of p_θ, nats.
         """
         self._keep("loss", losses.loss_T)
-        self._keep("log_ratio", sampled_logprobs_T - rows.behaviour_logprobs_T)
+        self._keep("log_ratio", logprobs_TJ[:, 0] - rows.behaviour_logprobs_T)
         self._keep("kl", rows.behaviour_logprobs_T - rows.teacher_logprobs_T)
         self._keep("entropy", entropy_T)
         self._maxima |= losses.maxima_T.keys()
-        for key, values_T in {**losses.statistics_T, **losses.maxima_T}.items():
+        statistics_T = {**losses.statistics_T, **losses.maxima_T}
+        if "loss/support_mass_student" not in statistics_T:
+            statistics_T |= drawn_masses(rows, ids_TJ, logprobs_TJ)
+        for key, values_T in statistics_T.items():
             self._keep(key, values_T)
+        self._non_finite.update(rows.trajectory_T[~torch.isfinite(losses.loss_T.detach())].tolist())
+
+    def non_finite_indices(self, accelerator: Accelerator) -> list[int]:
+        """Trajectories with a token whose loss is NaN or infinite, of all ranks, sorted."""
+        everyones: list[set[int]] = [self._non_finite] * accelerator.num_processes
+        if accelerator.num_processes > 1:
+            torch.distributed.all_gather_object(everyones, self._non_finite)
+        return sorted(set().union(*everyones))
 
     def _keep(self, key: str, values_T: Tensor) -> None:
         self._arrays[key].append(values_T.detach().float().cpu().numpy())
@@ -55,7 +72,40 @@ class StepStatistics:
         } | dict(ratio_metrics(arrays.pop("log_ratio")))
         for key, values_T in arrays.items():
             metrics[key] = float(values_T.max() if key in self._maxima else values_T.mean(dtype=np.float64))
-        return metrics
+        return dict.fromkeys(_AFFECTED, 0.0) | metrics
+
+
+def drawn_masses(rows: TokenRows, ids_TJ: Tensor, logprobs_TJ: Tensor) -> dict[str, Tensor]:
+    """P_S and Q_S of an estimator that has draws for a support: S is the set of ids it looked at, each counted once.
+
+    Args:
+        rows: what the log holds; log q of every id in `ids_TJ` is somewhere in it.
+        ids_TJ: [T, J] ids, repeats allowed.
+        logprobs_TJ: [T, J] log p_θ there, nats, detached.
+    """
+    known_ids_TL = torch.cat(
+        [rows.response_ids_T[:, None], rows.draw_ids_TN, rows.teacher_draw_ids_TM, rows.topk_ids_TK], dim=1
+    )
+    known_logprobs_TL = torch.cat(
+        [
+            rows.teacher_logprobs_T[:, None],
+            rows.draw_teacher_logprobs_TN,
+            rows.teacher_draw_logprobs_TM,
+            rows.topk_logprobs_TK,
+        ],
+        dim=1,
+    )
+    known_ids_TL, order_TL = known_ids_TL.sort(-1)
+    ids_TJ, by_id_TJ = ids_TJ.sort(-1)
+    # The first of equal ids is the one that counts.
+    counts_TJ = torch.ones_like(ids_TJ, dtype=torch.bool)
+    counts_TJ[:, 1:] = ids_TJ[:, 1:] != ids_TJ[:, :-1]
+    found_TJ = torch.searchsorted(known_ids_TL, ids_TJ).clamp(max=known_ids_TL.shape[1] - 1)
+    teacher_TJ = known_logprobs_TL.gather(-1, order_TL.gather(-1, found_TJ))
+    return {
+        "loss/support_mass_student": (logprobs_TJ.gather(-1, by_id_TJ).exp() * counts_TJ).sum(-1),
+        "loss/support_mass_teacher": (teacher_TJ.exp() * counts_TJ).sum(-1),
+    }
 
 
 def ratio_metrics(log_ratio_T: NDArray[np.float32]) -> Mapping[str, float]:

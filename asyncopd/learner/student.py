@@ -73,8 +73,20 @@ class Student:
         )
 
     def train(self, step: int, batch: Sequence[ScoredTrajectory]) -> StepResult:
-        """One optimizer step over `batch`, of which this rank works on every `num_processes`-th trajectory."""
+        """One optimizer step over `batch`, of which this rank works on every `num_processes`-th trajectory.
+
+        Args:
+            batch: of the whole step, the same on every rank.
+        Raises:
+            NonFiniteError: see `optimizer_step`.
+            ShapeError: fewer trajectories than ranks; raised on every rank, so that none waits for another.
+        """
         accelerator = self._accelerator
+        if len(batch) < accelerator.num_processes:
+            raise ShapeError(
+                f"step {step} has {len(batch)} trajectories for {accelerator.num_processes} ranks; each needs at least "
+                "one. Raise learner.batch_size or use fewer ranks."
+            )
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr(step)
         share = batch[accelerator.process_index :: accelerator.num_processes]
