@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(parsed.run(parsed))
     except AsyncOPDError as error:
         Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        Console(stderr=True).print(str(error), markup=False, highlight=False)
+        Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -110,9 +110,8 @@ def _submit(arguments: argparse.Namespace, overrides: dict[str, Any], run_id: st
     assignments = [f"{name}={_parameter(value)}" for name, value in parameters.items()]
     shown = " ".join(f"-p {assignment!r}" if " " in assignment else f"-p {assignment}" for assignment in assignments)
     console.print(f"$ prefect deployment run asyncopd/train {shown}", markup=False, highlight=False, soft_wrap=True)
-    name = f"{run_id}-{uuid.uuid4().hex[:4]}"
     command = stack.prefect_command(
-        "--no-prompt", "deployment", "run", "asyncopd/train", "--flow-run-name", name,
+        "--no-prompt", "deployment", "run", "asyncopd/train", "--flow-run-name", run_id,
         *(part for assignment in assignments for part in ("-p", assignment)),
     )  # fmt: skip
     result = subprocess.run(

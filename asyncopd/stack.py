@@ -203,7 +203,7 @@ def _wait(ready: Callable[[], bool], seconds: float, what: str, log_path: Path) 
         if time.monotonic() > deadline:
             tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:]) if log_path.is_file() else ""
             raise StackError(
-                f"waited {seconds:.0f} s for {what}. If `asyncopd down` and `asyncopd up` do not help, the reason may be "
-                f"at the end of {log_path}:\n{tail}"
+                f"waited {seconds:.0f} s for {what}. If `asyncopd down` and `asyncopd up` do not help, look for the "
+                f"reason at the end of {log_path}:\n{tail}"
             )
         time.sleep(0.5)

@@ -173,15 +173,15 @@ async def _watch(config: RunConfig, log: StoredRunLog) -> None:
             await asyncio.sleep(2)
             try:
                 flow_run = await client.read_flow_run(flow_run_id)
+                if flow_run.state is not None and flow_run.state.is_cancelling():
+                    raise _CancelRequested
+                if time.monotonic() - last_update > PROGRESS_S:
+                    last_update = time.monotonic()
+                    policy = await asyncio.to_thread(log.latest_policy)
+                    done = policy.number / config.learner.num_steps if policy else 0.0
+                    await aupdate_progress_artifact(artifact, round(100 * done, 1))
             except httpx.TransportError:
                 continue  # the roles meet in storage; a server that is away need not stop them
-            if flow_run.state is not None and flow_run.state.is_cancelling():
-                raise _CancelRequested
-            if time.monotonic() - last_update > PROGRESS_S:
-                last_update = time.monotonic()
-                policy = await asyncio.to_thread(log.latest_policy)
-                done = policy.number / config.learner.num_steps if policy else 0.0
-                await aupdate_progress_artifact(artifact, round(100 * done, 1))
 
 
 async def _publish_report(log: StoredRunLog, config: RunConfig, started: float) -> None:
@@ -189,6 +189,7 @@ async def _publish_report(log: StoredRunLog, config: RunConfig, started: float) 
     folder = home() / "reports" / log.run_id
     report = await asyncio.to_thread(write_report, log, config, folder)
     get_run_logger().info(f"report: {Path(folder) / 'report.md'} ({time.time() - started:.0f} s since the flow began)")
+    await acreate_progress_artifact(100.0, key="training-progress", description=log.run_id)
     await acreate_markdown_artifact(report.markdown, key="report", description=log.run_id)
     await acreate_table_artifact(report.table, key="evaluations", description=log.run_id)
     await acreate_link_artifact(folder.as_uri(), link_text=f"plots and trace of {log.run_id}", key="run-folder")

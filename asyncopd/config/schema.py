@@ -7,11 +7,11 @@ as they can be without touching disk or a model; flows/preflight.py checks the r
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from asyncopd.config.frozen import Frozen
 from asyncopd.config.losses import CacheRequirements, HeadTailConfig, LossConfig
 from asyncopd.config.tasks import TaskConfig, WalkConfig
 from asyncopd.schedule import Plan
@@ -19,17 +19,6 @@ from asyncopd.types import DrawLaw
 
 PRETRAIN_CODE = 1
 """Raised whenever pre-training itself changes, so that models made by older code are not taken for new ones."""
-
-
-class Frozen(BaseModel):
-    """Base of every section: immutable, unknown keys refused, field docstrings are the schema's descriptions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    def digest(self) -> str:
-        """First 16 hex digits of the sha256 of the canonical JSON: equal settings, equal digest."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 class Storage(Frozen):
@@ -200,8 +189,9 @@ class Limits(Frozen):
     lease_s: float = Field(10.0, gt=0)
     """A worker whose heartbeat stands still for this long loses its claims."""
     heartbeat_s: float = Field(1.0, gt=0)
-    deadline_s: float = Field(300.0, gt=0)
-    """No wait of any role lasts longer without progress; the error says what was waited for."""
+    deadline_s: float = Field(1800.0, gt=0)
+    """No wait for one shard or one version lasts longer; the error says what was waited for. A role that dies is noticed
+    at once: this is for one that hangs, so it must exceed the slowest step of the run."""
     poll_s: float = Field(0.01, gt=0)
     """Pause between looks at storage. 10 ms on a local disk; 0.5 s is kinder to S3."""
     max_restarts: int = Field(3, ge=0)
@@ -257,12 +247,8 @@ class RunConfig(Frozen):
 
     def model_digest(self, model: ModelConfig) -> str:
         """Digest under which `model` is cached: its own settings and, when it is trained here, the task's."""
-        parts = f"{PRETRAIN_CODE}/{model.digest()}/{self.task_digest() if isinstance(model, TinyModel) else ''}"
+        parts = f"{PRETRAIN_CODE}/{model.digest()}/{self.task.digest() if isinstance(model, TinyModel) else ''}"
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
-
-    def task_digest(self) -> str:
-        canonical = json.dumps(self.task.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     @model_validator(mode="after")
     def _combinations_work(self) -> Self:

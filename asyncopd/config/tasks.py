@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from asyncopd.config.frozen import Frozen
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class WalkConfig(_Frozen):
+class WalkConfig(Frozen):
     """Walks on Z_p: exact verifier, closed-form teacher, heavy-tailed lengths; needs no download and no GPU."""
 
     kind: Literal["walk"] = "walk"
@@ -53,7 +51,7 @@ class WalkConfig(_Frozen):
         return self
 
 
-class TextConfig(_Frozen):
+class TextConfig(Frozen):
     """Questions with reference answers, from a local file or a Hugging Face dataset. Field defaults are GSM8K's."""
 
     kind: Literal["text"] = "text"
@@ -78,7 +76,7 @@ class TextConfig(_Frozen):
     prompt_format: Literal["plain", "chat"] = "plain"
     """`plain` continues the prompt text. `chat` sends it as the user's message through the tokenizer's chat template,
     which instruction-tuned models expect."""
-    chat_options: dict[str, bool | int | str] = {}
+    chat_options: dict[str, bool | int | str] = Field(default_factory=dict)
     """Arguments of the chat template, for example `{enable_thinking: false}` for Qwen3."""
     answer_template: str = " {answer}"
     """Demonstration text after the prompt; `{answer}` is replaced by the reference. The blank separates it from

@@ -53,15 +53,20 @@ class EvaluateStage:
         """Wait for each version in turn and evaluate it; versions already evaluated are not evaluated again."""
         done = {evaluation.version for evaluation in await asyncio.to_thread(self._log.evaluations)}
         for number in version_numbers:
-            version = await self._worker.wait_for(
-                partial(self._log.find_policy, number), f"version {number} to be published"
-            )
+            version = await self._wait_for_version(number)
             if version in done:
                 continue
             with self._worker.span("evaluate", f"version {number}"):
                 evaluation = await self.evaluate(version)
             await asyncio.to_thread(self._log.publish_evaluation, evaluation)
             self._worker.status["version"] = number
+
+    async def _wait_for_version(self, number: int) -> PolicyVersion:
+        """Wait version by version: the deadline is for one of them, however many lie before `number`."""
+        latest = await asyncio.to_thread(self._log.latest_policy)
+        for step in range(latest.number + 1 if latest else 0, number):
+            await self._worker.wait_for(partial(self._log.find_policy, step), f"version {step} to be published")
+        return await self._worker.wait_for(partial(self._log.find_policy, number), f"version {number} to be published")
 
     async def evaluate(self, version: PolicyVersion) -> Evaluation:
         """Sample every held-out prompt once under `version`, verify and score the responses."""

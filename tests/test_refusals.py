@@ -1,0 +1,191 @@
+"""Mistakes that the command line refuses with status 2, before a server starts or a model loads."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import socket
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import pipeline
+import pytest
+import yaml
+
+from asyncopd import cli
+from asyncopd.config import load_config
+from asyncopd.errors import StoreUnusableError
+from flows.preflight import preflight
+
+QUESTION = json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n"
+
+
+@pytest.fixture(autouse=True)
+def _no_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASYNCOPD_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}/api")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str) -> str:
+    """The message with which the command was refused; asserts status 2 and that nothing was started."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert not (tmp_path / "home" / "logs").exists()
+    return capsys.readouterr().err
+
+
+def write_config(tmp_path: Path, **sections: Any) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**pipeline.SMALL, "storage": {"root": str(tmp_path / "runs")}, **sections}))
+    return str(path)
+
+
+def write_model(folder: Path, *, context: int = 2048, vocabulary: str = "a") -> dict[str, str]:
+    """A directory that looks like a Hugging Face model from outside, and the section that names it."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": context}))
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {vocabulary: 0}}}))
+    (folder / "model.safetensors").write_bytes(b"")
+    return {"kind": "pretrained", "path": str(folder)}
+
+
+def text_task(tmp_path: Path, **settings: Any) -> dict[str, Any]:
+    (tmp_path / "train.jsonl").write_text(QUESTION * 2 + QUESTION.replace("1 + 1", "2 + 0"))
+    return {"kind": "text", "train_path": str(tmp_path / "train.jsonl"), "max_prompt_tokens": 64, **settings}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("learner.lrr=1", "learner.lrr: unknown key. Nearest known key: learner.lr"),
+        ("rollout.shard_size=3", "rollout.shard_size 3 must divide learner.batch_size 8"),
+        ("staleness.max_staleness=-1", "staleness.max_staleness: Input should be greater than or equal to 0 (found -1)"),
+        ("rollout.max_new_tokens=254", "do not fit max_context 256. Raise student max_context or lower rollout."),
+        ("storage.min_free_bytes=1000000000000000000", "MiB free, expected at least 953674316406 MiB. Free some space"),
+    ],
+)
+def test_values_that_cannot_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, assignment: str, expected: str
+) -> None:
+    assert expected in refusal(capsys, tmp_path, "train", write_config(tmp_path), "--set", assignment)
+
+
+def test_a_missing_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = refusal(capsys, tmp_path, "train", str(tmp_path / "nothing.yaml"))
+    assert "nothing.yaml: no such configuration file" in message
+
+
+def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    student = {"kind": "pretrained", "path": str(tmp_path / "nowhere")}
+    message = refusal(capsys, tmp_path, "train", write_config(tmp_path, student=student))
+    assert f"student.path: there is no directory {tmp_path / 'nowhere'}. Expected a model in Hugging Face" in message
+
+
+def test_a_model_whose_context_is_too_short(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    student = write_model(tmp_path / "model", context=80)
+    task = text_task(tmp_path, tokenizer=student["path"])
+    teacher = {"engine": "hf", "model": student}
+    message = refusal(capsys, tmp_path, "train", write_config(tmp_path, student=student, teacher=teacher, task=task))
+    assert "has a context of 80 tokens, and task.max_prompt_tokens 64 + rollout.max_new_tokens 32 = 96" in message
+
+
+def test_tokenizers_that_differ(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    student = write_model(tmp_path / "student", vocabulary="a")
+    teacher = {"engine": "hf", "model": write_model(tmp_path / "teacher", vocabulary="b")}
+    task = text_task(tmp_path, tokenizer=student["path"])
+    message = refusal(capsys, tmp_path, "train", write_config(tmp_path, student=student, teacher=teacher, task=task))
+    assert "tokenizers differ: {'student': " in message
+    assert "must share one tokenizer" in message
+
+
+@pytest.mark.parametrize("own_tokenizer", [False, True])
+@pytest.mark.parametrize(
+    ("content", "expected"), [(None, "questions.jsonl: no such file. In "), ("", "questions.jsonl: the data set is empty")]
+)
+def test_a_dataset_that_is_missing_or_empty(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str | None, expected: str, own_tokenizer: bool
+) -> None:
+    if content is not None:
+        (tmp_path / "questions.jsonl").write_text(content)
+    student = write_model(tmp_path / "model") if own_tokenizer else pipeline.SMALL["student"]
+    tokenizer = student["path"] if own_tokenizer else "bytes"
+    task = text_task(tmp_path, train_path=str(tmp_path / "questions.jsonl"), tokenizer=tokenizer)
+    teacher = {"engine": "hf", "model": student}
+    config = write_config(tmp_path, student=student, teacher=teacher, task=task)
+    assert expected in refusal(capsys, tmp_path, "train", config)
+
+
+def test_a_storage_root_that_is_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = refusal(capsys, tmp_path, "train", write_config(tmp_path), "--root", str(tmp_path / "file" / "runs"))
+    assert f"{tmp_path / 'file'} is a file, expected a directory. Choose another storage root." in message
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Any:
+    """A directory on a file system of 64 KiB without any room left."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    try:
+        descriptor = os.open(folder / "filler", os.O_WRONLY | os.O_CREAT)
+        with pytest.raises(OSError, match="No space left"):
+            while True:
+                os.write(descriptor, bytes(4096))
+        os.close(descriptor)
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full(tmp_path: Path, full_disk: Path) -> None:
+    config = load_config(pipeline.SMALL, {"storage.root": str(full_disk / "runs")})
+    with pytest.raises(StoreUnusableError, match="cannot be used as storage root.*choose another storage root"):
+        preflight(config)
+
+
+@pytest.mark.parametrize("command", ["train --run-id", "status"])
+def test_a_run_that_does_not_exist(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
+    message = refusal(capsys, tmp_path, *command.split(), "no-such-run", "--root", str(tmp_path / "runs"))
+    assert f"there is no run no-such-run in {tmp_path / 'runs'}. Existing runs: none." in message
+
+
+def test_a_port_that_another_program_listens_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{other.server_port}/api")
+        message = refusal(capsys, tmp_path, "up")
+        other.shutdown()
+    assert f"port {other.server_port} of 127.0.0.1 is in use by something that is not a Prefect server" in message
+    assert f"PREFECT_API_URL=http://127.0.0.1:{other.server_port + 1}/api asyncopd up" in message
+
+
+def test_a_remote_server_that_does_not_answer(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://prefect.invalid:4200/api")
+    assert "only a local one can be started here" in refusal(capsys, tmp_path, "up")
+
+
+def test_status_and_down_without_a_stack(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["status"])
+    assert ended.value.code == 3
+    assert "server: none" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["down"])
+    assert ended.value.code == 0
+    assert "nothing runs" in capsys.readouterr().out
