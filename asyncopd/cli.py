@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -117,9 +118,10 @@ def _submit(arguments: argparse.Namespace, overrides: dict[str, Any], run_id: st
     result = subprocess.run(
         command, env=stack.child_environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
-    if result.returncode:
+    created = re.search(r"UUID: ([0-9a-f-]{36})", result.stdout)
+    if result.returncode or created is None:
         raise StackError(f"`prefect deployment run` failed:\n{(result.stdout + result.stderr)[-2000:]}")
-    return FlowRun.named(name)
+    return FlowRun(created[1])
 
 
 def _parameter(value: Any) -> str:

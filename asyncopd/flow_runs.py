@@ -19,15 +19,6 @@ class FlowRun:
 
     id: str
 
-    @classmethod
-    def named(cls, name: str) -> FlowRun:
-        """The flow run with this unique name. Raises StackError when there is none."""
-        body = {"flow_runs": {"name": {"any_": [name]}}, "limit": 1}
-        found = _request("POST", "/flow_runs/filter", body)
-        if not found:
-            raise StackError(f"Prefect has no flow run named {name}; it was submitted a moment ago.")
-        return cls(found[0]["id"])
-
     def state(self) -> dict[str, Any]:
         """Prefect's state object: `type`, `name`, `message`."""
         state: dict[str, Any] = _request("GET", f"/flow_runs/{self.id}")["state"] or {"type": "PENDING"}

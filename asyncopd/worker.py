@@ -82,8 +82,11 @@ class Worker:
         try:
             yield
         except Exception as error:
-            self.log.publish_failure(self.role, self.name, f"{type(error).__name__}: {error}")
-            raise
+            cause = _first_cause(error)
+            self.log.publish_failure(self.role, self.name, f"{type(cause).__name__}: {cause}")
+            if cause is error:
+                raise
+            raise cause from error
         finally:
             beating.cancel()
             # Shutdown is synchronous: a cancelled coroutine may not get another turn of the event loop.
@@ -135,6 +138,13 @@ class NextShard:
 
     shard: IndexRange | None
     """Claimed for the asker; None when the run has no more shards for this stage."""
+
+
+def _first_cause(error: Exception) -> Exception:
+    """The error itself, or the first one inside a TaskGroup's: "1 sub-exception" is no reason to show anybody."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 class ShardStage(Protocol):

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from asyncopd.config import PretrainedModel, RunConfig, TinyModel
+from asyncopd.config.tasks import TextConfig
 from asyncopd.errors import ConfigError
 from asyncopd.tasks.build import build_task
+from asyncopd.tasks.prompts import read_questions
 from storage.open import open_store
 
 
@@ -26,10 +28,18 @@ def preflight(config: RunConfig) -> None:
     open_store(config.storage.root).probe(config.storage.min_free_bytes)
     if config.task.kind == "walk" or config.task.tokenizer == "bytes":
         build_task(config.task, seed=config.seed, tokenizer=None).prompt(0, "train")
+    else:
+        _check_questions(config.task)
     for role, model in config.models().items():
         if isinstance(model, PretrainedModel):
             _check_pretrained(config, role, model)
     _check_same_tokenizer(config)
+
+
+def _check_questions(task: TextConfig) -> None:
+    """The data of a task whose tokenizer is Hugging Face's; its prompts' lengths are known once a role loads that."""
+    for source in filter(None, (task.train_path, task.eval_path)):
+        read_questions(source, question_field=task.question_field, answer_field=task.answer_field)
 
 
 def _check_pretrained(config: RunConfig, role: str, model: PretrainedModel) -> None:

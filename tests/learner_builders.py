@@ -1,4 +1,4 @@
-"""A tiny student and scored trajectories for learner tests: random distributions, every kind of cached array present."""
+"""A tiny student and scored trajectories for learner tests: random distributions, every cached array present."""
 
 from __future__ import annotations
 

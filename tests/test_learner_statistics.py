@@ -41,7 +41,7 @@ def test_ratio_metrics_are_neutral_without_drift_and_k3_is_never_negative() -> N
     assert neutral["train/drift_nats"] == 0
     assert neutral["train/ess_fraction"] == pytest.approx(1)
     rng = np.random.default_rng(0)
-    p_old, other = rng.dirichlet(np.ones(30)), rng.dirichlet(np.ones(30))
+    p_old, other = rng.dirichlet(np.full(30, 5.0)), rng.dirichlet(np.full(30, 5.0))
     p_new = (p_old + other) / 2
     draws = rng.choice(30, 200_000, p=p_old)
     found = ratio_metrics(np.log(p_new / p_old)[draws].astype(np.float32))

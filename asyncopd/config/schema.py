@@ -190,8 +190,8 @@ class Limits(Frozen):
     """A worker whose heartbeat stands still for this long loses its claims."""
     heartbeat_s: float = Field(1.0, gt=0)
     deadline_s: float = Field(1800.0, gt=0)
-    """No wait for one shard or one version lasts longer; the error says what was waited for. A role that dies is noticed
-    at once: this is for one that hangs, so it must exceed the slowest step of the run."""
+    """No wait for one shard or one version lasts longer; the error says what was waited for. A role that dies is
+    noticed at once: this is for one that hangs, so it must exceed the slowest step of the run."""
     poll_s: float = Field(0.01, gt=0)
     """Pause between looks at storage. 10 ms on a local disk; 0.5 s is kinder to S3."""
     max_restarts: int = Field(3, ge=0)

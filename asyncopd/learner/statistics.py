@@ -15,7 +15,6 @@ from torch import Tensor
 from asyncopd.losses.contract import RowLosses
 from asyncopd.losses.rows import TokenRows
 
-
 _AFFECTED = ("loss/clipped_fraction", "loss/masked_fraction", "loss/truncated_fraction")
 """Reported by every step, 0 where the estimator has no correction that could do it."""
 

@@ -1,0 +1,8 @@
+"""Which estimator to use: measured on the walk task, gradients at frozen snapshots and accuracy under fixed lag.
+
+    estimators.py   snapshots x drift  --gradients.py-->  bias and variance of every estimator at equal teacher cost
+    staleness.py    lag x estimator x lr x seed  --loop.py-->  accuracy and KL to the teacher
+
+Both store every finished cell as one object (cells.py), so a killed study goes on where it stood. Run as
+`asyncopd study ...` or `python -m asyncopd.study ...`.
+"""

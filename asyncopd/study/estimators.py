@@ -1,0 +1,242 @@
+"""`study estimators`: bias and variance of every estimator's gradient at equal teacher cost, against drift.
+
+Snapshots are the warm start and two later stages of on-policy distillation with the dense reverse KL. At each, p_old is
+the snapshot, prefixes are its own, and p_θ is the snapshot moved in weight space until the mean KL(p_old‖p_θ) over the
+prefixes is the wanted drift, in one of two directions:
+
+    trained   θ + s·(θ_later − θ), θ_later being 20 further training steps; s > 1 extrapolates
+    random    θ + s·noise, Gaussian, scaled by each tensor's root mean square
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from asyncopd.config.losses import LossConfig
+from asyncopd.config import losses as c
+from asyncopd.modeling import to_safetensors
+from asyncopd.study.cells import CellStore, digest
+from asyncopd.study.gradients import Target, measure
+from asyncopd.study.loop import LoopSettings, sample_prompts, train_lagged
+from asyncopd.study.warm_start import WarmStart
+from asyncopd.study.worlds import Prefixes, World, mean_kl, scale_for_drift
+from asyncopd.tasks.walk_oracle import WalkOracle
+from storage.objects import ObjectStore
+
+STUDY_CODE = 1
+"""Raised whenever what a cell measures changes."""
+COSTS = (8, 16)
+"""Teacher-scored ids per prefix at which estimators are compared."""
+DRIFTS = (0.0, 0.02, 0.05, 0.15, 0.5)
+"""nats."""
+DIRECTIONS = ("trained", "random")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An estimator as the study compares it."""
+
+    name: str
+    config: LossConfig
+    target: Target
+    teacher_ids: int
+    """Ids per prefix whose log q it needs; 42 stands for the full row."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a study is."""
+
+    stages: tuple[int, ...] = (0, 15, 60)
+    """Training steps behind the snapshots."""
+    further: int = 20
+    """Training steps from a snapshot to the end of its `trained` direction."""
+    num_prompts: int = 64
+    num_prefixes: int = 192
+    drifts: tuple[float, ...] = DRIFTS
+    loop: LoopSettings = LoopSettings(num_steps=80, batch_size=32, max_new_tokens=96, num_prompts=0)
+
+
+def contestants(cost: int, vocab_size: int) -> Iterator[Contestant]:
+    """Every estimator that can be had for `cost` teacher ids per prefix."""
+
+    def pg(name: str, **settings: Any) -> Contestant:
+        config = c.PolicyGradientConfig.model_validate({"name": "policy_gradient", "num_draws": cost, **settings})
+        return Contestant(name, config, "D_R", cost)
+
+    half = cost // 2
+    yield Contestant(f"head {half} + tail {half}", c.HeadTailConfig(head=half, num_draws=half), "D_R", cost)
+    if cost > 8:
+        yield Contestant(f"head {cost - 4} + tail 4", c.HeadTailConfig(head=cost - 4, num_draws=4), "D_R", cost)
+    joined = c.HeadTailConfig(head=(cost - 4) // 2, num_draws=4, teacher_top_k=(cost - 4) // 2)
+    yield Contestant(f"head {joined.head} + teacher {joined.teacher_top_k} + tail 4", joined, "D_R", cost)
+    yield pg("draws, leave-one-out")
+    yield pg("draws, no baseline", baseline="none")
+    yield pg("draws, A_old", advantage="behaviour")
+    yield pg("draws, no ratio", ratio="none")
+    for correction in ("clip", "decoupled", "m2po", "truncate", "mask"):
+        # The exact baseline is what leave-one-out estimates; with it the correction's bias is exact too.
+        yield pg(f"draws, {correction} (exact baseline)", correction={"name": correction}, baseline="exact")
+    for support in ("teacher", "student"):
+        for tail in ("bucket", "drop", "renormalise"):
+            config = c.ReverseKLConfig.model_validate({"support": support, "top_k": cost, "tail": tail})
+            yield Contestant(f"reverse KL, {support} top-{cost}, {tail}", config, "D_R", cost)
+    jsd = c.GeneralisedJSDConfig(top_k=cost)
+    yield Contestant(f"JSD β=½, teacher top-{cost}", jsd, "D_R", cost)
+    skew = c.SkewKLConfig(top_k=cost, direction="reverse")
+    yield Contestant(f"skew reverse KL, teacher top-{cost}", skew, "D_R", cost)
+    yield Contestant(f"teacher draws {cost}", c.ForwardKLDrawsConfig(num_teacher_draws=cost), "D_F", cost)
+    for tail in ("bucket", "drop", "renormalise"):
+        forward = c.ForwardKLConfig.model_validate({"top_k": cost, "tail": tail})
+        yield Contestant(f"forward KL, teacher top-{cost}, {tail}", forward, "D_F", cost)
+    yield Contestant(f"skew forward KL, teacher top-{cost}", c.SkewKLConfig(top_k=cost), "D_F", cost)
+    yield Contestant(f"NPD, teacher top-{cost}", c.NPDConfig(top_k=cost), "D_F", cost)
+    if cost == min(COSTS):
+        yield from _references(vocab_size)
+
+
+def _references(vocab_size: int) -> Iterator[Contestant]:
+    one = c.PolicyGradientConfig(num_draws=1)
+    yield Contestant("sampled token alone", one, "D_R", 1)
+    yield Contestant("sampled token, A_old", one.model_copy(update={"advantage": "behaviour"}), "D_R", 1)
+    exact = one.model_copy(update={"baseline": "exact"})
+    yield Contestant("sampled token, exact baseline", exact, "D_R", vocab_size)
+    yield Contestant("cross-entropy", c.CrossEntropyConfig(), "D_F", 0)
+    yield Contestant("dense reverse KL", c.DenseReverseKLConfig(), "D_R", vocab_size)
+    yield Contestant("dense forward KL", c.DenseForwardKLConfig(), "D_F", vocab_size)
+
+
+async def run_cells(
+    warm: WarmStart, store: ObjectStore, scale: Scale, on_done: Callable[[str, int, int], None]
+) -> list[dict[str, Any]]:
+    """Measure every cell that is not stored yet. Returns all rows, one for each estimator and cell.
+
+    Args:
+        store: at the output directory.
+        on_done: called with (what was done, units done, units planned).
+    """
+    settings = {
+        "code": STUDY_CODE,
+        "student": warm.config.model_digest(warm.config.student),
+        "teacher": warm.config.teacher.model_dump(mode="json"),
+        "scale": asdict(scale),
+        "estimators": [asdict(e) | {"config": e.config.model_dump(mode="json")} for e in all_contestants(warm)],
+    }
+    cells = CellStore(store, "estimators", settings)
+    places = [
+        (stage, direction, drift)
+        for stage in scale.stages
+        for direction in DIRECTIONS
+        for drift in scale.drifts
+        # Without drift there is no direction.
+        if drift > 0 or direction == DIRECTIONS[0]
+    ]
+    total = scale.loop.num_steps + len(places)
+    weights = await _stages(warm, store, scale, lambda step: on_done(f"training step {step}", step, total))
+    rows: list[dict[str, Any]] = []
+    prefixes: dict[int, Prefixes] = {}
+    for number, (stage, direction, drift) in enumerate(places):
+        name = f"stage{stage:03d}-{direction}-drift{drift:g}"
+        cell = cells.find(name)
+        if cell is None:
+            if stage not in prefixes:
+                prefixes[stage] = await _prefixes(warm, weights[stage], scale)
+            later = weights[stage + scale.further]
+            cell = {"rows": _measure_cell(warm, prefixes[stage], weights[stage], later, stage, direction, drift)}
+            cells.put(name, cell)
+        rows += cell["rows"]
+        on_done(name, scale.loop.num_steps + number + 1, total)
+    return rows
+
+
+def all_contestants(warm: WarmStart) -> list[Contestant]:
+    vocab_size = warm.task(0).tokenizer.vocab_size
+    return [contestant for cost in COSTS for contestant in contestants(cost, vocab_size)]
+
+
+async def _stages(
+    warm: WarmStart, store: ObjectStore, scale: Scale, on_step: Callable[[int], None]
+) -> Mapping[int, bytes]:
+    """Weights after each wanted number of training steps; trained once per settings."""
+    wanted = sorted({*scale.stages, *(stage + scale.further for stage in scale.stages)})
+    made_by = [STUDY_CODE, warm.config.model_digest(warm.config.student), asdict(scale.loop)]
+    folder = f"snapshots/{digest(made_by)}"
+    found = {step: body for step in wanted if (body := store.find(f"{folder}/{step:03d}.safetensors")) is not None}
+    if len(found) == len(wanted):
+        return found
+    weights = {0: to_safetensors(warm.model())}
+
+    def keep(step: int, safetensors: bytes) -> None:
+        if step in wanted:
+            weights[step] = safetensors
+        on_step(step)
+
+    await train_lagged(warm, c.DenseReverseKLConfig(), scale.loop, lag=0, lr=1e-3, seed=0, on_step=keep)
+    for step in wanted:
+        store.put_if_absent(f"{folder}/{step:03d}.safetensors", weights[step])
+    return weights
+
+
+async def _prefixes(warm: WarmStart, safetensors: bytes, scale: Scale) -> Prefixes:
+    trajectories = await sample_prompts(warm, safetensors, scale.loop, range(scale.num_prompts), seed=1)
+    return Prefixes.choose(trajectories, scale.num_prefixes, seed=0)
+
+
+def _measure_cell(
+    warm: WarmStart,
+    prefixes: Prefixes,
+    snapshot: bytes,
+    later: bytes,
+    stage: int,
+    direction: str,
+    drift: float,
+) -> list[dict[str, Any]]:
+    world, scale = _world(warm, prefixes, snapshot, later, direction, drift)
+    place = {
+        "stage_steps": stage,
+        "direction": direction,
+        "drift_target_nats": drift,
+        "drift_nats": world.drift_nats(),
+        "scale": scale,
+    }
+    return [
+        {
+            **place,
+            "estimator": contestant.name,
+            "target": contestant.target,
+            "teacher_ids": contestant.teacher_ids,
+            **asdict(measure(contestant.config, world, contestant.target)),
+        }
+        for contestant in all_contestants(warm)
+    ]
+
+
+def _world(
+    warm: WarmStart, prefixes: Prefixes, snapshot: bytes, later: bytes, direction: str, drift: float
+) -> tuple[World, float]:
+    """The world at a drift, and the s that makes it."""
+    origin, moved = warm.model(snapshot), warm.model(snapshot)
+    generator = torch.Generator().manual_seed(0)
+    if direction == "trained":
+        ahead = warm.model(later)
+        steps = [b.detach() - a.detach() for a, b in zip(origin.parameters(), ahead.parameters(), strict=True)]
+    else:
+        steps = [
+            torch.randn(p.shape, generator=generator) * p.detach().square().mean().sqrt() for p in origin.parameters()
+        ]
+    behaviour_TV = prefixes.student_logprobs(origin)
+
+    def student_at(scale: float) -> torch.Tensor:
+        with torch.no_grad():
+            for target, start, step in zip(moved.parameters(), origin.parameters(), steps, strict=True):
+                target.copy_(start + scale * step)
+        return prefixes.student_logprobs(moved)
+
+    scale = scale_for_drift(lambda s: mean_kl(behaviour_TV, student_at(s)), drift) if drift else 0.0
+    smoothing = warm.config.teacher.smoothing  # type: ignore[union-attr]
+    teacher_TV = prefixes.teacher_logprobs(WalkOracle(warm.task(0).rules, smoothing))
+    return World(student_at(scale), behaviour_TV, teacher_TV), scale
