@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 
 from asyncopd import __version__, stack
+from asyncopd.cli_study import add_study
 from asyncopd.config import RunConfig, load_config, parse_override
 from asyncopd.errors import AsyncOPDError, StackError
 from asyncopd.flow_runs import FlowRun
@@ -72,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     config.add_argument("--schema", action="store_true", help="print the JSON schema instead")
     config.set_defaults(run=_config)
+
+    add_study(commands)
     return parser
 
 

@@ -15,7 +15,9 @@ from asyncopd.study.worlds import Draws, World, scale_for_drift, token_rows
 
 def small_world(drift: float = 0.15, vocab_size: int = 9) -> World:
     made = [make_world(vocab_size=vocab_size, drift=drift, seed=seed) for seed in range(3)]
-    stacked = {name: torch.stack([getattr(w, name) for w in made]) for name in ("student_V", "behaviour_V", "teacher_V")}
+    stacked = {
+        name: torch.stack([getattr(w, name) for w in made]) for name in ("student_V", "behaviour_V", "teacher_V")
+    }
     return World(stacked["student_V"], stacked["behaviour_V"], stacked["teacher_V"])
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from asyncopd.config.losses import LossConfig
 from asyncopd.config import losses as c
+from asyncopd.config.losses import LossConfig
 from asyncopd.modeling import to_safetensors
 from asyncopd.study.cells import CellStore, digest
 from asyncopd.study.gradients import Target, measure
@@ -34,6 +34,8 @@ COSTS = (8, 16)
 DRIFTS = (0.0, 0.02, 0.05, 0.15, 0.5)
 """nats."""
 DIRECTIONS = ("trained", "random")
+LOOP = LoopSettings(num_steps=80, batch_size=32, max_new_tokens=96, num_prompts=0)
+"""Of the training run whose weights the snapshots are."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Scale:
     num_prompts: int = 64
     num_prefixes: int = 192
     drifts: tuple[float, ...] = DRIFTS
-    loop: LoopSettings = LoopSettings(num_steps=80, batch_size=32, max_new_tokens=96, num_prompts=0)
+    loop: LoopSettings = LOOP
 
 
 def contestants(cost: int, vocab_size: int) -> Iterator[Contestant]:

@@ -1,9 +1,9 @@
 """Bias and variance of an estimator's gradient with respect to the logits, prefix by prefix, against the exact one.
 
-All of it by enumeration, no sampling. Where a prefix's gradient is a mean over independent draws, every id that one draw
-can be is a row, weighed by its probability, and the variance of N draws is that of one over N. With the leave-one-out
-baseline it is a mean over pairs of draws, whose variance is Hoeffding's for U-statistics. The threshold of m2po is
-that of an optimizer step with many draws at every prefix.
+All of it by enumeration, no sampling. Where a prefix's gradient is a mean over independent draws, every id that one
+draw can be is a row, weighed by its probability, and the variance of N draws is that of one over N. With the
+leave-one-out baseline it is a mean over pairs of draws, whose variance is Hoeffding's for U-statistics. The threshold
+of m2po is that of an optimizer step with many draws at every prefix.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def _moments(config: LossConfig, world: World) -> tuple[Tensor, Tensor]:
     return mean_TV, variance_T / num_draws
 
 
-def _leave_one_out_moments(
-    config: PolicyGradientConfig, world: World, gradients_TVV: Tensor
-) -> tuple[Tensor, Tensor]:
+def _leave_one_out_moments(config: PolicyGradientConfig, world: World, gradients_TVV: Tensor) -> tuple[Tensor, Tensor]:
     """Of −(1/N) Σ_j (X_j − b_j Y_j), b_j the mean of a_i over i ≠ j; X = ρ A s, Y = ρ s, a = ρ A, s = ∇log p_θ.
 
     It is minus the U-statistic with kernel h(i, j) = ½(X_i + X_j − a_i Y_j − a_j Y_i), so its variance is
@@ -96,11 +94,16 @@ def _leave_one_out_moments(
     given_one_TVV = (x_TVV - a_TV[..., None] * mean_y_TV[:, None] - mean_a_T[:, None, None] * y_TVV) / 2
     first_T = mean((given_one_TVV - mean(given_one_TVV)[:, None]).square().sum(-1))
     squared_T = (
-        mean(x_TVV.square().sum(-1))
-        + mean_x_TV.square().sum(-1)
-        + mean(a_TV.square()) * mean(y_TVV.square().sum(-1))
-        + mean(a_TV[..., None] * y_TVV).square().sum(-1)
-    ) / 2 - (mean(a_TV[..., None] * x_TVV) * mean_y_TV).sum(-1) - mean_a_T * mean((x_TVV * y_TVV).sum(-1))
+        (
+            mean(x_TVV.square().sum(-1))
+            + mean_x_TV.square().sum(-1)
+            + mean(a_TV.square()) * mean(y_TVV.square().sum(-1))
+            + mean(a_TV[..., None] * y_TVV).square().sum(-1)
+        )
+        / 2
+        - (mean(a_TV[..., None] * x_TVV) * mean_y_TV).sum(-1)
+        - mean_a_T * mean((x_TVV * y_TVV).sum(-1))
+    )
     second_T = squared_T - mean_TV.square().sum(-1)
     count = config.num_draws
     return -mean_TV, 2 / (count * (count - 1)) * (2 * (count - 2) * first_T + second_T)

@@ -1,7 +1,7 @@
 """On-policy distillation with a fixed lag, in one process: sampler, oracle, learner and evaluator without storage.
 
-    version v published --sample--> the batch of step v + lag (version 0: of steps 0 … lag) --score--> waits its turn
-    step v: train the batch of step v, sampled under version max(0, v − lag)
+version v published --sample--> the batch of step v + lag (version 0: of steps 0 … lag) --score--> waits its turn
+step v: train the batch of step v, sampled under version max(0, v − lag)
 """
 
 from __future__ import annotations
@@ -174,9 +174,7 @@ def _request(task: WalkTask, settings: LoopSettings, index: int) -> SampleReques
     return SampleRequest(index, task.prompt(index, "train").ids, settings.max_new_tokens)
 
 
-async def _scored(
-    scorer: Scorer, trajectories: Sequence[Trajectory], request: ScoreRequest
-) -> list[ScoredTrajectory]:
+async def _scored(scorer: Scorer, trajectories: Sequence[Trajectory], request: ScoreRequest) -> list[ScoredTrajectory]:
     scores = await scorer.score(trajectories, request)
     return [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)]
 
@@ -216,5 +214,3 @@ def _student(
         rows_per_micro_batch=learner.rows_per_micro_batch,
         temperature=warm.config.rollout.temperature,
     )
-
-

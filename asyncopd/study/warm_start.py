@@ -1,4 +1,4 @@
-"""The student every study starts from: the quickstart's, pre-trained by the same code and shared through the same cache."""
+"""The student every study starts from: the quickstart's, made by the same code and found in the same cache."""
 
 from __future__ import annotations
 

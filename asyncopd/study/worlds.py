@@ -1,6 +1,6 @@
 """Frozen prefixes with three full distributions each, a student a chosen drift away, and the rows a log would hold.
 
-    snapshot weights --sample--> prefixes;  snapshot + s · direction --s by bisection--> mean KL(p_old‖p_θ) = target
+snapshot weights --sample--> prefixes;  snapshot + s · direction --s by bisection--> mean KL(p_old‖p_θ) = target
 """
 
 from __future__ import annotations
