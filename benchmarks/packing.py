@@ -3,9 +3,9 @@
     python benchmarks/packing.py [--trajectories 512] [--rounds 5]
 
 Both train the quickstart's student (2 × 48) with head + tail on the same responses, as long as the task's
-demonstrations, 64 a step, through `optimizer_step`. Micro-batches have the same number of cells, 32 rows of 128: packed
-rows hold several sequences, padded rows one each, as wide as the longest of their micro-batch. Time is the process's own
-CPU time, and rounds alternate between the two, because other load on a machine comes and goes.
+demonstrations, 64 a step, through `optimizer_step`. Micro-batches have the same number of cells, 32 rows of 128:
+packed rows hold several sequences, padded rows one each, as wide as the longest of their micro-batch. Time is the
+process's own CPU time, and rounds alternate between the two, because other load on a machine comes and goes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
         rates = {cut.__name__: lengths.sum() / cpu_seconds_of(task, cut, batch) for cut in (packed, padded)}
         ratios.append(rates["packed"] / rates["padded"])
         print(
-            f"round {number}: packed {rates['packed']:7,.0f} tokens/CPU-s   padded {rates['padded']:7,.0f} tokens/CPU-s   "
+            f"round {number}: packed {rates['packed']:7,.0f}   padded {rates['padded']:7,.0f} tokens per CPU-second   "
             f"ratio {ratios[-1]:.2f}"
         )
     print(f"ratio: median {statistics.median(ratios):.2f}, worst {min(ratios):.2f}, best {max(ratios):.2f}")

@@ -83,7 +83,9 @@ def plot_estimators(rows: Sequence[Row]) -> bytes:
         page.axes[2 + column].set_title(f"Relative variance, {direction} drift")
         page.axes[2 + column].set_xlabel("drift KL(p_old‖p_θ), nats")
         page.axes[2 + column].set_yscale("log")
-        page.axes[column].set_xscale("symlog", linthresh=0.02)
+        page.axes[column].set_xscale("symlog", linthresh=min(d for d in drifts if d > 0))
+        page.axes[column].set_xticks(drifts, [f"{drift:g}" for drift in drifts])
+        page.axes[column].minorticks_off()
     for row in (1, 3):
         page.axes[row].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     page.axes[0].set_ylabel("‖E[ĝ] − g‖ / ‖g‖")
