@@ -20,8 +20,11 @@ test-slow: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 
-up down status: $(VENV)/installed
-	@$(BIN)/asyncopd $@
+up: $(VENV)/installed
+	@$(BIN)/asyncopd up
+
+down status:
+	@if test -x $(BIN)/asyncopd; then $(BIN)/asyncopd $@; else echo "nothing is installed, so nothing runs"; fi
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or name it with make PYTHON=..."; exit 1; }

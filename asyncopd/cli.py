@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from rich.console import Console
 from asyncopd import __version__, stack
 from asyncopd.cli_study import add_study
 from asyncopd.config import RunConfig, load_config, parse_override
-from asyncopd.errors import AsyncOPDError, StackError
+from asyncopd.errors import AsyncOPDError, ConfigError, ServerAwayError, StackError
 from asyncopd.flow_runs import FlowRun
 from asyncopd.follow import follow, show_report, show_status
+from asyncopd.progress import is_finished
 from asyncopd.supervise import home
 from flows.preflight import preflight
 from storage.open import open_store
@@ -31,6 +32,8 @@ from storage.runs import list_runs, open_run
 
 STOPPED_BY_USER = 130
 CANCEL_S = 30.0
+SERVER_AWAY_S = 60.0
+"""A server may be away this long, as while it is started again, before following a run gives up."""
 """Patience with a cancelled flow; its roles stop within ten seconds."""
 
 
@@ -83,16 +86,24 @@ def _train(arguments: argparse.Namespace) -> int:
     overrides = dict(parse_override(text) for text in arguments.overrides)
     if arguments.root:
         overrides["storage.root"] = arguments.root
-    config = load_config(arguments.config or "configs/quickstart.yaml", overrides)
+    source = arguments.config or "configs/quickstart.yaml"
+    config = load_config(source, overrides)
     run_id = arguments.run_id or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-    if arguments.run_id and arguments.config is None and not arguments.overrides:
-        config = _stored_config(config.storage.root, run_id)
+    parameters: dict[str, Any] = {"run_id": run_id, "config": str(Path(source)), "overrides": overrides}
+    if arguments.run_id and run_id in list_runs(open_store(config.storage.root)):
+        config = _to_resume(arguments, config, run_id)
+        parameters = {"run_id": run_id, "root": config.storage.root}
+        if is_finished(_log_of(config, run_id), config) and (home() / "reports" / run_id).is_dir():
+            show_report(home() / "reports" / run_id, console=console)
+            return 0
+    elif arguments.run_id and arguments.config is None and not arguments.overrides:
+        _stored_config(config.storage.root, run_id)  # refuses: there is no such run
     # The flow checks the same, but a mistake should not have to wait for a server to start.
     preflight(config)
     stack.up(lambda line: console.print(f"[dim]{line}[/]", highlight=False))
-    flow_run = _submit(arguments, overrides, run_id, console)
+    flow_run = _submit({name: value for name, value in parameters.items() if value}, console)
     try:
-        state = follow(_log_of(config, run_id), config, console=console, is_over=flow_run.terminal_state)
+        state = follow(_log_of(config, run_id), config, console=console, is_over=_patiently(flow_run))
     except KeyboardInterrupt:
         return _cancel(flow_run, config, run_id, console)
     if state != "COMPLETED":
@@ -105,17 +116,41 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _submit(arguments: argparse.Namespace, overrides: dict[str, Any], run_id: str, console: Console) -> FlowRun:
-    parameters: dict[str, Any] = {"run_id": run_id}
-    if arguments.config or not arguments.run_id:
-        parameters["config"] = str(Path(arguments.config or "configs/quickstart.yaml"))
-    if overrides:
-        parameters["overrides"] = overrides
+def _to_resume(arguments: argparse.Namespace, asked: RunConfig, run_id: str) -> RunConfig:
+    """The stored configuration of a run; refuses when another one was asked for."""
+    stored = _stored_config(asked.storage.root, run_id)
+    if (arguments.config or arguments.overrides) and asked != stored:
+        raise ConfigError(
+            f"run {run_id} exists and only goes on with the configuration it was started with. Leave CONFIG and --set "
+            "out to resume it, or --run-id to start a new run."
+        )
+    return stored
+
+
+def _patiently(flow_run: FlowRun) -> Callable[[], str | None]:
+    """The flow run's terminal state, bridging a server that is away for up to SERVER_AWAY_S."""
+    last_answer = time.monotonic()
+
+    def terminal_state() -> str | None:
+        nonlocal last_answer
+        try:
+            state = flow_run.terminal_state()
+        except ServerAwayError:
+            if time.monotonic() - last_answer > SERVER_AWAY_S:
+                raise
+            return None  # it may be restarting; storage has what matters
+        last_answer = time.monotonic()
+        return state
+
+    return terminal_state
+
+
+def _submit(parameters: dict[str, Any], console: Console) -> FlowRun:
     assignments = [f"{name}={_parameter(value)}" for name, value in parameters.items()]
     shown = " ".join(f"-p {assignment!r}" if " " in assignment else f"-p {assignment}" for assignment in assignments)
     console.print(f"$ prefect deployment run asyncopd/train {shown}", markup=False, highlight=False, soft_wrap=True)
     command = stack.prefect_command(
-        "--no-prompt", "deployment", "run", "asyncopd/train", "--flow-run-name", run_id,
+        "--no-prompt", "deployment", "run", "asyncopd/train", "--flow-run-name", parameters["run_id"],
         *(part for assignment in assignments for part in ("-p", assignment)),
     )  # fmt: skip
     result = subprocess.run(
@@ -134,8 +169,14 @@ def _parameter(value: Any) -> str:
 def _cancel(flow_run: FlowRun, config: RunConfig, run_id: str, console: Console) -> int:
     console.print("\nstopping every role …", highlight=False)
     started = time.monotonic()
-    flow_run.cancel()
-    while flow_run.terminal_state() is None:
+    is_over = _patiently(flow_run)
+    try:
+        flow_run.cancel()
+    except ServerAwayError as error:
+        console.print(f"{error} End everything with: asyncopd down", highlight=False, soft_wrap=True)
+        console.print(_how_to_go_on(config, run_id), highlight=False, soft_wrap=True)
+        return STOPPED_BY_USER
+    while is_over() is None:
         if time.monotonic() - started > CANCEL_S:
             console.print(
                 f"the flow did not stop within {CANCEL_S:.0f} s. End it, and everything else, with: asyncopd down",

@@ -18,6 +18,7 @@ class AsyncOPDError(Exception):
         ├── DeadlineError        a wait ran out; the message names what it waited for
         ├── RoleFailedError      a role process ended with an error; carries the role's own reason
         └── StackError           the local Prefect server or worker could not be started or reached
+            └── ServerAwayError      a Prefect server that was there does not answer now
 
     All of them are picklable: the message is the only argument.
     """
@@ -65,3 +66,7 @@ class RoleFailedError(AsyncOPDError):
 
 class StackError(AsyncOPDError):
     """The local Prefect server or worker could not be started or reached."""
+
+
+class ServerAwayError(StackError):
+    """A Prefect server that was there does not answer now, or answers that it cannot serve."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from asyncopd.errors import StackError
+from asyncopd.errors import ServerAwayError, StackError
 from asyncopd.stack import api_url
 
 TERMINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
@@ -25,11 +25,8 @@ class FlowRun:
         return state
 
     def terminal_state(self) -> str | None:
-        """COMPLETED, FAILED, CRASHED or CANCELLED; None while it goes on, or while the server does not answer."""
-        try:
-            kind = self.state()["type"]
-        except _ServerAwayError:
-            return None  # it may be restarting; storage has what matters
+        """COMPLETED, FAILED, CRASHED or CANCELLED; None while it goes on."""
+        kind = self.state()["type"]
         return kind if kind in TERMINAL else None
 
     def message(self) -> str:
@@ -41,20 +38,16 @@ class FlowRun:
         _request("POST", f"/flow_runs/{self.id}/set_state", body)
 
 
-class _ServerAwayError(StackError):
-    """No server answered, or it answered that it cannot serve now."""
-
-
 def _request(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
     try:
         response = httpx.request(method, f"{api_url()}{path}", json=body, timeout=30)
     except httpx.TransportError as error:
-        raise _ServerAwayError(
+        raise ServerAwayError(
             f"no Prefect server answers at {api_url()} ({error}). Start it again with `asyncopd up`; runs that go on "
             "find it, or are ended with `asyncopd down`."
         ) from error
     if response.is_server_error:
-        raise _ServerAwayError(f"Prefect answered {response.status_code} to {method} {path}: {response.text[:300]}")
+        raise ServerAwayError(f"Prefect answered {response.status_code} to {method} {path}: {response.text[:300]}")
     if response.is_error:
         raise StackError(f"Prefect answered {response.status_code} to {method} {path}: {response.text[:300]}")
     return response.json()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from asyncopd.config import RunConfig
 from asyncopd.ports import HeartbeatRecord, RunHistory
 from asyncopd.types import Evaluation, TrainStep
 
@@ -25,6 +26,13 @@ _OBSERVATIONS_EVERY = 4
 """Looks between listings of evaluations and failures."""
 _SILENT_HEARTBEATS = 4.0
 """Heartbeat intervals after which a worker is called silent."""
+
+
+def is_finished(log: RunHistory, config: RunConfig) -> bool:
+    """Is every step trained, and the last version evaluated where evaluations are on?"""
+    last = config.learner.num_steps
+    trained = log.find_step(last - 1) is not None
+    return trained and (not config.evaluate.every or any(e.version.number == last for e in log.evaluations()))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-TERMINATE_GRACE_S = 6.0
+TERMINATE_GRACE_S = 4.0
 """From SIGTERM to SIGKILL. Roles stop within a second or two; cancellation promises ten in all."""
 
 

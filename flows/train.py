@@ -32,6 +32,7 @@ from prefect.states import Cancelled
 from asyncopd import __version__
 from asyncopd.config import RunConfig, TinyModel, load_config
 from asyncopd.errors import ConfigError
+from asyncopd.progress import is_finished
 from asyncopd.report import write_report
 from asyncopd.roles import RoleProcesses, RoleSpec
 from asyncopd.stack import prefect_environment
@@ -67,6 +68,10 @@ async def train(
     say = get_run_logger().info
     say(f"run {log.run_id} in {resolved.storage.root}")
     started = time.time()
+    if is_finished(log, resolved):
+        say("every step is trained and evaluated already")
+        await _publish_report(log, resolved, started)
+        return log.run_id
     try:
         if _missing_models(resolved):
             await _run_roles(resolved, log, [RoleSpec("pretrain")])
@@ -170,7 +175,7 @@ async def _watch(config: RunConfig, log: StoredRunLog) -> None:
     last_update = time.monotonic()
     async with get_client() as client:
         while True:
-            await asyncio.sleep(2)
+            await asyncio.sleep(1)
             try:
                 flow_run = await client.read_flow_run(flow_run_id)
                 if flow_run.state is not None and flow_run.state.is_cancelling():

@@ -61,6 +61,26 @@ def test_overrides_are_applied_last_and_parse_numbers() -> None:
         parse_override("learner.lr")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("student.hidden_size", 64), ("teacher.smoothing", 1e-3), ("task.eval_fraction", 0.2), ("loss.head", 8)],
+)
+def test_one_key_of_a_section_with_variants_can_be_overridden_alone(key: str, value: float) -> None:
+    # Once refused with pydantic's "unable to extract tag": the section then had no kind, engine or name.
+    section, _, field = key.partition(".")
+    assert getattr(getattr(load_config({}, {key: value}), section), field) == value
+    with pytest.raises(ConfigError, match=f"{field}"):
+        load_config({}, {f"{key}x": value})
+
+
+def test_what_is_not_yaml_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a YAML value"):
+        parse_override("learner.lr=[")
+    (tmp_path / "a.yaml").write_text("base: [b.yaml]")
+    with pytest.raises(ConfigError, match="expected the name of one YAML file"):
+        load_config(tmp_path / "a.yaml")
+
+
 def test_base_files_merge_deeply_and_a_new_variant_replaces_its_section(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(
         yaml.safe_dump({"learner": {"lr": 0.5, "num_steps": 7}, "loss": {"name": "head_tail", "head": 9}})

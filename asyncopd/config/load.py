@@ -27,6 +27,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     name = str(source) if isinstance(source, str | Path) else "config"
     for key, value in (overrides or {}).items():
         raw = _with(raw, key, value)
+    raw = _with_default_variants(raw)
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -43,7 +44,10 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {text!r}: expected KEY=VALUE, for example --set staleness.max_staleness=0.")
-    return key.strip(), yaml.safe_load(value)
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: {value!r} is not a YAML value: {error}") from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -59,6 +63,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(raw).__name__}.")
     base = raw.pop("base", None)
+    if not isinstance(base, str | None):
+        raise ConfigError(f"{path}: base: expected the name of one YAML file, found {base!r}.")
     return _merged(_read(path.parent / base, (*seen, path.resolve())), raw) if base else raw
 
 
@@ -86,6 +92,17 @@ def _with(raw: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]:
     if not isinstance(inner, Mapping):
         raise ConfigError(f"override {dotted}: {head} is {inner!r}, not a section.")
     return {**raw, head: _with(inner, rest, value)}
+
+
+def _with_default_variants(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections that name no variant mean the default one, as leaving the whole section out does."""
+    defaults = RunConfig()
+    filled = dict(raw)
+    for section, tag in (("task", "kind"), ("student", "kind"), ("teacher", "engine"), ("loss", "name")):
+        values = filled.get(section)
+        if isinstance(values, Mapping) and tag not in values:
+            filled[section] = {tag: getattr(getattr(defaults, section), tag), **values}
+    return filled
 
 
 def _explain(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[str]:

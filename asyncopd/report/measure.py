@@ -103,7 +103,7 @@ def _wall_s(spans: Sequence[Span]) -> float | None:
     busy = [span for span in spans if span.role in PIPELINE and is_busy(span)]
     if not busy:
         return None
-    return max(span.end for span in busy) - min(span.start for span in busy)
+    return max(span.end for span in busy) - min(span.start for span in busy) - _paused_s(busy)
 
 
 def _role_time(spans: Sequence[Span], wall_s: float | None) -> RoleTime:
@@ -199,7 +199,7 @@ def _notes(seen: Observations, config: RunConfig) -> list[str]:
     elif (paused_s := _paused_s(seen.spans)) > 0:
         notes.append(
             f"Nothing ran for {paused_s:.0f} s in pauses of more than {STANDSTILL_S:.0f} s (a stop and a later "
-            "resumption). Wall time includes them, so throughput and overlap are lower than while it ran."
+            "resumption). Wall time, throughput and overlap leave them out."
         )
     read, total = seen.responses.num_shards_read, seen.responses.num_shards
     if not total:
