@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="runs of every τ, interleaved (default 2)")
     parser.add_argument("--tau", type=int, nargs="+", default=[0, 1, 2, 4], metavar="T")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=130)
     stack.up(lambda line: console.print(line, style="dim"))
     results: dict[int, list[Summary]] = {tau: [] for tau in arguments.tau}
     with tempfile.TemporaryDirectory(prefix="asyncopd-overlap-") as folder:

@@ -27,3 +27,8 @@ def test_the_file_tree_is_that_of_the_repository() -> None:
         if path.suffix in (".py", ".yaml") and path.read_text().strip()
     }
     assert listed_files() == found
+
+
+def test_no_document_holds_a_placeholder() -> None:
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        assert "@@" not in path.read_text(), path
