@@ -181,6 +181,7 @@ def test_a_run_that_fails_ends_with_status_1_and_the_roles_reason(stack: Stack) 
     until(lambda: not stack.roles(), 10, "the other roles to end")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_whatever_stopped_it(stack: Stack) -> None:
     log = stack.log("story")
     resume = ("--run-id", "story", "--root", str(stack.root))
