@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.multiprocessing
 from accelerate import Accelerator
 from learner_builders import HEAD, NUM_DRAWS, accelerator, flat_parameters, scored_batch, student, tiny_model
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from asyncopd.config import losses as c
 from asyncopd.errors import NonFiniteError, ShapeError
@@ -82,26 +82,32 @@ def refused(lengths: tuple[int, ...]) -> list[str]:
     return messages
 
 
-def rank_main(rank: int, port: int, out: str) -> None:
+def rank_main(rank: int, out: str) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
     seen = {(name, split): train(CONFIGS[name], SPLITS[split]) for name in CONFIGS for split in SPLITS}
     torch.save({"seen": seen, "refused": refused(SPLITS["uneven"])}, Path(out) / f"{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[object, object]]]:
     """What each of two ranks saw; one pair of processes serves all tests."""
-    out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, (port, str(out)), nprocs=2)
+    for attempt in range(3):
+        out = tmp_path_factory.mktemp("ranks")
+        try:
+            torch.multiprocessing.spawn(rank_main, (str(out),), nprocs=2)
+            break
+        except ProcessExitedException as error:
+            # gloo's own thread aborts the process when a connection closes while it is being accepted
+            # (pytorch/pytorch#188266); seen once in hundreds of starts. Our failures raise, they never abort.
+            if error.signal_name != "SIGABRT" or attempt == 2:
+                raise
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
