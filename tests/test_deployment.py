@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ class Stack:
             [sys.executable, "-m", module, *arguments],
             env=self.environment, cwd=ROOT, text=True, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            # A background job of a script inherits SIGINT ignored; a user at a terminal does not.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def call(self, *arguments: str, module: str = "asyncopd.cli", expect: int = 0, timeout_s: float = 300) -> str:
@@ -181,7 +184,6 @@ def test_a_run_that_fails_ends_with_status_1_and_the_roles_reason(stack: Stack) 
     until(lambda: not stack.roles(), 10, "the other roles to end")
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_after_whatever_stopped_it(stack: Stack) -> None:
     log = stack.log("story")
     resume = ("--run-id", "story", "--root", str(stack.root))
