@@ -32,9 +32,9 @@ from storage.runs import list_runs, open_run
 
 STOPPED_BY_USER = 130
 CANCEL_S = 30.0
+"""Patience with a cancelled flow; its roles stop within ten seconds."""
 SERVER_AWAY_S = 60.0
 """A server may be away this long, as while it is started again, before following a run gives up."""
-"""Patience with a cancelled flow; its roles stop within ten seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train through the deployment asyncopd/train, following it to its end")
     train.add_argument("config", nargs="?", help="YAML file (default configs/quickstart.yaml)")
-    train.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    _add_set(train)
     train.add_argument("--run-id", help="go on with this run, or give a new one this id")
     train.add_argument("--root", help="storage root (default: the configuration's storage.root)")
     train.set_defaults(run=_train)
@@ -73,12 +73,19 @@ def _parser() -> argparse.ArgumentParser:
 
     config = commands.add_parser("config", help="show a resolved configuration, or the schema of all of them")
     config.add_argument("config", nargs="?", default="configs/quickstart.yaml")
-    config.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    _add_set(config)
     config.add_argument("--schema", action="store_true", help="print the JSON schema instead")
     config.set_defaults(run=_config)
 
     add_study(commands)
     return parser
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="replace one value of the configuration, for example staleness.max_staleness=0; may be repeated",
+    )  # fmt: skip
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -10,6 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
 from asyncopd.config import PretrainedModel, RunConfig, TinyModel
 from asyncopd.config.tasks import TextConfig
 from asyncopd.errors import ConfigError
@@ -44,21 +47,22 @@ def _check_questions(task: TextConfig) -> None:
 
 def _check_pretrained(config: RunConfig, role: str, model: PretrainedModel) -> None:
     folder = Path(model.path)
-    if not folder.is_dir():
-        if _looks_like_hub_name(model.path):
-            return  # transformers resolves it from its cache, or says why it cannot
+    if folder.is_dir():
+        description = _json(folder / "config.json", role)
+        if not any(folder.glob("*.safetensors")):
+            raise ConfigError(f"{role}.path: {folder} holds no *.safetensors weights.")
+    elif _looks_like_hub_name(model.path):
+        description = _json(_hub_file(model, "config.json", role), role)
+    else:
         raise ConfigError(
             f"{role}.path: there is no directory {folder.absolute()}. Expected a model in Hugging Face format "
             "(config.json, *.safetensors, tokenizer files), or a hub name such as Qwen/Qwen3-0.6B."
         )
-    description = _json(folder / "config.json", role)
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"{role}.path: {folder} holds no *.safetensors weights.")
     room = description.get("max_position_embeddings")
     needed = config.task.max_prompt_tokens + config.rollout.max_new_tokens
     if room is not None and needed > room:
         raise ConfigError(
-            f"{role}.path: {folder} has a context of {room} tokens, and task.max_prompt_tokens "
+            f"{role}.path: {model.path} has a context of {room} tokens, and task.max_prompt_tokens "
             f"{config.task.max_prompt_tokens} + rollout.max_new_tokens {config.rollout.max_new_tokens} = {needed}. "
             "Lower one of them or take a model with a longer context."
         )
@@ -93,6 +97,20 @@ def _check_same_tokenizer(config: RunConfig) -> None:
             "task.tokenizer: a pretrained model needs its own tokenizer. Set task.tokenizer to the model's directory "
             "or hub name."
         )
+
+
+def _hub_file(model: PretrainedModel, name: str, role: str) -> Path:
+    """A small file of a hub model, from the local cache or downloaded; the weights stay where they are."""
+    try:
+        return Path(hf_hub_download(model.path, name, revision=model.revision))
+    # Offline, no such repository, no access: the library has one class for each, and OSError for none of them.
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{role}.path: {model.path} (revision {model.revision}) is no directory here, is not in the Hugging Face "
+            f"cache, and could not be fetched: {reason} Give a directory, or fetch it where there is a network with "
+            f"`hf download {model.path}`."
+        ) from error
 
 
 def _looks_like_hub_name(path: str) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,7 @@ def text_task(tmp_path: Path, **settings: Any) -> dict[str, Any]:
         ("rollout.shard_size=3", "rollout.shard_size 3 must divide learner.batch_size 8"),
         (
             "staleness.max_staleness=-1",
-            "max_staleness: Input should be greater than or equal to 0 (found -1)",
+            "staleness.max_staleness: must be at least 0 (found -1)",
         ),
         ("rollout.max_new_tokens=254", "do not fit max_context 256. Raise student max_context or lower rollout."),
         ("storage.min_free_bytes=1000000000000000000", "MiB free, expected at least 953674316406 MiB. Free some space"),
@@ -163,6 +165,20 @@ def test_a_disk_that_is_full(tmp_path: Path, full_disk: Path) -> None:
 def test_a_run_that_does_not_exist(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
     message = refusal(capsys, *command.split(), "no-such-run", "--root", str(tmp_path / "runs"))
     assert f"there is no run no-such-run in {tmp_path / 'runs'}. Existing runs: none." in message
+
+
+def test_a_hub_name_that_is_neither_cached_nor_reachable(tmp_path: Path) -> None:
+    # In a child: the library reads the variable when it is imported.
+    code = "\n".join([
+        "from asyncopd.config import load_config",
+        "from flows.preflight import preflight",
+        "model = {'kind': 'pretrained', 'path': 'nobody/no-such-model'}",
+        f"preflight(load_config({{'student': model, 'storage': {{'root': {str(tmp_path)!r}}}}}))",
+    ])  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "student.path: nobody/no-such-model (revision main) is no directory here, is not in the" in ended.stderr
+    assert "hf download nobody/no-such-model" in ended.stderr
 
 
 def test_a_port_that_another_program_listens_on(

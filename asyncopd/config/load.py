@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,9 +53,12 @@ def parse_override(text: str) -> tuple[str, Any]:
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: its `base:` chain comes back to itself: {[str(p) for p in seen]}.")
+    if path.is_dir():
+        near = sorted(p.name for p in path.glob("*.yaml"))
+        raise ConfigError(f"{path} is a directory; expected one YAML file. It holds {near or 'none'}.")
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such configuration file. In {path.parent}/ there is {near or 'none'}.")
+        raise ConfigError(f"{path}: no such configuration file. In {path.parent.absolute()} there is {near or 'none'}.")
     try:
         raw = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -110,16 +113,54 @@ def _explain(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[str]:
     for problem in error.errors(include_url=False):
         key = _dotted(problem["loc"], raw)
         if problem["type"] == "extra_forbidden":
-            parent, _, leaf = key.rpartition(".")
-            siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
-            near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
-            anywhere = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
-            nearest = [f"{parent}.{near[0]}".lstrip(".")] if near else anywhere
-            yield f"{key}: unknown key." + (f" Nearest known key: {nearest[0]}." if nearest else "")
+            yield f"{key}: unknown key. {_nearest(key, known)}"
         else:
             found = "" if isinstance(problem["input"], Mapping) else f" (found {problem['input']!r})"
-            message = problem["msg"].removeprefix("Value error, ")
+            message = _in_plain_words(problem)
             yield f"{key + ': ' if key else ''}{message}{found if key else ''}"
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """Advice for an unknown key: the sibling it resembles, else a key of that name elsewhere, else all siblings."""
+    parent, _, leaf = key.rpartition(".")
+    siblings = [k for k in known if k.rpartition(".")[0] == parent]
+    by_leaf = {k.rpartition(".")[2]: k for k in (*known, *siblings)}
+    near = [leaf] if leaf in by_leaf else []
+    near = near or difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in siblings], n=1, cutoff=0.6)
+    near = near or difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.8)
+    if near:
+        return f"Nearest known key: {by_leaf[near[0]]}."
+    names = ", ".join(k.rpartition(".")[2] for k in siblings)
+    return f"Known keys of {parent or 'a configuration'}: {names}."
+
+
+_PLAIN_WORDS = {
+    "missing": "is required",
+    "int_parsing": "expected a whole number",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "bool_parsing": "expected true or false",
+    "string_type": "expected text",
+    "model_type": "expected a section with keys",
+    "model_attributes_type": "expected a section with keys",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "expected one of {expected}",
+    "union_tag_invalid": "{discriminator} is '{tag}'; expected one of {expected_tags}",
+    "string_pattern_mismatch": "does not match the pattern {pattern}",
+}
+
+
+def _in_plain_words(problem: Any) -> str:
+    """Pydantic's message, in our words for the kinds users meet."""
+    words = _PLAIN_WORDS.get(problem["type"])
+    if words is None:
+        return str(problem["msg"].removeprefix("Value error, "))
+    return words.format(**problem.get("ctx", {}))
 
 
 def _dotted(loc: tuple[int | str, ...], raw: Any) -> str:

@@ -52,8 +52,11 @@ class TinyModel(Frozen):
     """Learned positions let gpt2 find "the token before last" within 500 steps; rotary ones at this width do not. It
     is also a third faster on a CPU."""
     num_layers: int = Field(2, ge=1)
+    """Transformer blocks. 2 × 48 learns walks half-way in seconds, which is what a student should be before OPD."""
     hidden_size: int = Field(48, ge=8)
+    """Width of the residual stream; a multiple of 2·num_heads."""
     num_heads: int = Field(4, ge=1)
+    """Attention heads."""
     max_context: int = Field(256, ge=8)
     """Positions, prompt and response together. Walks reach 173 tokens."""
     pretrain: Pretrain = Pretrain()
@@ -98,6 +101,7 @@ class HfTeacher(Frozen):
     name: str = Field("teacher", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
     """Names the score shards; two teachers of one run need two names."""
     model: ModelConfig
+    """Its weights: `kind: tiny`, made here by `pretrain`, or `kind: pretrained`."""
 
 
 TeacherConfig = Annotated[OracleTeacher | HfTeacher, Field(discriminator="engine")]
@@ -162,9 +166,11 @@ class Learner(Frozen):
     lr: float = Field(1e-3, gt=0)
     """Peak AdamW rate. 1e-3 suits models below a million parameters; use about 1e-6 for billions."""
     warmup_steps: int = Field(5, ge=0)
+    """Steps over which the rate rises linearly from 0; AdamW's second moments are guesses before that."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After warm-up: constant, or down to 0 at num_steps."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled decay. 0: distillation runs are short and start from weights worth keeping."""
     grad_clip: float = Field(1.0, gt=0)
     """Largest gradient norm, of the loss averaged over the step's tokens."""
     row_capacity: int = Field(128, ge=8)
@@ -189,6 +195,7 @@ class Limits(Frozen):
     lease_s: float = Field(10.0, gt=0)
     """A worker whose heartbeat stands still for this long loses its claims."""
     heartbeat_s: float = Field(1.0, gt=0)
+    """Between signs of life of a role. Well below lease_s, so that a busy disk costs no lease."""
     deadline_s: float = Field(1800.0, gt=0)
     """No wait for one shard or one version lasts longer; the error says what was waited for. A role that dies is
     noticed at once: this is for one that hangs, so it must exceed the slowest step of the run."""

@@ -62,7 +62,10 @@ def read_questions(source: str, *, question_field: str = "question", answer_fiel
             raise ConfigError(f"{source}: expected a path ending in .jsonl or .parquet, or hf:<dataset>.")
         if not path.is_file():
             near = sorted(p.name for p in path.parent.glob("*") if p.suffix in readers) if path.parent.is_dir() else []
-            raise ConfigError(f"{path}: no such file. In {path.parent}/ there is {near or 'no data file'}.")
+            raise ConfigError(
+                f"{path}: no such file. In {path.parent.absolute()} there is {near or 'no data file'}. Set "
+                "task.train_path and task.eval_path to where the questions are."
+            )
         rows = readers[path.suffix](path)
     questions = [
         Question(_text(row, question_field, where), _text(row, answer_field, where), where) for where, row in rows
