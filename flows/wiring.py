@@ -202,6 +202,7 @@ def learn_stage(run: OpenRun, worker: Worker) -> LearnStage:
         checkpoint_every=config.learner.checkpoint_every,
         required=config.loss.requirements(),
         vocab_size=run.task.tokenizer.vocab_size,
+        lease_s=config.limits.lease_s,
     )
 
 
