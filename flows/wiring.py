@@ -57,11 +57,11 @@ class OpenRun:
 
 
 def open_stored_run(root: str, run_id: str) -> OpenRun:
-    """Open a run that the `asyncopd` flow created. Its configuration is the stored one, not a file's."""
+    """Open a run that the `asyncopd` flow created. Its configuration is the stored one with its recorded changes."""
     torch.set_num_threads(1)
     store = open_store(root)
     log = open_run(store, run_id)
-    config = RunConfig.model_validate(log.record["config"])
+    config = RunConfig.model_validate(log.config())
     return OpenRun(store, log, config, task_of(config, config.seed))
 
 

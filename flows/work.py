@@ -1,8 +1,8 @@
 """What each role process does with a stored run, without Prefect: the flows wrap this, `flows/join.py` runs it as it is.
 
-    role flow (flows/rollout.py, ...) --+                              lanes of Prefect tasks
-                                        +--> roll_out, score, ... -->
-    flows/join.py --------------------- +                              the same lanes, plain
+role flow (flows/rollout.py, ...) --+                              lanes of Prefect tasks
+                                    +--> roll_out, score, ... -->
+flows/join.py --------------------- +                              the same lanes, plain
 """
 
 from __future__ import annotations

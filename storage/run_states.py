@@ -1,11 +1,12 @@
 """What somebody decided about a run after it was created: that it runs, that it stopped, which settings changed.
 
-    states/0001.json    running | stopped | failed | completed, written by the flow; workers elsewhere read it
-    changes/0001.json   settings that a resume changed; the configuration in force is run.json with these applied
+states/0001.json    running | stopped | failed | completed, written by the flow; workers elsewhere read it
+changes/0001.json   settings that a resume changed; the configuration in force is run.json with these applied
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,11 @@ class RunStateLog:
 
     store: ObjectStore
     layout: RunLayout
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What `create_run` stored; `StoredRunLog` has it."""
+        raise NotImplementedError
 
     def __init__(self) -> None:
         self._states = NumberedRecords(self.store, self.layout.state)
@@ -39,6 +45,20 @@ class RunStateLog:
     def record_state(self, state: RunStateName, *, by: str, reason: str = "") -> int:
         """Append a state. `by` names the flow run, so that a flow ends only what it began itself."""
         return self._states.append({"state": state, "reason": reason, "by": by, "recorded": time.time()})
+
+    def config(self) -> dict[str, Any]:
+        """The configuration in force: the recorded one, with every change since, in the root it is read from."""
+        config: dict[str, Any] = copy.deepcopy(dict(self.record["config"]))
+        for change in self.changes():
+            for dotted, (_, new) in change.settings.items():
+                *sections, name = dotted.split(".")
+                section = config
+                for part in sections:
+                    section = section[part]
+                section[name] = new
+        # A run that was copied elsewhere goes on there.
+        config.setdefault("storage", {})["root"] = self.store.url
+        return config
 
     def changes(self) -> list[RunChange]:
         """Every change of settings, oldest first."""

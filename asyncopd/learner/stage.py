@@ -19,12 +19,9 @@ from asyncopd.config.cache import CacheRequirements, check_cache
 from asyncopd.errors import NonFiniteError, SupersededError
 from asyncopd.learner.student import Student
 from asyncopd.ports import ClaimRecord, RunLog
-from asyncopd.schedule import Plan
+from asyncopd.schedule import LEARNER_PLACE, Plan
 from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
 from asyncopd.worker import Worker
-
-LEARNER_PLACE = IndexRange(0, 1)
-"""Under stage `learn` workers claim the one place of a learner, not indices."""
 
 
 class LearnStage:
