@@ -36,8 +36,8 @@ def _run(arguments: argparse.Namespace) -> int:
     known = list_runs(open_store(arguments.root))
     if arguments.run_id not in known:
         raise StackError(
-            f"there is no run {arguments.run_id} in {arguments.root}. Existing runs: {', '.join(known[-5:]) or 'none'}. "
-            "Name another storage root with --root."
+            f"there is no run {arguments.run_id} in {arguments.root}. Existing runs: "
+            f"{', '.join(known[-5:]) or 'none'}. Name another storage root with --root."
         )
     # Replaces this process: signals reach the worker itself, and nothing is left to look after.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

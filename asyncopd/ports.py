@@ -205,7 +205,7 @@ class RunLog(Protocol):
         ...
 
     def heartbeat(self, worker: str, status: Mapping[str, Any]) -> None:
-        """Renew every lease of `worker` and tell what it does; overwrites its previous heartbeat. Not after `retire`."""
+        """Renew every lease of `worker` and tell what it does; overwrites its last heartbeat. Not after `retire`."""
         ...
 
     def retire(self, worker: str) -> None:

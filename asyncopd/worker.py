@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from asyncopd.busy import BusyShare
-from asyncopd.errors import DeadlineError, RunStoppedError
+from asyncopd.errors import DeadlineError, RunStoppedError, StorageError
 from asyncopd.ports import RunLog
 from asyncopd.types import IndexRange, Span
 
@@ -132,15 +132,20 @@ class Worker:
         ticks = 0
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            await asyncio.to_thread(self._beat)
-            state = await asyncio.to_thread(self.log.run_state)
+            try:
+                await asyncio.to_thread(self._beat)
+                state = await asyncio.to_thread(self.log.run_state)
+                ticks += 1
+                if ticks % 5 == 0:
+                    await self.flush_spans()
+            except StorageError as error:
+                # Storage may come back; a worker that gave up beating would work on without its leases, unseen.
+                logger.warning("%s could not renew its leases: %s", self.name, error)
+                continue
             if state is not None and state.ended:
                 self._stopped = f"run {self.log.run_id} is {state.state} ({state.reason}); {self.name} ends with it."
                 body.cancel()
                 return
-            ticks += 1
-            if ticks % 5 == 0:
-                await self.flush_spans()
 
     # -- waiting --------------------------------------------------------------------------------------------------
     async def wait_for(self, probe: Callable[[], Found | None], what: str) -> Found:

@@ -1,4 +1,4 @@
-"""What each role process does with a stored run, without Prefect: the flows wrap this, `flows/join.py` runs it as it is.
+"""What each role process does with a stored run, without Prefect: flows wrap it, `flows/join.py` runs it as it is.
 
 role flow (flows/rollout.py, ...) --+                              lanes of Prefect tasks
                                     +--> roll_out, score, ... -->

@@ -1,4 +1,4 @@
-"""Records numbered 1, 2, 3, ... without gaps: each number is given once, and one probe tells whether there is a new one."""
+"""Records numbered 1, 2, 3, ... without gaps: each is written once, and one probe finds whether there is a new one."""
 
 from __future__ import annotations
 

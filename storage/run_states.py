@@ -68,5 +68,5 @@ class RunStateLog:
         ]
 
     def record_change(self, settings: Mapping[str, tuple[Any, Any]]) -> int:
-        """Append a change: dotted key -> (old value, new value). It is in force for every process started afterwards."""
+        """Append a change: dotted key -> (old value, new value). In force for every process started afterwards."""
         return self._changes.append({"settings": settings, "recorded": time.time()})

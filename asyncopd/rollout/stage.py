@@ -125,7 +125,10 @@ class RolloutStage:
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(self._worker.poll_s)
-            if await asyncio.to_thread(self._log.latest_policy) != self._sampler.version:
+            latest, current = await asyncio.to_thread(self._log.latest_policy), self._sampler.version
+            # Only forward in number: after a rewind, what is in flight was admitted for the version it began with, and
+            # going on under an older one would break the staleness bound. The learner trains past here again.
+            if latest is not None and current is not None and latest.number > current.number:
                 await self._refresh()
 
     async def _refresh(self) -> None:
