@@ -28,4 +28,5 @@ def bottleneck(shares: Mapping[str, Sequence[float]]) -> str | None:
         return f"{first} and {' and '.join(others)} are busy all the time: nothing waits, the machine is the bottleneck"
     shown = ", ".join(f"{role} {busy[role]:.0%}" for role in others)
     verb = "waits" if len(waiting) == 1 else "wait"
-    return f"{first} is the bottleneck: {' and '.join(waiting)} {verb} for it (busy: {first} {busy[first]:.0%}, {shown})"
+    told = f"(busy: {first} {busy[first]:.0%}, {shown})"
+    return f"{first} is the bottleneck: {' and '.join(waiting)} {verb} for it {told}"

@@ -69,8 +69,8 @@ def _chaos(
     arguments: argparse.Namespace, seed: int, folder: Path, root: str, disk: Path | None, console: Console
 ) -> int:
     rng, plain = random.Random(seed), arguments.without_prefect
-    per_kill = 14 if plain else 30
-    num_steps = arguments.steps or 40 + per_kill * arguments.kills
+    # Training goes on while a server or a worker is started again, and two or three steps pass between strikes.
+    num_steps = arguments.steps or (24 + 6 * arguments.kills if plain else 50 + 22 * arguments.kills)
     config = chaos_config(root, num_steps=num_steps, max_staleness=arguments.max_staleness)
     console.print(f"chaos: seed {seed}, {num_steps} steps, τ = {arguments.max_staleness}, {root}", highlight=False)
     own_environment(folder, _free_port())
@@ -161,10 +161,11 @@ def _show(
         table.add_column(name, justify="left" if name in ("what", "role") else "right")
     table.add_column("started again by")
     for number, (seen, price) in enumerate(zip(disturbances, prices, strict=True), 1):
-        again = "chaos, as a cluster would" if plain else restarter(seen.strike.target)
+        by = "chaos, as a cluster would" if plain else restarter(seen.strike.target)
+        again = by if seen.strike.kind == "SIGKILL" else "; ".join(seen.restarted) or "not needed"
         table.add_row(
             str(number), seen.strike.kind, seen.strike.target, str(seen.at_step), f"{seen.recovery_s:.1f}",
-            str(price.tokens_again), str(price.tokens_lost), again if seen.strike.kind == "SIGKILL" else "not needed",
+            str(price.tokens_again), str(price.tokens_lost), again,
         )  # fmt: skip
     console.print(table)
     kills = [seen.recovery_s for seen in disturbances if seen.strike.kind == "SIGKILL"]

@@ -120,7 +120,7 @@ class Ordeal:
             pid = self._until(lambda: self._world.pid(strike.target) or 0, f"{strike.target} to run")
         at_step, struck, began = self._witness.num_steps, time.time(), time.monotonic()
         restarted: list[str] = []
-        with self._struck(strike, pid):
+        with self._struck(strike, pid, restarted):
             self._until(
                 lambda: self._witness.num_steps > at_step,
                 f"a step after {strike.kind} of {strike.target} at step {at_step}",
@@ -130,7 +130,7 @@ class Ordeal:
         return Disturbance(strike, struck, at_step, recovery_s, tuple(restarted))
 
     @contextlib.contextmanager
-    def _struck(self, strike: Strike, pid: int) -> Iterator[None]:
+    def _struck(self, strike: Strike, pid: int, restarted: list[str]) -> Iterator[None]:
         """The run is struck; where the strike lasts, it is over when the body is, and not before its time."""
         if strike.kind == "SIGKILL":
             # With its children where it is no flow or role: Prefect's server is more than one process.
@@ -141,7 +141,7 @@ class Ordeal:
         elif strike.kind == "SIGSTOP":
             with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(pid).send_signal(signal.SIGSTOP)
-            self._rest(self._pause_s)
+            self._rest(self._pause_s, restarted)
             with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(pid).send_signal(signal.SIGCONT)
             yield
@@ -149,7 +149,7 @@ class Ordeal:
             assert self._disk is not None
             ballast = self._disk / "ballast"
             fill(ballast)
-            self._rest(FULL_DISK_S)
+            self._rest(FULL_DISK_S, restarted)
             ballast.unlink()
             yield
 
