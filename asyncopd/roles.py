@@ -118,6 +118,7 @@ class RoleProcesses:
             elif now - since > self._hang_s:
                 self._say(f"{spec.name} gave no sign of life for {now - since:.0f} s and is killed")
                 child.kill()
+                self._last_beats[child.record.pid] = (beat, now)
 
     def _start(self, spec: RoleSpec) -> None:
         self._started[spec] = time.monotonic()
