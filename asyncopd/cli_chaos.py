@@ -69,9 +69,10 @@ def _chaos(
     arguments: argparse.Namespace, seed: int, folder: Path, root: str, disk: Path | None, console: Console
 ) -> int:
     rng, plain = random.Random(seed), arguments.without_prefect
-    # Training goes on while a server or a worker is started again, and two or three steps pass between strikes.
-    num_steps = arguments.steps or (24 + 6 * arguments.kills if plain else 50 + 22 * arguments.kills)
-    config = chaos_config(root, num_steps=num_steps, max_staleness=arguments.max_staleness)
+    # Under Prefect training goes on while a server is started again for half a minute: slower, and more steps.
+    num_steps = arguments.steps or (24 + 6 * arguments.kills if plain else 40 + 10 * arguments.kills)
+    poll_s = 0.1 if plain else 0.25
+    config = chaos_config(root, num_steps=num_steps, max_staleness=arguments.max_staleness, poll_s=poll_s)
     console.print(f"chaos: seed {seed}, {num_steps} steps, τ = {arguments.max_staleness}, {root}", highlight=False)
     own_environment(folder, _free_port())
     started = time.monotonic()

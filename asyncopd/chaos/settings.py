@@ -10,11 +10,14 @@ RUN_ID = "chaos"
 LEASE_S = 2.0
 
 
-def chaos_config(root: str, *, num_steps: int, max_staleness: int) -> RunConfig:
+def chaos_config(root: str, *, num_steps: int, max_staleness: int, poll_s: float = 0.1) -> RunConfig:
     """A tiny student, the oracle teacher, two samplers, and limits short enough to be hit.
 
     One slot: a response is then decoded alone, so its log-probs do not depend on what is beside it. With more slots the
     tokens are the same, but the last bits of log-probs, and so of weights, follow the composition of the batch.
+
+    Args:
+        poll_s: the pace. A step waits for three looks at storage, which leaves room to be disturbed on any machine.
     """
     sections: dict[str, Any] = {
         "name": "chaos",
@@ -27,8 +30,7 @@ def chaos_config(root: str, *, num_steps: int, max_staleness: int) -> RunConfig:
         "storage": {"root": root, "min_free_bytes": 1_000_000},
         "limits": {
             "lease_s": LEASE_S, "heartbeat_s": 0.2, "hang_s": 20, "deadline_s": 180, "max_restarts": 10_000,
-            # A step waits for three looks at storage: a pace that leaves room to be disturbed on any machine.
-            "poll_s": 0.1,
+            "poll_s": poll_s,
         },
     }  # fmt: skip
     return load_config(sections)
