@@ -18,9 +18,12 @@ import yaml
 from rich.console import Console
 
 from asyncopd import __version__, stack
+from asyncopd.cli_chaos import add_chaos
 from asyncopd.cli_study import add_study
+from asyncopd.cli_worker import add_worker
 from asyncopd.config import RunConfig, load_config, parse_override
-from asyncopd.errors import AsyncOPDError, ConfigError, ServerAwayError, StackError
+from asyncopd.config.changes import differences, safe_changes
+from asyncopd.errors import AsyncOPDError, ServerAwayError, StackError
 from asyncopd.flow_runs import FlowRun
 from asyncopd.follow import follow, show_report, show_status
 from asyncopd.progress import is_finished
@@ -78,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     config.set_defaults(run=_config)
 
     add_study(commands)
+    add_worker(commands)
+    add_chaos(commands)
     return parser
 
 
@@ -94,12 +99,14 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.root:
         overrides["storage.root"] = arguments.root
     source = arguments.config or "configs/quickstart.yaml"
-    config = load_config(source, overrides)
+    resumes = _exists(arguments, overrides)
+    config = _to_resume(arguments, overrides) if resumes else load_config(source, overrides)
     run_id = arguments.run_id or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     parameters: dict[str, Any] = {"run_id": run_id, "config": str(Path(source)), "overrides": overrides}
-    if arguments.run_id and run_id in list_runs(open_store(config.storage.root)):
-        config = _to_resume(arguments, config, run_id)
+    if resumes:
         parameters = {"run_id": run_id, "root": config.storage.root}
+        changed = differences(_stored_config(config.storage.root, run_id), config)
+        parameters["overrides"] = {key: new for key, (_, new) in changed.items()}
         if is_finished(_log_of(config, run_id), config) and (home() / "reports" / run_id).is_dir():
             show_report(home() / "reports" / run_id, console=console)
             return 0
@@ -123,15 +130,26 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _to_resume(arguments: argparse.Namespace, asked: RunConfig, run_id: str) -> RunConfig:
-    """The stored configuration of a run; refuses when another one was asked for."""
-    stored = _stored_config(asked.storage.root, run_id)
-    if (arguments.config or arguments.overrides) and asked != stored:
-        raise ConfigError(
-            f"run {run_id} exists and only goes on with the configuration it was started with. Leave CONFIG and --set "
-            "out to resume it, or --run-id to start a new run."
-        )
-    return stored
+def _exists(arguments: argparse.Namespace, overrides: dict[str, Any]) -> bool:
+    """Is there a run of the asked id?"""
+    if not arguments.run_id:
+        return False
+    config = load_config(arguments.config or "configs/quickstart.yaml", _where(overrides))
+    return arguments.run_id in list_runs(open_store(config.storage.root))
+
+
+def _to_resume(arguments: argparse.Namespace, overrides: dict[str, Any]) -> RunConfig:
+    """The configuration a run goes on with: the stored one and safe changes. Refuses any other change."""
+    source = arguments.config or "configs/quickstart.yaml"
+    stored = _stored_config(load_config(source, _where(overrides)).storage.root, arguments.run_id)
+    asked = load_config(arguments.config or stored.model_dump(mode="json"), overrides)
+    safe_changes(stored, asked, run_id=arguments.run_id)
+    return asked
+
+
+def _where(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Only the override that says where runs are."""
+    return {key: value for key, value in overrides.items() if key == "storage.root"}
 
 
 def _patiently(flow_run: FlowRun) -> Callable[[], str | None]:
@@ -247,8 +265,7 @@ def _stored_config(root: str, run_id: str) -> RunConfig:
             f"there is no run {run_id} in {root}. Existing runs: {', '.join(list_runs(store)[-5:]) or 'none'}. "
             "Name another storage root with --root."
         )
-    stored = RunConfig.model_validate(open_run(store, run_id).record["config"])
-    return stored.model_copy(update={"storage": stored.storage.model_copy(update={"root": root})})
+    return RunConfig.model_validate(open_run(store, run_id).config())
 
 
 def _log_of(config: RunConfig, run_id: str) -> StoredRunLog:

@@ -16,6 +16,8 @@ class AsyncOPDError(Exception):
         ├── EngineError          a sampler or scorer could not serve a request
         ├── NonFiniteError       a loss or gradient became NaN or infinite; nothing was published
         ├── DeadlineError        a wait ran out; the message names what it waited for
+        ├── RunStoppedError      the run was stopped while a worker was busy with it; the worker ends too
+        ├── SupersededError      another learner took the run over; this one must not publish any more
         ├── RoleFailedError      a role process ended with an error; carries the role's own reason
         └── StackError           the local Prefect server or worker could not be started or reached
             └── ServerAwayError      a Prefect server that was there does not answer now
@@ -58,6 +60,14 @@ class NonFiniteError(AsyncOPDError):
 
 class DeadlineError(AsyncOPDError):
     """A wait ran out; the message names what it waited for."""
+
+
+class RunStoppedError(AsyncOPDError):
+    """The run was stopped, as its record in storage says; workers that joined it end."""
+
+
+class SupersededError(AsyncOPDError):
+    """Another learner took the run over; whatever this one published since counts for nothing."""
 
 
 class RoleFailedError(AsyncOPDError):

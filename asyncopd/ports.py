@@ -137,6 +137,35 @@ class Scorer(Protocol):
         ...
 
 
+class ClaimRecord(Protocol):
+    """A shard, or the learner's place, in somebody's hands."""
+
+    @property
+    def attempt(self) -> int:
+        """1 when nobody held it before."""
+        ...
+
+
+class RunStateRecord(Protocol):
+    """What the flow of a run said about it."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def state(self) -> str:
+        """`running`, `stopped`, `failed` or `completed`."""
+        ...
+
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def ended(self) -> bool:
+        """Stopped or failed: every worker of the run ends."""
+        ...
+
+
 class RunLog(Protocol):
     """One Run in storage. Every `publish_*` is durable when it returns and harmless when repeated; reads verify.
 
@@ -171,12 +200,20 @@ class RunLog(Protocol):
         """True when `worker` now holds the shard: nobody did, or the holder's heartbeat stood still for `lease_s`."""
         ...
 
+    def take(self, stage: str, shard: IndexRange, *, worker: str, lease_s: float) -> ClaimRecord | None:
+        """As `claim`, with the claim itself."""
+        ...
+
     def heartbeat(self, worker: str, status: Mapping[str, Any]) -> None:
-        """Renew every lease of `worker` and tell what it does; overwrites the worker's previous heartbeat."""
+        """Renew every lease of `worker` and tell what it does; overwrites its last heartbeat. Not after `retire`."""
         ...
 
     def retire(self, worker: str) -> None:
-        """The worker stops in good order: its unfinished claims are free at once."""
+        """The worker stops in good order: its unfinished claims are free at once. Final within this process."""
+        ...
+
+    def run_state(self) -> RunStateRecord | None:
+        """What the run's flow last said about it; None while nobody said anything."""
         ...
 
     # -- policy versions ----------------------------------------------------------------------------------------
@@ -301,6 +338,10 @@ class RunHistory(Protocol):
 
     def rewinds(self) -> Sequence[RewindRecord]:
         """Oldest first."""
+        ...
+
+    def run_state(self) -> RunStateRecord | None:
+        """What the run's flow last said about it."""
         ...
 
     def trajectory_shards(self) -> Sequence[IndexRange]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from asyncopd.bottleneck import bottleneck
 from asyncopd.config import RunConfig
 from asyncopd.ports import HeartbeatRecord, RunHistory
 from asyncopd.types import Evaluation, TrainStep
@@ -68,6 +69,11 @@ class Progress:
     """Versions, over the tokens of the last steps."""
     staleness_max: int | None
     eta_s: float | None
+    """None while too few steps are known, and for a run that is stopped."""
+    stopped: str | None
+    """Why no step is being trained now although some are missing; None while the run goes on or is finished."""
+    bottleneck: str | None
+    """Which role holds the others up, in words; None while too little is known, and for a run that is stopped."""
     evaluations: tuple[Evaluation, ...]
     roles: tuple[RoleProgress, ...]
     failures: tuple[str, ...]
@@ -145,6 +151,7 @@ class ProgressWatch:
         recent = self._steps[-_RECENT_STEPS:]
         ages = [(age, count) for step in recent for age, count in step.staleness_tokens.items()]
         latest = self._log.latest_policy()
+        stopped = self._stopped(roles)
         return Progress(
             elapsed_s=self._clock() - self._began,
             num_steps_done=len(self._steps),
@@ -154,7 +161,9 @@ class ProgressWatch:
             version=latest.number if latest else None,
             staleness_mean=sum(a * n for a, n in ages) / sum(n for _, n in ages) if ages else None,
             staleness_max=max((age for age, _ in ages), default=None),
-            eta_s=self._eta_s(recent),
+            eta_s=None if stopped else self._eta_s(recent),
+            stopped=stopped,
+            bottleneck=None if stopped else _bottleneck(roles),
             evaluations=self._evaluations,
             roles=roles,
             failures=self._failures,
@@ -178,6 +187,16 @@ class ProgressWatch:
                 roles.append(RoleProgress(role, worker, beat.status, self._silent_s(beat)))
         return tuple(sorted(roles, key=lambda r: (r.role, r.worker)))
 
+    def _stopped(self, roles: tuple[RoleProgress, ...]) -> str | None:
+        if len(self._steps) >= self._num_steps:
+            return None
+        state = self._log.run_state()
+        if state is not None and state.ended:
+            return f"{state.state} ({state.reason})" if state.reason else state.state
+        alive = {worker.role for worker in roles if not worker.silent_s}
+        # Before its first step a run makes models, and the learner's process starts.
+        return "no learner gives a sign of life" if self._steps and "learn" not in alive else None
+
     def _silent_s(self, beat: HeartbeatRecord) -> float:
         age_s = self._wall_clock() - beat.beaten
         return age_s if age_s > _SILENT_HEARTBEATS * self._heartbeat_s else 0.0
@@ -200,3 +219,11 @@ class ProgressWatch:
             return 0.0
         # The median, because a resumed run has one gap that is hours long.
         return left * statistics.median(gaps) if gaps else None
+
+
+def _bottleneck(roles: tuple[RoleProgress, ...]) -> str | None:
+    shares: dict[str, list[float]] = {}
+    for worker in roles:
+        if not worker.silent_s and "busy" in worker.status:
+            shares.setdefault(worker.role, []).append(worker.status["busy"])
+    return bottleneck(shares)

@@ -43,6 +43,8 @@ def panel(progress: Progress, title: str, config: RunConfig) -> RenderableType:
         lines.add_row("policy", _policy(progress, config))
         lines.add_row("step", _losses(progress))
         lines.add_row("quality", _quality(progress))
+        if progress.bottleneck:
+            lines.add_row("now", escape(progress.bottleneck))
     roles = Table.grid(padding=(0, 2))
     for worker in sorted(progress.roles, key=_role_order):
         waits = f"[dim]next waits for {escape(worker.waiting_for)}[/]" if worker.waiting_for else ""
@@ -111,6 +113,8 @@ def _bar(done: int, total: int, text: str) -> RenderableType:
 
 
 def _eta(progress: Progress) -> str:
+    if progress.stopped:
+        return f"not going on: {progress.stopped}"
     return "time left not known yet" if progress.eta_s is None else f"{duration(progress.eta_s)} left"
 
 

@@ -1,19 +1,25 @@
 """Keeps the role processes of a run alive on one machine: starts, restarts, stops them, and reports why one failed.
 
-start all --> every second: ended well? done with it.  ended badly? start again, up to max_restarts, else fail
+start all --> five times a second: ended well? done with it.  ended badly? start again, up to max_restarts, else fail
+              heartbeat stood still for hang_s although the process lives? SIGKILL, then as above
 stop: SIGTERM to all at once, SIGKILL after the grace; by stdin's end they also stop when this process dies
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from asyncopd.errors import RoleFailedError
+from asyncopd.errors import RoleFailedError, StorageError
 from asyncopd.supervise import TERMINATE_GRACE_S, Child, end_processes
+
+STEADY_S = 300.0
+"""A process that lived this long has its restarts again: what kills a role once an hour is not a broken role."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +48,27 @@ class RoleProcesses:
         log_dir: Path,
         env: dict[str, str],
         max_restarts: int,
+        hang_s: float,
         failure_of: Callable[[str], str | None],
+        beats: Callable[[], Mapping[int, object]],
+        bury: Callable[[int], object],
         say: Callable[[str], None],
     ) -> None:
         """
         Args:
             failure_of: role -> the reason its last process published before it ended, if any.
+            beats: pid -> anything that changes with every heartbeat of that process on this machine.
+            bury: told the pid of every child that ended, so that nobody waits for its leases to run out.
         """
         self._run_id, self._root, self._log_dir, self._env = run_id, root, log_dir, env
+        self._max_restarts, self._hang_s = max_restarts, hang_s
         self._restarts_left = {spec.name: max_restarts for spec in specs}
+        self._beats, self._bury = beats, bury
+        self._last_beats: dict[int, tuple[object, float]] = {}
+        """pid -> its last heartbeat, and when this process saw it first, on the monotonic clock."""
         self._failure_of, self._say = failure_of, say
         self._children: dict[RoleSpec, Child] = {}
+        self._started: dict[RoleSpec, float] = {}
         self._specs = specs
 
     async def run(self) -> None:
@@ -64,8 +80,12 @@ class RoleProcesses:
         try:
             for spec in self._specs:
                 self._start(spec)
+            checked_s = time.monotonic()
             while self._children:
                 await asyncio.sleep(0.2)
+                if time.monotonic() - checked_s > self._hang_s / 5:
+                    await self._kill_hung()
+                    checked_s = time.monotonic()
                 for spec, child in list(self._children.items()):
                     status = child.exit_status()
                     if status is not None:
@@ -83,7 +103,25 @@ class RoleProcesses:
             child.exit_status()
             child.close()
 
+    async def _kill_hung(self) -> None:
+        """SIGKILL every child that lives but does not beat: nothing gentler reaches a process that is stopped."""
+        try:
+            beats = await asyncio.to_thread(self._beats)
+        except StorageError:
+            return  # storage that does not answer says nothing about the roles
+        now = time.monotonic()
+        for spec, child in self._children.items():
+            beat = beats.get(child.record.pid)
+            last, since = self._last_beats.get(child.record.pid, (None, now))
+            if beat is None or beat != last:
+                self._last_beats[child.record.pid] = (beat, now)
+            elif now - since > self._hang_s:
+                self._say(f"{spec.name} gave no sign of life for {now - since:.0f} s and is killed")
+                child.kill()
+                self._last_beats[child.record.pid] = (beat, now)
+
     def _start(self, spec: RoleSpec) -> None:
+        self._started[spec] = time.monotonic()
         self._children[spec] = Child(
             spec.name,
             [sys.executable, "-m", "flows.role", spec.role, "--run-id", self._run_id, "--root", self._root],
@@ -93,12 +131,17 @@ class RoleProcesses:
 
     def _ended(self, spec: RoleSpec, child: Child, status: int) -> None:
         del self._children[spec]
+        self._last_beats.pop(child.record.pid, None)
         child.close()
         if status == 0:
             self._say(f"{spec.name} finished")
             return
         reason = self._failure_of(spec.role) or child.tail()
         cause = f"exit status {status}" if status > 0 else f"signal {-status}"
+        with contextlib.suppress(StorageError):  # its leases then run out by themselves
+            self._bury(child.record.pid)
+        if time.monotonic() - self._started[spec] > STEADY_S:
+            self._restarts_left[spec.name] = self._max_restarts
         if self._restarts_left[spec.name] == 0:
             raise RoleFailedError(f"{spec.name} ended with {cause}: {reason}\nIts output is in {child.log_path}.")
         self._restarts_left[spec.name] -= 1

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from asyncopd.errors import ConfigError
 from asyncopd.types import IndexRange
 
+LEARNER_PLACE = IndexRange(0, 1)
+"""Under stage `learn` workers claim the one place of a learner, not indices."""
+
 
 def step_of(index: int, batch_size: int) -> int:
     """The learner step that trains `index`."""

@@ -124,6 +124,11 @@ class Child:
         if self._popen.poll() is None:
             self._popen.terminate()
 
+    def kill(self) -> None:
+        """End it whatever it does: SIGKILL, without waiting."""
+        if self._popen.poll() is None:
+            self._popen.kill()
+
     def close(self) -> None:
         """Release the lifeline and the record of a child that ended."""
         if self._popen.stdin is not None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
+import signal
 import socket
 import time
 import uuid
@@ -20,11 +22,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from asyncopd.errors import DeadlineError
+from asyncopd.busy import BusyShare
+from asyncopd.errors import DeadlineError, RunStoppedError, StorageError
 from asyncopd.ports import RunLog
 from asyncopd.types import IndexRange, Span
 
+logger = logging.getLogger(__name__)
+
 Found = TypeVar("Found")
+STOPPED = 143
+"""Exit status of a role that was asked to stop, as a shell reports SIGTERM."""
 
 
 def worker_name(role: str) -> str:
@@ -45,7 +52,10 @@ class Worker:
         self.deadline_s = deadline_s
         self.status: dict[str, Any] = {"role": role, "pid": os.getpid(), "host": socket.gethostname()}
         """Shown by every progress display; the stage updates it, the heartbeat publishes it."""
+        self.busy = BusyShare()
+        """Stages wrap their pieces of work in `busy.working()`; the heartbeat tells the share."""
         self._heartbeat_s = heartbeat_s
+        self._stopped: str | None = None
         self._spans: list[Span] = []
         self._num_span_objects = 0
 
@@ -76,11 +86,23 @@ class Worker:
         """Heartbeat while the body runs; retire at its end, however it ends, so that claims are free at once.
 
         An error that ends the body is published as the role's failure before it travels on.
+
+        Raises:
+            RunStoppedError: the run is stopped, or was stopped while the body ran; whoever started this worker need
+                not know how to reach it.
         """
+        self._refuse_stopped_run()
         self._beat()
-        beating = asyncio.create_task(self._beat_forever())
+        body = asyncio.current_task()
+        assert body is not None
+        beating = asyncio.create_task(self._beat_forever(body))
         try:
             yield
+        except asyncio.CancelledError:
+            if self._stopped is None:
+                raise
+            body.uncancel()
+            raise RunStoppedError(self._stopped) from None
         except Exception as error:
             cause = _first_cause(error)
             self.log.publish_failure(self.role, self.name, f"{type(cause).__name__}: {cause}")
@@ -96,16 +118,34 @@ class Worker:
             self.log.retire(self.name)
 
     def _beat(self) -> None:
-        self.log.heartbeat(self.name, self.status)
+        self.log.heartbeat(self.name, {**self.status, "busy": round(self.busy.share(), 3)})
 
-    async def _beat_forever(self) -> None:
+    def _refuse_stopped_run(self) -> None:
+        state = self.log.run_state()
+        if state is not None and state.ended:
+            raise RunStoppedError(
+                f"run {self.log.run_id} is {state.state} ({state.reason or 'no reason given'}). Go on with it first: "
+                f"asyncopd train --run-id {self.log.run_id}."
+            )
+
+    async def _beat_forever(self, body: asyncio.Task[Any]) -> None:
         ticks = 0
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            await asyncio.to_thread(self._beat)
-            ticks += 1
-            if ticks % 5 == 0:
-                await self.flush_spans()
+            try:
+                await asyncio.to_thread(self._beat)
+                state = await asyncio.to_thread(self.log.run_state)
+                ticks += 1
+                if ticks % 5 == 0:
+                    await self.flush_spans()
+            except StorageError as error:
+                # Storage may come back; a worker that gave up beating would work on without its leases, unseen.
+                logger.warning("%s could not renew its leases: %s", self.name, error)
+                continue
+            if state is not None and state.ended:
+                self._stopped = f"run {self.log.run_id} is {state.state} ({state.reason}); {self.name} ends with it."
+                body.cancel()
+                return
 
     # -- waiting --------------------------------------------------------------------------------------------------
     async def wait_for(self, probe: Callable[[], Found | None], what: str) -> Found:
@@ -145,6 +185,24 @@ def _first_cause(error: Exception) -> Exception:
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+async def until_terminated(body: Awaitable[object]) -> int:
+    """Run a role's body to its end; SIGTERM and SIGINT cancel it from within, so that every `finally` runs.
+
+    Returns:
+        The exit status: 0, or STOPPED when a signal or the run's own record ended it early.
+    """
+    main = asyncio.current_task()
+    assert main is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, main.cancel)
+    try:
+        await body
+    except (asyncio.CancelledError, RunStoppedError) as ended:
+        logger.warning("stopped: %s", ended or "by a signal")
+        return STOPPED
+    return 0
 
 
 class ShardStage(Protocol):

@@ -52,6 +52,9 @@ async def _finish(run_id: str, root: Path, specs: list[Any]) -> None:
         log_dir=root / "logs",
         env=prefect_environment(),
         max_restarts=0,
+        hang_s=300,
+        beats=dict,
+        bury=lambda pid: None,
         failure_of=lambda role: None,
         say=lambda line: None,
     ).run()

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from prefect import flow
+from typing import Any
 
-from asyncopd.evaluate.stage import versions_to_evaluate
-from flows.wiring import evaluate_stage, open_stored_run
+from prefect import flow
+from prefect.client.schemas.objects import State
+
+from flows import work
+from flows.stopping import cancelled_with_its_run
+from flows.wiring import open_stored_run
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{run_id}")
-async def evaluate(run_id: str, root: str = "runs") -> None:
+async def evaluate(run_id: str, root: str = "runs") -> State[Any] | None:
     """Evaluate version 0, every `evaluate.every`-th and the last version of a run as they appear.
 
     Args:
         run_id: a run that `asyncopd/train` created.
         root: its storage root.
     """
-    run = open_stored_run(root, run_id)
-    worker = run.worker("evaluate")
-    async with worker.alive():
-        await worker.wait_for(run.log.latest_policy, "version 0 to be published")
-        stage, sampler = evaluate_stage(run, worker)
-        try:
-            await stage.run(versions_to_evaluate(run.config.learner.num_steps, run.config.evaluate.every))
-        finally:
-            await sampler.close()
+    return await cancelled_with_its_run(work.evaluate(open_stored_run(root, run_id)))

@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
-import signal
 import sys
 
+from prefect.exceptions import CancelledRun
+
 from asyncopd.supervise import watch_parent
+from asyncopd.worker import STOPPED, until_terminated
 
 ROLES = ("pretrain", "rollout", "score", "learn", "evaluate")
-STOPPED = 143
-"""Exit status after SIGTERM, as a shell reports it."""
 
 
 def main() -> None:
@@ -31,16 +31,12 @@ def main() -> None:
 
 
 async def _run(role: str, run_id: str, root: str) -> int:
-    main_task = asyncio.current_task()
-    assert main_task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main_task.cancel)
     # One role per process: importing all five would load every engine into each of them.
     flow = getattr(importlib.import_module(f"flows.{role}"), role)
     try:
-        await flow(run_id=run_id, root=root)
-    except asyncio.CancelledError:
+        return await until_terminated(flow(run_id=run_id, root=root))
+    except CancelledRun:
         return STOPPED
-    return 0
 
 
 if __name__ == "__main__":

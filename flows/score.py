@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 
-from asyncopd.worker import run_lanes
+from flows import work
 from flows.shard_tasks import timed_task
-from flows.wiring import open_stored_run, score_stage
+from flows.stopping import cancelled_with_its_run
+from flows.wiring import open_stored_run
 
 
 @flow(name="score", flow_run_name="score-{run_id}")
-async def score(run_id: str, root: str = "runs") -> None:
+async def score(run_id: str, root: str = "runs") -> State[Any] | None:
     """Score the trajectory shards of a run with its teacher until all of them are scored.
 
     Args:
         run_id: a run that `asyncopd/train` created.
         root: its storage root.
     """
-    run = open_stored_run(root, run_id)
-    worker = run.worker("score")
-    shards_per_task = run.config.score.shards_per_task
-    async with worker.alive():
-        stage = score_stage(run, worker)
-        # Two lanes: one reads or writes Parquet while the other is in the teacher.
-        await run_lanes(
-            partial(timed_task("score-shards", worker), stage, shards_per_task),
-            num_lanes=2,
-            shards_per_task=shards_per_task,
-        )
+    return await cancelled_with_its_run(work.score(open_stored_run(root, run_id), timed_task))

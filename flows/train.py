@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 import uuid
 from datetime import UTC, datetime
@@ -31,14 +32,17 @@ from prefect.states import Cancelled
 
 from asyncopd import __version__
 from asyncopd.config import RunConfig, TinyModel, load_config
+from asyncopd.config.changes import safe_changes
 from asyncopd.errors import ConfigError
 from asyncopd.progress import is_finished
 from asyncopd.report import write_report
 from asyncopd.roles import RoleProcesses, RoleSpec
+from asyncopd.schedule import LEARNER_PLACE
 from asyncopd.stack import prefect_environment
-from asyncopd.supervise import home, record_process
+from asyncopd.supervise import TERMINATE_GRACE_S, home, record_process
 from flows.preflight import preflight
 from storage.open import open_store
+from storage.records import RunStateName
 from storage.run_log import StoredRunLog
 from storage.runs import create_run, find_model, list_runs, open_run
 
@@ -66,19 +70,28 @@ async def train(
     record_process("flow", os.getpid())
     resolved, log = _open_or_create(config, overrides or {}, run_id, root)
     say = get_run_logger().info
+    flow_run = str(get_run_context().flow_run.id)  # type: ignore[union-attr]
     say(f"run {log.run_id} in {resolved.storage.root}")
     started = time.time()
     if is_finished(log, resolved):
         say("every step is trained and evaluated already")
         await _publish_report(log, resolved, started)
         return log.run_id
+    await asyncio.to_thread(await_previous_learner, log, resolved)
+    log.record_state("running", by=flow_run)
     try:
         if _missing_models(resolved):
             await _run_roles(resolved, log, [RoleSpec("pretrain")])
         await _run_roles(resolved, log, role_specs(resolved))
     except _CancelRequested:
+        _record_end(log, "stopped", "cancelled", flow_run)
         again = f"prefect deployment run asyncopd/train -p run_id={log.run_id} -p root={resolved.storage.root}"
         return Cancelled(message=f"cancelled; `{again}` goes on")
+    except BaseException as error:
+        # Also asyncio's CancelledError: workers that joined from elsewhere learn of the end from storage alone.
+        _record_end(log, "failed", f"{type(error).__name__}: {error}"[:500], flow_run)
+        raise
+    _record_end(log, "completed", "", flow_run)
     await _publish_report(log, resolved, started)
     return log.run_id
 
@@ -93,6 +106,34 @@ def role_specs(config: RunConfig) -> list[RoleSpec]:
     ]
 
 
+def await_previous_learner(log: StoredRunLog, config: RunConfig) -> None:
+    """Wait until no learner works on the run: the last flow's own needs seconds to end, a dead one a lease.
+
+    Raises:
+        ConfigError: it goes on beating; the run is being trained by another flow.
+    """
+    lease_s = config.limits.lease_s
+    deadline = time.monotonic() + lease_s + 2 * TERMINATE_GRACE_S
+    last = None
+    while (holder := log.holder("learn", LEARNER_PLACE, lease_s=lease_s)) is not None:
+        last = holder
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"run {log.run_id} is being trained by {holder}, which is alive. A run has one learner: wait for it, "
+                "stop that flow first, or add samplers and scorers with `asyncopd worker`."
+            )
+        time.sleep(0.2)
+    if last is not None:
+        log.retire(last)  # its lease ran out before our eyes; the next learner need not watch it for another
+
+
+def _record_end(log: StoredRunLog, state: RunStateName, reason: str, flow_run: str) -> None:
+    """Tell every worker of the run, wherever it is; unless another flow has gone on with the run in the meantime."""
+    current = log.run_state()
+    if current is not None and current.by == flow_run:
+        log.record_state(state, by=flow_run, reason=reason)
+
+
 class _CancelRequested(Exception):
     """Prefect's state of this flow run is Cancelling."""
 
@@ -102,18 +143,18 @@ def _open_or_create(
 ) -> tuple[RunConfig, StoredRunLog]:
     if root is not None:
         overrides = {**overrides, "storage.root": root}
-    resolved = load_config(config or "configs/quickstart.yaml", overrides)
-    store = open_store(resolved.storage.root)
+    where = {key: value for key, value in overrides.items() if key == "storage.root"}
+    store = open_store(load_config(config or "configs/quickstart.yaml", where).storage.root)
     if run_id is not None and run_id in list_runs(store):
         log = open_run(store, run_id)
-        stored = RunConfig.model_validate(log.record["config"])
-        if (config is not None or set(overrides) - {"storage.root"}) and stored != resolved:
-            raise ConfigError(
-                f"run {run_id} was started with another configuration and only goes on with its own. Leave `config` "
-                "and `overrides` out to resume it, or leave `run_id` out to start a new run."
-            )
-        preflight(stored)
-        return stored, log
+        stored = RunConfig.model_validate(log.config())
+        asked = load_config(config or stored.model_dump(mode="json"), overrides)
+        changes = safe_changes(stored, asked, run_id=run_id)
+        preflight(asked)
+        if changes:
+            log.record_change(changes)
+        return asked, log
+    resolved = load_config(config or "configs/quickstart.yaml", overrides)
     if run_id is not None and config is None and not overrides:
         raise ConfigError(
             f"there is no run {run_id} in {resolved.storage.root}. Existing runs: {list_runs(store)[-5:] or 'none'}. "
@@ -152,6 +193,9 @@ async def _run_roles(config: RunConfig, log: StoredRunLog, specs: list[RoleSpec]
         log_dir=home() / "logs" / log.run_id,
         env=prefect_environment(),
         max_restarts=config.limits.max_restarts,
+        hang_s=config.limits.hang_s,
+        beats=lambda: _beats_here(log),
+        bury=lambda pid: log.bury(host=socket.gethostname(), pid=pid),
         failure_of=lambda role: next((f.reason for f in reversed(log.failures()) if f.role == role), None),
         say=logger.info,
     )
@@ -166,6 +210,15 @@ async def _run_roles(config: RunConfig, log: StoredRunLog, specs: list[RoleSpec]
             unfinished.cancel()
         # Also when this coroutine itself is being cancelled: stopping is synchronous on purpose.
         processes.stop()
+
+
+def _beats_here(log: StoredRunLog) -> dict[int, float]:
+    """pid -> time of the last heartbeat, of the run's workers on this machine that did not retire."""
+    return {
+        beat.status["pid"]: beat.beaten
+        for beat in log.heartbeats().values()
+        if not beat.retired and beat.status.get("host") == socket.gethostname()
+    }
 
 
 async def _watch(config: RunConfig, log: StoredRunLog) -> None:

@@ -57,11 +57,11 @@ class OpenRun:
 
 
 def open_stored_run(root: str, run_id: str) -> OpenRun:
-    """Open a run that the `asyncopd` flow created. Its configuration is the stored one, not a file's."""
+    """Open a run that the `asyncopd` flow created. Its configuration is the stored one with its recorded changes."""
     torch.set_num_threads(1)
     store = open_store(root)
     log = open_run(store, run_id)
-    config = RunConfig.model_validate(log.record["config"])
+    config = RunConfig.model_validate(log.config())
     return OpenRun(store, log, config, task_of(config, config.seed))
 
 
@@ -202,6 +202,7 @@ def learn_stage(run: OpenRun, worker: Worker) -> LearnStage:
         checkpoint_every=config.learner.checkpoint_every,
         required=config.loss.requirements(),
         vocab_size=run.task.tokenizer.vocab_size,
+        lease_s=config.limits.lease_s,
     )
 
 

@@ -41,13 +41,21 @@ class ClaimLog:
         self._sightings: dict[str, _Sighting] = {}
         self._newest: dict[tuple[str, IndexRange], Claim] = {}
         self._beats: dict[str, int] = {}
+        self._retired: set[str] = set()
+        """Workers of this process that stopped: what a thread of theirs still does afterwards must not revive them."""
         self._claim_lock = threading.Lock()
         # Of its own, so that a claim that waits for a slow store does not hold up the heartbeat.
         self._beat_lock = threading.Lock()
 
     def claim(self, stage: str, shard: IndexRange, *, worker: str, lease_s: float) -> bool:
         """True when `worker` now holds the shard: nobody did, or the holder's heartbeat stood still for `lease_s`."""
+        return self.take(stage, shard, worker=worker, lease_s=lease_s) is not None
+
+    def take(self, stage: str, shard: IndexRange, *, worker: str, lease_s: float) -> Claim | None:
+        """As `claim`, with the claim itself: its attempt says whether somebody held the shard before."""
         with self._claim_lock:
+            if worker in self._retired:
+                return None
             if worker not in self._beats:
                 # Otherwise an old heartbeat of this name, perhaps a retired one, would make the new claim look dead.
                 self.heartbeat(worker, {})
@@ -56,27 +64,56 @@ class ClaimLog:
                 if claim is not None and claim.worker == worker:
                     successor = self._find_claim(stage, shard, claim.attempt + 1)
                     if successor is None:
-                        return True
+                        return claim
                     claim = self._newest[stage, shard] = successor
                     continue
                 if claim is not None and not self._dead(claim.worker, lease_s):
-                    return False
+                    return None
                 attempt = 1 if claim is None else claim.attempt + 1
                 mine = Claim(stage=stage, shard=shard, attempt=attempt, worker=worker, claimed=time.time())
                 key, body = self.layout.claim(stage, shard, attempt), _claim_to_json(mine)
                 won = self.store.put_if_absent(key, body, durable=False)
                 claim = self._newest[stage, shard] = mine if won else self._read_claim(stage, shard, attempt)
 
+    def holder(self, stage: str, shard: IndexRange, *, lease_s: float) -> str | None:
+        """Who holds the shard now; None when nobody claimed it, or the last holder retired or stood still.
+
+        A holder that this process never saw before counts as alive until its heartbeat stood still for `lease_s`.
+        """
+        with self._claim_lock:
+            claim, attempt = None, 1
+            while (successor := self._find_claim(stage, shard, attempt)) is not None:
+                claim, attempt = successor, attempt + 1
+            return None if claim is None or self._dead(claim.worker, lease_s) else claim.worker
+
     def heartbeat(self, worker: str, status: Mapping[str, Any]) -> None:
-        """Renew every lease of `worker` and tell what it does; overwrites the worker's previous heartbeat."""
+        """Renew every lease of `worker` and tell what it does; overwrites the worker's previous heartbeat.
+
+        Nothing happens after `retire`: a beat that was on its way in another thread must not revive the worker.
+        """
         self._beat(worker, status, retired=False)
 
     def retire(self, worker: str) -> None:
-        """The worker stops in good order: its unfinished claims are free at once. Its last status stays readable."""
+        """The worker stops in good order: its unfinished claims are free at once. Its last status stays readable.
+
+        Final within this process; a process that takes the name again works as any other.
+        """
         last = self._read_heartbeat(key := self.layout.heartbeat(worker), self.store.find(key))
         self._beat(worker, last.status if last else {}, retired=True)
-        with self._beat_lock:
-            self._beats.pop(worker, None)
+
+    def bury(self, *, host: str, pid: int) -> list[str]:
+        """Retire the workers of a process that is known to be dead, so that nobody waits for its leases to run out.
+
+        For the parent that reaped it: a dead child can neither beat nor publish any more. Returns their names.
+        """
+        workers = [
+            worker
+            for worker, beat in self.heartbeats().items()
+            if not beat.retired and (beat.status.get("host"), beat.status.get("pid")) == (host, pid)
+        ]
+        for worker in workers:
+            self.retire(worker)
+        return workers
 
     def claims(self) -> list[Claim]:
         """Every claim ever made, by stage, shard and attempt."""
@@ -90,11 +127,16 @@ class ClaimLog:
 
     # -- private --------------------------------------------------------------------------------------------------
     def _beat(self, worker: str, status: Mapping[str, Any], *, retired: bool) -> None:
+        # The write is inside the lock: of a beat and a retirement at once, the retirement is written last.
         with self._beat_lock:
+            if worker in self._retired:
+                return
+            if retired:
+                self._retired.add(worker)
             # The count makes two beats differ even within one tick of the clock.
             beat = self._beats[worker] = self._beats.get(worker, 0) + 1
-        fields = {"worker": worker, "beat": beat, "beaten": time.time(), "retired": retired, "status": status}
-        self.store.put(self.layout.heartbeat(worker), to_json(fields), durable=False)
+            fields = {"worker": worker, "beat": beat, "beaten": time.time(), "retired": retired, "status": status}
+            self.store.put(self.layout.heartbeat(worker), to_json(fields), durable=False)
 
     def _dead(self, worker: str, lease_s: float) -> bool:
         """Has `worker` retired, or has its heartbeat not changed for `lease_s` while this process was looking?"""

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from asyncopd.errors import ShardCorruptError, StorageError
 from asyncopd.types import Evaluation, IndexRange, Manifest, PolicyVersion, Span, TrainStep
@@ -54,6 +54,39 @@ class Rewind:
     to_step: int
     """State after this many steps."""
     worker: str
+    recorded: float
+    """Unix time, seconds."""
+
+
+RunStateName = Literal["running", "stopped", "failed", "completed"]
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What the flow of a run last said about it."""
+
+    number: int
+    """1 for the first."""
+    state: RunStateName
+    reason: str
+    """Why it stopped or failed; may be empty."""
+    by: str
+    """The flow run that said so."""
+    recorded: float
+    """Unix time, seconds."""
+
+    @property
+    def ended(self) -> bool:
+        """Was the run stopped from outside or by an error? Then its workers stop too, wherever they are."""
+        return self.state in ("stopped", "failed")
+
+
+@dataclass(frozen=True)
+class RunChange:
+    """Settings that were changed when a run was resumed."""
+
+    settings: Mapping[str, tuple[Any, Any]]
+    """Dotted key -> (old value, new value)."""
     recorded: float
     """Unix time, seconds."""
 

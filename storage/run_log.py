@@ -22,11 +22,12 @@ from storage.objects import ObjectStore
 from storage.observations import ObservationLog
 from storage.policies import PolicyLog
 from storage.records import from_json
+from storage.run_states import RunStateLog
 from storage.schema import SCHEMA_VERSION, TopkPrecision
 from storage.shards import decode_scores, decode_trajectories, encode_scores, encode_trajectories
 
 
-class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, ObservationLog):
+class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, ObservationLog, RunStateLog):
     """`asyncopd.ports.RunLog` on an object store. Safe to share between threads."""
 
     def __init__(
@@ -46,6 +47,7 @@ class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, ObservationLog):
         self._record: Mapping[str, Any] | None = None
         PolicyLog.__init__(self)
         ClaimLog.__init__(self, clock)
+        RunStateLog.__init__(self)
 
     @property
     def record(self) -> Mapping[str, Any]:
@@ -85,8 +87,9 @@ class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, ObservationLog):
         _check_cover(shard, [trajectory.index for trajectory in ordered], facts.get("dropped", {}))
         known = {
             "num_tokens": sum(len(trajectory.response_ids) for trajectory in ordered),
-            "version_first": min((trajectory.version_first for trajectory in ordered), default=None),
-            "version_last": max((trajectory.version_last for trajectory in ordered), default=None),
+            # Over all runs of tokens: after a rewind a response may go on under an older version than it began with.
+            "version_first": min((run.version for t in ordered for run in t.version_runs), default=None),
+            "version_last": max((run.version for t in ordered for run in t.version_runs), default=None),
         }
         body = encode_trajectories(ordered, self.run_id)
         return self._publish_shard("trajectories", shard, body, len(ordered), worker=worker, facts={**facts, **known})

@@ -10,7 +10,6 @@ from typing import Any
 from asyncopd.config import RunConfig, load_config
 from asyncopd.evaluate.stage import versions_to_evaluate
 from asyncopd.worker import run_lanes, work_on_shards
-from flows.pretrain import make_model
 from flows.wiring import (
     OpenRun,
     evaluate_stage,
@@ -20,6 +19,7 @@ from flows.wiring import (
     rollout_stage,
     score_stage,
 )
+from flows.work import make_model
 from storage.open import open_store
 from storage.runs import create_run
 

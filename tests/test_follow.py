@@ -124,6 +124,7 @@ def test_a_rewind_takes_steps_back(log: StoredRunLog) -> None:
 def test_the_time_left_ignores_the_pause_before_a_resumption(log: StoredRunLog) -> None:
     for number, finished in enumerate([0, 2, 4, 10_000, 10_002, 10_004]):
         log.publish_step(train_step(number, finished=START + finished))
+    log.heartbeat("learn-1", {"role": "learn"})
     assert watch_of(log).look().eta_s == pytest.approx(6 * 2)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ import pipeline
 import pytest
 
 from asyncopd.schedule import step_of
+from asyncopd.types import PolicyVersion
+from flows.wiring import open_stored_run, rollout_stage
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
@@ -51,6 +55,7 @@ async def test_a_stopped_learner_goes_on_from_its_checkpoint_to_the_same_weights
     rewind = run.log.record_rewind(2, worker=worker.name)  # as if steps 2 and 3 had been lost
     await pipeline.learn(run)
     resumed = run.log.latest_policy()
+    rewind += 1  # the learner records its own, so that whoever trained before it cannot publish into its lineage
     assert (resumed.number, resumed.rewind) == (4, rewind)
     assert run.log.read_policy(resumed).safetensors == through
     assert [(s.step, s.rewind) for s in run.log.steps()] == [(0, 0), (1, 0), (2, rewind), (3, rewind)]
@@ -72,3 +77,22 @@ async def test_training_lowers_the_divergence_from_the_teacher(tmp_path: Path) -
     await pipeline.run_all(run)
     first, last = run.log.evaluations()
     assert last.kl_nats < first.kl_nats - 2 * np.hypot(first.kl_standard_error_nats, last.kl_standard_error_nats)
+
+
+async def test_a_rewind_does_not_take_a_sampler_back_to_older_weights(tmp_path: Path) -> None:
+    # It used to: at τ = 0 a response begun under version 4 then went on under version 2.
+    run = pipeline.new_run(pipeline.small_config(tmp_path, evaluate__every=0))
+    await pipeline.run_all(run)
+    worker = run.worker("rollout")
+    stage, sampler = rollout_stage(run, worker)
+    async with stage.following_versions():
+        assert sampler.version == PolicyVersion(4, 0)
+        run.log.record_rewind(3, worker="learner")
+        assert open_stored_run(run.config.storage.root, run.log.run_id).log.latest_policy() == PolicyVersion(3, 0)
+        await asyncio.sleep(20 * worker.poll_s)
+        assert sampler.version == PolicyVersion(4, 0)
+        for number in (4, 5):
+            newer = replace(run.log.read_policy(PolicyVersion(4)), version=PolicyVersion(number, 1))
+            run.log.publish_policy(newer, worker="learner", facts={})
+        await worker.wait_for(lambda: sampler.version == PolicyVersion(5, 1) or None, "version 5")
+    await sampler.close()

@@ -85,12 +85,69 @@ def test_a_retired_worker_frees_its_shards_at_once(store: ObjectStore) -> None:
     assert theirs.claim("rollout", SHARD, worker="b", lease_s=10)
 
 
-def test_a_retired_name_can_work_again(store: ObjectStore) -> None:
-    (ours, _), (theirs, _) = observer(store), observer(store)
+def test_a_retired_name_can_work_again_in_another_process(store: ObjectStore) -> None:
+    (ours, _), (restarted, _), (theirs, _) = observer(store), observer(store), observer(store)
     ours.heartbeat("a", {})
     ours.retire("a")
-    assert ours.claim("rollout", SHARD, worker="a", lease_s=10)
+    assert restarted.claim("rollout", SHARD, worker="a", lease_s=10)
     assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
+
+
+def test_what_a_thread_still_does_after_retirement_does_not_revive_the_worker(store: ObjectStore) -> None:
+    # A beat already handed to a thread used to land after `retire`: the next worker then waited a whole lease.
+    (ours, _), (theirs, _) = observer(store), observer(store)
+    ours.claim("rollout", SHARD, worker="a", lease_s=10)
+    ours.retire("a")
+    ours.heartbeat("a", {"late": True})
+    assert not ours.claim("rollout", IndexRange(8, 16), worker="a", lease_s=10)
+    assert theirs.heartbeats()["a"].retired
+    assert theirs.claim("rollout", SHARD, worker="b", lease_s=10)
+
+
+def test_of_beats_and_a_retirement_at_once_the_retirement_is_last(tmp_path: Path) -> None:
+    log = fresh_log("file", tmp_path)
+    for round_number in range(20):
+        name = f"a{round_number}"
+        with ThreadPoolExecutor(5) as threads:
+            for _ in range(8):
+                threads.submit(log.heartbeat, name, {})
+            threads.submit(log.retire, name)
+            for _ in range(8):
+                threads.submit(log.heartbeat, name, {})
+        assert log.heartbeats()[name].retired
+
+
+def test_a_parent_buries_the_child_it_reaped(store: ObjectStore) -> None:
+    (child, _), (parent, _), (theirs, _) = observer(store), observer(store), observer(store)
+    child.heartbeat("a", {"host": "gpu-1", "pid": 7})
+    child.claim("rollout", SHARD, worker="a", lease_s=10)
+    child.heartbeat("b", {"host": "gpu-2", "pid": 7})
+    assert not theirs.claim("rollout", SHARD, worker="c", lease_s=10)
+    assert parent.bury(host="gpu-1", pid=7) == ["a"]
+    assert theirs.claim("rollout", SHARD, worker="c", lease_s=10)
+    assert not theirs.heartbeats()["b"].retired
+    assert parent.bury(host="gpu-1", pid=7) == []
+
+
+def test_the_holder_is_the_last_claimant_that_lives(store: ObjectStore) -> None:
+    (ours, _), (theirs, clock) = observer(store), observer(store)
+    assert theirs.holder("learn", SHARD, lease_s=10) is None
+    ours.claim("learn", SHARD, worker="a", lease_s=10)
+    assert theirs.holder("learn", SHARD, lease_s=10) == "a"
+    clock.now_s += 10
+    assert theirs.holder("learn", SHARD, lease_s=10) is None
+    ours.heartbeat("a", {})
+    assert theirs.holder("learn", SHARD, lease_s=10) == "a"
+    ours.retire("a")
+    assert theirs.holder("learn", SHARD, lease_s=10) is None
+
+
+def test_the_attempt_of_a_claim_tells_whether_there_was_a_holder_before(store: ObjectStore) -> None:
+    (ours, _), (theirs, _) = observer(store), observer(store)
+    assert ours.take("learn", SHARD, worker="a", lease_s=10).attempt == 1
+    assert theirs.take("learn", SHARD, worker="b", lease_s=10) is None
+    ours.retire("a")
+    assert theirs.take("learn", SHARD, worker="b", lease_s=10).attempt == 2
 
 
 def test_a_holder_that_never_beats_counts_from_the_first_look(store: ObjectStore) -> None:

@@ -196,6 +196,9 @@ class Limits(Frozen):
     """A worker whose heartbeat stands still for this long loses its claims."""
     heartbeat_s: float = Field(1.0, gt=0)
     """Between signs of life of a role. Well below lease_s, so that a busy disk costs no lease."""
+    hang_s: float = Field(300.0, gt=0)
+    """A role whose process lives but whose heartbeat stands still for this long is killed and started again. Loading a
+    large model holds the heartbeat up, so this must exceed the slowest load."""
     deadline_s: float = Field(1800.0, gt=0)
     """No wait for one shard or one version lasts longer; the error says what was waited for. A role that dies is
     noticed at once: this is for one that hangs, so it must exceed the slowest step of the run."""

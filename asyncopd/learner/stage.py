@@ -16,10 +16,10 @@ from functools import partial
 import numpy as np
 
 from asyncopd.config.cache import CacheRequirements, check_cache
-from asyncopd.errors import NonFiniteError
+from asyncopd.errors import NonFiniteError, SupersededError
 from asyncopd.learner.student import Student
-from asyncopd.ports import RunLog
-from asyncopd.schedule import Plan
+from asyncopd.ports import ClaimRecord, RunLog
+from asyncopd.schedule import LEARNER_PLACE, Plan
 from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
 from asyncopd.worker import Worker
 
@@ -38,28 +38,36 @@ class LearnStage:
         checkpoint_every: int,
         required: CacheRequirements,
         vocab_size: int,
+        lease_s: float,
     ) -> None:
         """
         Args:
+            lease_s: a learner whose heartbeat stands still for this long is replaced by the next that waits.
             teacher: name of the score shards to train on.
             required: cached arrays that the student's loss needs; compared with what every batch really holds.
         """
         self._log, self._worker, self._plan, self._student, self._teacher = log, worker, plan, student, teacher
         self._checkpoint_every = checkpoint_every
         self._required, self._vocab_size = required, vocab_size
+        self._lease_s = lease_s
         self._rewind = 0
         worker.status.update(step=0, num_steps=plan.num_steps, num_tokens=0)
 
     async def run(self) -> None:
         """Train every remaining step. A second call on a finished run returns at once.
 
+        A run has one learner: a second one waits for the first to retire or to lose its lease, then goes on from the
+        newest checkpoint. A learner that was taken for dead finds a rewind newer than its own and ends.
+
         Raises:
+            SupersededError: another learner took over; nothing this one published since counts.
             NonFiniteError: see `optimizer_step`; the message, which becomes the run's failure record, names the step,
                 its indices and the step's statistics.
             ConfigError: the log lacks cached arrays that the loss needs; names column, run and back-fill command.
             DeadlineError: shards of the next step did not come.
         """
-        first_step = await asyncio.to_thread(self._resume)
+        place = await self._worker.wait_for(self._take_place, "the learner's place, which another learner holds")
+        first_step = await asyncio.to_thread(self._resume, place.attempt)
         next_batch = asyncio.create_task(self._batch(first_step)) if first_step < self._plan.num_steps else None
         try:
             for step in range(first_step, self._plan.num_steps):
@@ -67,26 +75,48 @@ class LearnStage:
                 batch = await next_batch
                 if step + 1 < self._plan.num_steps:
                     next_batch = asyncio.create_task(self._batch(step + 1))
-                await self._train(step, batch)
+                with self._worker.busy.working():
+                    await self._train(step, batch)
         finally:
             if next_batch is not None:
                 next_batch.cancel()
 
-    def _resume(self) -> int:
-        """Restore the newest checkpoint, or publish version 0. Returns the step to go on with."""
+    def _take_place(self) -> ClaimRecord | None:
+        return self._log.take("learn", LEARNER_PLACE, worker=self._worker.name, lease_s=self._lease_s)
+
+    def _resume(self, attempt: int) -> int:
+        """Restore the newest checkpoint, or publish version 0. Returns the step to go on with.
+
+        Args:
+            attempt: of the claim; above 1 there was a learner before this one.
+        """
         checkpoint = self._log.latest_checkpoint()
         step = 0
         if checkpoint is not None:
             step, rewind = checkpoint
             self._student.restore(self._log.read_checkpoint(step, rewind))
         self._rewind = self._log.current_rewind()
-        latest = self._log.latest_policy()
-        if latest is None:
-            self._publish(PolicyVersion(0))
-        elif latest.number > step or self._log.find_step(step) is not None:
-            # Steps after the checkpoint are trained again from the log; what they had published is superseded.
+        if step == self._plan.num_steps:
+            return step
+        if attempt > 1 or self._log.latest_policy() is not None:
+            # Also when nothing has to be trained again: the learner before may be asleep rather than dead, and what it
+            # publishes after it wakes must belong to an older rewind than ours.
+            if self._take_place() is None:
+                raise SupersededError(f"{self._worker.name} lost the learner's place while it loaded; another has it.")
             self._rewind = self._log.record_rewind(step, worker=self._worker.name)
+        if self._log.latest_policy() is None:
+            self._publish(PolicyVersion(0))
         return step
+
+    def _check_not_superseded(self) -> None:
+        """Saves work and says why; what a superseded learner publishes counts for nothing anyway (storage/lineage)."""
+        newest = self._log.current_rewind()
+        if newest != self._rewind:
+            raise SupersededError(
+                f"{self._worker.name} trains under rewind {self._rewind}, but rewind {newest} was recorded since: "
+                f"this process stood still for more than {self._lease_s:.0f} s and another learner took over. It ends "
+                "here; nothing it did counts, nothing is lost."
+            )
 
     async def _batch(self, step: int) -> list[ScoredTrajectory]:
         """All surviving trajectories of a step with their scores, in index order."""
@@ -111,6 +141,7 @@ class LearnStage:
                 result = await asyncio.to_thread(self._student.train, step, batch)
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {step}, indices {self._plan.step(step).name}: {error}") from error
+        await asyncio.to_thread(self._check_not_superseded)
         seconds = time.time() - started
         version = PolicyVersion(step + 1, self._rewind)
         with self._worker.span("orchestrate:publish", f"version {version.number}"):

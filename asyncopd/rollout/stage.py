@@ -45,7 +45,7 @@ class RolloutStage:
         self._open = list(plan.shards())
         """Shards neither produced nor claimed by this worker, in index order."""
         self._choosing = asyncio.Lock()
-        worker.status.update(num_trajectories=0, num_tokens=0, version=None)
+        worker.status.update(num_trajectories=0, num_tokens=0, num_tokens_discarded=0, version=None)
 
     @contextlib.asynccontextmanager
     async def following_versions(self) -> AsyncIterator[None]:
@@ -69,6 +69,10 @@ class RolloutStage:
 
     async def work(self, shard: IndexRange) -> None:
         """Sample, verify and publish one shard. Harmless when another worker publishes it first."""
+        with self._worker.busy.working():
+            await self._sample_and_publish(shard)
+
+    async def _sample_and_publish(self, shard: IndexRange) -> None:
         started = time.time()
         trajectories = await asyncio.gather(*(self._one(index) for index in shard.indices))
         num_tokens = sum(len(t.response_ids) for t in trajectories)
@@ -80,9 +84,10 @@ class RolloutStage:
             "seconds": time.time() - started,
         }
         with self._worker.span("orchestrate:parquet", shard.name):
-            await asyncio.to_thread(
+            first = await asyncio.to_thread(
                 self._log.publish_trajectories, shard, trajectories, worker=self._worker.name, facts=facts
             )
+        self._worker.status["num_tokens_discarded"] += 0 if first else num_tokens
         self._worker.status["num_trajectories"] += len(trajectories)
         self._worker.status["num_tokens"] += num_tokens
         self._record_busy()
@@ -105,7 +110,9 @@ class RolloutStage:
                 self._open.remove(shard)
             elif self._log.claim("rollout", shard, worker=self._worker.name, lease_s=self._lease_s):
                 self._open.remove(shard)
-                return NextShard(shard)
+                # Its last holder may have published between the look above and our claim.
+                if self._log.find_trajectories(shard) is None:
+                    return NextShard(shard)
         return None if self._open else NextShard(None)
 
     def _what_is_missing(self) -> str:
@@ -118,7 +125,10 @@ class RolloutStage:
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(self._worker.poll_s)
-            if await asyncio.to_thread(self._log.latest_policy) != self._sampler.version:
+            latest, current = await asyncio.to_thread(self._log.latest_policy), self._sampler.version
+            # Only forward in number: after a rewind, what is in flight was admitted for the version it began with, and
+            # going on under an older one would break the staleness bound. The learner trains past here again.
+            if latest is not None and current is not None and latest.number > current.number:
                 await self._refresh()
 
     async def _refresh(self) -> None:

@@ -38,6 +38,10 @@ class ScoreStage:
 
     async def work(self, shard: IndexRange) -> None:
         """Score and publish one shard. Harmless when another worker publishes it first."""
+        with self._worker.busy.working():
+            await self._score_and_publish(shard)
+
+    async def _score_and_publish(self, shard: IndexRange) -> None:
         with self._worker.span("orchestrate:parquet", shard.name):
             trajectories = await asyncio.to_thread(self._log.read_trajectories, shard)
         started = time.time()
@@ -63,5 +67,7 @@ class ScoreStage:
                 self._open.remove(shard)
             elif self._log.claim(self._stage, shard, worker=self._worker.name, lease_s=self._lease_s):
                 self._open.remove(shard)
-                return NextShard(shard)
+                # Its last holder may have published between the look above and our claim.
+                if self._log.find_scores(self._scorer.name, shard) is None:
+                    return NextShard(shard)
         return None if self._open else NextShard(None)

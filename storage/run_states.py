@@ -1,0 +1,72 @@
+"""What somebody decided about a run after it was created: that it runs, that it stopped, which settings changed.
+
+states/0001.json    running | stopped | failed | completed, written by the flow; workers elsewhere read it
+changes/0001.json   settings that a resume changed; the configuration in force is run.json with these applied
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from storage.layout import RunLayout
+from storage.numbered import NumberedRecords
+from storage.objects import ObjectStore
+from storage.records import RunChange, RunState, RunStateName
+
+
+class RunStateLog:
+    """States and changes of one run."""
+
+    store: ObjectStore
+    layout: RunLayout
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What `create_run` stored; `StoredRunLog` has it."""
+        raise NotImplementedError
+
+    def __init__(self) -> None:
+        self._states = NumberedRecords(self.store, self.layout.state)
+        self._changes = NumberedRecords(self.store, self.layout.change)
+
+    def run_state(self) -> RunState | None:
+        """The latest state; None while nobody recorded one. One request when nothing changed, so it can be polled."""
+        records = self._states.read()
+        if not records:
+            return None
+        last = records[-1]
+        return RunState(
+            number=len(records), state=last["state"], reason=last["reason"], by=last["by"], recorded=last["recorded"]
+        )
+
+    def record_state(self, state: RunStateName, *, by: str, reason: str = "") -> int:
+        """Append a state. `by` names the flow run, so that a flow ends only what it began itself."""
+        return self._states.append({"state": state, "reason": reason, "by": by, "recorded": time.time()})
+
+    def config(self) -> dict[str, Any]:
+        """The configuration in force: the recorded one, with every change since, in the root it is read from."""
+        config: dict[str, Any] = copy.deepcopy(dict(self.record["config"]))
+        for change in self.changes():
+            for dotted, (_, new) in change.settings.items():
+                *sections, name = dotted.split(".")
+                section = config
+                for part in sections:
+                    section = section[part]
+                section[name] = new
+        # A run that was copied elsewhere goes on there.
+        config.setdefault("storage", {})["root"] = self.store.url
+        return config
+
+    def changes(self) -> list[RunChange]:
+        """Every change of settings, oldest first."""
+        return [
+            RunChange(settings={key: (old, new) for key, (old, new) in r["settings"].items()}, recorded=r["recorded"])
+            for r in self._changes.read()
+        ]
+
+    def record_change(self, settings: Mapping[str, tuple[Any, Any]]) -> int:
+        """Append a change: dotted key -> (old value, new value). In force for every process started afterwards."""
+        return self._changes.append({"settings": settings, "recorded": time.time()})

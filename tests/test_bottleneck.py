@@ -1,0 +1,91 @@
+"""Which role holds the others up, and what `asyncopd status` says about a run that stands still."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from storage_builders import make_step, memory_log
+
+from asyncopd.bottleneck import bottleneck
+from asyncopd.busy import WINDOW_S, BusyShare
+from asyncopd.progress import ProgressWatch
+
+
+def test_the_role_that_never_waits_is_the_bottleneck() -> None:
+    found = bottleneck({"rollout": [0.98, 0.94], "score": [0.2], "learn": [0.4]})
+    assert found is not None
+    assert found.startswith("rollout is the bottleneck: learn and score wait for it (busy: rollout 96%")
+
+
+def test_roles_that_take_turns_have_no_bottleneck() -> None:
+    found = bottleneck({"rollout": [0.4], "score": [0.1], "learn": [0.5]})
+    assert found is not None
+    assert found.startswith("no role is the bottleneck")
+
+
+def test_roles_that_never_wait_share_a_machine_that_is_too_small() -> None:
+    found = bottleneck({"rollout": [1.0], "score": [0.9], "learn": [0.8]})
+    assert found is not None
+    assert "the machine is the bottleneck" in found
+
+
+def test_one_role_alone_says_nothing() -> None:
+    assert bottleneck({"evaluate": [1.0], "learn": [0.2]}) is None
+
+
+def test_busy_counts_overlapping_work_once_and_forgets_what_is_long_ago() -> None:
+    now = 100.0
+
+    def clock() -> float:
+        return now
+
+    share = BusyShare(clock)
+    now = 101.0
+    with share.working(), share.working():
+        now = 103.0
+    now = 104.0
+    assert share.share() == pytest.approx(2 / 4)
+    with share.working():
+        now = 104.0 + WINDOW_S / 2
+        assert share.share() == pytest.approx((2 + 5) / (4 + 5))
+    now += WINDOW_S
+    assert share.share() == 0.0
+
+
+def status(log: object) -> ProgressWatch:
+    return ProgressWatch(log, num_steps=10, heartbeat_s=1.0)  # type: ignore[arg-type]
+
+
+def test_a_run_is_going_on_while_its_learner_beats() -> None:
+    log = memory_log()
+    for number in range(4):
+        log.publish_step(make_step(number))
+    log.heartbeat("learn-1", {"role": "learn", "busy": 0.9})
+    log.heartbeat("rollout-1", {"role": "rollout", "busy": 0.1})
+    progress = status(log).look()
+    assert progress.eta_s == pytest.approx(6.0)
+    assert progress.stopped is None
+    assert progress.bottleneck is not None
+    assert progress.bottleneck.startswith("learn is the bottleneck: rollout waits for it")
+
+
+def test_a_stopped_run_shows_why_and_no_time_left() -> None:
+    log = memory_log()
+    for number in range(4):
+        log.publish_step(make_step(number))
+    log.record_state("running", by="f")
+    log.heartbeat("learn-1", {"role": "learn", "busy": 0.9})
+    log.record_state("stopped", by="f", reason="cancelled")
+    progress = status(log).look()
+    assert progress.eta_s is None
+    assert progress.stopped == "stopped (cancelled)"
+
+
+def test_a_run_without_a_living_learner_stands_still() -> None:
+    log = memory_log()
+    for number in range(4):
+        log.publish_step(make_step(number))
+    log.heartbeat("learn-1", {"role": "learn"})
+    late = ProgressWatch(log, num_steps=10, heartbeat_s=1.0, wall_clock=lambda: time.time() + 60).look()
+    assert (late.eta_s, late.stopped, late.bottleneck) == (None, "no learner gives a sign of life", None)
