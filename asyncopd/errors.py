@@ -16,6 +16,7 @@ class AsyncOPDError(Exception):
         ├── EngineError          a sampler or scorer could not serve a request
         ├── NonFiniteError       a loss or gradient became NaN or infinite; nothing was published
         ├── DeadlineError        a wait ran out; the message names what it waited for
+        ├── LedgerError          an index cannot make this move from the state it is in
         ├── RoleFailedError      a role process ended with an error; carries the role's own reason
         └── StackError           the local Prefect server or worker could not be started or reached
             └── ServerAwayError      a Prefect server that was there does not answer now
@@ -58,6 +59,10 @@ class NonFiniteError(AsyncOPDError):
 
 class DeadlineError(AsyncOPDError):
     """A wait ran out; the message names what it waited for."""
+
+
+class LedgerError(AsyncOPDError):
+    """An index cannot make this move from the state it is in (asyncopd/ledger.py)."""
 
 
 class RoleFailedError(AsyncOPDError):
