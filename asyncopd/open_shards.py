@@ -33,4 +33,7 @@ class OpenShards:
         return list(itertools.islice(self, count))
 
     def remove(self, shard: IndexRange) -> None:
+        """Raises StopIteration when it is no shard of the plan, or was removed before."""
+        while shard not in self._known:
+            self._known.append(next(self._rest))
         self._known.remove(shard)

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from asyncopd.arrivals import Arrival, arrivals_of_step, judge, num_taken
 from asyncopd.errors import StorageError
+from asyncopd.open_shards import OpenShards
 from asyncopd.ports import RunLog
 from asyncopd.schedule import Plan
 from asyncopd.types import IndexRange, IndexSet, Manifest, ScoredTrajectory
@@ -80,8 +81,10 @@ class ArrivalIntake(_ShardReader):
 
     def __init__(self, log: RunLog, worker: Worker, plan: Plan, teacher: str) -> None:
         super().__init__(log, worker, plan, teacher)
+        self._open, self._num_removed = OpenShards(plan), 0
+        """Shards that no arrival has taken up, and how many arrivals were taken out of them so far."""
         self._scored_at: dict[IndexRange, float] = {}
-        """Shards seen with scores that no arrival has taken up -> when their scores were published, Unix seconds."""
+        """Those of them seen with scores -> when their scores were published, Unix seconds."""
         self._last_read: tuple[IndexRange, dict[int, ScoredTrajectory]] | None = None
         """A shard whose rows go to two steps is read once."""
 
@@ -96,14 +99,15 @@ class ArrivalIntake(_ShardReader):
 
     def _first_scored(self) -> IndexRange | None:
         """Of the shards that no arrival has taken up, the one whose scores were published first."""
-        arrived = {arrival.shard for arrival in self._log.arrivals()}
+        for arrival in self._log.arrivals()[self._num_removed :]:
+            self._open.remove(arrival.shard)
+            self._scored_at.pop(arrival.shard, None)
+            self._num_removed += 1
         # Nothing starts further ahead than the window (Plan.waits_for), so nothing is scored beyond it.
-        ahead = [self._plan.shard(number) for number in range(len(arrived) + self._plan.window)]
-        for shard in ahead:
-            if shard not in arrived and shard not in self._scored_at and (manifest := self._find(shard)) is not None:
+        for shard in self._open.window(self._plan.window):
+            if shard not in self._scored_at and (manifest := self._find(shard)) is not None:
                 self._scored_at[shard] = manifest.created
-        waiting = [(at, shard) for shard, at in self._scored_at.items() if shard not in arrived]
-        return min(waiting)[1] if waiting else None
+        return min(self._scored_at, key=lambda shard: (self._scored_at[shard], shard), default=None)
 
     def _come_to(self, shard: IndexRange) -> None:
         """Decide about the indices of a shard and record it."""
@@ -118,7 +122,6 @@ class ArrivalIntake(_ShardReader):
         )
         # Recorded before anything trains on it. False: another learner was first, and what it decided counts.
         self._log.record_arrival(arrival)
-        self._scored_at.pop(shard, None)
 
     def _rows_of(self, shard: IndexRange) -> dict[int, ScoredTrajectory]:
         if self._last_read is None or self._last_read[0] != shard:
