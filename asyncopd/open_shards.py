@@ -1,4 +1,4 @@
-"""The shards of a plan that one worker still has to look at, in index order; a plan of arrival order has no last one."""
+"""The shards of a plan that one worker still has to look at, in index order; in arrival order there is no last one."""
 
 from __future__ import annotations
 

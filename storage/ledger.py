@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from asyncopd.ledger import Claimed, Event, Judged, Ledger, Produced, Rewound, Scored, Trained
 from asyncopd.types import IndexRange, Manifest, PolicyVersion, TrainStep
-from storage.layout import parse_shard, parse_version
+from storage.layout import parse_version
 from storage.records import Rewind, from_json, step_from_json
 from storage.run_log import StoredRunLog
 

@@ -1,7 +1,7 @@
 """Where a learner step's trajectories come from: its own index range, or what was scored first.
 
-    index:    scores of [s·B, (s+1)·B) --------------------------------------------------------> Batch of step s
-    arrival:  scores of any shard ahead --first scored--> Arrival, recorded --positions of s --> Batch of step s
+index:    scores of [s·B, (s+1)·B) --------------------------------------------------------> Batch of step s
+arrival:  scores of any shard ahead --first scored--> Arrival, recorded --positions of s --> Batch of step s
 """
 
 from __future__ import annotations
