@@ -149,7 +149,7 @@ class ArrivalIntake(_ShardReader):
         rows = self._rows_of(arrival.shard)
         if index not in rows:
             raise StorageError(
-                f"arrival {arrival.number} takes index {index}, but shard {arrival.shard.name} has no scored trajectory "
+                f"arrival {arrival.number} takes index {index}, but shard {arrival.shard.name} has no scored row "
                 "of it any more. Restore the shard that was there when the arrival was recorded."
             )
         return rows[index]
