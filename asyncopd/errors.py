@@ -18,6 +18,7 @@ class AsyncOPDError(Exception):
         ├── DeadlineError        a wait ran out; the message names what it waited for
         ├── RunStoppedError      the run was stopped while a worker was busy with it; the worker ends too
         ├── SupersededError      another learner took the run over; this one must not publish any more
+        ├── LedgerError          an index cannot make this move from the state it is in
         ├── RoleFailedError      a role process ended with an error; carries the role's own reason
         └── StackError           the local Prefect server or worker could not be started or reached
             └── ServerAwayError      a Prefect server that was there does not answer now
@@ -68,6 +69,10 @@ class RunStoppedError(AsyncOPDError):
 
 class SupersededError(AsyncOPDError):
     """Another learner took the run over; whatever this one published since counts for nothing."""
+
+
+class LedgerError(AsyncOPDError):
+    """An index cannot make this move from the state it is in (asyncopd/ledger.py)."""
 
 
 class RoleFailedError(AsyncOPDError):

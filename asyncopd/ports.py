@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from asyncopd.arrivals import Arrival
 from asyncopd.types import (
     Evaluation,
     IndexRange,
@@ -105,7 +106,11 @@ class Sampler(Protocol):
         ...
 
     async def refresh(self, weights: PolicyWeights) -> None:
-        """Switch to newer weights. What is in flight keeps its finished tokens and goes on under the new weights."""
+        """Switch to newer weights.
+
+        With in-flight updates, what is in flight keeps its finished tokens and goes on under the new weights. Without,
+        it ends under the weights it started with, and this call returns when it has.
+        """
         ...
 
     async def close(self) -> None:
@@ -250,6 +255,15 @@ class RunLog(Protocol):
 
     def current_rewind(self) -> int:
         """Number of the last recorded rewind, under which a learner publishes; 0 before the first."""
+        ...
+
+    # -- order `arrival` ----------------------------------------------------------------------------------------
+    def arrivals(self) -> Sequence[Arrival]:
+        """The shards the learner came to, in that order; empty in index order. Cheap to poll."""
+        ...
+
+    def record_arrival(self, arrival: Arrival) -> bool:
+        """False when another learner has recorded this number; its record then counts. Never superseded by a rewind."""
         ...
 
     # -- observations -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +68,10 @@ class Progress:
     staleness_mean: float | None
     """Versions, over the tokens of the last steps."""
     staleness_max: int | None
+    dropped: Mapping[str, int]
+    """Reason -> trajectories of the steps so far that were not trained and never will be."""
+    held: Mapping[str, int]
+    """Reason -> trajectories of the steps so far that were kept untrained."""
     eta_s: float | None
     """None while too few steps are known, and for a run that is stopped."""
     stopped: str | None
@@ -161,6 +165,8 @@ class ProgressWatch:
             version=latest.number if latest else None,
             staleness_mean=sum(a * n for a, n in ages) / sum(n for _, n in ages) if ages else None,
             staleness_max=max((age for age, _ in ages), default=None),
+            dropped=Counter(reason for step in self._steps for reason in step.dropped.values()),
+            held=Counter(reason for step in self._steps for reason in step.held.values()),
             eta_s=None if stopped else self._eta_s(recent),
             stopped=stopped,
             bottleneck=None if stopped else _bottleneck(roles),

@@ -125,10 +125,14 @@ def _tokens(progress: Progress) -> str:
 
 def _policy(progress: Progress, config: RunConfig) -> str:
     mean, oldest = number(progress.staleness_mean, ".2f"), number(progress.staleness_max, "d")
-    return (
-        f"version {number(progress.version, 'd')}, staleness {mean} mean, {oldest} max of "
-        f"{config.staleness.max_staleness} allowed"
-    )
+    staleness = config.staleness
+    bound = f"{staleness.max_staleness} allowed" if staleness.on_stale != "train" else "any age"
+    left_out = [
+        f", {sum(reasons.values()):,} {what} ({', '.join(sorted(reasons))})"
+        for what, reasons in (("dropped", progress.dropped), ("held", progress.held))
+        if reasons
+    ]
+    return f"version {number(progress.version, 'd')}, staleness {mean} mean, {oldest} max of {bound}{''.join(left_out)}"
 
 
 def _losses(progress: Progress) -> str:

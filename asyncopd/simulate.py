@@ -2,6 +2,9 @@
 
 shard admitted -> its indices take free slots in order -> produced -> scored (one teacher) -> trained (one learner)
                                                                                publishes the next version <--+
+
+In index order a step waits for its own shards; in arrival order the learner comes to shards as they are scored, one
+step ahead of the one it trains, as the real one does.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from asyncopd.arrivals import Arrival, judge, num_taken
 from asyncopd.errors import DeadlineError
-from asyncopd.schedule import Plan
+from asyncopd.schedule import Plan, Seen
 from asyncopd.types import IndexRange
 
 
@@ -27,6 +31,8 @@ class Durations:
     """Of one shard."""
     train_s: Callable[[int], float]
     """Of one learner step, publication included."""
+    drift_nats: Callable[[int], float] = lambda step: 0.0
+    """What a learner step measures."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,17 @@ class Simulation:
     """What happened, on the simulated clock."""
 
     started_under: tuple[int, ...]
-    """Index -> the policy version it started under."""
+    """Index -> the policy version it started under; in arrival order as far as indices were started."""
     trained_at: tuple[float, ...]
     """Step -> time its version was published, seconds."""
     sampling_s: float
     """Σ over slots of time spent sampling."""
     scoring_s: float
     training_s: float
+    arrivals: tuple[Arrival, ...] = ()
+    """Of arrival order, in order."""
+    most_ahead: int = 0
+    """Most shards that were started and not yet trained, dropped or held at one moment."""
 
     @property
     def wall_s(self) -> float:
@@ -67,12 +77,16 @@ class _Simulator:
         self._tie = itertools.count()
         self._now, self._version, self._free_slots = 0.0, 0, num_slots
         self._waiting: list[int] = []  # admitted indices without a slot, in order
-        self._next_shard = 0
-        self._left_in_shard = [plan.shard_size] * plan.num_shards
+        self._open = plan.shards()
+        self._next_shard = next(self._open, None)
+        self._num_started = self._most_ahead = 0
+        self._left_in_shard: dict[int, int] = {}
         self._to_score: list[int] = []
-        self._is_scored = [False] * plan.num_shards
+        self._scored_order: list[int] = []  # shard numbers in the order in which they were scored
+        self._is_scored: set[int] = set()
+        self._arrivals: list[Arrival] = []
         self._scoring = self._training = False
-        self._started_under = [-1] * plan.num_indices
+        self._started_under: dict[int, int] = {}
         self._trained_at: list[float] = []
         self._busy = {"sampled": 0.0, "scored": 0.0, "trained": 0.0}
 
@@ -81,19 +95,20 @@ class _Simulator:
         while len(self._trained_at) < self._plan.num_steps:
             if not self._events:
                 raise DeadlineError(
-                    f"nothing can go on at version {self._version}: shard {self._next_shard} of "
-                    f"{self._plan.num_shards} is next to start and step {len(self._trained_at)} of "
-                    f"{self._plan.num_steps} to train."
+                    f"nothing can go on at version {self._version}: shard {self._next_shard} is next to start and step "
+                    f"{len(self._trained_at)} of {self._plan.num_steps} to train."
                 )
             self._now, _, kind, number = heapq.heappop(self._events)
             getattr(self, f"_{kind}")(number)
             self._go_on()
         return Simulation(
-            tuple(self._started_under),
+            tuple(self._started_under[index] for index in sorted(self._started_under)),
             tuple(self._trained_at),
             self._busy["sampled"],
             self._busy["scored"],
             self._busy["trained"],
+            tuple(self._arrivals),
+            self._most_ahead,
         )
 
     def _after(self, seconds: float, kind: Literal["sampled", "scored", "trained"], number: int) -> None:
@@ -109,7 +124,8 @@ class _Simulator:
 
     def _scored(self, shard: int) -> None:
         self._scoring = False
-        self._is_scored[shard] = True
+        self._scored_order.append(shard)
+        self._is_scored.add(shard)
 
     def _trained(self, step: int) -> None:
         self._training = False
@@ -118,12 +134,8 @@ class _Simulator:
 
     def _go_on(self) -> None:
         """Start everything that may start now."""
-        while self._next_shard < self._plan.num_shards:
-            shard = self._plan.shard(self._next_shard)
-            if not self._plan.may_start(shard, self._version):
-                break
-            self._waiting += shard.indices
-            self._next_shard += 1
+        while self._arrive() or self._admit():
+            pass
         while self._free_slots and self._waiting:
             index = self._waiting.pop(0)
             self._free_slots -= 1
@@ -135,11 +147,45 @@ class _Simulator:
             self._after(self._durations.score_s(self._plan.shard(number)), "scored", number)
         self._start_training()
 
+    def _admit(self) -> bool:
+        """Let the next shard start, if it may."""
+        shard, drift = self._next_shard, self._durations.drift_nats
+        drift_nats = drift(self._version - 1) if self._version else 0.0
+        seen = Seen(self._version, drift_nats, len(self._arrivals), num_taken(self._arrivals))
+        if shard is None or self._plan.is_complete(seen) or not self._plan.admits(shard, seen):
+            return False
+        self._waiting += shard.indices
+        self._left_in_shard[self._num_started] = len(shard)
+        self._num_started += 1
+        self._most_ahead = max(self._most_ahead, self._num_started - len(self._arrivals))
+        self._next_shard = next(self._open, None)
+        return True
+
+    def _arrive(self) -> bool:
+        """Let the learner come to the next scored shard, if the step after the one it trains lacks any."""
+        wanted = (len(self._trained_at) + 1 + self._training) * self._plan.batch_size
+        num_come_to = len(self._arrivals)
+        if (
+            self._plan.order == "index"
+            or num_come_to == len(self._scored_order)
+            or num_taken(self._arrivals) >= min(wanted, self._plan.num_indices)
+        ):
+            return False
+        shard = self._plan.shard(self._scored_order[num_come_to])
+        versions = {index: self._started_under[index] for index in shard.indices}
+        self._arrivals.append(judge(self._plan, shard, earlier=self._arrivals, version_first=versions, dropped={}))
+        return True
+
     def _start_training(self) -> None:
         step = len(self._trained_at)
         if self._training or step == self._plan.num_steps:
             return
-        per_step = self._plan.batch_size // self._plan.shard_size
-        if all(self._is_scored[step * per_step : (step + 1) * per_step]):
+        if self._has_all_of(step):
             self._training = True
             self._after(self._durations.train_s(step), "trained", step)
+
+    def _has_all_of(self, step: int) -> bool:
+        if self._plan.order == "arrival":
+            return num_taken(self._arrivals) >= (step + 1) * self._plan.batch_size
+        per_step = self._plan.shards_per_step
+        return all(number in self._is_scored for number in range(step * per_step, (step + 1) * per_step))

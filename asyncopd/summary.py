@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from pydantic import TypeAdapter
+
+from asyncopd.schedule import OnStale, Order
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class Incidents:
     """How often the learner went back to a checkpoint."""
     dropped: Mapping[str, int]
     """Reason -> trajectories that were not trained for it."""
+    held: Mapping[str, int] = field(default_factory=dict)
+    """Reason -> trajectories that were kept untrained for it."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,9 @@ class Summary:
     incidents: Incidents
     notes: tuple[str, ...]
     """What is missing, or must be known to read the figures."""
+    order: Order = "index"
+    on_stale: OnStale | None = None
+    """What became of trajectories older than τ; None in index order, where there are none."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

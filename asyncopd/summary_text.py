@@ -13,7 +13,7 @@ def headline(summary: Summary) -> str:
     """What the run achieved, in one sentence or two."""
     done = f"{summary.num_steps} of {summary.num_steps_planned} steps"
     took = f" in {duration(summary.wall_s)}" if summary.wall_s else ""
-    text = f"Trained {done}{took} at a staleness of at most τ = {summary.max_staleness}."
+    text = f"Trained {done}{took} {_bound(summary)}."
     first, last = summary.first, summary.last
     if first and last and first.version != last.version:
         gains = []
@@ -74,7 +74,8 @@ def speed_rows(summary: Summary) -> list[tuple[str, str, str]]:
         (
             "staleness, mean / max",
             ages,
-            f"over trained tokens; the bound τ is {summary.max_staleness}",
+            f"over trained tokens; the bound τ is {summary.max_staleness}"
+            + (", and what was older was trained too" if summary.on_stale == "train" else ""),
         ),
     ]
 
@@ -91,6 +92,20 @@ def role_rows(roles: Mapping[str, RoleTime]) -> list[tuple[str, str, str, str, s
         )
         for role, time in roles.items()
     ]
+
+
+def _bound(summary: Summary) -> str:
+    """What the run's order promised about staleness."""
+    at_most = f"at a staleness of at most τ = {summary.max_staleness}"
+    match summary.on_stale:
+        case None:
+            return at_most
+        case "train":
+            return f"in arrival order, also what was older than τ = {summary.max_staleness}"
+        case "drop":
+            return f"in arrival order {at_most} (what was older was dropped)"
+        case "hold":
+            return f"in arrival order {at_most} (what was older is held)"
 
 
 def _waits(waiting_s: Mapping[str, float]) -> str:

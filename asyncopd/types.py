@@ -57,6 +57,25 @@ class IndexRange:
 
 
 @dataclass(frozen=True)
+class IndexSet:
+    """Trajectory indices in the order a learner step came to them: a step of order `arrival` has no range."""
+
+    indices: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.indices or len(set(self.indices)) != len(self.indices):
+            raise ShapeError(f"an index set needs at least one index and none twice, found {list(self.indices)}.")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def name(self) -> str:
+        """`64 of 000128-000210`: how many, and between which."""
+        return f"{len(self)} of {min(self.indices):06d}-{max(self.indices):06d}"
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One question of a task, before anything was generated."""
 
@@ -251,7 +270,8 @@ class TrainStep:
 
     step: int
     rewind: int
-    indices: IndexRange
+    indices: IndexRange | IndexSet
+    """What the step decided about: trained, dropped or held. A range in index order, a set in arrival order."""
     version: PolicyVersion
     """The version published after this step."""
     num_tokens: int
@@ -263,7 +283,14 @@ class TrainStep:
     finished: float
     """Unix time, seconds."""
     dropped: Mapping[int, str] = field(default_factory=dict)
-    """Index -> reason, for indices of this step that were not trained."""
+    """Index -> reason, for indices of this step that were not trained and never will be."""
+    held: Mapping[int, str] = field(default_factory=dict)
+    """Index -> reason, for indices of this step that were kept untrained, for a replay."""
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """The indices this step trained, in the order it took them."""
+        return tuple(index for index in self.indices.indices if index not in self.dropped and index not in self.held)
 
 
 @dataclass(frozen=True)

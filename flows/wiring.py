@@ -118,6 +118,7 @@ def hf_sampler(run: OpenRun, *, head: int, num_draws: int, law: DrawLaw, seed: i
         law=law,
         seed=seed,
         eos_id=run.task.tokenizer.eos_id,
+        in_flight_updates=config.staleness.in_flight_updates,
     )
 
 

@@ -7,7 +7,7 @@
                  /scores/<teacher>/000128-000191.json            the same
                  /policies/000012.r0.json                        manifest; data 000012/r0.<attempt>.safetensors
                  /checkpoints/000050.r0.json                     manifest; data 000050.r0.<attempt>/<name>
-                 /steps/000002.r0.json  /evals/000050.r0.json
+                 /steps/000002.r0.json  /evals/000050.r0.json  /arrivals/000017.json
                  /rewinds/0001.json  /states/0001.json  /changes/0001.json
                  /claims/<stage>/000128-000191.1.json  /heartbeats/<worker>.json
                  /spans/<worker>.000007.json  /failures/<time>.<role>.<worker>.<attempt>.json
@@ -177,6 +177,13 @@ class RunLayout:
 
     def change(self, number: int) -> str:
         return f"{self.root}/changes/{number:04d}.json"
+
+    @property
+    def arrivals(self) -> str:
+        return f"{self.root}/arrivals"
+
+    def arrival(self, number: int) -> str:
+        return f"{self.arrivals}/{number:06d}.json"
 
     @property
     def architecture_manifest(self) -> str:

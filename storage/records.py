@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from asyncopd.arrivals import Arrival
 from asyncopd.errors import ShardCorruptError, StorageError
-from asyncopd.types import Evaluation, IndexRange, Manifest, PolicyVersion, Span, TrainStep
+from asyncopd.types import Evaluation, IndexRange, IndexSet, Manifest, PolicyVersion, Span, TrainStep
 
 T = TypeVar("T")
 
@@ -162,13 +163,14 @@ def step_to_json(step: TrainStep) -> bytes:
         {
             "step": step.step,
             "rewind": step.rewind,
-            "indices": [step.indices.start, step.indices.stop],
+            **_indices_fields(step.indices),
             "version": _version_fields(step.version),
             "num_tokens": step.num_tokens,
             "metrics": step.metrics,
             "staleness_tokens": step.staleness_tokens,
             "finished": step.finished,
             "dropped": step.dropped,
+            "held": step.held,
         }
     )
 
@@ -177,13 +179,36 @@ def step_from_json(fields: Mapping[str, Any]) -> TrainStep:
     return TrainStep(
         step=fields["step"],
         rewind=fields["rewind"],
-        indices=IndexRange(*fields["indices"]),
+        indices=IndexSet(tuple(fields["index_list"])) if "index_list" in fields else IndexRange(*fields["indices"]),
         version=_version(fields["version"]),
         num_tokens=fields["num_tokens"],
         metrics=_floats(fields["metrics"]),
         staleness_tokens=_int_keys(fields["staleness_tokens"]),
         finished=fields["finished"],
         dropped=_int_keys(fields["dropped"]),
+        held=_int_keys(fields.get("held", {})),
+    )
+
+
+def arrival_to_json(arrival: Arrival) -> bytes:
+    return to_json(
+        {
+            "number": arrival.number,
+            "shard": [arrival.shard.start, arrival.shard.stop],
+            "num_taken_before": arrival.num_taken_before,
+            "dropped": arrival.dropped,
+            "held": arrival.held,
+        }
+    )
+
+
+def arrival_from_json(fields: Mapping[str, Any]) -> Arrival:
+    return Arrival(
+        number=fields["number"],
+        shard=IndexRange(*fields["shard"]),
+        num_taken_before=fields["num_taken_before"],
+        dropped=_int_keys(fields["dropped"]),
+        held=_int_keys(fields["held"]),
     )
 
 
@@ -223,6 +248,13 @@ def spans_to_json(spans: Sequence[Span]) -> bytes:
 
 def spans_from_json(fields: Mapping[str, Any]) -> list[Span]:
     return [Span(*row) for row in fields["spans"]]
+
+
+def _indices_fields(indices: IndexRange | IndexSet) -> dict[str, list[int]]:
+    """A set is written out under `index_list`; `indices` is then the smallest range around it."""
+    if isinstance(indices, IndexRange):
+        return {"indices": [indices.start, indices.stop]}
+    return {"indices": [min(indices.indices), max(indices.indices) + 1], "index_list": list(indices.indices)}
 
 
 def _version_fields(version: PolicyVersion) -> dict[str, int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from asyncopd.errors import ShapeError, ShardCorruptError
 from asyncopd.types import IndexRange, Manifest, TeacherScores, Trajectory
+from storage.arrivals import ArrivalLog
 from storage.claims import ClaimLog
 from storage.layout import RunLayout, decode_name, new_attempt, parse_shard
 from storage.learner_log import LearnerLog
@@ -27,7 +28,7 @@ from storage.schema import SCHEMA_VERSION, TopkPrecision
 from storage.shards import decode_scores, decode_trajectories, encode_scores, encode_trajectories
 
 
-class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, ObservationLog, RunStateLog):
+class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, RunStateLog):
     """`asyncopd.ports.RunLog` on an object store. Safe to share between threads."""
 
     def __init__(
@@ -46,6 +47,7 @@ class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, ObservationLog, RunStateLog)
         self._topk_precision: TopkPrecision = topk_precision
         self._record: Mapping[str, Any] | None = None
         PolicyLog.__init__(self)
+        ArrivalLog.__init__(self)
         ClaimLog.__init__(self, clock)
         RunStateLog.__init__(self)
 

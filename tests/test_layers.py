@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ("asyncopd.types", 0), ("asyncopd.errors", 0),
     ("asyncopd.config", 1), ("asyncopd.schedule", 1), ("asyncopd.simulate", 1), ("asyncopd.ports", 1),
+    ("asyncopd.ledger", 1), ("asyncopd.arrivals", 1), ("asyncopd.open_shards", 1),
     ("asyncopd.packing", 1), ("asyncopd.modeling", 1), ("asyncopd.sampling", 1), ("asyncopd.losses", 1),
     ("asyncopd.tasks", 1), ("asyncopd.worker", 1), ("asyncopd.busy", 1), ("asyncopd.bottleneck", 1),
     ("asyncopd.supervise", 1), ("asyncopd.stack", 1), ("asyncopd.flow_runs", 1), ("asyncopd.summary", 1),

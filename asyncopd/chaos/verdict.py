@@ -145,7 +145,7 @@ def _changed(witness: Witness) -> Iterable[tuple[str, IndexRange]]:
                 yield stage, shard
 
 
-def _indices(ranges: Iterable[IndexRange]) -> list[int]:
+def _indices(ranges: Iterable[IndexRange | IndexSet]) -> list[int]:
     return sorted(index for shard in ranges for index in shard.indices)
 
 

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from asyncopd.config.frozen import Frozen
 from asyncopd.config.losses import CacheRequirements, HeadTailConfig, LossConfig
+from asyncopd.config.staleness import Staleness
 from asyncopd.config.tasks import TaskConfig, WalkConfig
 from asyncopd.schedule import Plan
 from asyncopd.types import DrawLaw
@@ -141,14 +142,6 @@ class Recording(Frozen):
     """Ids drawn by the teacher per token."""
 
 
-class Staleness(Frozen):
-    max_staleness: int = Field(2, ge=0)
-    """Oldest admissible weights, in policy versions. 0 is synchronous. 2 already hides the long responses behind the
-    next steps' (docs/performance.md); larger buys mostly staleness."""
-    order: Literal["index"] = "index"
-    """A step trains its own index range, whatever finished first: no bias against long responses."""
-
-
 class Score(Frozen):
     workers: int = Field(1, ge=1)
     """Teacher processes on this machine."""
@@ -236,6 +229,10 @@ class RunConfig(Frozen):
             batch_size=self.learner.batch_size,
             shard_size=self.rollout.shard_size,
             max_staleness=self.staleness.max_staleness,
+            order=self.staleness.order,
+            on_stale=self.staleness.on_stale or "train",
+            max_ahead=self.staleness.max_ahead,
+            max_drift=self.staleness.max_drift,
         )
 
     def cached(self) -> CacheRequirements:

@@ -1,6 +1,6 @@
-"""The long-running learner: consumes index ranges in order, publishes a policy version after every step.
+"""The long-running learner: consumes a batch per step, in order, and publishes a policy version after every step.
 
-for step s:  wait for trajectories and scores of [s·B, (s+1)·B)        (prefetched while step s−1 trains)
+for step s:  wait for the trajectories and scores of its batch (intake.py; prefetched while step s−1 trains)
              one optimizer step over all their tokens
              publish PolicyVersion s+1, then TrainStep s, then every k steps a checkpoint
 """
@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from asyncopd.config.cache import CacheRequirements, check_cache
 from asyncopd.errors import NonFiniteError, SupersededError
+from asyncopd.learner.intake import Batch, intake_of
 from asyncopd.learner.student import Student
 from asyncopd.ports import ClaimRecord, RunLog
 from asyncopd.schedule import LEARNER_PLACE, Plan
-from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
+from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
 from asyncopd.worker import Worker
 
 
@@ -46,7 +46,8 @@ class LearnStage:
             teacher: name of the score shards to train on.
             required: cached arrays that the student's loss needs; compared with what every batch really holds.
         """
-        self._log, self._worker, self._plan, self._student, self._teacher = log, worker, plan, student, teacher
+        self._log, self._worker, self._plan, self._student = log, worker, plan, student
+        self._intake = intake_of(log, worker, plan, teacher)
         self._checkpoint_every = checkpoint_every
         self._required, self._vocab_size = required, vocab_size
         self._lease_s = lease_s
@@ -68,13 +69,13 @@ class LearnStage:
         """
         place = await self._worker.wait_for(self._take_place, "the learner's place, which another learner holds")
         first_step = await asyncio.to_thread(self._resume, place.attempt)
-        next_batch = asyncio.create_task(self._batch(first_step)) if first_step < self._plan.num_steps else None
+        next_batch = asyncio.create_task(self._intake.batch(first_step)) if first_step < self._plan.num_steps else None
         try:
             for step in range(first_step, self._plan.num_steps):
                 assert next_batch is not None
                 batch = await next_batch
                 if step + 1 < self._plan.num_steps:
-                    next_batch = asyncio.create_task(self._batch(step + 1))
+                    next_batch = asyncio.create_task(self._intake.batch(step + 1))
                 with self._worker.busy.working():
                     await self._train(step, batch)
         finally:
@@ -118,29 +119,14 @@ class LearnStage:
                 "here; nothing it did counts, nothing is lost."
             )
 
-    async def _batch(self, step: int) -> list[ScoredTrajectory]:
-        """All surviving trajectories of a step with their scores, in index order."""
-        batch: list[ScoredTrajectory] = []
-        for shard in self._plan.shards_of_step(step):
-            find = partial(self._log.find_scores, self._teacher, shard)
-            await self._worker.wait_for(find, f"scores of {shard.name}")
-            batch += await asyncio.to_thread(self._read, shard)
-        return batch
-
-    def _read(self, shard: IndexRange) -> list[ScoredTrajectory]:
-        with self._worker.span("orchestrate:parquet", shard.name):
-            trajectories = self._log.read_trajectories(shard)
-            scores = self._log.read_scores(self._teacher, shard)
-        return [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)]
-
-    async def _train(self, step: int, batch: Sequence[ScoredTrajectory]) -> None:
-        self._check_cache(batch)
+    async def _train(self, step: int, batch: Batch) -> None:
+        self._check_cache(batch.scored)
         started = time.time()
         with self._worker.span("train", f"step {step}"):
             try:
-                result = await asyncio.to_thread(self._student.train, step, batch)
+                result = await asyncio.to_thread(self._student.train, step, batch.scored)
             except NonFiniteError as error:
-                raise NonFiniteError(f"step {step}, indices {self._plan.step(step).name}: {error}") from error
+                raise NonFiniteError(f"step {step}, indices {batch.indices.name}: {error}") from error
         await asyncio.to_thread(self._check_not_superseded)
         seconds = time.time() - started
         version = PolicyVersion(step + 1, self._rewind)
@@ -164,33 +150,39 @@ class LearnStage:
         weights = PolicyWeights(version, self._student.weights())
         self._log.publish_policy(weights, worker=self._worker.name, facts={"step": version.number})
 
-    def _record(
-        self, step: int, version: PolicyVersion, batch: Sequence[ScoredTrajectory], metrics: dict[str, float]
-    ) -> TrainStep:
-        staleness = staleness_tokens(batch, learner_version=step)
-        lengths = [len(s.trajectory.response_ids) for s in batch]
-        num_tokens = sum(lengths)
-        verified = [s.trajectory.correct for s in batch if s.trajectory.correct is not None]
-        metrics |= {
-            "train/lr": self._student.lr(step),
-            "train/staleness_mean_versions": sum(s * n for s, n in staleness.items()) / num_tokens,
-            "train/staleness_max_versions": float(max(staleness)),
-            "rollout/response_tokens_mean": num_tokens / len(lengths),
-            "rollout/response_tokens_max": float(max(lengths)),
-            "rollout/stopped_fraction": float(np.mean([s.trajectory.finish_reason == "stop" for s in batch])),
-        }
-        if verified:
-            metrics["rollout/accuracy"] = float(np.mean(verified))
+    def _record(self, step: int, version: PolicyVersion, batch: Batch, metrics: dict[str, float]) -> TrainStep:
+        staleness = staleness_tokens(batch.scored, learner_version=step)
         return TrainStep(
             step=step,
             rewind=self._rewind,
-            indices=self._plan.step(step),
+            indices=batch.indices,
             version=version,
-            num_tokens=num_tokens,
-            metrics=metrics,
+            num_tokens=sum(staleness.values()),
+            metrics=metrics | {"train/lr": self._student.lr(step)} | self._batch_metrics(step, batch, staleness),
             staleness_tokens=staleness,
             finished=time.time(),
+            dropped=batch.dropped,
+            held=batch.held,
         )
+
+    def _batch_metrics(self, step: int, batch: Batch, staleness: Mapping[int, int]) -> dict[str, float]:
+        """What a step reports about its trajectories, trained or not."""
+        trajectories = [scored.trajectory for scored in batch.scored]
+        lengths = [len(trajectory.response_ids) for trajectory in trajectories]
+        bound = self._plan.max_staleness
+        metrics = {
+            "train/staleness_mean_versions": sum(s * n for s, n in staleness.items()) / sum(lengths),
+            "train/staleness_max_versions": float(max(staleness)),
+            "train/trajectories": float(len(trajectories)),
+            "train/stale_trajectories": float(sum(step - t.version_first > bound for t in trajectories)),
+            "train/dropped_trajectories": float(len(batch.dropped)),
+            "train/held_trajectories": float(len(batch.held)),
+            "rollout/response_tokens_mean": sum(lengths) / len(lengths),
+            "rollout/response_tokens_max": float(max(lengths)),
+            "rollout/stopped_fraction": float(np.mean([t.finish_reason == "stop" for t in trajectories])),
+        }
+        verified = [t.correct for t in trajectories if t.correct is not None]
+        return metrics | ({"rollout/accuracy": float(np.mean(verified))} if verified else {})
 
 
 def staleness_tokens(batch: Sequence[ScoredTrajectory], learner_version: int) -> dict[int, int]:

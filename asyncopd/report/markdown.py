@@ -60,6 +60,10 @@ def _tokens(summary: Summary) -> str:
     lines = [
         f"- Response tokens: {tokens.generated:,} generated, {tokens.scored:,} scored, {tokens.trained:,} trained.",
     ]
+    never = tokens.scored - tokens.trained
+    if never > 0:
+        share = percent(never / tokens.scored)
+        lines.append(f"- {never:,} tokens were scored and never trained, {share} of those scored.")
     if lengths.num_responses:
         lines.append(
             f"- Response length: mean {number(lengths.mean_tokens, '.1f')}, 99th percentile "
@@ -82,6 +86,7 @@ def _incidents(summary: Summary) -> str:
     if incidents.num_rewinds:
         lines.append(f"- The learner went back to a checkpoint {incidents.num_rewinds} times.")
     lines += [f"- {count} trajectories were not trained: {reason}." for reason, count in incidents.dropped.items()]
+    lines += [f"- {count} trajectories are held untrained: {reason}." for reason, count in incidents.held.items()]
     return "## Incidents\n\n" + ("\n".join(lines) or "None: no failure, no restart, nothing dropped.")
 
 

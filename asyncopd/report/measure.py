@@ -65,8 +65,11 @@ def measure(seen: Observations, config: RunConfig) -> Summary:
             num_extra_workers=_extra_workers(seen.workers, config),
             num_rewinds=seen.num_rewinds,
             dropped=dict(Counter(reason for step in seen.steps for reason in step.dropped.values())),
+            held=dict(Counter(reason for step in seen.steps for reason in step.held.values())),
         ),
         notes=tuple(_notes(seen, config)),
+        order=config.staleness.order,
+        on_stale=config.staleness.on_stale,
     )
 
 

@@ -2,6 +2,7 @@
 
     sample() ---request---> inbox --admit--> Decoder --step--> Trajectory ---> the caller's future
     refresh() --weights---> inbox --between two steps--^                       (call_soon_threadsafe, once per step)
+                                    without in-flight updates: admit waits, load once the last slot is free
 
 The engine thread waits on a condition when nothing is active and nothing is in the inbox. An error in a step ends the
 engine: every caller, present and future, gets it as EngineError. Needs no lock but the inbox's.
@@ -60,6 +61,7 @@ class HfSampler:
         head: int = 0,
         num_draws: int = 0,
         law: DrawLaw = "policy",
+        in_flight_updates: bool = True,
     ) -> None:
         """Start the engine thread. Nothing can be sampled before the first `refresh`.
 
@@ -70,6 +72,8 @@ class HfSampler:
             seed: the run's seed; with a trajectory's index it decides every draw.
             temperature, top_p: the law that is sampled, and whose log-probs are stored.
             head, num_draws, law: candidates recorded at each position (types.Candidates).
+            in_flight_updates: whether responses in progress go on under new weights. Otherwise a refresh lets them end
+                first, with no new ones beside them, so the batch runs empty once per refresh.
         Raises:
             ConfigError: a sampling law that is no distribution.
             EngineError: the model cannot serve `max_context` or be given slots.
@@ -84,6 +88,7 @@ class HfSampler:
             seed=seed,
             eos_id=eos_id,
         )
+        self._in_flight_updates = in_flight_updates
         self._waiting: deque[_Pending] = deque()
         self._refreshes: deque[_Pending] = deque()
         self._running: dict[int, _Pending] = {}
@@ -188,6 +193,9 @@ class HfSampler:
         with self._wake:
             while not (self._failure or self._refreshes or self._waiting or decoder.num_active):
                 self._wake.wait()
+            if self._refreshes and decoder.num_active and not self._in_flight_updates:
+                # What is in a slot ends under the weights it started with; nothing may start under those any more.
+                return self._failure is None
             refreshes = list(self._refreshes)
             self._refreshes.clear()
         for pending in refreshes:

@@ -1,7 +1,8 @@
 """The rollout stage: keeps one sampler busy with the shards the admission rule lets start.
 
 RunLog --newest version--> follow_versions --refresh--> Sampler
-next_shard: lowest index range nobody produced or holds, once the sampler's version admits it
+next_shard: lowest index range nobody produced or holds, once the plan admits it: by the sampler's version, the last
+            step's drift, and in arrival order what the learner has come to
 work:       prompts -> Sampler (all indices of the shard at once) -> verifier -> Parquet shard
 """
 
@@ -13,8 +14,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
+from asyncopd.arrivals import num_taken
+from asyncopd.open_shards import OpenShards
 from asyncopd.ports import RunLog, Sampler, SampleRequest, Task
-from asyncopd.schedule import Plan
+from asyncopd.schedule import Plan, Seen
 from asyncopd.types import IndexRange, Trajectory
 from asyncopd.worker import NextShard, Worker
 
@@ -42,8 +45,10 @@ class RolloutStage:
         self._max_new_tokens = max_new_tokens
         self._lease_s = lease_s
         self._busy_intervals = busy_intervals
-        self._open = list(plan.shards())
+        self._open = OpenShards(plan)
         """Shards neither produced nor claimed by this worker, in index order."""
+        self._drift = (-1, 0.0)
+        """The last step whose drift is known, and that drift, nats per token."""
         self._choosing = asyncio.Lock()
         worker.status.update(num_trajectories=0, num_tokens=0, num_tokens_discarded=0, version=None)
 
@@ -63,9 +68,11 @@ class RolloutStage:
     async def next_shard(self) -> IndexRange | None:
         """Claim the lowest admissible shard that nobody produced or holds; waits for versions and for other workers."""
         async with self._choosing:
-            if not self._open:
+            first = self._open.first
+            if first is None:
                 return None
-            return (await self._worker.wait_for(self._claim_next, self._what_is_missing())).shard
+            what = await asyncio.to_thread(self._what_is_missing, first)
+            return (await self._worker.wait_for(self._claim_next, what)).shard
 
     async def work(self, shard: IndexRange) -> None:
         """Sample, verify and publish one shard. Harmless when another worker publishes it first."""
@@ -101,10 +108,11 @@ class RolloutStage:
 
     def _claim_next(self) -> NextShard | None:
         """What to do next; None when there is nothing to do right now."""
-        version = self._sampler.version
-        assert version is not None  # following_versions has loaded one
-        for shard in list(self._open):
-            if not self._plan.may_start(shard, version.number):
+        seen = self._seen()
+        if self._plan.is_complete(seen):
+            return NextShard(None)
+        for shard in self._open:
+            if not self._plan.admits(shard, seen):
                 return None
             if self._log.find_trajectories(shard) is not None:
                 self._open.remove(shard)
@@ -113,14 +121,25 @@ class RolloutStage:
                 # Its last holder may have published between the look above and our claim.
                 if self._log.find_trajectories(shard) is None:
                     return NextShard(shard)
-        return None if self._open else NextShard(None)
+        return None if self._open.first else NextShard(None)
 
-    def _what_is_missing(self) -> str:
-        required = self._plan.required_version(self._open[0])
+    def _seen(self) -> Seen:
+        """What this worker knows of the run, as the plan wants it."""
         version = self._sampler.version
-        if version is not None and version.number < required:
-            return f"version {required} (step {required - 1} to be trained)"
-        return f"shard {self._open[0].name} (another worker holds it)"
+        assert version is not None  # following_versions has loaded one
+        arrivals = self._log.arrivals() if self._plan.order == "arrival" else []
+        return Seen(version.number, self._drift_nats(version.number), len(arrivals), num_taken(arrivals))
+
+    def _drift_nats(self, version: int) -> float:
+        """Of the step that made `version`, or of an older one while its record is not there yet."""
+        if self._plan.max_drift is not None and self._drift[0] != version - 1:
+            step = self._log.find_step(version - 1) if version else None
+            if step is not None:
+                self._drift = version - 1, step.metrics["train/drift_nats"]
+        return self._drift[1]
+
+    def _what_is_missing(self, first: IndexRange) -> str:
+        return self._plan.waits_for(first, self._seen()) or f"shard {first.name} (another worker holds it)"
 
     async def _follow(self) -> None:
         while True:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+from asyncopd.arrivals import num_taken
+from asyncopd.open_shards import OpenShards
 from asyncopd.ports import RunLog, Scorer, ScoreRequest
 from asyncopd.schedule import Plan
 from asyncopd.types import IndexRange
@@ -23,7 +25,7 @@ class ScoreStage:
         self._log, self._worker, self._plan, self._scorer, self._request = log, worker, plan, scorer, request
         self._lease_s = lease_s
         self._stage = f"score-{scorer.name}"
-        self._open = list(plan.shards())
+        self._open = OpenShards(plan)
         """Shards neither scored nor claimed by this worker, in index order."""
         self._choosing = asyncio.Lock()
         worker.status.update(teacher=scorer.name, num_trajectories=0, num_tokens=0)
@@ -31,9 +33,10 @@ class ScoreStage:
     async def next_shard(self) -> IndexRange | None:
         """Claim the lowest produced shard that nobody scored or holds; waits for rollouts and for other workers."""
         async with self._choosing:
-            if not self._open:
+            first = self._open.first
+            if first is None:
                 return None
-            what = f"shard {self._open[0].name} to be sampled"
+            what = f"shard {first.name} to be sampled"
             return (await self._worker.wait_for(self._claim_next, what)).shard
 
     async def work(self, shard: IndexRange) -> None:
@@ -58,9 +61,9 @@ class ScoreStage:
 
     def _claim_next(self) -> NextShard | None:
         """What to do next; None when there is nothing to do right now."""
-        # No rollout is ahead of the oldest unscored step by more than τ steps: nothing to look for beyond.
-        per_step = self._plan.batch_size // self._plan.shard_size
-        for shard in self._open[: (self._plan.max_staleness + 2) * per_step]:
+        if self._plan.order == "arrival" and num_taken(self._log.arrivals()) >= self._plan.num_indices:
+            return NextShard(None)
+        for shard in self._open.window(self._plan.window):
             if self._log.find_trajectories(shard) is None:
                 continue
             if self._log.find_scores(self._scorer.name, shard) is not None:
@@ -70,4 +73,4 @@ class ScoreStage:
                 # Its last holder may have published between the look above and our claim.
                 if self._log.find_scores(self._scorer.name, shard) is None:
                     return NextShard(shard)
-        return None if self._open else NextShard(None)
+        return None if self._open.first else NextShard(None)

@@ -1,0 +1,230 @@
+"""What became of every index of a run: the states an index passes through, and the fold of a run's records into them.
+
+    (unseen) --claim--> claimed --produce--> produced --score--> scored --train--> trained
+        |                                                          ^                  |
+        +---------produce: a claim is not durable                  +-----rewind-------+
+
+    (unseen), claimed, produced, scored --drop--> dropped(reason)     filtered at rollout or scoring, or too stale
+    scored                              --hold--> held(reason)        too stale to train now, kept for a replay
+
+A claim of an index that is further on changes nothing (its worker came too late), and neither does a drop or hold that
+is told twice in the same words (by the arrival and by the step). Everything else is a violation: trained twice,
+trained without scores, scored without a trajectory, trained and dropped.
+
+Conservation: admitted = claimed + produced + scored + trained + dropped + held, each index in exactly one of them.
+`storage.ledger.ledger_of` builds the events from a stored run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from asyncopd.errors import LedgerError
+from asyncopd.types import IndexRange
+
+State = Literal["claimed", "produced", "scored", "trained", "dropped", "held"]
+STATES: tuple[State, ...] = get_args(State)
+Move = Literal["claim", "produce", "score", "train", "drop", "hold", "rewind"]
+
+_TRANSITIONS: Mapping[tuple[State | None, Move], State] = {
+    (None, "claim"): "claimed",
+    (None, "produce"): "produced",
+    (None, "drop"): "dropped",
+    ("claimed", "claim"): "claimed",
+    ("claimed", "produce"): "produced",
+    ("claimed", "drop"): "dropped",
+    ("produced", "claim"): "produced",
+    ("produced", "score"): "scored",
+    ("produced", "drop"): "dropped",
+    ("scored", "claim"): "scored",
+    ("scored", "train"): "trained",
+    ("scored", "drop"): "dropped",
+    ("scored", "hold"): "held",
+    ("trained", "claim"): "trained",
+    ("trained", "rewind"): "scored",
+    ("dropped", "claim"): "dropped",
+    ("dropped", "drop"): "dropped",
+    ("held", "claim"): "held",
+    ("held", "hold"): "held",
+}
+
+
+@dataclass(frozen=True)
+class IndexState:
+    """Where one index is."""
+
+    state: State
+    reason: str = ""
+    """Why it was dropped or held; empty otherwise."""
+    step: int | None = None
+    """The step that trained it; None otherwise."""
+
+
+# -- events -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Claimed:
+    """A rollout worker took a shard."""
+
+    indices: IndexRange
+
+
+@dataclass(frozen=True)
+class Produced:
+    """A shard of trajectories was published."""
+
+    indices: IndexRange
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    """Filtered at rollout: index -> reason."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A shard of the run's teacher's scores was published."""
+
+    indices: IndexRange
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    """Index -> reason; what was dropped at rollout is dropped here too."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The learner decided, in arrival order, not to train these."""
+
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    held: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An optimizer step."""
+
+    step: int
+    indices: Sequence[int]
+    """Those trained."""
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    held: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rewound:
+    """The learner went back to the state after `to_step` steps: what later steps trained waits to be trained again."""
+
+    to_step: int
+
+
+Event = Claimed | Produced | Scored | Judged | Trained | Rewound
+
+
+# -- one index ----------------------------------------------------------------------------------------------------
+def moved(before: IndexState | None, move: Move, *, reason: str = "", step: int | None = None) -> IndexState:
+    """The state of an index after `move`; `before` is None for an index nothing was heard of.
+
+    Raises:
+        LedgerError: an index in this state cannot make this move, or is dropped or held twice with two reasons.
+    """
+    after = _TRANSITIONS.get((before.state if before else None, move))
+    if after is None:
+        raise LedgerError(f"{move} while {_told(before)}")
+    if before is not None and after == before.state:
+        if move in ("drop", "hold") and reason != before.reason:
+            raise LedgerError(f"{move} ({reason}) while {_told(before)}")
+        return before
+    return IndexState(after, reason if move in ("drop", "hold") else "", step if move == "train" else None)
+
+
+def _told(state: IndexState | None) -> str:
+    if state is None:
+        return "nothing was heard of it"
+    detail = f" by step {state.step}" if state.step is not None else f" ({state.reason})" if state.reason else ""
+    return state.state + detail
+
+
+# -- all of them --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Violation:
+    """A move that an index cannot have made, or an index without a state."""
+
+    index: int
+    problem: str
+
+    def __str__(self) -> str:
+        return f"index {self.index}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The state of every index of a run at one moment."""
+
+    states: Mapping[int, IndexState]
+    admitted: frozenset[int]
+    """Every index any record speaks of, whether or not it could be given a state."""
+    refused: tuple[Violation, ...] = ()
+    """Moves that were not possible; they changed no state."""
+
+    @classmethod
+    def fold(cls, events: Iterable[Event]) -> Ledger:
+        """The ledger after `events`. A move that is not possible is kept as a violation and changes nothing.
+
+        Args:
+            events: each index's own in the order in which they happened; a rewind between the steps it parts.
+        """
+        states: dict[int, IndexState] = {}
+        admitted: set[int] = set()
+        refused: list[Violation] = []
+        for event in events:
+            if isinstance(event, Rewound):
+                for index, state in states.items():
+                    if state.step is not None and state.step >= event.to_step:
+                        states[index] = moved(state, "rewind")
+                continue
+            step = event.step if isinstance(event, Trained) else None
+            for index, move, reason in _moves(event):
+                admitted.add(index)
+                try:
+                    states[index] = moved(states.get(index), move, reason=reason, step=step)
+                except LedgerError as error:
+                    at = f" by step {step}" if step is not None else ""
+                    refused.append(Violation(index, f"{str(error).replace(move, move + at, 1)}"))
+        return cls(states, frozenset(admitted), tuple(refused))
+
+    def state_of(self, index: int) -> IndexState | None:
+        """None when nothing was heard of the index."""
+        return self.states.get(index)
+
+    def counts(self) -> dict[State, int]:
+        """State -> indices in it; every state is named."""
+        found = Counter(state.state for state in self.states.values())
+        return {state: found[state] for state in STATES}
+
+    def reasons(self, state: Literal["dropped", "held"]) -> dict[str, int]:
+        """Reason -> indices that are dropped (or held) for it."""
+        return dict(Counter(s.reason for s in self.states.values() if s.state == state))
+
+    def indices(self, state: State) -> list[int]:
+        """The indices in one state, sorted."""
+        return sorted(index for index, found in self.states.items() if found.state == state)
+
+    def violations(self) -> list[Violation]:
+        """Everything that cannot be: empty for a sound run, finished or not, crashed or not."""
+        homeless = [Violation(index, "no state holds it") for index in sorted(self.admitted - self.states.keys())]
+        return [*self.refused, *homeless]
+
+
+def _moves(event: Claimed | Produced | Scored | Judged | Trained) -> Iterator[tuple[int, Move, str]]:
+    """(index, move, reason) of everything one event says."""
+    match event:
+        case Claimed():
+            yield from ((index, "claim", "") for index in event.indices.indices)
+        case Produced() | Scored():
+            move: Move = "produce" if isinstance(event, Produced) else "score"
+            kept = (index for index in event.indices.indices if index not in event.dropped)
+            yield from ((index, move, "") for index in kept)
+            yield from ((index, "drop", reason) for index, reason in event.dropped.items())
+        case Judged() | Trained():
+            if isinstance(event, Trained):
+                yield from ((index, "train", "") for index in event.indices)
+            yield from ((index, "drop", reason) for index, reason in event.dropped.items())
+            yield from ((index, "hold", reason) for index, reason in event.held.items())
