@@ -63,7 +63,7 @@ def decode_trajectories(body: bytes, key: str) -> list[Trajectory]:
     rows = _Rows(body, key, "trajectories")
     try:
         return [_trajectory(rows, row) for row in range(rows.num_rows)]
-    except (ValueError, ShapeError) as exc:
+    except (ValueError, KeyError, IndexError, TypeError, ShapeError) as exc:
         raise rows.corrupt(str(exc)) from exc
 
 
@@ -105,7 +105,7 @@ def decode_scores(body: bytes, key: str) -> list[TeacherScores]:
     rows = _Rows(body, key, "scores")
     try:
         return [_scores(rows, row) for row in range(rows.num_rows)]
-    except (ValueError, ShapeError) as exc:
+    except (ValueError, KeyError, IndexError, TypeError, ShapeError) as exc:
         raise rows.corrupt(str(exc)) from exc
 
 
