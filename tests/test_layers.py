@@ -23,7 +23,7 @@ LAYERS = [
     ("asyncopd.report", 2), ("asyncopd.follow", 2), ("asyncopd.roles", 2), ("storage", 2),
     ("asyncopd.study", 2),
     ("flows.wiring", 3), ("flows.preflight", 3),
-    ("flows", 4), ("asyncopd.cli", 4), ("asyncopd.cli_study", 1),
+    ("flows", 4), ("asyncopd.cli", 4), ("asyncopd.cli_study", 1), ("asyncopd.cli_maintain", 3),
 ]  # fmt: skip
 SIBLINGS = (
     "asyncopd.rollout",

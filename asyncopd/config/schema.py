@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from asyncopd.config.frozen import Frozen
 from asyncopd.config.losses import CacheRequirements, HeadTailConfig, LossConfig
+from asyncopd.config.retention import Retention
 from asyncopd.config.tasks import TaskConfig, WalkConfig
 from asyncopd.schedule import Plan
 from asyncopd.types import DrawLaw
@@ -217,6 +218,7 @@ class RunConfig(Frozen):
     loss: LossConfig = HeadTailConfig()
     evaluate: Evaluate = Evaluate()
     limits: Limits = Limits()
+    retention: Retention = Retention()
 
     @property
     def plan(self) -> Plan:
