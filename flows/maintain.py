@@ -1,4 +1,4 @@
-"""Flow `maintain` (deployments `maintain/audit`, `maintain/collect`, `maintain/compact`): `asyncopd maintain` on a schedule.
+"""Flow `maintain` (deployments `maintain/audit`, `maintain/collect`, `maintain/compact`): maintenance on a schedule.
 
 An audit with findings ends as Failed, so that an automation or a person notices; its report is an artifact.
 """

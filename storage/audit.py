@@ -19,7 +19,6 @@ from storage.bodies import REMOVED, REPLACED
 from storage.conservation import check_conservation
 from storage.findings import AuditReport, Finding, Mend
 from storage.layout import model_manifest, parse_shard, parse_version
-from storage.manifests import find_manifest
 from storage.objects import ObjectStore
 from storage.snapshot import Snapshot, take_snapshot
 
@@ -79,9 +78,7 @@ def _look(store: ObjectStore, run_id: str, grace_s: float, checks: DataChecks) -
     if config is not None and snapshot.records["policy"]:
         for model in config.models().values():
             # Shared by all runs; without one, a learner that has no checkpoint cannot start again.
-            key = model_manifest(config.model_digest(model))
-            if (manifest := find_manifest(store, key)) is not None:
-                findings += checks.check_manifest(key, manifest)
+            findings += checks.check_manifest(model_manifest(config.model_digest(model)))
     return snapshot, findings
 
 

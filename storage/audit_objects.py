@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from asyncopd.errors import AsyncOPDError
+from asyncopd.errors import AsyncOPDError, StorageError
 from asyncopd.types import Manifest
 from storage.bodies import REMOVED, ROW_GROUP
 from storage.findings import Finding, Mend
 from storage.layout import parse_shard
-from storage.manifests import sha256
+from storage.manifests import find_manifest, sha256
 from storage.objects import ObjectStore
 from storage.run_log import check_rows
 from storage.shards import decode_scores, decode_trajectories
@@ -50,12 +50,16 @@ class DataChecks:
                 findings += found
         return findings
 
-    def check_manifest(self, manifest_key: str, manifest: Manifest) -> list[Finding]:
-        """What one manifest outside the run promises."""
+    def check_manifest(self, manifest_key: str) -> list[Finding]:
+        """What one manifest outside the run promises, if there is such a manifest."""
+        try:
+            manifest = find_manifest(self._store, manifest_key)
+        except StorageError as error:
+            mend = self._mend.quarantine(manifest_key)
+            return [Finding("corrupt", manifest_key, "a manifest that can be read", str(error), mend)]
         findings: list[Finding] = []
-        for key, promise in manifest.objects.items():
-            body = self._store.find(key)
-            findings += self._check_body(key, body, manifest_key, promise)
+        for key, promise in manifest.objects.items() if manifest else ():
+            findings += self._check_body(key, self._store.find(key), manifest_key, promise)
         return findings
 
     def _check_data(self, snapshot: Snapshot, key: str, manifest_keys: list[str]) -> list[Finding]:

@@ -127,13 +127,14 @@ def _follows_the_plan(
     for step in steps:
         key = snapshot.layout.step(step.step, step.rewind)
         ages, total = step.staleness_tokens, sum(step.staleness_tokens.values())
-        counts = [scores[shard].facts.get("num_tokens") for shard in plan.shards_of_step(step.step) if shard in scores]
-        is_whole = None not in counts and len(counts) == len(plan.shards_of_step(step.step)) and not step.dropped
+        counted = [scores[shard].facts.get("num_tokens") for shard in plan.shards_of_step(step.step) if shard in scores]
+        counts: list[int] = [count for count in counted if count is not None]
+        is_whole = len(counts) == len(plan.shards_of_step(step.step)) and not step.dropped
         stored = sum(counts) if is_whole else step.num_tokens
         for expected, found in (
             (f"indices {plan.step(step.step).name}", f"indices {step.indices.name}"),
             (f"{step.num_tokens} tokens", f"{total} tokens"),
-            (f"{stored} tokens, in its shards", f"{step.num_tokens} tokens in its shards"),
+            (f"{stored} tokens in its shards", f"{step.num_tokens} tokens in its shards"),
         ):
             if expected != found:
                 yield Finding("mismatch", key, expected, found, mend.quarantine(key))
