@@ -8,6 +8,7 @@ from asyncopd.config import RunConfig
 from asyncopd.types import Manifest, PolicyVersion
 from storage.findings import Finding, Mend
 from storage.layout import parse_version
+from storage.lineage import possible_rewinds
 from storage.snapshot import Snapshot
 
 
@@ -45,7 +46,8 @@ def _check_versions(snapshot: Snapshot, mend: Mend) -> Iterator[Finding]:
     newest = max({*present, *made_by}, default=-1)
     for number in sorted(set(range(newest + 1)) - present - unreadable - removed):
         step = made_by.get(number)
-        key = snapshot.layout.policy_manifest(PolicyVersion(number, step.rewind if step else 0))
+        rewind = step.rewind if step else next(possible_rewinds(number, snapshot.rewinds))
+        key = snapshot.layout.policy_manifest(PolicyVersion(number, rewind))
         evidence = f"step {step.step} made it" if step else f"version {newest} came after it"
         yield Finding("missing", key, f"version {number}: {evidence}", "no such object", mend.quarantine(key))
     for step in made_by.values():
@@ -68,7 +70,8 @@ def _check_steps(snapshot: Snapshot, mend: Mend) -> Iterator[Finding]:
     rewinds = {state.number: state.rewind for kind in ("policy", "checkpoint") for state in snapshot.states(kind)}
     noun, number = max(evidence.items(), key=lambda item: item[1])
     for step in sorted(set(range(number)) - trained - unreadable):
-        key = snapshot.layout.step(step, rewinds.get(step + 1, 0))
+        rewind = rewinds.get(step + 1, next(possible_rewinds(step + 1, snapshot.rewinds)))
+        key = snapshot.layout.step(step, rewind)
         found = f"no such object, but a {noun} that came after it"
         yield Finding("missing", key, f"the record of step {step}", found, mend.quarantine(key))
 

@@ -18,6 +18,7 @@ from asyncopd.errors import StorageError
 from asyncopd.types import IndexRange, Manifest, PolicyVersion
 from storage.bodies import REMOVED, REPLACED, ROW_GROUP
 from storage.layout import parse_shard, parse_version
+from storage.lineage import survives
 from storage.manifests import find_manifest, read_objects
 from storage.objects import ObjectStore
 from storage.records import Removal, manifest_to_json, removal_to_json
@@ -94,10 +95,12 @@ def collect_run(
     entries = snapshot.entries
     garbage = [Garbage(key, entries[key].size_bytes, reason) for key, reason in manifests.items()]
     garbage += [Garbage(key, entries[key].size_bytes, why) for key, why in data if key not in named_meanwhile]
-    temporary = [Garbage(e.key, e.size_bytes, "temporary") for e in store.temporary(now - oldest)]
+    # By the clock of the file system, which `now` need not be.
+    temporary_s = time.time() - oldest
+    temporary = [Garbage(e.key, e.size_bytes, "temporary") for e in store.temporary(temporary_s)]
     if not dry_run and (garbage or emptied or temporary):
         _remove(snapshot, garbage, emptied, now)
-        store.discard_temporary(now - oldest)
+        store.discard_temporary(temporary_s)
     return CollectReport(run_id, dry_run, tuple(garbage + temporary), len(emptied))
 
 
@@ -155,14 +158,14 @@ def _bases(manifest: Manifest | None) -> Iterator[PolicyVersion]:
 def _removable_manifests(snapshot: Snapshot, policy: Retention, kept: Kept, oldest: float) -> Iterator[tuple[str, str]]:
     """(manifest key, reason) of checkpoints and versions that can go, earlier rewinds first."""
     for kind, stays in (("checkpoint", kept.checkpoints), ("policy", kept.policies)):
-        counting = set(snapshot.states(kind))
         versions = {version: key for key in snapshot.records[kind] if (version := parse_version(key)) is not None}
         # Earlier rewinds first: a removed state must not uncover an older one of the same number.
         for version in sorted(versions, key=lambda v: (v.rewind, v.number)):
             key = versions[version]
             if version in stays or snapshot.entries[key].modified > oldest:
                 continue
-            if version in counting:
+            # One that a later rewind published again counts as soon as that is gone.
+            if survives(version.number, version.rewind, snapshot.rewinds):
                 yield key, "retention"
             elif not policy.superseded:
                 yield key, "superseded"
