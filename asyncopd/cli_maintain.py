@@ -14,7 +14,7 @@ from storage.audit import GRACE_S, audit_run
 from storage.collect import CollectReport, collect_run
 from storage.compact import MAX_ROWS, compact_run
 from storage.findings import AuditReport, to_text
-from storage.layout import run_of
+from storage.layout import RunLayout, run_of
 from storage.objects import ObjectStore
 from storage.open import open_store
 from storage.quarantine import set_aside
@@ -46,7 +46,7 @@ def add_maintain(commands: Any) -> None:
 
 def find_run(store: ObjectStore, run_id: str) -> str:
     """`run_id` itself. Raises StackError when the root has no object of such a run."""
-    if not store.list(f"runs/{run_id}"):
+    if not store.list(RunLayout(run_id).root):
         raise StackError(
             f"there is no run {run_id} in {store.url}. Existing runs: {', '.join(list_runs(store)[-5:]) or 'none'}. "
             "Name another storage root with --root."

@@ -20,7 +20,7 @@ from storage.conservation import check_conservation
 from storage.findings import AuditReport, Finding, Mend
 from storage.layout import model_manifest, parse_shard, parse_version
 from storage.objects import ObjectStore
-from storage.snapshot import Snapshot, take_snapshot
+from storage.snapshot import MANIFESTS, Snapshot, take_snapshot
 
 GRACE_S = 3600.0
 """Unreferenced objects younger than this may belong to a writer that has not come to its manifest yet."""
@@ -132,9 +132,10 @@ def _check_garbage(snapshot: Snapshot, mend: Mend, grace_s: float) -> Iterator[F
     """Data that no manifest names, and files that killed writers left half-written."""
     oldest = time.time() - grace_s
     replaced = {m.facts[REPLACED]["key"] for m in snapshot.manifests.values() if REPLACED in m.facts}
-    for key, entry in snapshot.entries.items():
+    # What a manifest that cannot be read names is unknown, so nothing is an orphan for certain.
+    is_certain = not any(snapshot.layout.kind_of(key) in MANIFESTS for key in snapshot.broken)
+    for key, entry in snapshot.entries.items() if is_certain else ():
         known = key in snapshot.references or key in snapshot.set_aside or key in replaced
-        # Its own removal may have been interrupted, and a broken manifest may be the one that names it.
         if snapshot.layout.kind_of(key) == "data" and not known and entry.modified <= oldest:
             found = f"{entry.size_bytes} bytes that no manifest names"
             yield Finding("orphan", key, "a manifest that promises it", found, mend.collect())

@@ -21,7 +21,7 @@ from asyncopd.types import IndexRange, Manifest, PolicyVersion, PolicyWeights
 from storage.bodies import REMOVED
 from storage.collect import empty_shard
 from storage.findings import Mend
-from storage.layout import parse_shard, parse_version, quarantined, run_of
+from storage.layout import MODELS, parse_shard, parse_version, quarantined, run_of
 from storage.lineage import survives
 from storage.objects import ObjectStore
 from storage.records import Removal, Rewind, removal_to_json, rewind_to_json
@@ -287,7 +287,7 @@ def _move(snapshot: Snapshot, key: str, done: Quarantine) -> None:
 
 
 def _shared_model(store: ObjectStore, key: str) -> Quarantine:
-    if not (key.startswith("models/") and key.endswith(".json")):
+    if not (key.startswith(f"{MODELS}/") and key.endswith(".json")):
         raise StorageError(f"{key} is not part of a run or a shared model; see docs/storage.md for the keys there are.")
     body = store.get(key)
     store.put(moved := quarantined(key), body)

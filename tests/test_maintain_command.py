@@ -43,7 +43,9 @@ def test_an_audit_ends_with_status_0_when_all_is_well(log: StoredRunLog, capsys:
     assert text.rstrip().endswith("clean")
 
 
-def test_an_audit_ends_with_status_1_and_says_how_to_mend(log: StoredRunLog, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_audit_ends_with_status_1_and_says_how_to_mend(
+    log: StoredRunLog, capsys: pytest.CaptureFixture[str]
+) -> None:
     key = log.layout.shard_manifest(log.layout.trajectories, IndexRange(0, 2))
     log.store.put(key, b"{}")
     with pytest.raises(SystemExit) as ended:
@@ -94,7 +96,7 @@ def test_quarantine_says_what_follows(log: StoredRunLog, capsys: pytest.CaptureF
 
 
 async def test_a_run_that_goes_on_can_be_audited_at_any_moment(tmp_path: Path) -> None:
-    config = pipeline.small_config(tmp_path, learner__num_steps=40, learner__checkpoint_every=3, evaluate__every=10)
+    config = pipeline.small_config(tmp_path, learner__num_steps=24, learner__checkpoint_every=3, evaluate__every=10)
     run = pipeline.new_run(config)
     running = asyncio.create_task(pipeline.run_all(run))
     num_audits = 0
@@ -109,17 +111,18 @@ async def test_a_run_that_goes_on_can_be_audited_at_any_moment(tmp_path: Path) -
     assert audit_run(run.store, run.log.run_id, grace_s=0, recheck_s=0).is_clean
 
 
+@pytest.mark.slow
 def test_the_flow_fails_when_an_audit_finds_something(log: StoredRunLog, tmp_path: Path) -> None:
     # In a child: Prefect's temporary server belongs to a process of its own.
     log.store.put(log.layout.step(1, 0), b"{}")
     script = """
-import sys
+import asyncio, sys
 from prefect.testing.utilities import prefect_test_harness
 from flows.maintain import maintain
 with prefect_test_harness():
-    state = maintain("audit", "run", sys.argv[1], return_state=True)
+    state = asyncio.run(maintain("audit", "run", sys.argv[1], return_state=True))
     print(state.type.value, state.message)
-    state = maintain("compact", "run", sys.argv[1], return_state=True)
+    state = asyncio.run(maintain("compact", "run", sys.argv[1], return_state=True))
     print(state.type.value)
 """
     ended = subprocess.run(

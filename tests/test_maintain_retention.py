@@ -131,7 +131,10 @@ def test_every_deletion_is_on_record_and_the_audit_knows_it() -> None:
     train(log, 0, 8)
     removed = collect(log, policy(checkpoints=1, every=3, last=1, steps=2))
     recorded = [
-        key for record in log.store.list(log.layout.removals) for key in removed if key.encode() in log.store.get(record)
+        key
+        for record in log.store.list(log.layout.removals)
+        for key in removed
+        if key.encode() in log.store.get(record)
     ]
     assert sorted(recorded) == sorted(removed)
     assert log.layout.policy_manifest(PolicyVersion(4)) in removed
