@@ -18,7 +18,7 @@ from asyncopd.errors import ShardCorruptError
 from asyncopd.types import IndexRange
 from storage.layout import RunLayout
 from storage.objects import ObjectStore
-from storage.records import Claim, Heartbeat, from_json, to_json
+from storage.records import Claim, Heartbeat, claim_from_json, from_json, heartbeat_from_json, to_json
 
 
 @dataclass(frozen=True)
@@ -155,23 +155,18 @@ class ClaimLog:
     def _read_claim(self, stage: str, shard: IndexRange, attempt: int) -> Claim:
         key = self.layout.claim(stage, shard, attempt)
         try:
-            fields = from_json(self.store.get(key), key, dict)
+            holder, claimed = from_json(self.store.get(key), key, claim_from_json)
         except ShardCorruptError:
             # Claims are not flushed, so a power cut can leave an empty one: held by nobody, and free after a lease.
-            fields = {"worker": "?", "claimed": 0.0}
-        return Claim(stage=stage, shard=shard, attempt=attempt, worker=fields["worker"], claimed=fields["claimed"])
+            holder, claimed = "?", 0.0
+        return Claim(stage=stage, shard=shard, attempt=attempt, worker=holder, claimed=claimed)
 
     def _read_heartbeat(self, key: str, body: bytes | None) -> Heartbeat | None:
         try:
-            fields = from_json(body, key, dict) if body is not None else None
+            return from_json(body, key, heartbeat_from_json) if body is not None else None
         except ShardCorruptError:
             # Not flushed either: a heartbeat that a power cut destroyed is one that stands still.
-            fields = None
-        if fields is None:
             return None
-        return Heartbeat(
-            worker=fields["worker"], beaten=fields["beaten"], retired=fields["retired"], status=fields["status"]
-        )
 
 
 def _claim_to_json(claim: Claim) -> bytes:

@@ -11,6 +11,10 @@
                  /rewinds/0001.json  /states/0001.json  /changes/0001.json
                  /claims/<stage>/000128-000191.1.json  /heartbeats/<worker>.json
                  /spans/<worker>.000007.json  /failures/<time>.<role>.<worker>.<attempt>.json
+                 /removals/<time>.<attempt>.json                 what maintenance took out of the run, and why
+                 /quarantine/<nanoseconds>/<rest of the key>     manifests and records that were set aside
+
+A shard's manifest may, after compaction, name a data object of a larger range that several manifests share.
 
 An attempt is eight random hex digits: two writers of one shard never write one key. Names of teachers, workers and
 stages are percent-encoded, so they may hold any character.
@@ -19,6 +23,7 @@ stages are percent-encoded, so they may hold any character.
 from __future__ import annotations
 
 import re
+import time
 import uuid
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
@@ -30,6 +35,28 @@ RUNS = "runs"
 MODELS = "models"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VERSION = re.compile(r"(\d{6,})\.r(\d+)")
+_SHARD_NAME, _STATE_NAME = r"\d{6,}-\d{6,}", r"\d{6,}\.r\d+"
+_KINDS = {
+    kind: re.compile(pattern)
+    for kind, pattern in {
+        "run": r"run\.json",
+        "architecture": r"architecture\.json",
+        "trajectories": rf"trajectories/{_SHARD_NAME}\.json",
+        "scores": rf"scores/[^/]+/{_SHARD_NAME}\.json",
+        "policy": rf"policies/{_STATE_NAME}\.json",
+        "checkpoint": rf"checkpoints/{_STATE_NAME}\.json",
+        "step": rf"steps/{_STATE_NAME}\.json",
+        "evaluation": rf"evals/{_STATE_NAME}\.json",
+        "rewind": r"rewinds/\d{4,}\.json",
+        "claim": rf"claims/[^/]+/{_SHARD_NAME}\.\d+\.json",
+        "heartbeat": r"heartbeats/[^/]+\.json",
+        "spans": r"spans/[^/]+\.\d{6,}\.json",
+        "failure": r"failures/[^/]+\.json",
+        "removal": r"removals/[^/]+\.json",
+        "quarantined": r"quarantine/.+",
+        "data": r"(trajectories|scores/[^/]+)/[^/]+\.parquet|(policies|checkpoints|architecture)/[^/]+/.+",
+    }.items()
+}
 _OBJECT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -91,6 +118,19 @@ def parse_shard(key: str) -> IndexRange | None:
     return IndexRange.parse(match[0]) if match else None
 
 
+def run_of(key: str) -> str | None:
+    """The id of the run that `key` belongs to; None for shared models and anything else."""
+    parts = key.split("/")
+    return parts[1] if len(parts) > 2 and parts[0] == RUNS and _RUN_ID.fullmatch(parts[1]) else None
+
+
+def quarantined(key: str) -> str:
+    """Where `key` goes when it is set aside: a new key at every call, outside every folder that is listed."""
+    run_id = run_of(key)
+    root = f"{RUNS}/{run_id}/" if run_id else ""
+    return f"{root}quarantine/{time.time_ns()}/{key.removeprefix(root)}"
+
+
 def model_manifest(digest: str) -> str:
     return f"{MODELS}/{check_object_name(digest)}.json"
 
@@ -116,6 +156,11 @@ class RunLayout:
     def record(self) -> str:
         return f"{self.root}/run.json"
 
+    def kind_of(self, key: str) -> str:
+        """What an object of this run is by its key: a name of `_KINDS`, or `unknown`."""
+        rest = key.removeprefix(f"{self.root}/")
+        return next((kind for kind, pattern in _KINDS.items() if pattern.fullmatch(rest)), "unknown")
+
     # -- shards ---------------------------------------------------------------------------------------------------
     @property
     def trajectories(self) -> str:
@@ -135,6 +180,10 @@ class RunLayout:
     def shard_object(self, folder: str, shard: IndexRange) -> str:
         """A new key at every call."""
         return f"{folder}/{shard.name}.{new_attempt()}.parquet"
+
+    def parse_teacher(self, key: str) -> str:
+        """The teacher of a key of scores/."""
+        return decode_name(key.removeprefix(f"{self.all_scores}/").split("/")[0])
 
     # -- learner --------------------------------------------------------------------------------------------------
     @property
@@ -234,3 +283,12 @@ class RunLayout:
     def failure(self, when: float, role: str, worker: str) -> str:
         """A new key at every call; keys sort by time."""
         return f"{self.failures}/{int(when * 1000):015d}.{encode_name(role)}.{encode_name(worker)}.{new_attempt()}.json"
+
+    # -- maintenance ----------------------------------------------------------------------------------------------
+    @property
+    def removals(self) -> str:
+        return f"{self.root}/removals"
+
+    def removal(self, when: float) -> str:
+        """A new key at every call; keys sort by time."""
+        return f"{self.removals}/{int(when * 1000):015d}.{new_attempt()}.json"

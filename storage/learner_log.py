@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from asyncopd.errors import StorageError
 from asyncopd.types import PolicyVersion, TrainStep
@@ -30,7 +30,7 @@ class LearnerLog:
         Raises StorageError when another record of this step and rewind exists: two learners are writing one run.
         """
         key, body = self.layout.step(step.step, step.rewind), step_to_json(step)
-        if not self.store.put_if_absent(key, body) and json.loads(self.store.get(key)) != json.loads(body):
+        if not self.store.put_if_absent(key, body) and _fields(self.store.get(key), key) != _fields(body, key):
             raise StorageError(
                 f"{key} exists with another content. A step is trained once per rewind: stop the second learner, or "
                 "let it record a rewind before it trains."
@@ -100,3 +100,8 @@ class LearnerLog:
     def rewinds(self) -> list[Rewind]:
         """All rewinds, oldest first."""
         return self.lineage.rewinds()
+
+
+def _fields(body: bytes, key: str) -> dict[str, Any]:
+    """What a record says, whichever schema version says it."""
+    return {name: value for name, value in from_json(body, key, dict).items() if name != "schema_version"}

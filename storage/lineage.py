@@ -15,7 +15,7 @@ from asyncopd.errors import StorageError
 from asyncopd.types import PolicyVersion
 from storage.layout import RunLayout
 from storage.objects import ObjectStore
-from storage.records import Rewind, from_json, to_json
+from storage.records import Rewind, from_json, rewind_from_json, rewind_to_json
 
 
 class Lineage:
@@ -35,12 +35,7 @@ class Lineage:
                 key = self._layout.rewind(number)
                 if not self._store.exists(key):
                     return list(self._rewinds)
-                fields = from_json(self._store.get(key), key, dict)
-                self._rewinds.append(
-                    Rewind(
-                        number=number, to_step=fields["to_step"], worker=fields["worker"], recorded=fields["recorded"]
-                    )
-                )
+                self._rewinds.append(from_json(self._store.get(key), key, rewind_from_json))
 
     def record(self, to_step: int, worker: str) -> int:
         """Append a rewind; returns its number. Several writers get different numbers."""
@@ -48,8 +43,8 @@ class Lineage:
             raise StorageError(f"cannot rewind {self._layout.run_id} to step {to_step}; expected 0 or more.")
         while True:
             number = len(self.rewinds()) + 1
-            body = to_json({"rewind": number, "to_step": to_step, "worker": worker, "recorded": time.time()})
-            if self._store.put_if_absent(self._layout.rewind(number), body):
+            rewind = Rewind(number=number, to_step=to_step, worker=worker, recorded=time.time())
+            if self._store.put_if_absent(self._layout.rewind(number), rewind_to_json(rewind)):
                 return number
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from asyncopd.errors import StorageError, StoreUnusableError
-from storage.objects import MIN_FREE_BYTES, TEMPORARY_FOLDER, Folder, Keys, ObjectStore, check_key
+from storage.objects import MIN_FREE_BYTES, TEMPORARY_FOLDER, Entries, Entry, Folder, Keys, ObjectStore, check_key
 
 
 class LocalStore(ObjectStore):
@@ -73,6 +74,15 @@ class LocalStore(ObjectStore):
         with self._explained("list", prefix):
             return sorted(self._walk(check_key(prefix.rstrip("/"))))
 
+    def entries(self, prefix: str) -> Entries:
+        found = []
+        for key in self.list(prefix):
+            # Gone since the listing: a heartbeat's temporary file, or a loser's data.
+            with contextlib.suppress(FileNotFoundError):
+                status = (self.root / key).stat()
+                found.append(Entry(key, status.st_size, status.st_mtime))
+        return found
+
     def folder(self, prefix: str) -> Folder:
         prefix = check_key(prefix.rstrip("/"))
         with self._explained("list", prefix):
@@ -98,11 +108,19 @@ class LocalStore(ObjectStore):
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.root).free
 
+    def temporary(self, older_than_s: float) -> Entries:
+        oldest, found = time.time() - older_than_s, []
+        for entry in _scan(self._temporary):
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.stat()
+                if status.st_mtime < oldest:
+                    found.append(Entry(f"{TEMPORARY_FOLDER}/{entry.name}", status.st_size, status.st_mtime))
+        return found
+
     def discard_temporary(self, older_than_s: float) -> int:
-        oldest = time.time() - older_than_s
-        stale = [entry.path for entry in _scan(self._temporary) if entry.stat().st_mtime < oldest]
-        for path in stale:
-            Path(path).unlink(missing_ok=True)
+        stale = self.temporary(older_than_s)
+        for entry in stale:
+            (self.root / entry.key).unlink(missing_ok=True)
         return len(stale)
 
     def probe(self, min_free_bytes: int = MIN_FREE_BYTES) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError
 from asyncopd.types import Manifest
+from storage.layout import quarantined
 from storage.objects import ObjectStore
 from storage.records import from_json, manifest_from_json, manifest_to_json
 
@@ -79,24 +80,23 @@ def sha256(body: bytes) -> str:
 
 def what_to_do(manifest_key: str, kind: str) -> str:
     """Advice for an object that is missing or corrupt, by what the manifest stands for."""
-    if kind in ("trajectories", "scores"):
-        return (
-            "Restore the object, or run `asyncopd maintain quarantine "
-            f"{manifest_key}` to have its indices generated again."
-        )
-    if kind == "checkpoint":
-        return f"Restore the object, or run `asyncopd maintain quarantine {manifest_key}` to use an older checkpoint."
-    return "Restore the object; nothing else can make it again."
+    promises = {
+        "trajectories": "to have its indices generated again",
+        "scores": "to have its indices scored again",
+        "checkpoint": "to use an older checkpoint",
+    }
+    what_for = promises.get(kind, "which says what can make it again")
+    return f"Restore the object, or run `asyncopd maintain quarantine {manifest_key}` {what_for}."
 
 
 def quarantine(store: ObjectStore, manifest_key: str) -> str:
-    """Take the manifest out of the run, so that what it stands for counts as not published; returns its new key.
+    """Take the manifest out of the run, so that what it stood for counts as not published; returns its new key.
 
     Raises ObjectMissingError when there is no such manifest. The data objects stay where they are.
+    `storage.quarantine` does the same with everything that follows from it.
     """
     body = store.get(manifest_key)
-    root, _, rest = manifest_key.rpartition("/")
-    moved = f"{root}/quarantine/{time.time_ns()}.{rest}"
+    moved = quarantined(manifest_key)
     store.put(moved, body)
     store.delete(manifest_key)
     return moved

@@ -28,6 +28,20 @@ Keys = list[str]
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One stored object as a listing shows it."""
+
+    key: str
+    size_bytes: int
+    modified: float
+    """Unix time, seconds, of the store's clock."""
+
+
+Entries = list[Entry]
+"""An alias for the reason of Keys."""
+
+
+@dataclass(frozen=True)
 class Folder:
     """What lies directly under a folder of keys."""
 
@@ -67,6 +81,10 @@ class ObjectStore(ABC):
         """Sorted keys of all objects below the folder `prefix`, at any depth; empty when there is no such folder."""
 
     @abstractmethod
+    def entries(self, prefix: str) -> Entries:
+        """As `list`, with sizes and times; for maintenance, which must know what is old."""
+
+    @abstractmethod
     def folder(self, prefix: str) -> Folder:
         """What lies directly in the folder `prefix`, without descending; empty when there is no such folder."""
 
@@ -91,6 +109,10 @@ class ObjectStore(ABC):
             f"{key} does not exist in {self.url}. It was never written, or was deleted; check the storage root and the "
             "run id, and restore the object if a manifest names it."
         )
+
+    def temporary(self, older_than_s: float) -> Entries:
+        """What killed writers left half-written, for all runs of the root; their keys cannot be read."""
+        return []
 
     def discard_temporary(self, older_than_s: float) -> int:
         """Remove what killed writers left half-written; returns how many files. Stores without such files answer 0."""
@@ -181,6 +203,12 @@ class MemoryStore(ObjectStore):
         skipped = len(self._root.rstrip("/")) + 1
         with self._lock:
             return sorted(path[skipped:] for path in self._fs.store if path.startswith(folder))
+
+    def entries(self, prefix: str) -> Entries:
+        skipped = len(self._root.rstrip("/")) + 1
+        with self._lock:
+            files = [self._fs.store[self._path(key)] for key in self.list(prefix)]
+            return [Entry(file.path[skipped:], file.size, file.modified.timestamp()) for file in files]
 
     def folder(self, prefix: str) -> Folder:
         prefix = prefix.rstrip("/") + "/"

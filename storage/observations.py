@@ -13,6 +13,7 @@ from storage.records import (
     Failure,
     evaluation_from_json,
     evaluation_to_json,
+    failure_from_json,
     from_json,
     spans_from_json,
     spans_to_json,
@@ -57,10 +58,6 @@ class ObservationLog:
 
     def failures(self) -> list[Failure]:
         """All failures, oldest first."""
-        failures = []
-        for key in self.store.list(self.layout.failures):
-            fields = from_json(self.store.get(key), key, dict)
-            failures.append(
-                Failure(role=fields["role"], worker=fields["worker"], reason=fields["reason"], failed=fields["failed"])
-            )
-        return failures
+        return [
+            from_json(self.store.get(key), key, failure_from_json) for key in self.store.list(self.layout.failures)
+        ]

@@ -1,23 +1,32 @@
 """The JSON objects of a run and the values they stand for, converted field by field.
 
-Every object carries `schema_version`. NaN is written as null; infinities as "Infinity" and "-Infinity".
+Every object carries `schema_version` and, last, the `sha256` of all its bytes before that field, checked on every read.
+NaN is written as null; infinities as "Infinity" and "-Infinity".
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from asyncopd.arrivals import Arrival
-from asyncopd.errors import ShardCorruptError, StorageError
+from asyncopd.errors import ShapeError, ShardCorruptError, StorageError
 from asyncopd.types import Evaluation, IndexRange, IndexSet, Manifest, PolicyVersion, Span, TrainStep
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: the object ends in its own sha256. Objects of version 1 have none and stay readable."""
+_CHECKSUM = "sha256"
+_SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n\}')
+_SEAL_BYTES = len(b',\n "sha256": ""\n}') + 64
+_BAD_FIELDS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, ShapeError)
+"""What building a value raises when a field is missing or has the wrong type."""
 
 
 @dataclass(frozen=True)
@@ -103,34 +112,59 @@ class Failure:
     """Unix time, seconds."""
 
 
+@dataclass(frozen=True)
+class Removal:
+    """Things taken out of the run on purpose: by retention, or because they were corrupt."""
+
+    reason: str
+    """`retention`, `orphan` or `quarantine`."""
+    keys: Mapping[str, int]
+    """Key -> bytes. Written before the first key is deleted."""
+    removed: float
+    """Unix time, seconds."""
+
+
 def to_json(fields: Mapping[str, Any]) -> bytes:
-    """`fields` and the schema version as UTF-8 JSON, in the given order."""
-    return json.dumps(
-        _plain({"schema_version": SCHEMA_VERSION, **fields}), allow_nan=False, ensure_ascii=False, indent=1
-    ).encode()
+    """`fields` and the schema version as UTF-8 JSON, in the given order, sealed with a sha256.
+
+    A field `sha256` is left out: a record that was read and is written again gets a seal of its own.
+    """
+    named = {"schema_version": SCHEMA_VERSION, **{key: value for key, value in fields.items() if key != _CHECKSUM}}
+    text = json.dumps(_plain(named), allow_nan=False, ensure_ascii=False, indent=1).encode()
+    # The seal covers bytes, not values: 1e5 and 1E5 are one number, and one of them is a flipped bit.
+    promised = text.removesuffix(b"\n}")
+    return promised + f',\n "{_CHECKSUM}": "{hashlib.sha256(promised).hexdigest()}"\n}}'.encode()
 
 
 def from_json(body: bytes, key: str, build: Callable[[dict[str, Any]], T]) -> T:
     """What `build` makes of the JSON object under `key`.
 
     Raises:
-        ShardCorruptError: `body` is not such an object.
+        ShardCorruptError: `body` is not such an object, or not the one that was written.
         StorageError: a newer code version wrote it.
     """
+    seal = _SEAL.fullmatch(body[-_SEAL_BYTES:])
+    if seal is not None:
+        found = hashlib.sha256(memoryview(body)[:-_SEAL_BYTES]).hexdigest()
+        if found != seal[1].decode():
+            raise _corrupt(key, body, f"sha256 {found[:12]} does not match its own {seal[1].decode()[:12]}")
     try:
         fields = json.loads(body)
         written_by = int(fields["schema_version"])
-    except (ValueError, KeyError, TypeError) as exc:
-        raise _corrupt(key, body, exc) from exc
+        fields.pop(_CHECKSUM, None)
+    except _BAD_FIELDS as exc:
+        raise _corrupt(key, body, f"{type(exc).__name__}: {exc}") from exc
     if written_by > SCHEMA_VERSION:
         raise StorageError(
             f"{key} has schema version {written_by}, this code reads up to {SCHEMA_VERSION}. "
             "Use the code version that wrote it (run.json names it)."
         )
+    if seal is None and written_by >= 2:
+        raise _corrupt(key, body, f"schema version {written_by} without its sha256 at the end")
     try:
         return build(fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise _corrupt(key, body, exc) from exc
+    except _BAD_FIELDS as exc:
+        raise _corrupt(key, body, f"{type(exc).__name__}: {exc}") from exc
 
 
 def manifest_to_json(manifest: Manifest) -> bytes:
@@ -151,11 +185,15 @@ def manifest_from_json(fields: Mapping[str, Any]) -> Manifest:
         facts["dropped"] = _int_keys(facts["dropped"])
     return Manifest(
         kind=fields["kind"],
-        objects={key: dict(promise) for key, promise in fields["objects"].items()},
+        objects={key: _promise(promise) for key, promise in fields["objects"].items()},
         created=fields["created"],
         worker=fields["worker"],
         facts=facts,
     )
+
+
+def _promise(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {**fields, "size_bytes": int(fields["size_bytes"]), "sha256": str(fields["sha256"])}
 
 
 def step_to_json(step: TrainStep) -> bytes:
@@ -257,6 +295,41 @@ def _indices_fields(indices: IndexRange | IndexSet) -> dict[str, list[int]]:
     return {"indices": [min(indices.indices), max(indices.indices) + 1], "index_list": list(indices.indices)}
 
 
+def claim_from_json(fields: Mapping[str, Any]) -> tuple[str, float]:
+    """(worker, claimed); stage, shard and attempt are in the key."""
+    return fields["worker"], fields["claimed"]
+
+
+def heartbeat_from_json(fields: Mapping[str, Any]) -> Heartbeat:
+    return Heartbeat(
+        worker=fields["worker"], beaten=fields["beaten"], retired=fields["retired"], status=fields["status"]
+    )
+
+
+def rewind_to_json(rewind: Rewind) -> bytes:
+    return to_json(
+        {"rewind": rewind.number, "to_step": rewind.to_step, "worker": rewind.worker, "recorded": rewind.recorded}
+    )
+
+
+def rewind_from_json(fields: Mapping[str, Any]) -> Rewind:
+    return Rewind(
+        number=fields["rewind"], to_step=fields["to_step"], worker=fields["worker"], recorded=fields["recorded"]
+    )
+
+
+def failure_from_json(fields: Mapping[str, Any]) -> Failure:
+    return Failure(role=fields["role"], worker=fields["worker"], reason=fields["reason"], failed=fields["failed"])
+
+
+def removal_to_json(removal: Removal) -> bytes:
+    return to_json({"reason": removal.reason, "keys": removal.keys, "removed": removal.removed})
+
+
+def removal_from_json(fields: Mapping[str, Any]) -> Removal:
+    return Removal(reason=fields["reason"], keys=dict(fields["keys"]), removed=fields["removed"])
+
+
 def _version_fields(version: PolicyVersion) -> dict[str, int]:
     return {"number": version.number, "rewind": version.rewind}
 
@@ -296,8 +369,8 @@ def _int_keys(values: Mapping[str, T]) -> dict[int, T]:
     return {int(key): value for key, value in values.items()}
 
 
-def _corrupt(key: str, body: bytes, exc: Exception) -> ShardCorruptError:
+def _corrupt(key: str, body: bytes, reason: str) -> ShardCorruptError:
     return ShardCorruptError(
-        f"{key} is not a readable record: {type(exc).__name__}: {exc} ({len(body)} bytes, starting {body[:40]!r}). "
-        "Expected a JSON object with schema_version. Restore the object, or delete it to have its work done again."
+        f"{key} is not a readable record: {reason} ({len(body)} bytes, starting {body[:40]!r}). Restore the object, or "
+        f"run `asyncopd maintain quarantine {key}`, which sets it aside and says what follows."
     )

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from asyncopd.errors import ShapeError, ShardCorruptError
+from asyncopd.errors import ObjectMissingError, ShapeError, ShardCorruptError
 from asyncopd.types import IndexRange, Manifest, TeacherScores, Trajectory
 from storage.arrivals import ArrivalLog
+from storage.bodies import ROW_GROUP, ShardBodies
 from storage.claims import ClaimLog
 from storage.layout import RunLayout, decode_name, new_attempt, parse_shard
 from storage.learner_log import LearnerLog
@@ -46,6 +47,7 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
         self.run_id = run_id
         self._topk_precision: TopkPrecision = topk_precision
         self._record: Mapping[str, Any] | None = None
+        self._bodies = ShardBodies()
         PolicyLog.__init__(self)
         ArrivalLog.__init__(self)
         ClaimLog.__init__(self, clock)
@@ -71,8 +73,8 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
             ShardCorruptError: the data is not what the manifest promises.
         """
         key, manifest, data_key, body = self._read_shard(self.layout.trajectories, shard)
-        trajectories = decode_trajectories(body, data_key)
-        _check_rows(key, manifest, shard, [trajectory.index for trajectory in trajectories])
+        trajectories = decode_trajectories(body, data_key, manifest.facts.get(ROW_GROUP))
+        check_rows(key, manifest, shard, [trajectory.index for trajectory in trajectories])
         return trajectories
 
     def publish_trajectories(
@@ -110,8 +112,8 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
         Raises as `read_trajectories` does.
         """
         key, manifest, data_key, body = self._read_shard(self.layout.scores(teacher), shard)
-        scores = decode_scores(body, data_key)
-        _check_rows(key, manifest, shard, [row.index for row in scores])
+        scores = decode_scores(body, data_key, manifest.facts.get(ROW_GROUP))
+        check_rows(key, manifest, shard, [row.index for row in scores])
         return scores
 
     def publish_scores(
@@ -190,8 +192,15 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
         """(manifest key, manifest, data key, verified data) of one shard."""
         key = self.layout.shard_manifest(folder, shard)
         manifest = read_manifest(self.store, key)
-        ((data_key, body),) = read_objects(self.store, key, manifest).items()
-        return key, manifest, data_key, body
+        while True:
+            try:
+                return key, manifest, *self._bodies.read(self.store, key, manifest)
+            except ObjectMissingError:
+                # Compaction may have pointed the manifest elsewhere since we read it.
+                newer = read_manifest(self.store, key)
+                if newer == manifest:
+                    raise
+                manifest = newer
 
     def _shards(self, folder: str) -> list[IndexRange]:
         keys = self.store.folder(folder).keys
@@ -207,9 +216,9 @@ def _check_cover(shard: IndexRange, rows: Sequence[int], dropped: Iterable[int])
         )
 
 
-def _check_rows(key: str, manifest: Manifest, shard: IndexRange, rows: Sequence[int]) -> None:
+def check_rows(key: str, manifest: Manifest, shard: IndexRange, rows: Sequence[int]) -> None:
     """Raise ShardCorruptError unless the rows found are those the manifest promises."""
-    expected_rows, expected_range = manifest.facts["num_rows"], manifest.facts["index_range"]
+    expected_rows, expected_range = manifest.facts.get("num_rows"), manifest.facts.get("index_range")
     dropped = manifest.facts.get("dropped", {})
     if (
         expected_range != [shard.start, shard.stop]

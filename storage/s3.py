@@ -19,7 +19,7 @@ import s3fs
 import s3fs.core
 
 from asyncopd.errors import StorageError
-from storage.objects import Folder, Keys, ObjectStore, check_key
+from storage.objects import Entries, Entry, Folder, Keys, ObjectStore, check_key
 
 T = TypeVar("T")
 
@@ -91,6 +91,17 @@ class S3Store(ObjectStore):
         folder = self._path(prefix.rstrip("/")) + "/"
         found = self._retried("list", prefix, lambda fs: _or_none(lambda: fs.find(folder)))
         return sorted(self._key(path) for path in found or [])
+
+    def entries(self, prefix: str) -> Entries:
+        folder = self._path(prefix.rstrip("/")) + "/"
+        found = self._retried("list", prefix, lambda fs: _or_none(lambda: fs.find(folder, detail=True))) or {}
+        return sorted(
+            (
+                Entry(self._key(path), int(entry["size"]), entry["LastModified"].timestamp())
+                for path, entry in found.items()
+            ),
+            key=lambda entry: entry.key,
+        )
 
     def folder(self, prefix: str) -> Folder:
         folder = self._path(prefix.rstrip("/")) + "/"

@@ -54,16 +54,16 @@ def encode_trajectories(trajectories: Sequence[Trajectory], run_id: str) -> byte
     return _write("trajectories", values, shard_schema("trajectories", run_id))
 
 
-def decode_trajectories(body: bytes, key: str) -> list[Trajectory]:
-    """The trajectories of a file, in its order. `key` is for the message.
+def decode_trajectories(body: bytes, key: str, row_group: int | None = None) -> list[Trajectory]:
+    """The trajectories of a file, or of one row group of a compacted one, in its order. `key` is for the message.
 
     Raises:
         ShardCorruptError: `body` is no trajectories file of this schema version.
     """
-    rows = _Rows(body, key, "trajectories")
+    rows = _Rows(body, key, "trajectories", row_group)
     try:
         return [_trajectory(rows, row) for row in range(rows.num_rows)]
-    except (ValueError, ShapeError) as exc:
+    except (ValueError, KeyError, IndexError, TypeError, ShapeError) as exc:
         raise rows.corrupt(str(exc)) from exc
 
 
@@ -96,16 +96,18 @@ def encode_scores(scores: Sequence[TeacherScores], run_id: str, topk_precision: 
     return _write("scores", values, shard_schema("scores", run_id, topk_precision))
 
 
-def decode_scores(body: bytes, key: str) -> list[TeacherScores]:
-    """The scores of a file, in its order; float16 log-probs come back as float32. `key` is for the message.
+def decode_scores(body: bytes, key: str, row_group: int | None = None) -> list[TeacherScores]:
+    """The scores of a file, or of one row group of a compacted one, in its order. `key` is for the message.
+
+    float16 log-probs come back as float32.
 
     Raises:
         ShardCorruptError: `body` is no scores file of this schema version.
     """
-    rows = _Rows(body, key, "scores")
+    rows = _Rows(body, key, "scores", row_group)
     try:
         return [_scores(rows, row) for row in range(rows.num_rows)]
-    except (ValueError, ShapeError) as exc:
+    except (ValueError, KeyError, IndexError, TypeError, ShapeError) as exc:
         raise rows.corrupt(str(exc)) from exc
 
 
@@ -159,16 +161,19 @@ def _scores(rows: _Rows, row: int) -> TeacherScores:
 class _Rows:
     """The columns of one file: numbers and strings as Python lists, list columns as one array with offsets."""
 
-    def __init__(self, body: bytes, key: str, kind: str) -> None:
+    def __init__(self, body: bytes, key: str, kind: str, row_group: int | None) -> None:
         self._key, self._kind = key, kind
         try:
-            table = pq.ParquetFile(pa.BufferReader(body)).read(use_threads=False)
-        except (pa.ArrowException, OSError) as exc:
+            table = _read_table(body, row_group)
+            metadata = table.schema.metadata or {}
+            found = (metadata.get(b"kind", b"?").decode(), metadata.get(b"schema_version", b"?").decode())
+            if found != (kind, str(SCHEMA_VERSION)):
+                raise self.corrupt(f"it holds {found[0]} of schema version {found[1]}")
+            self._unpack(table)
+        except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, TypeError) as exc:
             raise self.corrupt(str(exc)) from exc
-        metadata = table.schema.metadata or {}
-        found = (metadata.get(b"kind", b"?").decode(), metadata.get(b"schema_version", b"?").decode())
-        if found != (kind, str(SCHEMA_VERSION)):
-            raise self.corrupt(f"it holds {found[0]} of schema version {found[1]}")
+
+    def _unpack(self, table: Any) -> None:
         self.num_rows: int = table.num_rows
         self.values: dict[str, list[Any]] = {}
         self._flat: dict[str, tuple[list[int], Array]] = {}
@@ -197,6 +202,13 @@ class _Rows:
             f"{self._key} is not a {self._kind} file of schema version {SCHEMA_VERSION}: {reason}. Read it with the "
             "code version that wrote it (run.json names it), or restore the object."
         )
+
+
+def _read_table(body: bytes, row_group: int | None) -> Any:
+    file = pq.ParquetFile(pa.BufferReader(body))
+    if row_group is None:
+        return file.read(use_threads=False)
+    return file.read_row_group(row_group, use_threads=False)
 
 
 def _write(kind: str, values: dict[str, Any], schema: Any) -> bytes:

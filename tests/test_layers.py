@@ -25,6 +25,7 @@ LAYERS = [
     ("asyncopd.study", 2), ("asyncopd.chaos", 2),
     ("flows.wiring", 3), ("flows.work", 3), ("flows.preflight", 3),
     ("flows", 4), ("asyncopd.cli", 4), ("asyncopd.cli_study", 1), ("asyncopd.cli_worker", 4), ("asyncopd.cli_chaos", 4),
+    ("asyncopd.cli_maintain", 3),
 ]  # fmt: skip
 SIBLINGS = (
     "asyncopd.rollout",

@@ -121,14 +121,14 @@ def test_records_hold_numpy_numbers_and_no_nan() -> None:
     numbers = {"a": np.float32(0.5), "b": np.int64(3), "c": np.array([1, 2])}
     body = to_json({**numbers, "d": [math.nan, -math.inf], "e": (1,)})
     fields = from_json(body, "key", dict)
-    assert fields == {"schema_version": 1, "a": 0.5, "b": 3, "c": [1, 2], "d": [None, "-Infinity"], "e": [1]}
+    assert fields == {"schema_version": 2, "a": 0.5, "b": 3, "c": [1, 2], "d": [None, "-Infinity"], "e": [1]}
     with pytest.raises(StorageError, match=r"a object .* cannot be stored as JSON"):
         to_json({"a": object()})
 
 
 def test_records_of_a_newer_version_are_refused() -> None:
-    with pytest.raises(StorageError, match="key has schema version 2, this code reads up to 1"):
-        from_json(b'{"schema_version": 2}', "key", dict)
+    with pytest.raises(StorageError, match="key has schema version 3, this code reads up to 2"):
+        from_json(b'{"schema_version": 3}', "key", dict)
     with pytest.raises(ShardCorruptError, match="key is not a readable record"):
         from_json(b'{"schema_version": "x"}', "key", dict)
 

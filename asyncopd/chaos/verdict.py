@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from asyncopd.chaos.ordeal import Disturbance
 from asyncopd.chaos.witness import Witness
 from asyncopd.config import RunConfig
-from asyncopd.types import IndexRange, Trajectory
+from asyncopd.types import IndexRange, IndexSet, Trajectory
 from storage.run_log import StoredRunLog
 
 

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from asyncopd.config.frozen import Frozen
 from asyncopd.config.losses import CacheRequirements, HeadTailConfig, LossConfig
+from asyncopd.config.retention import Retention
 from asyncopd.config.staleness import Staleness
 from asyncopd.config.tasks import TaskConfig, WalkConfig
 from asyncopd.schedule import Plan
@@ -220,6 +221,7 @@ class RunConfig(Frozen):
     loss: LossConfig = HeadTailConfig()
     evaluate: Evaluate = Evaluate()
     limits: Limits = Limits()
+    retention: Retention = Retention()
 
     @property
     def plan(self) -> Plan:

@@ -1,0 +1,58 @@
+"""Flow `maintain` (deployments `maintain/audit`, `maintain/collect`, `maintain/compact`): maintenance on a schedule.
+
+An audit with findings ends as Failed, so that an automation or a person notices; its report is an artifact.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, Literal
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import acreate_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
+
+from asyncopd.cli_maintain import collected, find_run
+from storage.audit import GRACE_S, audit_run
+from storage.collect import collect_run
+from storage.compact import compact_run
+from storage.findings import to_text
+from storage.open import open_store
+
+
+@flow(name="maintain", flow_run_name="{action}-{run_id}")
+async def maintain(
+    action: Literal["audit", "collect", "compact"],
+    run_id: str,
+    root: str = "runs",
+    grace_s: float = GRACE_S,
+    dry_run: bool = False,
+) -> str | State[Any]:
+    """Verify or clean one run.
+
+    Args:
+        action: `audit` changes nothing; `collect` removes garbage; `compact` merges small shards.
+        run_id: may be running.
+        root: its storage root.
+        grace_s: age, seconds, below which unreferenced objects are left alone.
+        dry_run: of `collect` and `compact`: only say what would happen.
+    Returns:
+        What the command would print; a Failed state with it when an audit found something.
+    """
+    store = open_store(root)
+    find_run(store, run_id)
+    text, is_clean = await asyncio.to_thread(_act, action, store, run_id, grace_s, dry_run)
+    get_run_logger().info(text)
+    await acreate_markdown_artifact(key=f"maintain-{action}", markdown=f"```\n{text}\n```", description=run_id)
+    return text if is_clean else Failed(message=text)
+
+
+def _act(action: str, store: Any, run_id: str, grace_s: float, dry_run: bool) -> tuple[str, bool]:
+    if action == "audit":
+        report = audit_run(store, run_id, grace_s=grace_s)
+        return to_text(report), report.is_clean
+    if action == "collect":
+        return collected(collect_run(store, run_id, grace_s=grace_s, dry_run=dry_run)), True
+    return json.dumps(compact_run(store, run_id, dry_run=dry_run).to_dict(), indent=1), True
