@@ -1,17 +1,15 @@
-"""Conservation: every index of a run is in exactly one state, and the records of it agree.
-
-`check_conservation` is all the audit knows of it, so that another account of the same facts (a ledger folded from
-the log) can take its place.
-"""
+"""Conservation: every index of a run is in exactly one state (asyncopd/ledger.py), and the records of it agree."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
 from asyncopd.config import RunConfig
+from asyncopd.ledger import Ledger
 from asyncopd.types import IndexRange, Manifest, TrainStep
 from storage.findings import Finding, Mend
 from storage.layout import parse_shard
+from storage.ledger import events_of_snapshot
 from storage.snapshot import Snapshot
 
 Shards = Mapping[IndexRange, Manifest]
@@ -37,6 +35,9 @@ def check_conservation(snapshot: Snapshot, config: RunConfig | None, mend: Mend)
         findings += _has_data(snapshot, snapshot.layout.scores(teacher_of_run), scores, steps, config, mend)
         if config is not None and config.staleness.order == "index":
             findings += _follows_the_plan(snapshot, steps, scores, config, mend)
+    if not findings:
+        # Last, because whatever else is wrong shows in the ledger too, without saying how to mend it.
+        findings += _impossible_moves(snapshot, teacher_of_run, mend)
     return findings
 
 
@@ -91,6 +92,15 @@ def _trained_once(snapshot: Snapshot, steps: Iterable[TrainStep], mend: Mend) ->
             found = f"index {taken[0]} and {len(taken) - 1} more, which step {owner[taken[0]]} had before"
             yield Finding("overlap", key, "indices that no other step decided about", found, mend.quarantine(key))
         owner.update(dict.fromkeys(step.indices.indices, step.step))
+
+
+def _impossible_moves(snapshot: Snapshot, teacher: str | None, mend: Mend) -> Iterator[Finding]:
+    """What the ledger refuses: trained and dropped, trained without having been scored, and whatever else cannot be."""
+    if snapshot.broken:
+        return  # what a broken record said is missing from the ledger, and the record is a finding already
+    for violation in Ledger.fold(events_of_snapshot(snapshot, teacher)).violations():
+        expected = "moves that asyncopd/ledger.py draws"
+        yield Finding("ledger", snapshot.layout.root, expected, str(violation), mend.resume())
 
 
 def _has_data(

@@ -13,7 +13,7 @@ class Finding:
     """One thing that is wrong."""
 
     problem: str
-    """`corrupt`, `missing`, `mismatch`, `overlap`, `orphan` or `temporary`."""
+    """`corrupt`, `missing`, `mismatch`, `overlap`, `ledger`, `orphan` or `temporary`."""
     key: str
     """The object it is about; of something missing, the key it should have."""
     expected: str

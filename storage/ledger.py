@@ -15,9 +15,10 @@ from typing import TypeVar
 
 from asyncopd.ledger import Claimed, Event, Judged, Ledger, Produced, Rewound, Scored, Trained
 from asyncopd.types import IndexRange, Manifest, PolicyVersion, TrainStep
-from storage.layout import parse_version
+from storage.layout import parse_shard, parse_version
 from storage.records import Rewind, from_json, step_from_json
 from storage.run_log import StoredRunLog
+from storage.snapshot import Snapshot
 
 _READERS = 8
 _T = TypeVar("_T")
@@ -56,6 +57,21 @@ def events_of(log: StoredRunLog, teacher: str | None = None) -> list[Event]:
     return events + list(_steps_and_rewinds(log, steps, rewinds))
 
 
+def events_of_snapshot(snapshot: Snapshot, teacher: str | None) -> list[Event]:
+    """The same from records that were read before; `teacher` None takes every teacher's scores."""
+    records, layout = snapshot.records, snapshot.layout
+    claimed = {claim[1] for key in records["claim"] if (claim := layout.parse_claim(key))[0] == "rollout"}
+    events: list[Event] = [Claimed(shard) for shard in sorted(claimed)]
+    for key, manifest in records["trajectories"].items():
+        if (shard := parse_shard(key)) is not None:
+            events.append(Produced(shard, _dropped(manifest)))
+    for key, manifest in records["scores"].items():
+        if (shard := parse_shard(key)) is not None and teacher in (None, layout.parse_teacher(key)):
+            events.append(Scored(shard, _dropped(manifest)))
+    events += (Judged(arrival.dropped, arrival.held) for _, arrival in sorted(records["arrival"].items()))
+    return events + list(_in_lineage(list(records["step"].values()), snapshot.rewinds))
+
+
 def _teachers(log: StoredRunLog, teacher: str | None) -> Sequence[str]:
     configured = log.record.get("config", {}).get("teacher", {}).get("name")
     chosen = teacher or configured
@@ -82,10 +98,14 @@ def _steps_and_rewinds(
         key = log.layout.step(version.number, version.rewind)
         return from_json(log.store.get(key), key, step_from_json)
 
-    read_steps = _read_all(sorted(versions), read)
+    yield from _in_lineage([step for _, step in _read_all(versions, read)], rewinds)
+
+
+def _in_lineage(steps: Sequence[TrainStep], rewinds: Sequence[Rewind]) -> Iterator[Trained | Rewound]:
+    ordered = sorted(steps, key=lambda step: (step.step, step.rewind))
     for rewind in range(len(rewinds) + 1):
         if rewind:
             yield Rewound(rewinds[rewind - 1].to_step)
-        for version, step in read_steps:
-            if version.rewind == rewind:
+        for step in ordered:
+            if step.rewind == rewind:
                 yield Trained(step.step, step.trained, step.dropped, step.held)

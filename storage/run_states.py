@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from storage.layout import RunLayout
@@ -48,14 +48,7 @@ class RunStateLog:
 
     def config(self) -> dict[str, Any]:
         """The configuration in force: the recorded one, with every change since, in the root it is read from."""
-        config: dict[str, Any] = copy.deepcopy(dict(self.record["config"]))
-        for change in self.changes():
-            for dotted, (_, new) in change.settings.items():
-                *sections, name = dotted.split(".")
-                section = config
-                for part in sections:
-                    section = section[part]
-                section[name] = new
+        config = with_changes(self.record["config"], (change.settings for change in self.changes()))
         # A run that was copied elsewhere goes on there.
         config.setdefault("storage", {})["root"] = self.store.url
         return config
@@ -70,3 +63,16 @@ class RunStateLog:
     def record_change(self, settings: Mapping[str, tuple[Any, Any]]) -> int:
         """Append a change: dotted key -> (old value, new value). In force for every process started afterwards."""
         return self._changes.append({"settings": settings, "recorded": time.time()})
+
+
+def with_changes(config: Mapping[str, Any], changes: Iterable[Mapping[str, Sequence[Any]]]) -> dict[str, Any]:
+    """`config` after `changes`, oldest first, each dotted key -> (old value, new value)."""
+    changed: dict[str, Any] = copy.deepcopy(dict(config))
+    for settings in changes:
+        for dotted, (_, new) in settings.items():
+            *sections, name = dotted.split(".")
+            section = changed
+            for part in sections:
+                section = section[part]
+            section[name] = new
+    return changed

@@ -20,6 +20,7 @@ from storage.records import (
     Heartbeat,
     Removal,
     Rewind,
+    arrival_from_json,
     claim_from_json,
     evaluation_from_json,
     failure_from_json,
@@ -31,6 +32,7 @@ from storage.records import (
     spans_from_json,
     step_from_json,
 )
+from storage.run_states import with_changes
 
 PARSERS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "run": dict,
@@ -41,6 +43,9 @@ PARSERS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "checkpoint": manifest_from_json,
     "step": step_from_json,
     "evaluation": evaluation_from_json,
+    "arrival": arrival_from_json,
+    "state": dict,
+    "change": dict,
     "rewind": rewind_from_json,
     "claim": claim_from_json,
     "heartbeat": heartbeat_from_json,
@@ -80,10 +85,11 @@ class Snapshot:
 
     @property
     def config(self) -> RunConfig | None:
-        """The run's configuration; None when its record is gone, broken, or has none."""
+        """The run's configuration in force; None when its record is gone, broken, or has none."""
         record = self.records["run"].get(self.layout.record, {})
+        changes = [change["settings"] for _, change in sorted(self.records["change"].items())]
         try:
-            return RunConfig.model_validate(record["config"])
+            return RunConfig.model_validate(with_changes(record["config"], changes))
         except (KeyError, ValueError):
             return None
 
