@@ -191,6 +191,10 @@ def _scan(path: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except FileNotFoundError:
         return []
+    except NotADirectoryError:
+        if path.is_file():
+            return []  # an object is no folder; a root that lies below a file is still an error
+        raise
 
 
 def _make_directories(path: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -47,6 +48,10 @@ class FaultyProxy:
     slow_s: float = 0.02
     plan: deque[tuple[str, Fault | None]] = field(default_factory=deque)
     """(method, fault) for the next requests; None lets one pass. A request of another method waits for no turn."""
+    message: str = "injected"
+    """What the error answers say."""
+    signed_by: set[tuple[str, str]] = field(default_factory=set)
+    """(access key, region) of every signature that was seen."""
     injected: Counter[str] = field(default_factory=Counter)
     """How often each fault happened."""
     requests: Counter[str] = field(default_factory=Counter)
@@ -89,12 +94,14 @@ class FaultyProxy:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         self.requests[request.method] += 1
+        if signature := re.search(r"Credential=([^/]+)/\d+/([^/]+)/", request.headers.get("Authorization", "")):
+            self.signed_by.add((signature[1], signature[2]))
         fault = self._fault(request)
         if fault:
             self.injected[fault] += 1
         if fault in ERRORS:
             status, code = ERRORS[fault]
-            xml = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>"
+            xml = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{self.message}</Message></Error>"
             return web.Response(status=status, text=xml, content_type="application/xml")
         if fault == "reset":
             return _broken(request)

@@ -1,13 +1,17 @@
 """Real S3 servers for tests: moto and rclone as processes of their own, each with an empty bucket `runs`.
 
 A test names its server by pointing the AWS_* variables at it; `point_at` does that for the length of a test.
+`python tests/s3_servers.py moto` (or radosgw) serves one until it is interrupted, for benchmarks.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -52,6 +56,27 @@ def moto_server() -> Iterator[str]:
         endpoint = f"http://127.0.0.1:{port}"
         make_bucket(endpoint)
         yield endpoint
+
+
+@functools.cache
+def shared_moto() -> str:
+    """URL of a moto server that lives as long as the test process."""
+    return _shared(moto_server())
+
+
+@functools.cache
+def shared_radosgw() -> str:
+    """URL of a radosgw that lives as long as the test process."""
+    from radosgw import radosgw_server  # it relies on this module
+
+    return _shared(radosgw_server())
+
+
+def _shared(server: contextlib.AbstractContextManager[str]) -> str:
+    stack, owner = contextlib.ExitStack(), os.getpid()
+    # A forked child that exits must not take its parent's server along.
+    atexit.register(lambda: stack.close() if os.getpid() == owner else None)
+    return stack.enter_context(server)
 
 
 @contextlib.contextmanager
@@ -100,3 +125,19 @@ def wait_until_answering(process: subprocess.Popen[bytes], url: str, timeout_s: 
         except OSError:
             time.sleep(0.05)
     raise RuntimeError(f"{process.args!r} did not answer at {url} within {timeout_s:.0f} s.")
+
+
+def main() -> None:
+    """Serve one kind of S3 server until SIGINT or SIGTERM, and print the environment that reaches it."""
+    endpoint = {"moto": shared_moto, "radosgw": shared_radosgw}[sys.argv[1]]()
+    print(
+        f"export AWS_ENDPOINT_URL={endpoint} AWS_ACCESS_KEY_ID={ACCESS_KEY} AWS_SECRET_ACCESS_KEY={SECRET_KEY} "
+        f"AWS_DEFAULT_REGION=us-east-1  # s3://{BUCKET}",
+        flush=True,
+    )
+    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    main()
