@@ -215,6 +215,9 @@ class S3Store(ObjectStore):
         """The s3fs instance of this process: its event loop does not survive a fork."""
         with self._lock:
             if self._fs is None or self._pid != os.getpid():
+                # After a fork the old one is kept: closing it would unregister the parent's sockets from the epoll
+                # instance that both share, and the parent would wait for answers until its read timeout.
+                self._inherited = self._fs
                 self._fs = s3fs.S3FileSystem(
                     skip_instance_cache=True,
                     use_listings_cache=False,

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,16 +131,33 @@ def _start(root: Path, folder: Path, stack: contextlib.ExitStack) -> str:
         env=environment, check=True, capture_output=True, timeout=60,
     )  # fmt: skip
     run("ceph-osd", *conf, "--mkfs", "-i", "0", "--osd-uuid", osd)
-    start("ceph-osd", "-i", "0")
+    for _ in range(5):
+        # As systemd would: it ends with 'wrong fsid' when it asks before the monitor's map has come (1 start in 5).
+        if _is_active(start("ceph-osd", "-i", "0"), folder / "osd.0.log"):
+            break
     gateway = start("radosgw", "-n", "client.rgw")
     endpoint = f"http://127.0.0.1:{port}"
-    wait_until_answering(gateway, endpoint, timeout_s=120)
+    try:
+        wait_until_answering(gateway, endpoint, timeout_s=90)
+    except RuntimeError as error:
+        logs = "\n".join(f"{log.name}: ...{log.read_text()[-1500:]}" for log in folder.glob("*.log"))
+        raise RuntimeError(f"{error}\n{logs}") from None
     run(
         "radosgw-admin", *conf, "user", "create", "--uid", "test", "--display-name", "test",
         "--access-key", ACCESS_KEY, "--secret-key", SECRET_KEY,
     )  # fmt: skip
     make_bucket(endpoint)
     return endpoint
+
+
+def _is_active(osd: subprocess.Popen[bytes], log: Path) -> bool:
+    """Wait until the OSD serves; False when it ends first."""
+    deadline = time.monotonic() + 60
+    while osd.poll() is None and time.monotonic() < deadline:
+        if log.exists() and "state: booting -> active" in log.read_text():
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
