@@ -82,6 +82,7 @@ class S3Store(ObjectStore):
         self._prefix = f"{prefix}/" if prefix else ""
         self._lock = threading.Lock()
         self._fs: Any = None
+        self._inherited: Any = None
         self._pid = 0
 
     def put_if_absent(self, key: str, body: bytes, *, durable: bool = True) -> bool:
@@ -161,9 +162,7 @@ class S3Store(ObjectStore):
         folder = self._object_name(prefix.rstrip("/")) + "/"
         more: dict[str, str] = {}
         while True:
-            page = self._request(
-                "list", prefix, "list_objects_v2", Prefix=folder, MaxKeys=PAGE_KEYS, **options, **more
-            )
+            page = self._request("list", prefix, "list_objects_v2", Prefix=folder, MaxKeys=PAGE_KEYS, **options, **more)
             yield page
             if not page.get("IsTruncated"):
                 return
