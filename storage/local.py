@@ -169,7 +169,8 @@ class LocalStore(ObjectStore):
         except OSError as exc:
             advice = _ADVICE.get(exc.errno or 0, "Check the storage root's file system.")
             where = f" ({exc.filename})" if exc.filename else ""
-            raise StorageError(f"could not {action} {key} in {self.url}: {exc.strerror or exc}{where}. {advice}") from exc
+            reason = f"{exc.strerror or exc}{where}. {advice}"
+            raise StorageError(f"could not {action} {key} in {self.url}: {reason}") from exc
 
 
 _ADVICE = {
