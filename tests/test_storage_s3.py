@@ -106,8 +106,21 @@ def test_a_writer_who_came_between_two_tries_wins(proxy: FaultyProxy, body: byte
     assert store.get("a") == body
 
 
+def test_a_write_that_arrives_after_its_retry_is_still_one_write(proxy: FaultyProxy) -> None:
+    store = kept_alive(storage.s3.S3Store(f"s3://{BUCKET}/{uuid.uuid4().hex}", storage.s3.Patience(3, 3.0, 0.2)))
+    proxy.plan.append(("PUT", "slow"))
+    proxy.slow_s = 0.6
+    assert store.put_if_absent("a", b"ours")
+    before = proxy.requests.total()
+    time.sleep(0.6)  # the first try reaches the server now
+    assert proxy.requests.total() == before
+    assert store.get("a") == b"ours"
+    assert not store.put_if_absent("a", b"ours")
+
+
 def test_every_race_through_the_proxy_has_one_winner(proxy: FaultyProxy) -> None:
-    proxy.rate, proxy.seed = 0.25, 11
+    proxy.rate = 0.25
+    proxy.plan.append(("PUT", "conflict"))
     _race(num_rounds=12)
     assert set(proxy.injected) == set(EVERY_FAULT), "every kind of fault must have happened"
 
@@ -124,7 +137,7 @@ def _race(num_rounds: int) -> None:
     """Eight writers with stores of their own put equal bodies under one key, round after round."""
     url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
     stores = [open_store(url) for _ in range(8)]
-    barrier = threading.Barrier(len(stores))
+    barrier = threading.Barrier(len(stores), timeout=60)
 
     def write(store: ObjectStore) -> list[bool]:
         won = []
