@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -108,7 +109,11 @@ def _server(command: Sequence[str], port: int) -> Iterator[None]:
         yield
     finally:
         process.terminate()
-        process.wait(10)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def wait_until_answering(process: subprocess.Popen[bytes], url: str, timeout_s: float = 60.0) -> None:
@@ -129,15 +134,18 @@ def wait_until_answering(process: subprocess.Popen[bytes], url: str, timeout_s: 
 
 def main() -> None:
     """Serve one kind of S3 server until SIGINT or SIGTERM, and print the environment that reaches it."""
+    # By the flag of a handler, not by blocking: children would inherit a blocked SIGTERM and not end.
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
     endpoint = {"moto": shared_moto, "radosgw": shared_radosgw}[sys.argv[1]]()
     print(
         f"export AWS_ENDPOINT_URL={endpoint} AWS_ACCESS_KEY_ID={ACCESS_KEY} AWS_SECRET_ACCESS_KEY={SECRET_KEY} "
         f"AWS_DEFAULT_REGION=us-east-1  # s3://{BUCKET}",
         flush=True,
     )
-    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    ended.wait()
 
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     main()
