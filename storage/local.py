@@ -14,11 +14,20 @@ import stat
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from asyncopd.errors import StorageError, StoreUnusableError
-from storage.objects import MIN_FREE_BYTES, TEMPORARY_FOLDER, Entries, Entry, Folder, Keys, ObjectStore, check_key
+from storage.objects import (
+    MIN_FREE_BYTES,
+    PROBE_FOLDER,
+    TEMPORARY_FOLDER,
+    Entries,
+    Entry,
+    Folder,
+    Keys,
+    ObjectStore,
+    check_key,
+)
 
 
 class LocalStore(ObjectStore):
@@ -130,7 +139,11 @@ class LocalStore(ObjectStore):
                     f"{self.url} cannot be used as storage root: {folder} is a file, expected a directory. "
                     "Choose another storage root."
                 )
-        super().probe(min_free_bytes)
+        try:
+            super().probe(min_free_bytes)
+        finally:
+            with contextlib.suppress(OSError):  # never made, or another process probes at this moment
+                (self.root / PROBE_FOLDER).rmdir()
 
     # -- files ----------------------------------------------------------------------------------------------------
     def _path(self, key: str) -> Path:
@@ -175,20 +188,23 @@ class LocalStore(ObjectStore):
             return os.path.samefile(temporary, final)
         return True
 
-    @contextmanager
+    @contextlib.contextmanager
     def _explained(self, action: str, key: str) -> Iterator[None]:
         """Turn an OSError into a StorageError that names the key and what to do."""
         try:
             yield
         except OSError as exc:
             advice = _ADVICE.get(exc.errno or 0, "Check the storage root's file system.")
-            raise StorageError(f"could not {action} {key} in {self.url}: {exc.strerror or exc}. {advice}") from exc
+            where = f" ({exc.filename})" if exc.filename else ""
+            reason = f"{exc.strerror or exc}{where}. {advice}"
+            raise StorageError(f"could not {action} {key} in {self.url}: {reason}") from exc
 
 
 _ADVICE = {
     errno.ENOSPC: "The disk is full: free some space or move the storage root, then start again; nothing is lost.",
     errno.EDQUOT: "The quota is used up: free some space or move the storage root, then start again; nothing is lost.",
-    errno.EACCES: "Give this user write permission on the storage root.",
+    errno.EACCES: "Expected a directory that this user may write to: give it write permission.",
+    errno.ENOENT: "Expected a directory that can be made there; this file system allows none.",
     errno.EPERM: "The file system refuses hard links or this user; choose a storage root that allows them.",
     errno.EROFS: "The file system is mounted read-only; remount it or choose another storage root.",
     errno.ENOTDIR: "A part of the path is a file; choose another storage root.",
@@ -203,6 +219,10 @@ def _scan(path: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except FileNotFoundError:
         return []
+    except NotADirectoryError:
+        if path.is_file():
+            return []  # an object is no folder; a root that lies below a file is still an error
+        raise
 
 
 def _make_directories(path: Path) -> None:

@@ -19,6 +19,8 @@ from asyncopd.errors import ObjectMissingError, StorageError, StoreUnusableError
 
 TEMPORARY_FOLDER = ".tmp"
 """Where a local store keeps half-written files; never listed, never a key."""
+PROBE_FOLDER = "probe"
+"""Where `probe` writes, for the length of a call."""
 MIN_FREE_BYTES = 64 * 2**20
 """Default of `probe`: room for a few shards of a small run and a checkpoint of the quickstart."""
 
@@ -123,26 +125,36 @@ class ObjectStore(ABC):
         return None
 
     def probe(self, min_free_bytes: int = MIN_FREE_BYTES) -> None:
-        """Prove that the root can be written and that put-if-absent refuses a second writer.
+        """Prove that the root can be written, that put-if-absent refuses a second writer and that a listing shows what
+        was just written. Leaves nothing behind.
 
         Raises StoreUnusableError, which says what was found and what to do.
         """
-        key = f"probe/{uuid.uuid4().hex}"
+        key = f"{PROBE_FOLDER}/{uuid.uuid4().hex}"
         try:
+            before = self.find(key)  # S3 answers 403 instead of 404 to whoever may not list
             first = self.put_if_absent(key, b"first")
-            second = self.put_if_absent(key, b"second")
-            stored = self.get(key)
-            self.delete(key)
+            try:
+                second = self.put_if_absent(key, b"second")
+                stored = self.get(key)
+                listed = key in self.list(PROBE_FOLDER)
+            finally:
+                self.delete(key)
         except StorageError as exc:
             raise StoreUnusableError(
                 f"{self.url} cannot be used as storage root: {exc} Fix the cause or choose another storage root."
             ) from exc
-        if not first or second or stored != b"first":
+        if before is not None or not first or second or stored != b"first":
             raise StoreUnusableError(
                 f"{self.url} has no working put-if-absent: of two writers of {key} the first got {first}, the second "
                 f"{second}, and {stored!r} was stored; expected True, False and b'first'. Two workers could overwrite "
                 "each other here. Use a store that honours `If-None-Match: *` (AWS S3, Ceph, moto; not `rclone serve "
                 "s3`), or a local directory."
+            )
+        if not listed:
+            raise StoreUnusableError(
+                f"{self.url} does not list {key}, which was just written; expected listings that show every earlier "
+                "write, as AWS S3 and Ceph give. Finished shards would be overlooked here: choose another store."
             )
         free = self.free_bytes()
         if free is not None and free < min_free_bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import os
 import uuid
@@ -10,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import s3fs
-from moto.server import ThreadedMotoServer
+from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, shared_moto
 
 from asyncopd.types import (
     Candidates,
@@ -35,19 +33,14 @@ STORE_KINDS = ("memory", "file", "s3")
 
 @functools.cache
 def s3_bucket() -> str:
-    """A bucket on a moto server that lives as long as the test process; sets the AWS_* variables."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    atexit.register(server.stop)
-    host, port = server.get_host_and_port()
+    """A bucket on the moto server of this test process; sets the AWS_* variables."""
     os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_ENDPOINT_URL": shared_moto(),
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    s3fs.S3FileSystem(skip_instance_cache=True).call_s3("create_bucket", Bucket="runs")
-    return "runs"
+    return BUCKET
 
 
 def fresh_store(kind: str, folder: Path) -> ObjectStore:

@@ -140,6 +140,17 @@ def test_a_storage_root_that_is_a_file(capsys: pytest.CaptureFixture[str], tmp_p
     assert f"{tmp_path / 'file'} is a file, expected a directory. Choose another storage root." in message
 
 
+def test_an_s3_root_whose_server_is_down(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{(port := free_port())}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-so-secret")
+    message = refusal(capsys, "train", write_config(tmp_path), "--root", "s3://runs/x")
+    assert f"no S3 server answers at http://127.0.0.1:{port}" in message
+    assert "not-so-secret" not in message
+
+
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Any:
     """A directory on a file system of 64 KiB without any room left."""
