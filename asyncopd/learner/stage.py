@@ -20,7 +20,7 @@ from asyncopd.errors import NonFiniteError
 from asyncopd.learner.student import Student
 from asyncopd.ports import RunLog
 from asyncopd.schedule import Plan
-from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
+from asyncopd.types import IndexRange, Manifest, PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
 from asyncopd.worker import Worker
 
 
@@ -92,10 +92,14 @@ class LearnStage:
         """All surviving trajectories of a step with their scores, in index order."""
         batch: list[ScoredTrajectory] = []
         for shard in self._plan.shards_of_step(step):
-            find = partial(self._log.find_scores, self._teacher, shard)
-            await self._worker.wait_for(find, f"scores of {shard.name}")
+            await self._worker.wait_for(partial(self._find_scores, shard), f"scores of {shard.name}")
             batch += await asyncio.to_thread(self._read, shard)
         return batch
+
+    def _find_scores(self, shard: IndexRange) -> Manifest | None:
+        # A sampler that cannot read the newest version makes no more shards, so the answer belongs where we wait.
+        self._log.answer_wanted_policy(worker=self._worker.name)
+        return self._log.find_scores(self._teacher, shard)
 
     def _read(self, shard: IndexRange) -> list[ScoredTrajectory]:
         with self._worker.span("orchestrate:parquet", shard.name):

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
+from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
 from asyncopd.ports import RunLog, Sampler, SampleRequest, Task
 from asyncopd.schedule import Plan
-from asyncopd.types import IndexRange, Trajectory
+from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, Trajectory
 from asyncopd.worker import NextShard, Worker
+
+logger = logging.getLogger(__name__)
+
+READ_AGAIN_S = 0.5
+"""Pause before a version that could not be read is tried again: the learner answers while it waits for a batch."""
 
 
 class RolloutStage:
@@ -45,6 +52,8 @@ class RolloutStage:
         self._open = list(plan.shards())
         """Shards neither produced nor claimed by this worker, in index order."""
         self._choosing = asyncio.Lock()
+        self._unreadable: PolicyVersion | None = None
+        self._read_again_s = 0.0
         worker.status.update(num_trajectories=0, num_tokens=0, version=None)
 
     @contextlib.asynccontextmanager
@@ -112,21 +121,57 @@ class RolloutStage:
         required = self._plan.required_version(self._open[0])
         version = self._sampler.version
         if version is not None and version.number < required:
+            if self._unreadable is not None:
+                return f"version {required}: version {self._unreadable.number} is published but cannot be read"
             return f"version {required} (step {required - 1} to be trained)"
         return f"shard {self._open[0].name} (another worker holds it)"
 
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(self._worker.poll_s)
-            if await asyncio.to_thread(self._log.latest_policy) != self._sampler.version:
+            latest = await asyncio.to_thread(self._log.latest_policy)
+            if latest == self._unreadable and time.monotonic() < self._read_again_s:
+                continue
+            if latest != self._sampler.version:
                 await self._refresh()
 
     async def _refresh(self) -> None:
         latest = await asyncio.to_thread(self._log.latest_policy)
         assert latest is not None
         with self._worker.span("orchestrate:refresh", f"version {latest.number}"):
-            await self._sampler.refresh(await asyncio.to_thread(self._log.read_policy, latest))
-        self._worker.status["version"] = latest.number
+            weights = await asyncio.to_thread(self._newest_readable, latest)
+            if weights is None:
+                return
+            await self._sampler.refresh(weights)
+        self._worker.status["version"] = weights.version.number
+
+    def _newest_readable(self, latest: PolicyVersion) -> PolicyWeights | None:
+        """The weights of `latest`, or of the newest version that can be read; None when the sampler has that one.
+
+        Raises as `read_policy` does where nobody would make a full copy of what cannot be read.
+        """
+        try:
+            weights = self._log.read_policy(latest)
+        except (ObjectMissingError, ShardCorruptError) as error:
+            if not self._log.want_full_policy(latest, worker=self._worker.name):
+                raise
+            if latest != self._unreadable:
+                logger.warning("%s Going on with an older version and asking the learner for a full copy.", error)
+            self._unreadable, self._read_again_s = latest, time.monotonic() + READ_AGAIN_S
+            return self._older_readable(latest, error)
+        self._unreadable = None
+        return weights
+
+    def _older_readable(self, latest: PolicyVersion, error: StorageError) -> PolicyWeights | None:
+        for version in reversed(self._log.policies()):
+            if version == self._sampler.version:
+                return None
+            with contextlib.suppress(ObjectMissingError, ShardCorruptError):
+                if version < latest:
+                    return self._log.read_policy(version)
+        if self._sampler.version is None:
+            raise error
+        return None
 
     def _record_busy(self) -> None:
         for start, end in self._busy_intervals():
