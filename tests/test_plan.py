@@ -207,14 +207,19 @@ def test_observed_lengths_are_repeated_in_their_order() -> None:
 
 # -- a real run ---------------------------------------------------------------------------------------------------
 async def test_costs_read_from_a_run_give_its_wall_time_back(tmp_path: Path) -> None:
-    config = stages.small_config(tmp_path, staleness__max_staleness=0, evaluate__every=0, learner__num_steps=8)
+    # One shard a step, so that nothing overlaps, and stages longer than the 20 ms below which an engine's pause is not
+    # seen in its timeline.
+    config = stages.small_config(
+        tmp_path, staleness__max_staleness=0, evaluate__every=0, learner__num_steps=6, learner__batch_size=64,
+        rollout__shard_size=64, rollout__slots=64, learner__checkpoint_every=100,
+    )  # fmt: skip
     run_ = stages.new_run(config)
     await stages.run_all(run_)
     work, costs = calibrate(run_.log, config, DecodeCurve((1, 8), (1.0, 1.5)))
-    assert list(work.lengths.draw(64, 0)) == [
+    assert list(work.lengths.draw(6 * 64, 0)) == [
         len(t.response_ids) for shard in config.plan.shards() for t in run_.log.read_trajectories(shard)
     ]
-    assert forecast(work, costs, Fleet(1, 1, 1), 0).wall_s == pytest.approx(wall_s(run_.log.spans()), rel=0.05)
+    assert forecast(work, costs, Fleet(1, 1, 1), 0).wall_s == pytest.approx(wall_s(run_.log.spans()), rel=0.1)
     assert forecast(work, costs, Fleet(1, 1, 1), 2).wall_s < forecast(work, costs, Fleet(1, 1, 1), 0).wall_s
     with pytest.raises(ConfigError, match="read where nothing overlaps"):
         calibrate(run_.log, stages.small_config(tmp_path, staleness__max_staleness=1), CURVE)
