@@ -62,16 +62,15 @@ class PolicyLog:
         Raises StorageError when the version exists with other weights: two learners are writing one run.
         """
         key, digest = self.layout.policy_manifest(weights.version), sha256(weights.safetensors)
-        if not self.store.exists(key):
-            objects, chain = self._objects(weights, digest)
-            publish(self.store, key, objects, kind="policy", worker=worker, facts={**facts, **chain})
-        published = StoredPolicy.of(weights.version, key, read_manifest(self.store, key))
-        if published.sha256 != digest:
-            raise StorageError(
-                f"{key} was published by {published.manifest.worker} with sha256 {published.sha256[:12]}, now {worker} "
-                f"brings {digest[:12]}. Weights never change once published: stop the second learner, or let it record "
-                "a rewind before it trains."
-            )
+        objects, chain = self._objects(weights, digest)
+        if not publish(self.store, key, objects, kind="policy", worker=worker, facts={**facts, **chain}):
+            published = StoredPolicy.of(weights.version, key, read_manifest(self.store, key))
+            if published.sha256 != digest:
+                raise StorageError(
+                    f"{key} was published by {published.manifest.worker} with sha256 {published.sha256[:12]}, now "
+                    f"{worker} brings {digest[:12]}. Weights never change once published: stop the second learner, or "
+                    "let it record a rewind before it trains."
+                )
         if self._full_every is not None:
             self._published = Published(weights, digest)
 
