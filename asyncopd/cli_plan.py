@@ -68,11 +68,13 @@ def _run(arguments: argparse.Namespace) -> int:
     shared = fleet.rollout + fleet.learner
     baseline = forecast(work, costs, Fleet(shared, fleet.teacher, shared, time_shared=True), 0)
     rows = [forecast(work, costs, fleet, tau) for tau in arguments.tau]
-    best = [] if arguments.no_best else [best_split(work, costs, fleet.num_gpus, tau) for tau in arguments.tau]
     said = assumptions(work, costs)
     console = Console()
-    console.print(_table("the fleet asked about", [baseline, *rows], baseline))
-    if best:
+    console.print(_table(f"{fleet.describe()}, and time-shared", [baseline, *rows], baseline))
+    best: list[Forecast] = []
+    if not arguments.no_best:
+        console.print(f"trying every split of {fleet.num_gpus} GPUs …", highlight=False)
+        best = [best_split(work, costs, fleet.num_gpus, tau) for tau in arguments.tau]
         console.print(_table(f"the best split of {fleet.num_gpus} GPUs", best, baseline))
     console.print("Assumptions:", style="bold")
     for sentence in said:
@@ -91,18 +93,21 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _table(title: str, rows: Sequence[Forecast], baseline: Forecast) -> Table:
-    table = Table(title=title)
-    for heading in ("GPUs", "τ", "tokens/s", "to time-shared", "overlap", "rollout", "teacher", "learner", "staleness"):
-        table.add_column(heading, justify="left" if heading == "GPUs" else "right")
+    table = Table(title=title, caption="R rollout, T teacher, L learner GPUs; ratio to time-shared; mean staleness")
+    for heading in ("GPUs", "τ", "tokens/s", "ratio", "overlap", "busy R/T/L", "staleness"):
+        table.add_column(heading, justify="left" if heading == "GPUs" else "right", no_wrap=True)
     for row in rows:
+        gpus, busy = row.fleet, (row.rollout_busy, row.teacher_busy, row.learner_busy)
         table.add_row(
-            row.fleet.describe(),
+            f"{gpus.rollout}RL + {gpus.teacher}T"
+            if gpus.time_shared
+            else f"{gpus.rollout}R + {gpus.teacher}T + {gpus.learner}L",
             str(row.max_staleness),
             f"{row.tokens_per_s:,.0f}",
             f"{row.tokens_per_s / baseline.tokens_per_s:.2f}",
             f"{row.overlap:.2f}",
-            *(f"{share:.0%}" for share in (row.rollout_busy, row.teacher_busy, row.learner_busy)),
-            f"{row.mean_staleness:.2f}, max {max(row.staleness_tokens)}",
+            "/".join(f"{100 * share:.0f}" for share in busy) + " %",
+            f"{row.mean_staleness:.2f}",
         )
     return table
 
