@@ -20,6 +20,7 @@ from rich.console import Console
 from asyncopd import __version__, stack
 from asyncopd.cli_chaos import add_chaos
 from asyncopd.cli_maintain import add_maintain
+from asyncopd.cli_plan import add_plan
 from asyncopd.cli_study import add_study
 from asyncopd.cli_worker import add_worker
 from asyncopd.config import RunConfig, load_config, parse_override
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add_worker(commands)
     add_chaos(commands)
     add_maintain(commands)
+    add_plan(commands)
     return parser
 
 

@@ -235,9 +235,16 @@ def output_embedding(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     return head.weight, head.bias
 
 
-def to_safetensors(model: PreTrainedModel) -> bytes:
-    """The model's tensors in its own dtype; a tied tensor appears once, under its first name. Deterministic."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in _own_tensors(model).items()}
+def to_safetensors(model: PreTrainedModel, dtype: torch.dtype | None = None) -> bytes:
+    """The model's tensors; a tied tensor appears once, under its first name. Deterministic.
+
+    Args:
+        dtype: of the floating-point tensors, rounded to nearest; None keeps the model's own.
+    """
+    tensors = {
+        name: tensor.cpu().to(dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in _own_tensors(model).items()
+    }
     serialised: bytes = safetensors.torch.save(tensors)
     return serialised
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import json
 import statistics
 import tempfile
 import time
@@ -66,11 +68,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="learner steps of each run (default 60)")
     parser.add_argument("--rounds", type=int, default=2, help="runs of every τ, interleaved (default 2)")
     parser.add_argument("--tau", type=int, nargs="+", default=[0, 1, 2, 4], metavar="T")
+    parser.add_argument("--root", metavar="DIR", help="keep the runs here, with results.json, for `asyncopd plan`")
     arguments = parser.parse_args()
     console = Console(width=130)
     stack.up(lambda line: console.print(line, style="dim"))
     results: dict[int, list[Summary]] = {tau: [] for tau in arguments.tau}
-    with tempfile.TemporaryDirectory(prefix="asyncopd-overlap-") as folder:
+    with contextlib.ExitStack() as folders:
+        folder = arguments.root or folders.enter_context(tempfile.TemporaryDirectory(prefix="asyncopd-overlap-"))
         for number in range(arguments.rounds):
             for tau in arguments.tau:
                 overrides = {"staleness.max_staleness": tau, "learner.num_steps": arguments.steps}
@@ -78,6 +82,13 @@ def main() -> None:
                 rate = results[tau][-1].tokens.trained_per_s or 0
                 console.print(f"round {number + 1}, τ={tau}: {rate:,.0f} tokens/s")
     console.print(_table(results))
+    if arguments.root:
+        rows = [
+            {"tau": tau, "round": number, "run_id": run.run_id, "tokens_per_s": run.tokens.trained_per_s,
+             "overlap": run.overlap, "staleness": run.staleness.mean_versions}
+            for tau, runs in results.items() for number, run in enumerate(runs)
+        ]  # fmt: skip
+        (Path(arguments.root) / "results.json").write_text(json.dumps(rows, indent=1))
 
 
 COLUMNS: dict[str, tuple[Callable[[Summary], float | None], str]] = {

@@ -193,7 +193,10 @@ def learn_stage(run: OpenRun, worker: Worker) -> LearnStage:
         row_capacity=config.learner.row_capacity,
         rows_per_micro_batch=config.learner.rows_per_micro_batch,
         temperature=config.rollout.temperature,
+        publish_dtype=config.learner.publish.dtype,
     )
+    if config.learner.publish.kind == "delta":
+        run.log.publish_deltas(full_every=config.learner.publish.full_every)
     return LearnStage(
         run.log,
         worker,

@@ -5,7 +5,8 @@
                  /architecture.json         manifest of the student's config and tokenizer files
                  /trajectories/000128-000191.json                manifest; data 000128-000191.<attempt>.parquet
                  /scores/<teacher>/000128-000191.json            the same
-                 /policies/000012.r0.json                        manifest; data 000012/r0.<attempt>.safetensors
+                 /policies/000012.r0.json                        manifest; data 000012/r0.<attempt>.{safetensors,delta}
+                 /policies/000012.r0.{wanted,full}.json          a full copy is asked for; manifest of that copy
                  /checkpoints/000050.r0.json                     manifest; data 000050.r0.<attempt>/<name>
                  /steps/000002.r0.json  /evals/000050.r0.json  /arrivals/000017.json
                  /rewinds/0001.json  /states/0001.json  /changes/0001.json
@@ -199,6 +200,18 @@ class RunLayout:
     def policy_object(self, version: PolicyVersion) -> str:
         """A new key at every call."""
         return f"{self.policies}/{version.number:06d}/r{version.rewind}.{new_attempt()}.safetensors"
+
+    def policy_delta(self, version: PolicyVersion) -> str:
+        """A new key at every call."""
+        return f"{self.policies}/{version.number:06d}/r{version.rewind}.{new_attempt()}.delta"
+
+    def policy_wanted(self, version: PolicyVersion) -> str:
+        """Exists when a reader could not read `version` and asks for a full copy."""
+        return f"{self.policies}/{version_name(version.number, version.rewind)}.wanted.json"
+
+    def policy_full_copy(self, version: PolicyVersion) -> str:
+        """Manifest of the full copy that was asked for."""
+        return f"{self.policies}/{version_name(version.number, version.rewind)}.full.json"
 
     @property
     def steps(self) -> str:

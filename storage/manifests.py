@@ -74,6 +74,11 @@ def read_objects(store: ObjectStore, manifest_key: str, manifest: Manifest) -> d
     }
 
 
+def read_object(store: ObjectStore, manifest_key: str, manifest: Manifest, key: str) -> bytes:
+    """One of the bodies `manifest` promises. Raises as `read_objects` does."""
+    return _read_object(store, manifest_key, manifest.kind, key, manifest.objects[key])
+
+
 def sha256(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
 

@@ -22,10 +22,10 @@ LAYERS = [
     ("asyncopd.summary_text", 1), ("asyncopd.progress", 1), ("asyncopd.progress_text", 1),
     ("asyncopd.rollout", 2), ("asyncopd.teacher", 2), ("asyncopd.learner", 2), ("asyncopd.evaluate", 2),
     ("asyncopd.report", 2), ("asyncopd.follow", 2), ("asyncopd.roles", 2), ("storage", 2),
-    ("asyncopd.study", 2), ("asyncopd.chaos", 2),
+    ("asyncopd.study", 2), ("asyncopd.chaos", 2), ("asyncopd.plan", 2),
     ("flows.wiring", 3), ("flows.work", 3), ("flows.preflight", 3),
     ("flows", 4), ("asyncopd.cli", 4), ("asyncopd.cli_study", 1), ("asyncopd.cli_worker", 4), ("asyncopd.cli_chaos", 4),
-    ("asyncopd.cli_maintain", 3),
+    ("asyncopd.cli_maintain", 3), ("asyncopd.cli_plan", 4),
 ]  # fmt: skip
 SIBLINGS = (
     "asyncopd.rollout",

@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pipeline
 import pytest
+import torch
+from safetensors.torch import load
+from storage_builders import assert_same
 
 from asyncopd.schedule import step_of
 from asyncopd.types import PolicyVersion
 from flows.wiring import open_stored_run, rollout_stage
+from storage.local import LocalStore
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
@@ -96,3 +100,62 @@ async def test_a_rewind_does_not_take_a_sampler_back_to_older_weights(tmp_path: 
             run.log.publish_policy(newer, worker="learner", facts={})
         await worker.wait_for(lambda: sampler.version == PolicyVersion(5, 1) or None, "version 5")
     await sampler.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_a_run_that_publishes_deltas_equals_one_that_publishes_full_weights(tmp_path: Path, dtype: str) -> None:
+    # One slot and τ = 0: what is sampled then depends on nothing but the weights, however the processes are timed.
+    runs = []
+    for kind in ("full", "delta"):
+        config = pipeline.small_config(
+            tmp_path / kind,
+            staleness__max_staleness=0,
+            rollout__slots=1,
+            learner__publish__kind=kind,
+            learner__publish__dtype=dtype,
+            learner__publish__full_every=3,
+        )
+        runs.append(pipeline.new_run(config))
+        await pipeline.run_all(runs[-1])
+    full, delta = (open_stored_run(run.config.storage.root, run.log.run_id) for run in runs)
+
+    assert "chain" not in full.log.policy_facts(full.log.find_policy(1))
+    assert delta.log.policy_facts(delta.log.find_policy(1))["chain"]["full"] is None, "version 1 is a delta"
+    assert full.log.policies() == delta.log.policies()
+    for version in full.log.policies():
+        assert full.log.read_policy(version) == delta.log.read_policy(version)
+    for shard in full.config.plan.shards():
+        assert_same(full.log.read_trajectories(shard), delta.log.read_trajectories(shard))
+    for ours, theirs in zip(full.log.steps(), delta.log.steps(), strict=True):
+        assert ours.metrics | {"train/seconds": 0} == theirs.metrics | {"train/seconds": 0}
+    assert [e.kl_nats for e in full.log.evaluations()] == [e.kl_nats for e in delta.log.evaluations()]
+    assert {name: t.dtype for name, t in load(full.log.read_policy(PolicyVersion(4)).safetensors).items()} == {
+        name: getattr(torch, dtype) for name in load(full.log.read_checkpoint(4, 0)["model.safetensors"])
+    }
+    assert {t.dtype for t in load(full.log.read_checkpoint(4, 0)["model.safetensors"]).values()} == {torch.float32}
+
+
+async def test_a_run_goes_on_when_its_newest_version_cannot_be_read(tmp_path: Path) -> None:
+    # τ = 0 and full weights at version 0 only: without the learner's help every process would wait for another.
+    config = pipeline.small_config(
+        tmp_path,
+        evaluate__every=0,
+        staleness__max_staleness=0,
+        learner__publish__kind="delta",
+        learner__publish__full_every=100,
+    )
+    run = pipeline.new_run(config)
+    original_put = LocalStore.put
+
+    def lose_the_delta_of_version_2(store: LocalStore, key: str, body: bytes, *, durable: bool = True) -> None:
+        if not ("policies/000002/" in key and key.endswith(".delta")):
+            original_put(store, key, body, durable=durable)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalStore, "put", lose_the_delta_of_version_2)
+        await pipeline.run_all(run)
+    assert [step.step for step in run.log.steps()] == list(range(4))
+    assert run.log.store.exists(run.log.layout.policy_full_copy(PolicyVersion(2)))
+    assert [t.version_first for shard in config.plan.shards() for t in run.log.read_trajectories(shard)] == [
+        step for step in range(4) for _ in range(8)
+    ]

@@ -152,6 +152,20 @@ class Score(Frozen):
     """As in rollout."""
 
 
+class Publish(Frozen):
+    """How policy versions are stored for the samplers (docs/weights.md)."""
+
+    kind: Literal["full", "delta"] = "full"
+    """`delta` stores what changed since the version before. It pays in bfloat16 at small learning rates; the
+    quickstart's 280 kB are not worth the trouble."""
+    full_every: int = Field(16, ge=1)
+    """Every so many versions the full weights are stored beside the delta: what a joining worker starts from. With
+    deltas of 3 % of the full size, 16 makes a join cost at most half more than a full version."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the published floating-point weights. The learner keeps float32 master weights and checkpoints; bfloat16
+    makes samplers act on rounded weights, which counts as drift."""
+
+
 class Learner(Frozen):
     num_steps: int = Field(100, ge=1)
     """Optimizer steps, each of which publishes a policy version."""
@@ -176,6 +190,7 @@ class Learner(Frozen):
     """Of forward and backward. Master weights and the optimizer are float32 either way."""
     checkpoint_every: int = Field(20, ge=1)
     """Steps between checkpoints; what a crash can cost is at most this many optimizer steps, never a rollout."""
+    publish: Publish = Publish()
 
 
 class Evaluate(Frozen):

@@ -40,10 +40,12 @@ class Student:
         row_capacity: int,
         rows_per_micro_batch: int,
         temperature: float,
+        publish_dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         """
         Args:
             causal_lm: float32 parameters, whatever the accelerator's mixed precision computes in.
+            publish_dtype: of `weights`; the master weights and checkpoints are float32 either way.
         Raises:
             ShapeError: a parameter is not float32; updates at small learning rates would be rounded away.
         """
@@ -60,6 +62,7 @@ class Student:
         self._peak_lr, self._warmup_steps, self._num_steps, self._schedule = lr, warmup_steps, num_steps, schedule
         self._grad_clip = grad_clip
         self._row_capacity, self._rows_per_micro_batch = row_capacity, rows_per_micro_batch
+        self._publish_dtype = torch.bfloat16 if publish_dtype == "bfloat16" else torch.float32
         self._step = 0
 
     def lr(self, step: int) -> float:
@@ -108,7 +111,7 @@ class Student:
 
     def weights(self) -> bytes:
         """The current weights, as samplers load them."""
-        return to_safetensors(self._causal_lm)
+        return to_safetensors(self._causal_lm, self._publish_dtype)
 
     def checkpoint(self) -> dict[str, bytes]:
         """Everything a resumed learner needs: weights, optimizer, random state, steps done."""
@@ -121,7 +124,7 @@ class Student:
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        return {"model.safetensors": self.weights(), "learner.pt": buffer.getvalue()}
+        return {"model.safetensors": to_safetensors(self._causal_lm), "learner.pt": buffer.getvalue()}
 
     def restore(self, objects: Mapping[str, bytes]) -> None:
         """The inverse of `checkpoint`."""

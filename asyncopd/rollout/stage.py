@@ -10,16 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 from asyncopd.arrivals import num_taken
+from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
 from asyncopd.open_shards import OpenShards
 from asyncopd.ports import RunLog, Sampler, SampleRequest, Task
 from asyncopd.schedule import Plan, Seen
-from asyncopd.types import IndexRange, Trajectory
+from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, Trajectory
 from asyncopd.worker import NextShard, Worker
+
+logger = logging.getLogger(__name__)
+
+READ_AGAIN_S = 0.5
+"""Pause before a version that could not be read is tried again: the learner answers while it waits for a batch."""
 
 
 class RolloutStage:
@@ -50,6 +57,8 @@ class RolloutStage:
         self._drift = (-1, 0.0)
         """The last step whose drift is known, and that drift, nats per token."""
         self._choosing = asyncio.Lock()
+        self._unreadable: PolicyVersion | None = None
+        self._read_again_s = 0.0
         worker.status.update(num_trajectories=0, num_tokens=0, num_tokens_discarded=0, version=None)
 
     @contextlib.asynccontextmanager
@@ -139,12 +148,16 @@ class RolloutStage:
         return self._drift[1]
 
     def _what_is_missing(self, first: IndexRange) -> str:
+        if self._unreadable is not None:
+            return f"a version after {self._unreadable.number}, which is published but cannot be read"
         return self._plan.waits_for(first, self._seen()) or f"shard {first.name} (another worker holds it)"
 
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(self._worker.poll_s)
             latest, current = await asyncio.to_thread(self._log.latest_policy), self._sampler.version
+            if latest == self._unreadable and time.monotonic() < self._read_again_s:
+                continue
             # Only forward in number: after a rewind, what is in flight was admitted for the version it began with, and
             # going on under an older one would break the staleness bound. The learner trains past here again.
             if latest is not None and current is not None and latest.number > current.number:
@@ -154,8 +167,40 @@ class RolloutStage:
         latest = await asyncio.to_thread(self._log.latest_policy)
         assert latest is not None
         with self._worker.span("orchestrate:refresh", f"version {latest.number}"):
-            await self._sampler.refresh(await asyncio.to_thread(self._log.read_policy, latest))
-        self._worker.status["version"] = latest.number
+            weights = await asyncio.to_thread(self._newest_readable, latest)
+            if weights is None:
+                return
+            await self._sampler.refresh(weights)
+        self._worker.status["version"] = weights.version.number
+
+    def _newest_readable(self, latest: PolicyVersion) -> PolicyWeights | None:
+        """The weights of `latest`, or of the newest version that can be read; None when the sampler has that one.
+
+        Raises as `read_policy` does where nobody would make a full copy of what cannot be read.
+        """
+        try:
+            weights = self._log.read_policy(latest)
+        except (ObjectMissingError, ShardCorruptError) as error:
+            if not self._log.want_full_policy(latest, worker=self._worker.name):
+                raise
+            if latest != self._unreadable:
+                logger.warning("%s Going on with an older version and asking the learner for a full copy.", error)
+            self._unreadable, self._read_again_s = latest, time.monotonic() + READ_AGAIN_S
+            return self._older_readable(latest, error)
+        self._unreadable = None
+        return weights
+
+    def _older_readable(self, latest: PolicyVersion, error: StorageError) -> PolicyWeights | None:
+        current = self._sampler.version
+        for version in reversed(self._log.policies()):
+            if current is not None and version.number <= current.number:
+                return None
+            with contextlib.suppress(ObjectMissingError, ShardCorruptError):
+                if version < latest:
+                    return self._log.read_policy(version)
+        if current is None:
+            raise error
+        return None
 
     def _record_busy(self) -> None:
         for start, end in self._busy_intervals():
