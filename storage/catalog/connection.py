@@ -45,7 +45,7 @@ def connect(
         config={
             "threads": threads,
             "memory_limit": f"{memory_bytes // 2**20}MiB",
-            "max_temp_directory_size": "0B",
+            "temp_directory": "",  # nothing is spilled; the size limit alone still makes the folder
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
             "allow_community_extensions": False,
