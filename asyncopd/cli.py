@@ -18,6 +18,8 @@ import yaml
 from rich.console import Console
 
 from asyncopd import __version__, stack
+from asyncopd.cli_export import add_export
+from asyncopd.cli_sql import add_sql
 from asyncopd.cli_study import add_study
 from asyncopd.config import RunConfig, load_config, parse_override
 from asyncopd.errors import AsyncOPDError, ConfigError, ServerAwayError, StackError
@@ -78,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     config.set_defaults(run=_config)
 
     add_study(commands)
+    add_sql(commands)
+    add_export(commands)
     return parser
 
 

@@ -59,6 +59,19 @@ def check_run_id(run_id: str) -> str:
     return run_id
 
 
+def split_run_path(text: str, default_root: str = "runs") -> tuple[str, str]:
+    """(storage root, run id) of a run's folder, as path or URL, or of a bare id in `default_root`."""
+    root, _, run_id = text.rstrip("/").rpartition("/")
+    if not root:
+        return default_root, run_id
+    parent, _, folder = root.rpartition("/")
+    if folder != RUNS:
+        raise StorageError(
+            f"{text} is not a run: expected a run id, or the path of its folder, <root>/{RUNS}/<run id>."
+        )
+    return parent or ".", run_id
+
+
 def check_object_name(name: str) -> str:
     """`name` itself. Raises StorageError when it is not a plain file name."""
     if not _OBJECT_NAME.fullmatch(name):

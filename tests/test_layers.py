@@ -24,6 +24,7 @@ LAYERS = [
     ("asyncopd.study", 2),
     ("flows.wiring", 3), ("flows.preflight", 3),
     ("flows", 4), ("asyncopd.cli", 4), ("asyncopd.cli_study", 1),
+    ("asyncopd.cli_sql", 4), ("asyncopd.cli_export", 4), ("asyncopd.sql_shell", 4), ("asyncopd.sql_format", 1),
 ]  # fmt: skip
 SIBLINGS = (
     "asyncopd.rollout",

@@ -36,7 +36,9 @@ BATCH_ROWS = 8192
 
 def main() -> None:
     """Serve one request; never returns."""
-    out = sys.stdout.buffer
+    # What libraries print (DuckDB's progress bar, for one) must not get between the rows.
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
     try:
         request = json.loads(sys.stdin.buffer.readline())
         _set_limits(request)

@@ -15,11 +15,8 @@ from storage.catalog.decoders import Decoder, TokenTexts
 from storage.catalog.files import DataFile, Place
 from storage.catalog.record_relations import RECORDS, ROWS
 from storage.catalog.relation import Relation
+from storage.catalog.relations import TEXT_FUNCTION
 from storage.catalog.views import DERIVED
-
-TEXT_FUNCTION = "text_of"
-"""SQL function text_of(run, ids): the ids as text."""
-
 
 def connect(
     tables: Mapping[str, Any],
@@ -52,7 +49,7 @@ def connect(
             "python_enable_replacements": False,
         },
     )
-    connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
     decoder_of = _decoders(token_texts)
     if "vocabulary" in sql.lower():
         tables = {**tables, "vocabulary": _vocabulary(token_texts, decoder_of)}

@@ -17,6 +17,8 @@ from storage.catalog.relation import Relation
 from storage.catalog.views import DERIVED
 
 RELATIONS: tuple[Relation, ...] = (*RECORDS, *ROWS, *DERIVED)
+TEXT_FUNCTION = "text_of"
+"""SQL function text_of(run, ids): the ids as text."""
 BY_NAME = {relation.name: relation for relation in RELATIONS}
 
 

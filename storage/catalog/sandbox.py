@@ -121,7 +121,7 @@ class Sandbox:
         self._places.acquire()
         try:
             child = self._take_child()
-            return RunningQuery(child, request, limits, self._places.release)
+            return RunningQuery(child, request, limits, self._has_ended)
         except BaseException:
             self._places.release()
             raise
@@ -142,9 +142,15 @@ class Sandbox:
 
     def _take_child(self) -> subprocess.Popen[bytes]:
         with self._lock:
-            child = self._spare if self._spare is not None and self._spare.poll() is None else _start_child()
-            self._spare = _start_child() if self._prestart else None
-            return child
+            spare, self._spare = self._spare, None
+        return spare if spare is not None and spare.poll() is None else _start_child()
+
+    def _has_ended(self) -> None:
+        self._places.release()
+        with self._lock:
+            # Not before: starting Python would slow down the query at work.
+            if self._prestart and self._spare is None:
+                self._spare = _start_child()
 
 
 class RunningQuery:
