@@ -44,7 +44,9 @@ def add_scope(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", dest="runs", action="append", metavar="RUN_ID", help="only this run; may be repeated")
     parser.add_argument("--as-of-version", type=int, metavar="V", help="as it was when policy version V was published")
     parser.add_argument("--as-of-time", metavar="TIME", help="as it was then: ISO time (UTC unless it says) or Unix s")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds a query may take (default 60)")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="seconds a query may take (default 60)"
+    )
 
 
 def scope_of(arguments: argparse.Namespace) -> tuple[Catalog, AsOf | None]:

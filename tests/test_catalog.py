@@ -149,7 +149,9 @@ def test_files_of_the_previous_schema_are_read_beside_new_ones(tmp_path: Path) -
     assert teacher == pytest.approx(
         sum(make_scores(t).sampled_logprobs_T.sum() for t in make_trajectories(FIRST)), abs=1e-4
     )
-    halves = ask(catalog, "SELECT index < 4, count(*), sum(teacher_logprob) FROM candidates WHERE source = 'topk' GROUP BY 1")
+    halves = ask(
+        catalog, "SELECT index < 4, count(*), sum(teacher_logprob) FROM candidates WHERE source = 'topk' GROUP BY 1"
+    )
     for is_old, count, total in halves:
         values = [make_scores(t).topk_logprobs_TK for t in make_trajectories(FIRST if is_old else SECOND)]
         assert count == sum(value.size for value in values)
@@ -167,7 +169,9 @@ def publish_previous_schema(log: StoredRunLog, shard: IndexRange) -> None:
     facts = {"num_rows": len(shard), "index_range": [shard.start, shard.stop]}
     folder = log.layout.trajectories
     objects = {log.layout.shard_object(folder, shard): bytes(trajectories.getvalue())}
-    publish(log.store, log.layout.shard_manifest(folder, shard), objects, kind="trajectories", worker="old", facts=facts)
+    publish(
+        log.store, log.layout.shard_manifest(folder, shard), objects, kind="trajectories", worker="old", facts=facts
+    )
     halved = StoredRunLog(log.store, log.run_id, topk_precision="float16")
     rows = [make_scores(t) for t in make_trajectories(shard)]
     halved.publish_scores("oracle", shard, rows, worker="old", facts={})
@@ -228,7 +232,9 @@ def test_as_of_shows_the_log_as_it_was(tmp_path: Path) -> None:
     log.publish_policy(make_weights(2), worker="w", facts={})
     log.publish_step(dataclasses.replace(make_step(1), finished=time.time()))
     catalog = Catalog(log.store)
-    sql = "SELECT (SELECT count(*) FROM trajectories), (SELECT count(*) FROM steps), (SELECT max(version) FROM policies)"
+    sql = (
+        "SELECT (SELECT count(*) FROM trajectories), (SELECT count(*) FROM steps), (SELECT max(version) FROM policies)"
+    )
     assert ask(catalog, sql) == [(8, 2, 2)]
     assert ask(catalog, sql, as_of=AsOf(version=1)) == [(4, 1, 1)]
     assert ask(catalog, sql, as_of=AsOf(time=between)) == [(4, 1, 1)]
@@ -266,4 +272,9 @@ def test_token_ids_read_as_the_tasks_own_tokenizer_shows_them() -> None:
     words = dict(ask(Catalog(log.store), "SELECT token_id, text FROM vocabulary"))
     assert ask(Catalog(log.store), sql) == [(" ".join(words[int(i)] for i in first.response_ids),)]
     classes = dict(ask(Catalog(log.store), "SELECT text, class FROM vocabulary"))
-    assert (classes["<eos>"], classes["+11"], classes["~0.35"], classes["30"]) == ("special", "operation", "noise", "state")
+    assert (classes["<eos>"], classes["+11"], classes["~0.35"], classes["30"]) == (
+        "special",
+        "operation",
+        "noise",
+        "state",
+    )

@@ -234,7 +234,9 @@ def test_the_environment_of_the_child_is_empty(sandbox: Sandbox) -> None:
 
 
 def test_a_query_can_be_cancelled_from_another_thread(sandbox: Sandbox) -> None:
-    query = sandbox.start("SELECT sum(sin(i)) FROM range(100000000000) t(i)", limits=dataclasses.replace(LIMITS, timeout_s=60))
+    query = sandbox.start(
+        "SELECT sum(sin(i)) FROM range(100000000000) t(i)", limits=dataclasses.replace(LIMITS, timeout_s=60)
+    )
     threading.Timer(0.5, query.cancel).start()
     started = time.monotonic()
     with pytest.raises(QueryError, match="cancelled"):

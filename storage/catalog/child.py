@@ -64,9 +64,7 @@ def _set_limits(request: dict[str, Any]) -> None:
 
 
 def _serve(request: dict[str, Any], source: BinaryIO, out: BinaryIO) -> None:
-    tables = {
-        name: pa.ipc.open_stream(pa.py_buffer(source.read(size))).read_all() for name, size in request["tables"]
-    }
+    tables = {name: pa.ipc.open_stream(pa.py_buffer(source.read(size))).read_all() for name, size in request["tables"]}
     sql = request["sql"]
     connection = connect(
         tables,

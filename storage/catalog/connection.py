@@ -18,6 +18,7 @@ from storage.catalog.relation import Relation
 from storage.catalog.relations import TEXT_FUNCTION
 from storage.catalog.views import DERIVED
 
+
 def connect(
     tables: Mapping[str, Any],
     files: Mapping[str, Sequence[DataFile]],

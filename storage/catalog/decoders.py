@@ -68,8 +68,6 @@ class Decoder:
         return [(text, "special" if i in special else token_class(text)) for i, text in enumerate(texts)]
 
 
-
-
 def token_class(text: str) -> str:
     """`special`, `blank`, `number`, `word`, `symbol`, or `mixed` for anything else."""
     return next((name for name, pattern in _CLASSES if pattern.fullmatch(text)), "mixed")

@@ -147,9 +147,7 @@ _WRITERS: Mapping[str, Callable[[RunningQuery, Path], int]] = {
 }
 
 
-def _describe(
-    folder: Path, sandbox: Sandbox, sql: str, style: ExportFormat, num_rows: int, as_of: AsOf | None
-) -> None:
+def _describe(folder: Path, sandbox: Sandbox, sql: str, style: ExportFormat, num_rows: int, as_of: AsOf | None) -> None:
     runs = sandbox.query("SELECT run, config_hash, code_version FROM runs ORDER BY run", as_of=as_of).rows()
     facts = {
         "query": sql,

@@ -139,6 +139,8 @@ RECORDS = (
 )  # fmt: skip
 
 ROWS = (
-    Relation("trajectory_rows", "Trajectories exactly as stored, flat candidate lists included.", _rows("trajectories")),
+    Relation(
+        "trajectory_rows", "Trajectories exactly as stored, flat candidate lists included.", _rows("trajectories")
+    ),
     Relation("score_rows", "Teacher scores exactly as stored, flat lists included.", _rows("scores")),
 )

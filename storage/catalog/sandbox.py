@@ -305,7 +305,9 @@ def _request(snapshot: Snapshot, sql: str, parameters: Mapping[str, Any], limits
     try:
         return [json.dumps(fields).encode() + b"\n", *bodies]
     except TypeError as error:
-        raise QueryError(f"parameters {dict(parameters)!r}: {error}. Use numbers, strings, booleans or lists.") from error
+        raise QueryError(
+            f"parameters {dict(parameters)!r}: {error}. Use numbers, strings, booleans or lists."
+        ) from error
 
 
 def _stream(table: Any) -> bytes:

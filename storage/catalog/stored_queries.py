@@ -1,8 +1,8 @@
 """The questions that ship with the platform: one .sql file each, whose header says what it answers.
 
-    -- question: one sentence
-    -- parameter name TYPE = default: meaning        (any number)
-    -- column name: meaning, unit                    (every column, in order)
+-- question: one sentence
+-- parameter name TYPE = default: meaning        (any number)
+-- column name: meaning, unit                    (every column, in order)
 """
 
 from __future__ import annotations

@@ -29,9 +29,13 @@ def token_texts_of(record: Mapping[str, Any]) -> TokenTexts:
         return TokenTexts("bytes")
     path = Path(config.tokenizer) / "tokenizer.json"
     if not path.is_file():
-        cached = try_to_load_from_cache(config.tokenizer, "tokenizer.json") if not Path(config.tokenizer).is_dir() else None
+        cached = (
+            try_to_load_from_cache(config.tokenizer, "tokenizer.json") if not Path(config.tokenizer).is_dir() else None
+        )
         if not isinstance(cached, str):
-            return _unknown(f"tokenizer {config.tokenizer!r} is neither a directory with tokenizer.json nor in the cache")
+            return _unknown(
+                f"tokenizer {config.tokenizer!r} is neither a directory with tokenizer.json nor in the cache"
+            )
         path = Path(cached)
     return TokenTexts("file", path=str(path.absolute()))
 

@@ -91,7 +91,9 @@ TOKENS = Relation(
         Field("version", "Policy version that produced the token."),
         Field("behaviour_logprob", "log p_old of the token, nats."),
         Field("teacher_logprob", "log q of the token, nats; null while unscored."),
-        Field("kl_nats", "log p_old − log q: its mean is an unbiased estimate of KL(p_old‖q) per token; one can be < 0."),
+        Field(
+            "kl_nats", "log p_old − log q: its mean is an unbiased estimate of KL(p_old‖q) per token; one can be < 0."
+        ),
         Field("step", "Step that trained the token; null while none has."),
         Field("staleness", "step − version, versions; null while untrained."),
         Field("prompt_group", "The prompt's label; may be empty."),
@@ -146,6 +148,7 @@ def _candidates(source: str, ids: str, student: str, teacher: str, width: str, t
               unnest({ids}) AS token_id, unnest({student}) AS student_logprob, unnest({teacher}) AS teacher_logprob
           FROM {tables} WHERE {width} > 0)
     """
+
 
 CANDIDATES = Relation(
     "candidates",
