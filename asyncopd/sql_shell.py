@@ -22,9 +22,10 @@ from storage.catalog.sandbox import Sandbox
 from storage.catalog.stored_queries import find_query, stored_queries
 
 _KEYWORDS = (
-    "select from where group by order having limit join left using with as on and or not null is in between case when "
-    "then else end distinct count sum avg min max describe unnest exp quantile_cont"
-).split()
+    "select", "from", "where", "group by", "order by", "having", "limit", "join", "left join", "using", "with", "and",
+    "not", "null", "between", "case", "when", "then", "else", "end", "distinct", "count", "sum", "avg", "min", "max",
+    "describe", "unnest", "exp", "quantile_cont",
+)  # fmt: skip
 _HELP = """\
 SELECT ...;           a query, over several lines if need be; it ends with ;
 NAME [p=value ...]    a stored query, for example: kl_by_position width=4

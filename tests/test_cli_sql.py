@@ -90,7 +90,7 @@ def test_as_of_and_run_choose_what_is_seen(root: str, capsys: pytest.CaptureFixt
         parse_time("yesterday")
 
 
-def test_the_shell_answers_until_it_is_told_to_stop(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shell_answers_until_it_is_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASYNCOPD_HOME", str(tmp_path))
     console = Console(record=True, width=200, file=(tmp_path / "out").open("w"))
     with (
@@ -105,10 +105,9 @@ def test_the_shell_answers_until_it_is_told_to_stop(root: str, tmp_path: Path, m
     assert "1 for the first claim" in shown
     assert "QueryError" in shown
     assert "40" in (tmp_path / "sql_history").read_text()
-    assert root
 
 
-def test_the_shell_runs_stored_queries_and_completes_words(root: str) -> None:
+def test_the_shell_runs_stored_queries_and_completes_words() -> None:
     with Sandbox(Catalog(written_log().store)) as sandbox:
         assert "first" in answer(sandbox, "made_version version=2")
         assert "no parameter" in answer(sandbox, "made_version versoin=2")

@@ -81,8 +81,7 @@ def _serve(request: dict[str, Any], source: BinaryIO, out: BinaryIO) -> None:
     timer = threading.Timer(request["timeout_s"], connection.interrupt)
     timer.daemon = True
     timer.start()
-    # A list where nothing is named: DuckDB refuses names it does not know.
-    reader = connection.execute(sql, request["parameters"] or None).to_arrow_reader(BATCH_ROWS)
+    reader = connection.sql(sql, params=request["parameters"] or None).to_arrow_reader(BATCH_ROWS)
     _write(out, {"started": True})
     num_rows, truncated = 0, False
     ending: dict[str, Any] = {}

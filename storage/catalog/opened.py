@@ -52,7 +52,10 @@ class OpenedRun:
         with connect(
             snapshot.tables, snapshot.files, snapshot.place, snapshot.token_texts, sql=sql, memory_bytes=_MEMORY_BYTES
         ) as connection:
-            return Rows(connection.execute(sql, values or None).to_arrow_table())
+            relation = connection.sql(sql, params=values or None)
+            if relation is None:
+                raise QueryError("that is a statement without rows; ask a SELECT.")
+            return Rows(relation.to_arrow_table())
 
     def table(self, relation: str, *, as_of: AsOf | None = None) -> Rows:
         """A whole relation, for example `tokens`. Raises QueryError when there is none of that name."""

@@ -1,4 +1,4 @@
-"""The relations that are not derived: records (Arrow tables of JSON objects and manifests) and rows (Parquet shards)."""
+"""The relations that are not derived: records (tables of JSON objects and manifests) and rows (Parquet shards)."""
 
 from __future__ import annotations
 

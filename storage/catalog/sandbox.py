@@ -2,7 +2,8 @@
 
     caller --query--> Sandbox --snapshot, request--> child.py (one query, then gone) --rows--> caller
 
-The child gets what the query can see and nothing else. A deadline, a crash or `cancel` ends the child, never the caller.
+The child gets what the query can see and nothing else. A deadline, a crash or `cancel` ends the child and nobody
+else.
 """
 
 from __future__ import annotations

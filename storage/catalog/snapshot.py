@@ -1,6 +1,6 @@
 """What a query sees: the complete shards and records of some runs at one moment, as values another process can be sent.
 
-    Catalog (this process, keeps what it has read) --snapshot--> Snapshot --> connection.py (here, or in a child process)
+    Catalog (this process, remembers what it read) --snapshot--> Snapshot --> connection.py (here, or in a child)
 
 Every snapshot lists the runs again, so new shards appear by themselves. A shard is in it once its manifest is.
 """
@@ -75,7 +75,7 @@ class Catalog:
             if as_of is not None and as_of.version is not None and run_ids and not present:
                 raise StorageError(
                     f"no run has published policy version {as_of.version} in its surviving lineage; looked at "
-                    f"{', '.join(run_ids[:5])}. Ask `select run, max(version) from policies group by run` for what there is."
+                    f"{', '.join(run_ids[:5])}. `select run, max(version) from policies group by 1` tells what there is."
                 )
             read = list(pool.map(lambda pair: pair[0].read(relations, pair[1]), present))
         return Snapshot(

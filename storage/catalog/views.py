@@ -103,7 +103,8 @@ TOKENS = Relation(
     # One version run is the rule, so the general case is not paid for by everybody.
     """
     WITH own AS (
-        SELECT s.run, s.index, s.sampled_logprobs FROM score_rows AS s JOIN runs USING (run) WHERE s.teacher = runs.teacher
+        SELECT s.run, s.index, s.sampled_logprobs FROM score_rows AS s JOIN runs USING (run)
+        WHERE s.teacher = runs.teacher
     ), expanded AS (
         SELECT t.run, t.index, t.prompt_group, t.num_tokens, t.correct, trained.step,
             generate_subscripts(t.response_ids, 1) - 1 AS position,
@@ -113,7 +114,8 @@ TOKENS = Relation(
             unnest(CASE WHEN len(t.version_run_versions) = 1 THEN repeat([t.version_first], t.num_tokens)
                    ELSE flatten(list_transform(list_zip(t.version_run_versions, t.version_run_lengths),
                                                lambda run_: repeat([run_[1]], run_[2]))) END) AS version
-        FROM trajectory_rows AS t LEFT JOIN own USING (run, index) LEFT JOIN trained_indices AS trained USING (run, index)
+        FROM trajectory_rows AS t LEFT JOIN own USING (run, index)
+        LEFT JOIN trained_indices AS trained USING (run, index)
     )
     SELECT run, index, position, token_id, version, behaviour_logprob, teacher_logprob,
         behaviour_logprob - teacher_logprob AS kl_nats, step, step - version AS staleness,
