@@ -10,7 +10,8 @@ from rich.console import Console
 
 from asyncopd.cli_sql import add_scope, scope_of
 from storage.catalog.export import export
-from storage.catalog.sandbox import QueryLimits, Sandbox
+from storage.catalog.query_process import QueryLimits
+from storage.catalog.sandbox import Sandbox
 
 _MEMORY_BYTES = 2 * 2**30
 """An export may sort and join more than a question does; it is the user's own machine."""

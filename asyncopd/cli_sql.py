@@ -16,7 +16,8 @@ from asyncopd.errors import QueryError
 from asyncopd.sql_format import FORMATS, text_of_result, write_result
 from asyncopd.sql_shell import run_shell
 from storage.catalog.cut import AsOf
-from storage.catalog.sandbox import QueryLimits, Sandbox
+from storage.catalog.query_process import QueryLimits
+from storage.catalog.sandbox import Sandbox
 from storage.catalog.snapshot import Catalog
 from storage.catalog.stored_queries import find_query, stored_queries
 from storage.open import open_store

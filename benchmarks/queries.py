@@ -15,7 +15,8 @@ import time
 
 from query_log import LogSize, write_log
 
-from storage.catalog.sandbox import QueryLimits, Sandbox
+from storage.catalog.query_process import QueryLimits
+from storage.catalog.sandbox import Sandbox
 from storage.catalog.snapshot import Catalog
 from storage.catalog.stored_queries import stored_queries
 from storage.open import open_store

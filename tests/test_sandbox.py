@@ -17,7 +17,8 @@ from storage_builders import fresh_log, fresh_store
 
 from asyncopd.errors import QueryError, QueryLimitError, StorageError
 from storage.catalog.connection import connect
-from storage.catalog.sandbox import QueryLimits, Sandbox
+from storage.catalog.query_process import QueryLimits
+from storage.catalog.sandbox import Sandbox
 from storage.catalog.snapshot import Catalog
 from storage.open import open_store
 

@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 from asyncopd import __version__
 from asyncopd.errors import QueryError
 from storage.catalog.cut import AsOf
-from storage.catalog.sandbox import QueryLimits, RunningQuery, Sandbox
+from storage.catalog.query_process import QueryLimits, RunningQuery
+from storage.catalog.sandbox import Sandbox
 
 ExportFormat = Literal["sft", "parquet", "hf"]
 PROVENANCE = ("run", "index", "version_first", "version_last", "teacher", "teacher_digest")

@@ -6,15 +6,25 @@ import json
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
 from asyncopd.errors import StorageError
-from asyncopd.types import Evaluation, IndexRange, Manifest, PolicyVersion, TrainStep
+from asyncopd.types import IndexRange, Manifest, PolicyVersion, TrainStep
 from storage.catalog.cut import AsOf, Cut
 from storage.catalog.decoders import TokenTexts
 from storage.catalog.files import DataFile
+from storage.catalog.record_rows import (
+    Row,
+    dropped_of_shards,
+    dropped_of_steps,
+    evaluation_row,
+    policy_row,
+    range_row,
+    shard_row,
+    step_row,
+    time_of,
+)
 from storage.catalog.tokenizer_of import token_texts_of
 from storage.layout import parse_version
 from storage.lineage import surviving
@@ -23,7 +33,6 @@ from storage.records import evaluation_from_json, from_json, spans_from_json, st
 from storage.run_log import StoredRunLog
 from storage.schema import SCHEMA_VERSION
 
-Row = dict[str, Any]
 _PARALLEL_REQUESTS = 16
 """Objects read at once; a cold S3 run costs a request for each."""
 
@@ -55,19 +64,19 @@ class RunRecords:
         makers: dict[str, Callable[[], Sequence[Any]]] = {
             "runs": lambda: [self._run()],
             "policies": lambda: self._policies(cut),
-            "steps": lambda: [_step_row(step) for step in steps[0]],
-            "superseded_steps": lambda: [_step_row(step) for step in steps[1]],
+            "steps": lambda: [step_row(step) for step in steps[0]],
+            "superseded_steps": lambda: [step_row(step) for step in steps[1]],
             "evals": lambda: self._evaluations(cut),
             "claims": lambda: self._claims(cut),
-            "shards": lambda: [_shard_row(*shard) for shard in manifests],
-            "dropped": lambda: [*_dropped_of_shards(manifests), *_dropped_of_steps(steps[0])],
+            "shards": lambda: [shard_row(*shard) for shard in manifests],
+            "dropped": lambda: [*dropped_of_shards(manifests), *dropped_of_steps(steps[0])],
             "rewinds": lambda: [
-                {"rewind": r.number, "to_step": r.to_step, "worker": r.worker, "recorded": _time(r.recorded)}
+                {"rewind": r.number, "to_step": r.to_step, "worker": r.worker, "recorded": time_of(r.recorded)}
                 for r in cut.rewinds(self._log.rewinds())
             ],
             "spans": lambda: self._spans(cut),
             "failures": lambda: [
-                {"role": f.role, "worker": f.worker, "reason": f.reason, "failed": _time(f.failed)}
+                {"role": f.role, "worker": f.worker, "reason": f.reason, "failed": time_of(f.failed)}
                 for f in self._log.failures()
                 if f.failed <= cut.time
             ],
@@ -90,7 +99,7 @@ class RunRecords:
         config = record.get("config") or {}
         learner, rollout = config.get("learner") or {}, config.get("rollout") or {}
         return {
-            "created": _time(record.get("created")),
+            "created": time_of(record.get("created")),
             "name": config.get("name"),
             "task": (config.get("task") or {}).get("kind"),
             "teacher": self._teacher(config),
@@ -114,7 +123,7 @@ class RunRecords:
         versions = self._versions(self._log.layout.policies)
         created = dict(zip(versions, self._parallel(self._policy, versions), strict=True))
         seen = [version for version in versions if cut.has_version(version, created[version].created)]
-        return [_policy_row(version, created[version]) for version in self._surviving(seen, cut)]
+        return [policy_row(version, created[version]) for version in self._surviving(seen, cut)]
 
     def _steps(self, cut: Cut) -> tuple[list[TrainStep], list[TrainStep]]:
         """(surviving, superseded), both in order."""
@@ -133,13 +142,13 @@ class RunRecords:
         found = self._parallel(lambda key: self._read(key, evaluation_from_json), keys)
         found = [evaluation for evaluation in found if cut.has_version(evaluation.version, evaluation.finished)]
         kept = set(self._surviving([evaluation.version for evaluation in found], cut))
-        return [_evaluation_row(evaluation) for evaluation in found if evaluation.version in kept]
+        return [evaluation_row(evaluation) for evaluation in found if evaluation.version in kept]
 
     def _claims(self, cut: Cut) -> list[Row]:
         return [
             {
-                "stage": claim.stage, **_range(claim.shard), "attempt": claim.attempt, "worker": claim.worker,
-                "claimed": _time(claim.claimed or None),
+                "stage": claim.stage, **range_row(claim.shard), "attempt": claim.attempt, "worker": claim.worker,
+                "claimed": time_of(claim.claimed or None),
             }
             for claim in self._log.claims()
             if claim.claimed <= cut.time
@@ -150,8 +159,8 @@ class RunRecords:
         batches = self._parallel(lambda key: self._read(key, spans_from_json), keys)
         return [
             {
-                "role": span.role, "worker": span.worker, "activity": span.activity, "started": _time(span.start),
-                "ended": _time(span.end), "seconds": span.end - span.start, "detail": span.detail,
+                "role": span.role, "worker": span.worker, "activity": span.activity, "started": time_of(span.start),
+                "ended": time_of(span.end), "seconds": span.end - span.start, "detail": span.detail,
             }
             for batch in batches for span in batch if span.end <= cut.time
         ]  # fmt: skip
@@ -227,74 +236,3 @@ class RunRecords:
 
 def _state(step: TrainStep) -> PolicyVersion:
     return PolicyVersion(step.step + 1, step.rewind)
-
-
-def _time(seconds: float | None) -> datetime | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
-
-
-def _range(shard: IndexRange) -> Row:
-    return {"shard": shard.name, "index_start": shard.start, "index_stop": shard.stop}
-
-
-def _policy_row(version: PolicyVersion, manifest: Manifest) -> Row:
-    (promise,) = manifest.objects.values()
-    return {
-        "version": version.number, "rewind": version.rewind, "created": _time(manifest.created),
-        "worker": manifest.worker, "size_bytes": promise["size_bytes"], "sha256": promise["sha256"],
-    }  # fmt: skip
-
-
-def _step_row(step: TrainStep) -> Row:
-    return {
-        "step": step.step, "rewind": step.rewind, "version": step.version.number, "index_start": step.indices.start,
-        "index_stop": step.indices.stop, "num_tokens": step.num_tokens, "num_dropped": len(step.dropped),
-        "finished": _time(step.finished),
-        "metrics": [(name, None if value is None else float(value)) for name, value in step.metrics.items()],
-        "staleness_tokens": list(step.staleness_tokens.items()),
-    }  # fmt: skip
-
-
-def _evaluation_row(evaluation: Evaluation) -> Row:
-    accuracy = evaluation.accuracy
-    return {
-        "version": evaluation.version.number, "rewind": evaluation.version.rewind,
-        "num_prompts": evaluation.num_prompts, "accuracy": None if accuracy != accuracy else accuracy,
-        "accuracy_by_group": list(evaluation.accuracy_by_group.items()), "kl_nats": evaluation.kl_nats,
-        "kl_standard_error_nats": evaluation.kl_standard_error_nats,
-        "mean_response_tokens": evaluation.mean_response_tokens, "finished": _time(evaluation.finished),
-    }  # fmt: skip
-
-
-def _shard_row(teacher: str, shard: IndexRange, manifest: Manifest) -> Row:
-    facts = manifest.facts
-    return {
-        "stage": "score" if teacher else "rollout", "teacher": teacher, **_range(shard),
-        "num_rows": facts.get("num_rows"), "num_tokens": facts.get("num_tokens"),
-        "num_dropped": len(facts.get("dropped", {})), "seconds": facts.get("seconds"), "worker": manifest.worker,
-        "published": _time(manifest.created),
-        "size_bytes": sum(promise["size_bytes"] for promise in manifest.objects.values()),
-    }  # fmt: skip
-
-
-def _dropped_of_shards(shards: Iterable[tuple[str, IndexRange, Manifest]]) -> list[Row]:
-    """Scores repeat what was dropped at rollout; it counts once, where it was decided."""
-    rows: dict[tuple[int, str], Row] = {}
-    at_rollout: set[int] = set()
-    for teacher, _, manifest in sorted(shards, key=lambda found: found[0]):
-        for index, reason in manifest.facts.get("dropped", {}).items():
-            if not teacher:
-                at_rollout.add(index)
-            elif index in at_rollout:
-                continue
-            stage = "score" if teacher else "rollout"
-            rows[index, teacher] = {"index": index, "stage": stage, "teacher": teacher, "reason": reason}
-    return list(rows.values())
-
-
-def _dropped_of_steps(steps: Iterable[TrainStep]) -> list[Row]:
-    return [
-        {"index": index, "stage": "learn", "teacher": "", "reason": reason}
-        for step in steps
-        for index, reason in step.dropped.items()
-    ]

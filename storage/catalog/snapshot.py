@@ -75,7 +75,7 @@ class Catalog:
             if as_of is not None and as_of.version is not None and run_ids and not present:
                 raise StorageError(
                     f"no run has published policy version {as_of.version} in its surviving lineage; looked at "
-                    f"{', '.join(run_ids[:5])}. `select run, max(version) from policies group by 1` tells what there is."
+                    f"{', '.join(run_ids[:5])}. Relation `policies` tells what there is."
                 )
             read = list(pool.map(lambda pair: pair[0].read(relations, pair[1]), present))
         return Snapshot(
