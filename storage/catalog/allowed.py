@@ -27,7 +27,8 @@ ALLOWED = (
 
 def check(connection: duckdb.DuckDBPyConnection, sql: str, relations: Collection[str]) -> None:
     """Raise QueryError unless `sql` is one allowed SELECT. Runs nothing of it."""
-    (serialised,) = connection.execute("SELECT json_serialize_sql(?)", [sql]).fetchone() or ("{}",)
+    # All rows are fetched, there being one: DuckDB refuses the next query while a result is open.
+    ((serialised,),) = connection.execute("SELECT json_serialize_sql(?)", [sql]).fetchall()
     tree = json.loads(serialised)
     if tree.get("error"):
         raise QueryError(f"{tree.get('error_message', 'the query could not be read')} {ALLOWED}")
