@@ -98,6 +98,7 @@ def _dataset(relation: Relation, files: Sequence[DataFile], place: Place) -> Any
             place.path(file.key),
             filesystem,
             partition_expression=(ds.field("run") == file.run) & (ds.field("shard") == file.shard),
+            row_groups=None if file.row_group is None else [file.row_group],
         )
         for file in files
     ]

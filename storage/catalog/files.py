@@ -12,11 +12,13 @@ import pyarrow.fs as pafs
 
 @dataclass(frozen=True)
 class DataFile:
-    """One Parquet object of a complete shard."""
+    """The rows of one complete shard."""
 
     key: str
     run: str
     shard: str
+    row_group: int | None = None
+    """The shard's rows where one object holds several shards; None for the whole object."""
 
 
 @dataclass(frozen=True)

@@ -178,14 +178,12 @@ class RunRecords:
         ]
 
     def _files(self, shards: Iterable[tuple[str, IndexRange, Manifest]], stage: str) -> list[DataFile]:
-        # By key: where one object holds several shards, it is read once.
-        files = {
-            key: DataFile(key, self.run_id, shard.name)
+        return [
+            DataFile(key, self.run_id, shard.name, manifest.facts.get("row_group"))
             for teacher, shard, manifest in shards
             if bool(teacher) == (stage == "score")
             for key in manifest.objects
-        }
-        return list(files.values())
+        ]
 
     # -- reading --------------------------------------------------------------------------------------------------
     def _manifest(self, teacher: str, shard: IndexRange) -> Manifest | None:

@@ -131,7 +131,10 @@ def _request(snapshot: Snapshot, sql: str, parameters: Mapping[str, Any], limits
     fields = {
         "sql": sql,
         "parameters": dict(parameters),
-        "files": {name: [(file.key, file.run, file.shard) for file in files] for name, files in snapshot.files.items()},
+        "files": {
+            name: [(file.key, file.run, file.shard, file.row_group) for file in files]
+            for name, files in snapshot.files.items()
+        },
         "place": asdict(snapshot.place),
         "token_texts": {run: asdict(texts) for run, texts in snapshot.token_texts.items()},
         "tables": [(name, len(body)) for name, body in zip(snapshot.tables, bodies, strict=True)],

@@ -20,7 +20,7 @@ TRAINED = Relation(
         Field("step", "The step; it started from policy version `step` and made version `step + 1`."),
     ),
     """
-    WITH planned AS (SELECT run, step, unnest(range(index_start, index_stop)) AS index FROM steps)
+    WITH planned AS (SELECT run, step, unnest(indices) AS index FROM steps)
     SELECT planned.run, planned.index, planned.step
     FROM planned ANTI JOIN (SELECT run, index FROM dropped WHERE stage = 'learn') AS gone USING (run, index)
     """,

@@ -8,7 +8,7 @@
 -- column correct: the verifier's answer
 -- column dropped: why it was not trained; null when it was
 SELECT planned.run, planned.index, t.prompt_id, t.version_first, t.num_tokens, t.correct, dropped.reason AS dropped
-FROM (SELECT run, unnest(range(index_start, index_stop)) AS index FROM steps WHERE version = $version) AS planned
+FROM (SELECT run, unnest(indices) AS index FROM steps WHERE version = $version) AS planned
 LEFT JOIN trajectories AS t USING (run, index)
 LEFT JOIN (SELECT run, index, min(reason) AS reason FROM dropped GROUP BY ALL) AS dropped USING (run, index)
 ORDER BY planned.run, planned.index
