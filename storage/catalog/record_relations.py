@@ -28,7 +28,7 @@ _STEPS = (
     Field("version", "Policy version published after the step.", _BIG),
     Field("index_start", "Lowest trajectory index of the step.", _BIG),
     Field("index_stop", "One beyond its highest index.", _BIG),
-    Field("indices", "The indices it decided about, ascending: all from index_start on in index order.", pa.list_(_BIG)),
+    Field("indices", "The indices it decided about, ascending; in index order all of the range.", pa.list_(_BIG)),
     Field("num_tokens", "Response tokens trained.", _BIG),
     Field("num_dropped", "Indices of the step that were not trained (relation `dropped` says why).", _BIG),
     Field("finished", "When the step was recorded.", _TIME),

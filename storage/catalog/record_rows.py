@@ -31,8 +31,8 @@ def step_row(step: TrainStep) -> Row:
     indices = sorted(step.indices.indices)
     return {
         "step": step.step, "rewind": step.rewind, "version": step.version.number, "index_start": indices[0],
-        "index_stop": indices[-1] + 1, "indices": indices, "num_tokens": step.num_tokens, "num_dropped": len(step.dropped),
-        "finished": time_of(step.finished),
+        "index_stop": indices[-1] + 1, "indices": indices, "num_tokens": step.num_tokens,
+        "num_dropped": len(step.dropped), "finished": time_of(step.finished),
         "metrics": [(name, None if value is None else float(value)) for name, value in step.metrics.items()],
         "staleness_tokens": list(step.staleness_tokens.items()),
     }  # fmt: skip
