@@ -19,8 +19,10 @@ from rich.console import Console
 
 from asyncopd import __version__, stack
 from asyncopd.cli_chaos import add_chaos
+from asyncopd.cli_export import add_export
 from asyncopd.cli_maintain import add_maintain
 from asyncopd.cli_plan import add_plan
+from asyncopd.cli_sql import add_sql
 from asyncopd.cli_study import add_study
 from asyncopd.cli_worker import add_worker
 from asyncopd.config import RunConfig, load_config, parse_override
@@ -87,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     add_chaos(commands)
     add_maintain(commands)
     add_plan(commands)
+    add_sql(commands)
+    add_export(commands)
     return parser
 
 

@@ -13,6 +13,8 @@ class AsyncOPDError(Exception):
         │   ├── StoreUnusableError   the root cannot be written, or lacks put-if-absent
         │   ├── ObjectMissingError   a key that a manifest promises does not exist
         │   └── ShardCorruptError    bytes differ from what the manifest promises
+        ├── QueryError           SQL that is wrong, or not allowed
+        │   └── QueryLimitError      a query needs more time, memory or room for its result than it may use
         ├── EngineError          a sampler or scorer could not serve a request
         ├── NonFiniteError       a loss or gradient became NaN or infinite; nothing was published
         ├── DeadlineError        a wait ran out; the message names what it waited for
@@ -49,6 +51,14 @@ class ObjectMissingError(StorageError):
 
 class ShardCorruptError(StorageError):
     """Stored bytes differ from what their manifest promises."""
+
+
+class QueryError(AsyncOPDError):
+    """SQL that is wrong, or not allowed."""
+
+
+class QueryLimitError(QueryError):
+    """A query needs more time, memory or room for its result than it may use."""
 
 
 class EngineError(AsyncOPDError):

@@ -45,6 +45,8 @@ _KINDS = {
         "trajectories": rf"trajectories/{_SHARD_NAME}\.json",
         "scores": rf"scores/[^/]+/{_SHARD_NAME}\.json",
         "policy": rf"policies/{_STATE_NAME}\.json",
+        "policy_full": rf"policies/{_STATE_NAME}\.full\.json",
+        "wanted": rf"policies/{_STATE_NAME}\.wanted\.json",
         "checkpoint": rf"checkpoints/{_STATE_NAME}\.json",
         "step": rf"steps/{_STATE_NAME}\.json",
         "evaluation": rf"evals/{_STATE_NAME}\.json",
@@ -89,6 +91,19 @@ def check_run_id(run_id: str) -> str:
             "starting with a letter or digit, for example 'walk-7'."
         )
     return run_id
+
+
+def split_run_path(text: str, default_root: str = "runs") -> tuple[str, str]:
+    """(storage root, run id) of a run's folder, as path or URL, or of a bare id in `default_root`."""
+    root, _, run_id = text.rstrip("/").rpartition("/")
+    if not root:
+        return default_root, run_id
+    parent, _, folder = root.rpartition("/")
+    if folder != RUNS:
+        raise StorageError(
+            f"{text} is not a run: expected a run id, or the path of its folder, <root>/{RUNS}/<run id>."
+        )
+    return parent or ".", run_id
 
 
 def check_object_name(name: str) -> str:

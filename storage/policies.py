@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -17,6 +16,7 @@ from storage.lineage import Lineage, possible_rewinds, surviving
 from storage.manifests import find_manifest, publish, read_manifest, sha256
 from storage.objects import ObjectStore
 from storage.policy_chain import PolicyReader, StoredPolicy, chain_facts
+from storage.records import to_json
 from storage.weight_delta import encode_delta
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class PolicyLog:
         published = self._reader.find(version)
         if published is None or not published.is_chained:
             return False
-        body = json.dumps({"worker": worker, "wanted": time.time()}).encode()
+        body = to_json({"worker": worker, "wanted": time.time()})
         self.store.put_if_absent(self.layout.policy_wanted(version), body, durable=False)
         return True
 

@@ -74,8 +74,9 @@ def set_aside(store: ObjectStore, key: str) -> Quarantine:
 
 def _one(snapshot: Snapshot, kind: str, key: str, done: Quarantine) -> None:
     match kind:
-        case "run":
-            raise StorageError(f"{key}: nothing can make a run's record again. Restore it from a copy.")
+        case "run" | "arrival" | "change":
+            # Arrivals and changes are numbered: without one, those after it count for nothing either.
+            raise StorageError(f"{key}: nothing can make this record again. Restore it from a copy.")
         case "trajectories":
             _trajectories(snapshot, key, done)
         case "scores":
@@ -99,6 +100,9 @@ _OBSERVATIONS = {
     "architecture": "the learner stores the architecture again when the run is resumed.",
     "evaluation": "the version is evaluated again when an evaluator is started.",
     "claim": "the shard can be claimed again.",
+    "policy_full": "a sampler that cannot read the version otherwise asks the learner for another copy.",
+    "wanted": "a sampler that still needs the full copy asks again.",
+    "state": "the run is in the state before it until its flow records the next.",
 }
 
 

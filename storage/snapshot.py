@@ -40,6 +40,8 @@ PARSERS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "trajectories": manifest_from_json,
     "scores": manifest_from_json,
     "policy": manifest_from_json,
+    "policy_full": manifest_from_json,
+    "wanted": dict,
     "checkpoint": manifest_from_json,
     "step": step_from_json,
     "evaluation": evaluation_from_json,
@@ -53,7 +55,7 @@ PARSERS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "failure": failure_from_json,
     "removal": removal_from_json,
 }
-MANIFESTS = ("architecture", "trajectories", "scores", "policy", "checkpoint")
+MANIFESTS = ("architecture", "trajectories", "scores", "policy", "policy_full", "checkpoint")
 ALIVE_S = 10.0
 """A heartbeat younger than this means a live worker, unless it retired; the default lease."""
 

@@ -26,6 +26,7 @@ LAYERS = [
     ("flows.wiring", 3), ("flows.work", 3), ("flows.preflight", 3),
     ("flows", 4), ("asyncopd.cli", 4), ("asyncopd.cli_study", 1), ("asyncopd.cli_worker", 4), ("asyncopd.cli_chaos", 4),
     ("asyncopd.cli_maintain", 3), ("asyncopd.cli_plan", 4),
+    ("asyncopd.cli_sql", 4), ("asyncopd.cli_export", 4), ("asyncopd.sql_shell", 4), ("asyncopd.sql_format", 1),
 ]  # fmt: skip
 SIBLINGS = (
     "asyncopd.rollout",

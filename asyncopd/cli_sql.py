@@ -1,0 +1,121 @@
+"""`asyncopd sql`: one query, a stored one, the list of those, or a shell. Every query runs in the sandbox."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from asyncopd.config import parse_override
+from asyncopd.errors import QueryError
+from asyncopd.sql_format import FORMATS, text_of_result, write_result
+from asyncopd.sql_shell import run_shell
+from storage.catalog.cut import AsOf
+from storage.catalog.query_process import QueryLimits
+from storage.catalog.sandbox import Sandbox
+from storage.catalog.snapshot import Catalog
+from storage.catalog.stored_queries import find_query, stored_queries
+from storage.open import open_store
+
+DEFAULT_LIMIT = 1000
+"""Rows: more than anyone reads on a screen, little enough to print at once."""
+
+
+def add_sql(commands: Any) -> None:
+    """Add `sql` to the parser's commands."""
+    parser = commands.add_parser("sql", help="ask the run log in SQL (docs/queries.md); without a query: a shell")
+    parser.add_argument("query", nargs="?", help="a SELECT, or the name of a stored query (--list)")
+    parser.add_argument("--list", action="store_true", help="list the stored queries")
+    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--format", choices=FORMATS, help="default: by the ending of --output, else table")
+    parser.add_argument("--output", metavar="FILE", help="write there instead of the screen; must not exist")
+    parser.add_argument("--limit", type=int, default=DEFAULT_LIMIT, help=f"rows (default {DEFAULT_LIMIT}, 0: all)")
+    add_scope(parser)
+    parser.set_defaults(run=_run)
+
+
+def add_scope(parser: argparse.ArgumentParser) -> None:
+    """Options that say which runs, at which moment, with which limits."""
+    parser.add_argument("--root", default="runs", help="storage root (default: runs)")
+    parser.add_argument("--run", dest="runs", action="append", metavar="RUN_ID", help="only this run; may be repeated")
+    parser.add_argument("--as-of-version", type=int, metavar="V", help="as it was when policy version V was published")
+    parser.add_argument("--as-of-time", metavar="TIME", help="as it was then: ISO time (UTC unless it says) or Unix s")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="seconds a query may take (default 60)"
+    )
+
+
+def scope_of(arguments: argparse.Namespace) -> tuple[Catalog, AsOf | None]:
+    """The catalog and the moment that `add_scope`'s options name."""
+    as_of = None
+    if arguments.as_of_version is not None or arguments.as_of_time is not None:
+        moment = None if arguments.as_of_time is None else parse_time(arguments.as_of_time)
+        as_of = AsOf(version=arguments.as_of_version, time=moment)
+    return Catalog(open_store(arguments.root), arguments.runs), as_of
+
+
+def parse_time(text: str) -> float:
+    """Unix seconds of an ISO time, UTC unless it names a zone, or of a number. Raises QueryError."""
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise QueryError(f"--as-of-time {text!r}: expected 2026-11-21T06:00:00, or Unix seconds.") from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    console = Console()
+    if arguments.list:
+        print_stored(console)
+        return 0
+    catalog, as_of = scope_of(arguments)
+    limits = QueryLimits(max_rows=arguments.limit, timeout_s=arguments.timeout)
+    if arguments.query is None and sys.stdin.isatty():
+        with Sandbox(catalog, limits, prestart=True) as sandbox:
+            return run_shell(sandbox, as_of, console=console)
+    sql, parameters = resolve(arguments.query or sys.stdin.read(), arguments.parameters)
+    output = Path(arguments.output) if arguments.output else None
+    style = arguments.format or (_format_of(output) if output else "table")
+    with Sandbox(catalog, limits) as sandbox:
+        result = sandbox.query(sql, parameters, as_of=as_of)
+    if output is not None or style == "parquet":
+        write_result(result.table, style, output)
+    else:
+        print(text_of_result(result.table, style, width=console.width if console.is_terminal else None), end="")
+    if result.truncated:
+        note = f"only the first {arguments.limit} rows; --limit 0 gives all."
+        Console(stderr=True).print(note, highlight=False, soft_wrap=True)
+    return 0
+
+
+def resolve(query: str, assignments: list[str]) -> tuple[str, dict[str, Any]]:
+    """(SQL, parameters) of a query or of a stored query's name. Raises QueryError."""
+    given = dict(parse_override(text) for text in assignments)
+    stored = find_query(query)
+    if stored is not None:
+        return stored.sql, stored.arguments(given)
+    if query.replace("-", "_").strip().isidentifier():
+        raise QueryError(f"there is no stored query {query.strip()}. List them with: asyncopd sql --list")
+    return query, given
+
+
+def print_stored(console: Console) -> None:
+    """All stored queries with their parameters."""
+    table = Table("name", "question", "parameters")
+    for query in stored_queries().values():
+        parameters = ", ".join(f"{parameter.name}={parameter.default}" for parameter in query.parameters)
+        table.add_row(query.name, query.question, parameters)
+    console.print(table)
+
+
+def _format_of(output: Path) -> str:
+    return {".csv": "csv", ".json": "json", ".parquet": "parquet"}.get(output.suffix, "table")

@@ -1,0 +1,135 @@
+"""A DuckDB connection with the relations of a snapshot. Whoever opens one in-process has all of DuckDB; SQL of other
+people goes through sandbox.py, whose child process opens it with `locked=True`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from storage.catalog.decoders import Decoder, TokenTexts
+from storage.catalog.files import DataFile, Place
+from storage.catalog.record_relations import RECORDS, ROWS
+from storage.catalog.relation import Relation
+from storage.catalog.relations import TEXT_FUNCTION
+from storage.catalog.views import DERIVED
+
+
+def connect(
+    tables: Mapping[str, Any],
+    files: Mapping[str, Sequence[DataFile]],
+    place: Place,
+    token_texts: Mapping[str, TokenTexts],
+    *,
+    sql: str,
+    memory_bytes: int,
+    threads: int = 2,
+    locked: bool = False,
+) -> duckdb.DuckDBPyConnection:
+    """Open a fresh in-memory DuckDB with every relation; those that were not read are there and empty.
+
+    Args:
+        tables, files, place, token_texts: the fields of a Snapshot.
+        sql: the query to come; the vocabulary is built only where it is mentioned.
+        memory_bytes: DuckDB's limit; what pyarrow decodes on the way comes on top.
+        locked: no files, no network, no extensions, no settings, for good.
+    """
+    connection = duckdb.connect(
+        ":memory:",
+        config={
+            "threads": threads,
+            "memory_limit": f"{memory_bytes // 2**20}MiB",
+            "temp_directory": "",  # nothing is spilled; the size limit alone still makes the folder
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+            "allow_community_extensions": False,
+            "python_enable_replacements": False,
+        },
+    )
+    connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
+    decoder_of = _decoders(token_texts)
+    if "vocabulary" in sql.lower():
+        tables = {**tables, "vocabulary": _vocabulary(token_texts, decoder_of)}
+    for relation in RECORDS:
+        table = tables.get(relation.name)
+        _add(connection, relation, relation.schema.empty_table() if table is None else table)
+    for relation in ROWS:
+        _add(connection, relation, _dataset(relation, files.get(relation.name, ()), place))
+    for relation in DERIVED:
+        connection.execute(f"CREATE VIEW {relation.name} AS {relation.view}")
+        _comment(connection, relation)
+    connection.create_function(
+        TEXT_FUNCTION,
+        lambda run, ids: decoder_of(run).text(ids),
+        ["VARCHAR", "INTEGER[]"],  # type: ignore[list-item]
+        "VARCHAR",  # type: ignore[arg-type]
+    )
+    if locked:
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+    return connection
+
+
+def _add(connection: duckdb.DuckDBPyConnection, relation: Relation, source: Any) -> None:
+    connection.register(f"{relation.name}_", source)
+    connection.execute(f"CREATE VIEW {relation.name} AS SELECT * FROM {relation.name}_")
+    _comment(connection, relation)
+
+
+def _comment(connection: duckdb.DuckDBPyConnection, relation: Relation) -> None:
+    statements = [f"COMMENT ON VIEW {relation.name} IS {_quoted(relation.doc)}"]
+    statements += [
+        f'COMMENT ON COLUMN {relation.name}."{field.name}" IS {_quoted(field.doc)}' for field in relation.fields
+    ]
+    connection.execute(";".join(statements))
+
+
+def _dataset(relation: Relation, files: Sequence[DataFile], place: Place) -> Any:
+    """The files as one dataset, whose `run` and `shard` come from where a file belongs, not from its content."""
+    if not files:
+        return relation.schema.empty_table()
+    layout, filesystem = ds.ParquetFileFormat(), place.filesystem()
+    fragments = [
+        layout.make_fragment(
+            place.path(file.key),
+            filesystem,
+            partition_expression=(ds.field("run") == file.run) & (ds.field("shard") == file.shard),
+            row_groups=None if file.row_group is None else [file.row_group],
+        )
+        for file in files
+    ]
+    return ds.FileSystemDataset(fragments, relation.schema, layout, filesystem)
+
+
+def _decoders(token_texts: Mapping[str, TokenTexts]) -> Callable[[str], Decoder]:
+    made: dict[str, Decoder] = {}
+
+    def decoder_of(run: str) -> Decoder:
+        if run not in made:
+            made[run] = Decoder(token_texts[run])
+        return made[run]
+
+    return decoder_of
+
+
+def _vocabulary(token_texts: Mapping[str, TokenTexts], decoder_of: Callable[[str], Decoder]) -> Any:
+    """Tokens of every run whose tokenizer can be had; the others have none."""
+    columns: dict[str, list[Any]] = {"run": [], "token_id": [], "text": [], "class": []}
+    for run, texts in token_texts.items():
+        if texts.kind == "unknown":
+            continue
+        words = decoder_of(run).vocabulary()
+        columns["run"] += [run] * len(words)
+        columns["token_id"] += range(len(words))
+        columns["text"] += [text for text, _ in words]
+        columns["class"] += [kind for _, kind in words]
+    schema = next(relation.schema for relation in RECORDS if relation.name == "vocabulary")
+    return pa.table(columns, schema=schema)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

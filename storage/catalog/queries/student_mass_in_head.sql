@@ -1,0 +1,21 @@
+-- question: How much of the student's probability does its stored head cover, and what does the teacher think of it?
+-- column run: run id
+-- column head_k: ids in the head
+-- column num_tokens: positions
+-- column student_mass: mean probability the sampling student puts on its head, fraction
+-- column teacher_mass: mean probability its own teacher puts on the same ids, fraction; null while unscored
+WITH student AS (
+    SELECT run, head_k, count(*) // head_k AS num_tokens, avg(exp(logprob)) * head_k AS mass
+    FROM (SELECT run, head_k, unnest(head_logprobs) AS logprob FROM trajectory_rows WHERE head_k > 0)
+    GROUP BY run, head_k
+), teacher AS (
+    SELECT run, head_k, avg(exp(logprob)) * head_k AS mass
+    FROM (
+        SELECT run, head_k, unnest(head_logprobs) AS logprob
+        FROM score_rows JOIN (SELECT run, teacher FROM runs) USING (run, teacher) WHERE head_k > 0
+    )
+    GROUP BY run, head_k
+)
+SELECT run, head_k, num_tokens, student.mass AS student_mass, teacher.mass AS teacher_mass
+FROM student LEFT JOIN teacher USING (run, head_k)
+ORDER BY run, head_k

@@ -1,0 +1,107 @@
+"""What a query sees: the complete shards and records of some runs at one moment, as values another process can be sent.
+
+    Catalog (this process, remembers what it read) --snapshot--> Snapshot --> connection.py (here, or in a child)
+
+Every snapshot lists the runs again, so new shards appear by themselves. A shard is in it once its manifest is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from asyncopd.errors import StorageError
+from storage.catalog.cut import AsOf
+from storage.catalog.decoders import TokenTexts
+from storage.catalog.files import DataFile, Place
+from storage.catalog.places import place_of
+from storage.catalog.record_relations import RECORDS
+from storage.catalog.relations import BY_NAME
+from storage.catalog.run_records import RunRecords
+from storage.objects import ObjectStore
+from storage.runs import list_runs, open_run
+
+_PARALLEL_RUNS = 8
+"""Runs read at once; on S3 a cold run costs a request per object."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The arguments of a connection."""
+
+    tables: Mapping[str, Any]
+    """Record relation -> Arrow table; relations that nobody asked for are left out."""
+    files: Mapping[str, tuple[DataFile, ...]]
+    """`trajectory_rows` and `score_rows` -> Parquet objects of complete shards."""
+    place: Place
+    """Where those files are."""
+    token_texts: Mapping[str, TokenTexts]
+    """Run -> how its token ids read."""
+
+
+class Catalog:
+    """The runs of a storage root as relations. Safe to share between threads."""
+
+    def __init__(self, store: ObjectStore, runs: Sequence[str] | None = None) -> None:
+        """`runs`: ids; None for all there are whenever a snapshot is taken.
+
+        Raises StorageError (ObjectMissingError) when one of them does not exist.
+        """
+        self.store = store
+        self._chosen = None if runs is None else tuple(runs)
+        self._records: dict[str, RunRecords] = {}
+        for run_id in self._chosen or ():
+            self._of(run_id)
+
+    def run_ids(self) -> list[str]:
+        """The runs a snapshot would cover now."""
+        return list_runs(self.store) if self._chosen is None else list(self._chosen)
+
+    def snapshot(self, relations: Collection[str], as_of: AsOf | None = None) -> Snapshot:
+        """What is stored now, of `relations` only (`relations.mentioned` finds those a query needs).
+
+        Raises:
+            StorageError: an object cannot be read, was written by newer code, or no run has the version of `as_of`.
+        """
+        run_ids = self.run_ids()
+        with ThreadPoolExecutor(_PARALLEL_RUNS) as pool:
+            records = list(pool.map(self._of, run_ids))
+            cuts = list(pool.map(lambda run: run.cut(as_of), records))
+            present = [(run, cut) for run, cut in zip(records, cuts, strict=True) if cut is not None]
+            if as_of is not None and as_of.version is not None and run_ids and not present:
+                raise StorageError(
+                    f"no run has published policy version {as_of.version} in its surviving lineage; looked at "
+                    f"{', '.join(run_ids[:5])}. Relation `policies` tells what there is."
+                )
+            read = list(pool.map(lambda pair: pair[0].read(relations, pair[1]), present))
+        return Snapshot(
+            tables={
+                relation.name: _table(relation.name, (rows[relation.name] for rows in read))
+                for relation in RECORDS
+                if relation.name in relations and relation.name != "vocabulary"
+            },
+            files={
+                name: tuple(file for rows in read for file in rows.get(name, ()))
+                for name in ("trajectory_rows", "score_rows")
+                if name in relations
+            },
+            place=place_of(self.store),
+            token_texts={run.run_id: run.token_texts for run, _ in present},
+        )
+
+    def forget(self) -> None:
+        """Drop everything remembered, after a file that a remembered manifest named turned out to be gone."""
+        self._records.clear()
+
+    def _of(self, run_id: str) -> RunRecords:
+        if run_id not in self._records:
+            self._records[run_id] = RunRecords(open_run(self.store, run_id))
+        return self._records[run_id]
+
+
+def _table(name: str, runs: Iterable[Sequence[Mapping[str, Any]]]) -> Any:
+    return pa.Table.from_pylist([row for rows in runs for row in rows], schema=BY_NAME[name].schema)

@@ -1,0 +1,192 @@
+"""The derived relations: SQL over rows and records, so that nobody has to take flat lists apart in a query.
+
+List columns are expanded side by side: several `unnest` in one SELECT go through their lists together, and a shorter
+list (or NULL) is filled up with NULL. A flat list of T·K numbers has entry i at position i // K and rank i % K.
+"""
+
+from __future__ import annotations
+
+from storage.catalog.relation import Field, Relation
+
+_FLAT = "head_ids, head_logprobs, tail_logmass, draw_ids, draw_logprobs"
+_FLAT_SCORES = "topk_ids, topk_logprobs, head_logprobs, draw_logprobs, teacher_draw_ids, teacher_draw_logprobs"
+
+TRAINED = Relation(
+    "trained_indices",
+    "One row per index and the step of the surviving lineage that trained it.",
+    (
+        Field("run", "Run id."),
+        Field("index", "Trajectory index."),
+        Field("step", "The step; it started from policy version `step` and made version `step + 1`."),
+    ),
+    """
+    WITH planned AS (SELECT run, step, unnest(indices) AS index FROM steps)
+    SELECT planned.run, planned.index, planned.step
+    FROM planned ANTI JOIN (SELECT run, index FROM dropped WHERE stage = 'learn') AS gone USING (run, index)
+    """,
+    ("steps", "dropped"),
+)
+
+TRAJECTORIES = Relation(
+    "trajectories",
+    "One row per trajectory, without the flat candidate lists (`candidates` has them one by one).",
+    (
+        Field("run", "Run id."),
+        Field("shard", "Name of its shard: first and last index, both inclusive."),
+        Field("index", "Trajectory index in the run."),
+        Field("prompt_id", "Stable id of the question; may repeat at other indices."),
+        Field("prompt_group", "The prompt's label, for example a noise level; may be empty."),
+        Field("prompt_ids", "[P] token ids of the prompt."),
+        Field("num_tokens", "T, response tokens, EOS included."),
+        Field("response_ids", "[T] token ids of the response."),
+        Field("behaviour_logprobs", "[T] log p_old of each response token, nats."),
+        Field("version_first", "Policy version that produced the first response token."),
+        Field("version_last", "Policy version that produced the last response token."),
+        Field("version_run_versions", "[R] policy version of each run of consecutive tokens."),
+        Field("version_run_lengths", "[R] tokens in each run; they add up to T."),
+        Field("finish_reason", "`stop` (EOS) or `length` (token limit)."),
+        Field("correct", "The verifier's answer; null where the task has no verifier."),
+        Field("head_k", "Ids in the head per token; 0 for none."),
+        Field("num_draws", "Draws per token; 0 for none."),
+        Field("draw_law", "`policy` (p_old) or `tail` (p_old outside the head)."),
+        Field("step", "Step that trained it; null while none has."),
+        Field("staleness_max", "Staleness of its oldest token, versions; null while untrained."),
+    ),
+    f"""
+    SELECT t.* EXCLUDE ({_FLAT}), trained.step, trained.step - t.version_first AS staleness_max
+    FROM trajectory_rows AS t LEFT JOIN trained_indices AS trained USING (run, index)
+    """,
+    ("trajectory_rows", "trained_indices"),
+)
+
+SCORES = Relation(
+    "scores",
+    "One row per trajectory and teacher that scored it, without the flat lists.",
+    (
+        Field("run", "Run id."),
+        Field("shard", "Name of its shard: first and last index, both inclusive."),
+        Field("index", "Trajectory index in the run."),
+        Field("teacher", "The teacher's name."),
+        Field("teacher_digest", "Hash of everything that decides the numbers."),
+        Field("temperature", "Softmax temperature of every log-prob in the row."),
+        Field("num_tokens", "T, response tokens, EOS included."),
+        Field("sampled_logprobs", "[T] log q of each response token, nats."),
+        Field("topk_k", "Teacher top-k ids per token; 0 for none."),
+        Field("head_k", "Head ids per token of the trajectory that were scored; 0 for none."),
+        Field("num_draws", "Draws per token of the trajectory that were scored; 0 for none."),
+        Field("num_teacher_draws", "Ids per token drawn from the teacher; 0 for none."),
+    ),
+    f"SELECT * EXCLUDE ({_FLAT_SCORES}) FROM score_rows",
+    ("score_rows",),
+)
+
+TOKENS = Relation(
+    "tokens",
+    "One row per response token, with the log-prob the run's own teacher gives it.",
+    (
+        Field("run", "Run id."),
+        Field("index", "Trajectory index."),
+        Field("position", "Position t in the response, from 0."),
+        Field("token_id", "Token id; `vocabulary` has its text."),
+        Field("version", "Policy version that produced the token."),
+        Field("behaviour_logprob", "log p_old of the token, nats."),
+        Field("teacher_logprob", "log q of the token, nats; null while unscored."),
+        Field(
+            "kl_nats", "log p_old − log q: its mean is an unbiased estimate of KL(p_old‖q) per token; one can be < 0."
+        ),
+        Field("step", "Step that trained the token; null while none has."),
+        Field("staleness", "step − version, versions; null while untrained."),
+        Field("prompt_group", "The prompt's label; may be empty."),
+        Field("num_tokens", "T, length of its response, tokens."),
+        Field("correct", "Verdict on its response; null without a verifier."),
+    ),
+    # One version run is the rule, so the general case is not paid for by everybody.
+    """
+    WITH own AS (
+        SELECT s.run, s.index, s.sampled_logprobs FROM score_rows AS s JOIN runs USING (run)
+        WHERE s.teacher = runs.teacher
+    ), expanded AS (
+        SELECT t.run, t.index, t.prompt_group, t.num_tokens, t.correct, trained.step,
+            generate_subscripts(t.response_ids, 1) - 1 AS position,
+            unnest(t.response_ids) AS token_id,
+            unnest(t.behaviour_logprobs) AS behaviour_logprob,
+            unnest(own.sampled_logprobs) AS teacher_logprob,
+            unnest(CASE WHEN len(t.version_run_versions) = 1 THEN repeat([t.version_first], t.num_tokens)
+                   ELSE flatten(list_transform(list_zip(t.version_run_versions, t.version_run_lengths),
+                                               lambda run_: repeat([run_[1]], run_[2]))) END) AS version
+        FROM trajectory_rows AS t LEFT JOIN own USING (run, index)
+        LEFT JOIN trained_indices AS trained USING (run, index)
+    )
+    SELECT run, index, position, token_id, version, behaviour_logprob, teacher_logprob,
+        behaviour_logprob - teacher_logprob AS kl_nats, step, step - version AS staleness,
+        prompt_group, num_tokens, correct
+    FROM expanded
+    """,
+    ("trajectory_rows", "score_rows", "trained_indices", "runs"),
+)
+
+_CANDIDATE_FIELDS = (
+    Field("run", "Run id."),
+    Field("index", "Trajectory index."),
+    Field("position", "Position t in the response, from 0."),
+    Field("source", "`head` (student's most likely), `draw` (student's draws), `topk` (teacher's), `teacher_draw`."),
+    Field("rank", "0 for the most likely, or for the first draw."),
+    Field("token_id", "Token id; `vocabulary` has its text."),
+    Field("student_logprob", "log p_old of the id, nats; null for ids that came from the teacher."),
+    Field("teacher_logprob", "log q of the id, nats; null while unscored."),
+    Field("teacher", "The teacher; null while unscored."),
+)
+
+
+_SAMPLED = "trajectory_rows AS t LEFT JOIN score_rows AS s USING (run, index)"
+_NO_LIST = "NULL::FLOAT[]"
+
+
+def _candidates(source: str, ids: str, student: str, teacher: str, width: str, tables: str) -> str:
+    return f"""
+    SELECT run, index, i // width AS position, '{source}' AS source, i % width AS rank,
+        token_id, student_logprob, teacher_logprob, teacher
+    FROM (SELECT run, index, s.teacher, {width} AS width, generate_subscripts({ids}, 1) - 1 AS i,
+              unnest({ids}) AS token_id, unnest({student}) AS student_logprob, unnest({teacher}) AS teacher_logprob
+          FROM {tables} WHERE {width} > 0)
+    """
+
+
+CANDIDATES = Relation(
+    "candidates",
+    "One row per extra token id whose log-prob was asked for, for every teacher that scored it.",
+    _CANDIDATE_FIELDS,
+    " UNION ALL ".join(
+        (
+            _candidates("head", "t.head_ids", "t.head_logprobs", "s.head_logprobs", "t.head_k", _SAMPLED),
+            _candidates("draw", "t.draw_ids", "t.draw_logprobs", "s.draw_logprobs", "t.num_draws", _SAMPLED),
+            _candidates("topk", "s.topk_ids", _NO_LIST, "s.topk_logprobs", "s.topk_k", "score_rows AS s"),
+            _candidates(
+                "teacher_draw",
+                "s.teacher_draw_ids",
+                _NO_LIST,
+                "s.teacher_draw_logprobs",
+                "s.num_teacher_draws",
+                "score_rows AS s",
+            ),
+        )
+    ),
+    ("trajectory_rows", "score_rows"),
+)
+
+DOCUMENTATION = Relation(
+    "documentation",
+    "One row per column of every relation, with its comment.",
+    (
+        Field("relation", "Relation."),
+        Field("column", "Column."),
+        Field("type", "DuckDB type."),
+        Field("meaning", "Meaning, unit and shape."),
+    ),
+    """
+    SELECT table_name AS relation, column_name AS column, data_type AS type, comment AS meaning
+    FROM duckdb_columns() WHERE NOT internal AND comment IS NOT NULL ORDER BY table_name, column_index
+    """,
+)
+
+DERIVED = (TRAINED, TRAJECTORIES, SCORES, TOKENS, CANDIDATES, DOCUMENTATION)
