@@ -84,6 +84,10 @@ def what_to_do(manifest_key: str, kind: str) -> str:
             "Restore the object, or run `asyncopd maintain quarantine "
             f"{manifest_key}` to have its indices generated again."
         )
+    if kind == "candidates":
+        return f"Restore the object, or run `asyncopd maintain quarantine {manifest_key}` and back-fill it again."
+    if kind == "cached scores":
+        return f"Delete {manifest_key}; the teacher is then asked again."
     if kind == "checkpoint":
         return f"Restore the object, or run `asyncopd maintain quarantine {manifest_key}` to use an older checkpoint."
     return "Restore the object; nothing else can make it again."

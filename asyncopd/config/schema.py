@@ -152,6 +152,10 @@ class Score(Frozen):
     """Tokens of one packed row of a forward pass, as in learner."""
     shards_per_task: int = Field(16, ge=1)
     """As in rollout."""
+    cache: bool = False
+    """Keep the teacher's answers under the storage root, for all runs, and ask only for what nobody asked before
+    (docs/replay.md). Off by default: two runs share rollouts only where seed, settings and versions agree, and the
+    oracle answers faster than a disk."""
 
 
 class Learner(Frozen):
@@ -164,6 +168,9 @@ class Learner(Frozen):
     warmup_steps: int = Field(5, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After warm-up: constant, or down to 0 at num_steps."""
+    schedule_steps: int = Field(0, ge=0)
+    """Steps at which the schedule is down to 0 when that is not num_steps; 0 for num_steps. A replay of the first 50 of
+    200 steps keeps 200 here, or it would train at other rates than the run it replays."""
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0)
     """Largest gradient norm, of the loss averaged over the step's tokens."""
