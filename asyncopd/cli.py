@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 
 from asyncopd import __version__, stack
+from asyncopd.cli_replay import add_replay
 from asyncopd.cli_study import add_study
 from asyncopd.config import RunConfig, load_config, parse_override
 from asyncopd.errors import AsyncOPDError, ConfigError, ServerAwayError, StackError
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     config.set_defaults(run=_config)
 
     add_study(commands)
+    add_replay(commands)
     return parser
 
 

@@ -81,7 +81,7 @@ def _mixed_top_k(
 
 def _log_mean(parts: Sequence[tuple[float, TeacherScores]], logprobs: Sequence[FloatArray]) -> FloatArray:
     """log Σ_i w_i exp(logprobs_i), entry by entry, in float64."""
-    weighted = np.stack([np.log(weight) + logprob.astype(np.float64) for (weight, _), logprob in zip(parts, logprobs)])
+    weighted = np.stack([np.log(weight) + logprob.astype(np.float64) for (weight, _), logprob in zip(parts, logprobs, strict=True)])
     return np.asarray(np.logaddexp.reduce(weighted, axis=0), np.float32)
 
 

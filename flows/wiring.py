@@ -35,6 +35,7 @@ from storage.objects import ObjectStore
 from storage.open import open_store
 from storage.run_log import StoredRunLog
 from storage.runs import find_model, open_run, read_model
+from storage.score_cache import StoredScoreCache
 
 EVALUATION_HEAD = 8
 """Ids per position on which an evaluation sums KL(p‖q) exactly; four draws estimate the rest."""
@@ -162,6 +163,7 @@ def scorer_of(run: OpenRun) -> Scorer:
 
 def score_stage(run: OpenRun, worker: Worker) -> ScoreStage:
     config, cached = run.config, run.config.cached()
+    cache = StoredScoreCache(run.store) if config.score.cache else None
     top_k = run.task.tokenizer.vocab_size if cached.full_vocabulary else cached.top_k
     request = ScoreRequest(
         top_k=top_k,
@@ -170,7 +172,31 @@ def score_stage(run: OpenRun, worker: Worker) -> ScoreStage:
         seed=config.seed,
     )
     return ScoreStage(
-        run.log, worker, plan=config.plan, scorer=scorer_of(run), request=request, lease_s=config.limits.lease_s
+        run.log,
+        worker,
+        plan=config.plan,
+        scorer=scorer_of(run),
+        request=request,
+        lease_s=config.limits.lease_s,
+        cache=cache,
+    )
+
+
+def student_of(config: RunConfig, causal_lm: PreTrainedModel) -> Student:
+    """The student that the run's learner trains, before its first step."""
+    return Student(
+        causal_lm,
+        build_estimator(config.loss),
+        Accelerator(mixed_precision="bf16" if config.learner.compute_dtype == "bfloat16" else "no"),
+        lr=config.learner.lr,
+        warmup_steps=config.learner.warmup_steps,
+        num_steps=config.learner.schedule_steps or config.learner.num_steps,
+        schedule=config.learner.schedule,
+        weight_decay=config.learner.weight_decay,
+        grad_clip=config.learner.grad_clip,
+        row_capacity=config.learner.row_capacity,
+        rows_per_micro_batch=config.learner.rows_per_micro_batch,
+        temperature=config.rollout.temperature,
     )
 
 
@@ -179,25 +205,11 @@ def learn_stage(run: OpenRun, worker: Worker) -> LearnStage:
     config = run.config
     causal_lm = load_model(run, config.student)
     run.log.publish_architecture({"config.json": json.dumps(causal_lm.config.to_dict()).encode()})
-    student = Student(
-        causal_lm,
-        build_estimator(config.loss),
-        Accelerator(mixed_precision="bf16" if config.learner.compute_dtype == "bfloat16" else "no"),
-        lr=config.learner.lr,
-        warmup_steps=config.learner.warmup_steps,
-        num_steps=config.learner.num_steps,
-        schedule=config.learner.schedule,
-        weight_decay=config.learner.weight_decay,
-        grad_clip=config.learner.grad_clip,
-        row_capacity=config.learner.row_capacity,
-        rows_per_micro_batch=config.learner.rows_per_micro_batch,
-        temperature=config.rollout.temperature,
-    )
     return LearnStage(
         run.log,
         worker,
         plan=config.plan,
-        student=student,
+        student=student_of(config, causal_lm),
         teacher=config.teacher.name,
         checkpoint_every=config.learner.checkpoint_every,
         required=config.loss.requirements(),

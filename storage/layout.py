@@ -1,7 +1,7 @@
 """Every key name there is. Nothing else in the platform builds or takes apart a key.
 
     models/<digest>.json                    manifest of a shared pretrained model; objects in models/<digest>/
-    score-cache/<question>/<pack>.json      manifest of answers of a teacher, for all runs; data <pack>.<attempt>.parquet
+    score-cache/<question>/<pack>.json      manifest of a teacher's answers, for all runs; data <pack>.<attempt>.parquet
     runs/<run_id>/run.json                  the run's record
                  /architecture.json         manifest of the student's config and tokenizer files
                  /trajectories/000128-000191.json                manifest; data 000128-000191.<attempt>.parquet

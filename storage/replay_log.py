@@ -3,7 +3,8 @@
     source run    trajectories/  scores/  candidates/ --read--> learner --publish--> policies/ steps/ ...   replay
                   (never written)                                                    (run.json: parent)
 
-The source is the parent, or, where that is a replay itself, the run that it reads. Nothing is copied. Which folders of scores are read, and how they are mixed, stands in the child's run.json.
+The source is the parent, or, where that is a replay itself, the run that it reads. Nothing is copied. Which folders of
+scores are read, and how they are mixed, stands in the replay's run.json.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class ScoresView:
             needs_top_k: the loss reads the teacher's top-k, which not every mixture has (asyncopd/mixture.py).
         """
         self.log, self.weights, self._needs_top_k = log, dict(weights), needs_top_k
-        self.name = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
+        self.name = next(iter(weights)) if len(weights) == 1 else " + ".join(f"{w:g} {n}" for n, w in weights.items())
 
     def find(self, shard: IndexRange) -> Manifest | None:
         """A manifest of the shard's scores once every teacher has scored it."""
@@ -114,9 +115,9 @@ class ReplayLog(StoredRunLog):
     @cached_property
     def view(self) -> ScoresView:
         """What the replay trains on."""
-        replay, config = self.replay, self.record["config"]
-        weights = replay.scores or {config["teacher"]["name"]: 1.0}
-        return ScoresView(self.parent, weights, needs_top_k=bool(self.record.get("needs_top_k")))
+        required = RunConfig.model_validate(self.record["config"]).loss.requirements()
+        needs_top_k = required.top_k > 0 or required.full_vocabulary
+        return ScoresView(self.source, self.replay.scores, needs_top_k=needs_top_k)
 
     def publish_trajectories(
         self, shard: IndexRange, trajectories: Sequence[Trajectory], *, worker: str, facts: Mapping[str, Any]

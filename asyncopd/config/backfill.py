@@ -1,4 +1,4 @@
-"""What is asked of a teacher about rollouts that exist, and under which names the answers are stored. Loads no torch."""
+"""What is asked of a teacher about rollouts that exist, and under which names answers are stored. Loads no torch."""
 
 from __future__ import annotations
 
@@ -94,7 +94,12 @@ def candidates_of(config: RunConfig, backfill: Backfill) -> CandidateRequest | N
 
 
 def folder_of(
-    config: RunConfig, teacher: TeacherConfig, *, top_k: int, num_teacher_draws: int, candidates: CandidateRequest | None
+    config: RunConfig,
+    teacher: TeacherConfig,
+    *,
+    top_k: int,
+    num_teacher_draws: int,
+    candidates: CandidateRequest | None,
 ) -> str:
     """Folder of the scores: the teacher's name, `@`, and what was asked beyond what the run records.
 

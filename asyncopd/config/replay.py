@@ -1,7 +1,7 @@
 """What a replay is made of: which steps of which run, from which state, with which settings changed. Loads no torch.
 
-    parent's RunConfig + Replay --replay_config--> the child's RunConfig
-    Replay.to_record() is the child's `parent` in run.json: whoever has it can make the child again
+parent's RunConfig + Replay --replay_config--> the child's RunConfig
+Replay.to_record() is the child's `parent` in run.json: whoever has it can make the child again
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def replay_config(parent: RunConfig, replay: Replay, *, root: str, evaluate: boo
     num_steps = _steps_before(replay.last_version, parent_size, size)
     _steps_before(replay.first_version, parent_size, size)
     changed = {"num_steps": num_steps}
-    if not draft.learner.schedule_steps:
+    if "learner.schedule_steps" not in settings:
         changed["schedule_steps"] = round(schedule_steps * parent_size / size)
     return draft.model_copy(update={"learner": draft.learner.model_copy(update=changed)})
 

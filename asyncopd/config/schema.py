@@ -184,6 +184,15 @@ class Learner(Frozen):
     checkpoint_every: int = Field(20, ge=1)
     """Steps between checkpoints; what a crash can cost is at most this many optimizer steps, never a rollout."""
 
+    @model_validator(mode="after")
+    def _schedule_covers_the_steps(self) -> Self:
+        if 0 < self.schedule_steps < self.num_steps:
+            raise ValueError(
+                f"schedule_steps {self.schedule_steps} ends before num_steps {self.num_steps}: the rate would fall "
+                "below 0. Raise schedule_steps, or leave it 0."
+            )
+        return self
+
 
 class Evaluate(Frozen):
     every: int = Field(25, ge=0)

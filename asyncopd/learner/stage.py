@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -38,15 +38,19 @@ class LearnStage:
         checkpoint_every: int,
         required: CacheRequirements,
         vocab_size: int,
+        learner_version: Callable[[int], int] = int,
     ) -> None:
         """
         Args:
             teacher: name of the score shards to train on.
             required: cached arrays that the student's loss needs; compared with what every batch really holds.
+            learner_version: step -> the version that staleness counts from. The step itself, except in a replay with
+                another batch size, whose tokens carry the version numbers of the run that sampled them.
         """
         self._log, self._worker, self._plan, self._student, self._teacher = log, worker, plan, student, teacher
         self._checkpoint_every = checkpoint_every
         self._required, self._vocab_size = required, vocab_size
+        self._learner_version = learner_version
         self._rewind = 0
         worker.status.update(step=0, num_steps=plan.num_steps, num_tokens=0)
 
@@ -136,7 +140,7 @@ class LearnStage:
     def _record(
         self, step: int, version: PolicyVersion, batch: Sequence[ScoredTrajectory], metrics: dict[str, float]
     ) -> TrainStep:
-        staleness = staleness_tokens(batch, learner_version=step)
+        staleness = staleness_tokens(batch, learner_version=self._learner_version(step))
         lengths = [len(s.trajectory.response_ids) for s in batch]
         num_tokens = sum(lengths)
         verified = [s.trajectory.correct for s in batch if s.trajectory.correct is not None]

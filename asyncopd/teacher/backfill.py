@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from asyncopd.errors import ConfigError
 from asyncopd.ports import RunLog, ScoreCache, Scorer, ScoreRequest
 from asyncopd.teacher.cached import score_through
 from asyncopd.types import IndexRange, Trajectory
@@ -23,7 +24,8 @@ from asyncopd.worker import Worker
 class CandidateShards(Protocol):
     """Where back-filled candidates come from and stay."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def join(self, shard: IndexRange, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """The trajectories with these candidates, which are made and published first where nobody did."""
@@ -78,6 +80,7 @@ class BackfillStage:
         """Score every shard that is not scored yet, waiting for those that other processes hold.
 
         Raises:
+            ConfigError: another teacher's scores are in the folder.
             EngineError: the teacher, or the student that candidates come from, cannot serve a shard.
         """
         started = time.time()
@@ -85,7 +88,9 @@ class BackfillStage:
         while waiting:
             held = []
             for shard in waiting:
-                if await asyncio.to_thread(self._log.find_scores, self._folder, shard) is not None:
+                found = await asyncio.to_thread(self._log.find_scores, self._folder, shard)
+                if found is not None:
+                    self._check_teacher(found.facts["teacher_digests"])
                     self._counts["found"] += 1
                     self._on_shard(len(shard))
                 elif await asyncio.to_thread(self._claim, shard):
@@ -106,9 +111,15 @@ class BackfillStage:
         )
 
     def _claim(self, shard: IndexRange) -> bool:
-        return self._log.claim(
-            f"backfill-{self._folder}", shard, worker=self._worker.name, lease_s=self._lease_s
-        )
+        return self._log.claim(f"backfill-{self._folder}", shard, worker=self._worker.name, lease_s=self._lease_s)
+
+    def _check_teacher(self, digests: Sequence[str]) -> None:
+        if set(digests) - {self._scorer.digest}:
+            raise ConfigError(
+                f"run {self._log.run_id}: scores/{self._folder} holds answers of another teacher (digest "
+                f"{', '.join(d[:12] for d in digests)}, this one has {self._scorer.digest[:12]}). Give it another name "
+                "with --teacher name=…."
+            )
 
     async def _work(self, shard: IndexRange) -> None:
         trajectories = await asyncio.to_thread(self._log.read_trajectories, shard)

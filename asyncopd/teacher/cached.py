@@ -1,7 +1,7 @@
 """Scoring with a cache in front of the teacher: only what nobody asked before reaches it.
 
-    trajectories --ScoreCache.find--> known   ----------------------------+--> scores, in order
-                                 `--> unknown --Scorer--> ScoreCache.add --+
+trajectories --ScoreCache.find--> known   ----------------------------+--> scores, in order
+                             `--> unknown --Scorer--> ScoreCache.add --+
 """
 
 from __future__ import annotations
