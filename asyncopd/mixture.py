@@ -81,8 +81,9 @@ def _mixed_top_k(
 
 def _log_mean(parts: Sequence[tuple[float, TeacherScores]], logprobs: Sequence[FloatArray]) -> FloatArray:
     """log Σ_i w_i exp(logprobs_i), entry by entry, in float64."""
-    weighted = np.stack([np.log(weight) + logprob.astype(np.float64) for (weight, _), logprob in zip(parts, logprobs, strict=True)])
-    return np.asarray(np.logaddexp.reduce(weighted, axis=0), np.float32)
+    weights = [weight for weight, _ in parts]
+    weighted = [np.log(weight) + values.astype(np.float64) for weight, values in zip(weights, logprobs, strict=True)]
+    return np.asarray(np.logaddexp.reduce(np.stack(weighted), axis=0), np.float32)
 
 
 def _check_same(first: TeacherScores, other: TeacherScores) -> None:

@@ -20,12 +20,12 @@ COMPARISON_NOTE = (
 )
 COUNTERFACTUAL_NOTE = (
     "Exact: which rollouts each step consumes under the setting, their staleness (recorded versions against the "
-    "replayed learner's clock), and every ratio, drift and ESS, recomputed by the replayed learner on the recorded log-probs. "
-    "Approximate: the closed loop. The rollouts were made by the original run's policies at its own staleness, not by "
-    "the replayed learner's, so lag acts as a delay line between production and consumption. Every setting starts from "
-    "version {first} of the run, which had trained the first {lag} batches of the most delayed setting already; the "
-    "figures are therefore of clocks {measured} to {last} only. In arrival order whole shards arrive, at the times at "
-    "which the original run's scores appeared."
+    "replayed learner's clock), and every ratio, drift and ESS, recomputed by the replayed learner on the recorded "
+    "log-probs. Approximate: the closed loop. The rollouts were made by the original run's policies at its own "
+    "staleness, not by the replayed learner's, so lag acts as a delay line between production and consumption. Every "
+    "setting starts from version {first} of the run, which had trained the first {lag} batches of the most delayed "
+    "setting already; the figures are therefore of clocks {measured} to {last} only. In arrival order whole shards "
+    "arrive, at the times at which the original run's scores appeared."
 )
 
 

@@ -45,7 +45,7 @@ class Replayed:
     is_exact_start: bool
     """Did the start state have the published weights, bit for bit?"""
     is_equal: bool | None
-    """Are the last version's weights the parent's of the same number, bit for bit? None where it has no such version."""
+    """Are the last version's weights the parent's at the same index, bit for bit? None where it has no such version."""
     seconds: float
 
 
