@@ -12,7 +12,7 @@ from offline_builders import NUM_STEPS, make_run, objects, opened, replayed, wei
 
 from asyncopd.config.replay import Replay, parse_settings, parse_steps, split_arm
 from asyncopd.errors import ConfigError, StorageError
-from asyncopd.types import IndexRange
+from asyncopd.types import IndexRange, TrainStep
 from flows import offline
 from flows.offline_replay import train_replay
 from flows.wiring import OpenRun
@@ -129,10 +129,23 @@ def test_another_batch_size_trains_each_index_once_and_counts_staleness_in_the_p
     child = replayed(parent, "learner.batch_size=16")
     steps = child.log.steps()
     assert [step.indices for step in steps] == [IndexRange(16 * s, 16 * s + 16) for s in range(3)]
-    assert all(min(step.staleness_tokens) >= 0 and max(step.staleness_tokens) <= 2 for step in steps)
+    # Two of the parent's batches to a step: the first of them is a version staler than it was.
+    for step, (first, second) in zip(steps, _pairs(parent.log.steps()), strict=True):
+        assert min(step.staleness_tokens) >= 0
+        assert sum(n for n in step.staleness_tokens.values()) == first.num_tokens + second.num_tokens
+        assert _total(step) == _total(first) + first.num_tokens + _total(second)
     assert child.config.learner.schedule_steps == 3
     with pytest.raises(ConfigError, match=r"version 5 lies after index 40.*steps of 16"):
         opened(parent, "learner.batch_size=16", last=5)
+
+
+def _pairs(steps: list[TrainStep]) -> list[tuple[TrainStep, TrainStep]]:
+    return list(zip(steps[::2], steps[1::2], strict=True))
+
+
+def _total(step: TrainStep) -> int:
+    """Staleness summed over tokens."""
+    return sum(staleness * count for staleness, count in step.staleness_tokens.items())
 
 
 def test_what_made_the_log_cannot_be_changed(parent: OpenRun) -> None:
@@ -195,7 +208,8 @@ def test_a_comparison_prints_paired_differences_between_its_arms(
     with pytest.raises(SystemExit) as ended:
         offline.main(["replay", json.dumps(options)])
     assert ended.value.code == 0
-    rows = [line.split("|")[1:-1] for line in (tmp_path / "compare.md").read_text().splitlines() if "loss." in line]
+    lines = [line for line in (tmp_path / "compare.md").read_text().splitlines() if line.startswith("|")]
+    rows = [line.split("|")[1:-1] for line in lines[2:]]
     assert [row[0].strip() for row in rows] == options["compare"]
     for row in rows[1:]:
         paired, unpaired = float(row[7]), float(row[8])

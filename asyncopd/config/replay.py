@@ -127,11 +127,12 @@ def first_step(parent: RunConfig, child: RunConfig, replay: Replay) -> int:
 
 
 def parent_version(step: int, *, parent_batch_size: int, batch_size: int) -> int:
-    """The parent's version at the place in the stream of indices where the child's `step` starts.
+    """The version under which the parent trained the last index of the child's `step`.
 
-    Staleness in a replay is measured on this clock: tokens carry the parent's version numbers.
+    Staleness in a replay is measured on this clock, since tokens carry the parent's version numbers. The last index,
+    not the first: a larger batch reaches rollouts of versions that its first index came before.
     """
-    return step * batch_size // parent_batch_size
+    return ((step + 1) * batch_size - 1) // parent_batch_size
 
 
 def with_settings(replay: Replay, settings: Mapping[str, Any], scores: Mapping[str, float]) -> Replay:
