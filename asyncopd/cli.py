@@ -119,8 +119,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _to_resume(arguments: argparse.Namespace, asked: RunConfig, run_id: str) -> RunConfig:
-    """The stored configuration of a run; refuses when another one was asked for."""
+    """The stored configuration of a run; refuses when another one was asked for, and replays, which have no roles."""
     stored = _stored_config(asked.storage.root, run_id)
+    parent = _log_of(stored, run_id).record.get("parent")
+    if parent:
+        raise ConfigError(
+            f"run {run_id} is a replay of {parent['run_id']} and has no sampler. Repeat the `asyncopd replay` command "
+            "that made it to go on with it."
+        )
     if (arguments.config or arguments.overrides) and asked != stored:
         raise ConfigError(
             f"run {run_id} exists and only goes on with the configuration it was started with. Leave CONFIG and --set "

@@ -102,9 +102,13 @@ async def replay(arguments: argparse.Namespace, console: Console) -> None:
         await _one(parent, base, arguments, console)
         return
     names = list(arguments.compare)
+    if len(names) < 2:
+        raise ConfigError(
+            f"--compare {names[0]!r}: a comparison needs at least two arms; give --compare once for each."
+        )
     arms = [with_settings(base, *parse_settings(split_arm(name))) for name in names]
     # All are checked and created before the first is trained.
-    opened = [open_replay(parent, arm, root=arguments.root, evaluate=True) for arm in arms]
+    opened = [open_replay(parent, arm, root=arguments.root) for arm in arms]
     for child, arm in opened:
         _say(await train_replay(parent, child, arm, console=console), arm, console)
     measured = await outcomes([child for child, _ in opened], num_prompts=arguments.prompts, console=console)
@@ -180,7 +184,7 @@ async def counterfactual(arguments: argparse.Namespace, console: Console) -> Non
 
 
 async def _one(parent: OpenRun, asked: Replay, arguments: argparse.Namespace, console: Console) -> None:
-    child, resolved = open_replay(parent, asked, root=arguments.root, evaluate=arguments.evaluate)
+    child, resolved = open_replay(parent, asked, root=arguments.root)
     _say(await train_replay(parent, child, resolved, console=console), resolved, console)
     if arguments.evaluate:
         await evaluate_replay(child, first_step(parent.config, child.config, resolved))

@@ -30,7 +30,7 @@ from asyncopd.worker import Worker
 from flows.wiring import OpenRun, evaluate_stage, open_stored_run, student_of, student_skeleton
 from storage.replay_log import ReplayLog, ScoresView
 from storage.run_log import StoredRunLog
-from storage.runs import create_run
+from storage.runs import create_run, list_runs
 
 SHARDS_CHECKED = 8
 """Shards of which one row is compared with what the loss needs before training; the learner compares every batch."""
@@ -158,7 +158,7 @@ def _serves(
 
 
 # -- one replay ---------------------------------------------------------------------------------------------------
-def open_replay(parent: OpenRun, replay: Replay, *, root: str, evaluate: bool) -> tuple[OpenRun, Replay]:
+def open_replay(parent: OpenRun, replay: Replay, *, root: str) -> tuple[OpenRun, Replay]:
     """The child run, created or found again, and the replay with its scores resolved.
 
     Raises:
@@ -166,10 +166,13 @@ def open_replay(parent: OpenRun, replay: Replay, *, root: str, evaluate: bool) -
     """
     check_index_order(parent)
     find_version(parent.log, replay.first_version)
-    config = replay_config(parent.config, replay, root=root, evaluate=evaluate)
+    config = replay_config(parent.config, replay)
     shards = list(config.plan.shards(first_step(parent.config, config, replay)))
     scores = choose_scores(parent, replay.scores, config.loss.requirements(), shards)
     resolved = Replay(**{**replay.to_record(), "scores": scores})
+    if resolved.child_id in list_runs(parent.store):
+        # With the configuration it was made with, whatever defaults have changed since.
+        return open_stored_run(root, resolved.child_id), resolved
     record = {
         "config": config.model_dump(mode="json"),
         "config_hash": config.digest(),
@@ -228,8 +231,8 @@ async def train_replay(parent: OpenRun, child: OpenRun, replay: Replay, *, conso
 
 async def evaluate_replay(child: OpenRun, first: int) -> None:
     """Evaluate the first, every `evaluate.every`-th and the last version of a replay; done ones are kept."""
-    every = child.config.evaluate.every
-    numbers = [n for n in versions_to_evaluate(child.config.learner.num_steps, every) if n > first]
+    last, every = child.config.learner.num_steps, child.config.evaluate.every
+    numbers = [number for number in versions_to_evaluate(last, every or last) if number > first]
     worker = child.worker("evaluate")
     async with worker.alive():
         stage, sampler = evaluate_stage(child, worker)

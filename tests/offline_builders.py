@@ -40,11 +40,11 @@ def replayed(parent: OpenRun, *settings: str, first: int = 0, last: int = NUM_ST
 
 
 def opened(
-    parent: OpenRun, *settings: str, first: int = 0, last: int = NUM_STEPS, evaluate: bool = False, **changes: Any
+    parent: OpenRun, *settings: str, first: int = 0, last: int = NUM_STEPS, **changes: Any
 ) -> tuple[OpenRun, Replay]:
     values, scores = parse_settings(list(settings))
     replay = Replay(parent.log.run_id, first, last, settings=values, scores=scores, **changes)
-    return open_replay(parent, replay, root=parent.config.storage.root, evaluate=evaluate)
+    return open_replay(parent, replay, root=parent.config.storage.root)
 
 
 def weights(run: OpenRun) -> dict[int, str]:

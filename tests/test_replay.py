@@ -10,6 +10,7 @@ import offline_builders as builders
 import pytest
 from offline_builders import NUM_STEPS, make_run, objects, opened, replayed, weights
 
+from asyncopd import cli
 from asyncopd.config.replay import Replay, parse_settings, parse_steps, split_arm
 from asyncopd.errors import ConfigError, StorageError
 from asyncopd.types import IndexRange, TrainStep
@@ -215,3 +216,27 @@ def test_a_comparison_prints_paired_differences_between_its_arms(
         paired, unpaired = float(row[7]), float(row[8])
         assert 0 < paired < unpaired
     assert "the same 24 held-out prompts" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_replay_can_be_evaluated_later_and_is_the_same_run(
+    parent: OpenRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child = replayed(parent, "learner.lr=2e-3", first=5)
+    options = {
+        "run_id": "parent", "root": parent.config.storage.root, "steps": "5:", "from_version": None,
+        "start": "checkpoint", "overrides": ["learner.lr=2e-3"], "evaluate": True, "prompts": 0, "out": None,
+        "compare": [],
+    }  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        offline.main(["replay", json.dumps(options)])
+    assert ended.value.code == 0
+    assert [e.version.number for e in child.log.evaluations()] == [5, 6]
+    assert "version 6: accuracy" in capsys.readouterr().out
+
+
+def test_a_replay_is_not_resumed_as_a_training_run(parent: OpenRun, capsys: pytest.CaptureFixture[str]) -> None:
+    child = replayed(parent)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--run-id", child.log.run_id, "--root", parent.config.storage.root])
+    assert ended.value.code == 2
+    assert "is a replay of parent" in capsys.readouterr().err

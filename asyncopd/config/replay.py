@@ -88,13 +88,12 @@ def split_arm(text: str) -> list[str]:
     return [part for part in re.split(r"\s+(?=[a-z_][a-z0-9_.]*=)", text.strip()) if part]
 
 
-def replay_config(parent: RunConfig, replay: Replay, *, root: str, evaluate: bool) -> RunConfig:
+def replay_config(parent: RunConfig, replay: Replay) -> RunConfig:
     """The child's configuration: the parent's, with the replay's settings, numbered as the parent's steps are.
 
-    With another batch size a step is another stretch of the same indices, so the child's steps are renumbered.
+    With another batch size a step is another stretch of the same indices, so the child's steps are renumbered. No
+    version is evaluated as it appears (`evaluate.every` 0): that would need a sampler and a teacher.
 
-    Args:
-        evaluate: keep the parent's `evaluate.every`; else nothing is evaluated.
     Raises:
         ConfigError: a setting that a log cannot be replayed with, or a configuration that cannot work.
     """
@@ -107,11 +106,10 @@ def replay_config(parent: RunConfig, replay: Replay, *, root: str, evaluate: boo
         if tag and _VARIANTS.get(section) == tag and settings[key] != raw[section][tag]:
             # Another variant: the old one's options mean nothing to it.
             raw[section] = {tag: settings.pop(key)}
-    if not evaluate and "evaluate.every" not in settings:
-        settings["evaluate.every"] = 0
+    settings.setdefault("evaluate.every", 0)
     schedule_steps = parent.learner.schedule_steps or parent.learner.num_steps
     # Valid while only the batch size of the new settings matters; the real number of steps follows from it.
-    draft = load_config(raw, {**settings, "storage.root": root})
+    draft = load_config(raw, settings)
     size, parent_size = draft.learner.batch_size, parent.learner.batch_size
     num_steps = _steps_before(replay.last_version, parent_size, size)
     _steps_before(replay.first_version, parent_size, size)
