@@ -199,10 +199,11 @@ async def _one(parent: OpenRun, asked: Replay, arguments: argparse.Namespace, co
 def _say(done: Replayed, replay: Replay, console: Console) -> None:
     steps = f"{replay.first_version}:{replay.last_version}"
     changed = ", ".join(f"{key}={value}" for key, value in replay.settings.items()) or "no setting changed"
+    scores = " + ".join(f"{weight:g} {name}" if weight != 1 else name for name, weight in replay.scores.items())
     equal = {None: "", True: "; ends with the parent's weights, bit for bit", False: "; ends with other weights"}
     console.print(
         f"{done.run_id}: steps {steps} of {replay.run_id} from {_start(replay)}, {changed}, scores "
-        f"{', '.join(replay.scores)}; {done.seconds:.1f} s{equal[done.is_equal]}",
+        f"{scores}; {done.seconds:.1f} s{equal[done.is_equal]}",
         highlight=False,
         soft_wrap=True,
     )

@@ -25,7 +25,7 @@ from asyncopd.learner.replay import train_to
 from asyncopd.types import IndexRange, ScoredTrajectory
 from flows.offline_replay import check_index_order, check_log, read_shard, read_step, scores_view
 from flows.wiring import OpenRun, student_of, student_skeleton
-from storage.replay_log import ScoresView
+from storage.replay_log import ReplayLog, ScoresView
 
 MIN_MEASURED = 8
 """Clocks that must be left to measure; fewer would be mostly noise."""
@@ -46,6 +46,10 @@ def log_of(run: OpenRun) -> Log:
     Raises:
         ConfigError: the run trained nothing, lacks scores, or did not train in index order.
     """
+    if isinstance(run.log, ReplayLog):
+        raise ConfigError(
+            f"run {run.log.run_id} is a replay: nothing arrived while it trained. Ask about {run.log.source.run_id}."
+        )
     check_index_order(run)
     steps = run.log.steps()
     if not steps:
