@@ -6,9 +6,11 @@ import argparse
 import asyncio
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hf_models
 import numpy as np
 import pipeline
 import pytest
@@ -18,12 +20,13 @@ from asyncopd.cli_replay import add_replay
 from asyncopd.config.backfill import Backfill
 from asyncopd.errors import ConfigError, EngineError
 from asyncopd.mixture import mix
+from asyncopd.modeling import load_safetensors, to_safetensors
 from asyncopd.ports import ScoreRequest
 from asyncopd.rollout.candidates import CandidateSource
 from asyncopd.sampling import CandidateRule
 from asyncopd.teacher.backfill import Backfilled
 from asyncopd.teacher.cached import score_through
-from asyncopd.types import Candidates
+from asyncopd.types import Candidates, VersionRun
 from flows.offline_backfill import run_backfill
 from flows.wiring import OpenRun, open_stored_run, scorer_of, student_skeleton
 from storage.candidates import read_candidates
@@ -35,6 +38,12 @@ SHARDS = 12
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> OpenRun:
     return make_run(tmp_path_factory.mktemp("backfill"))
+
+
+@pytest.fixture(scope="module")
+def bare_run(tmp_path_factory: pytest.TempPathFactory) -> OpenRun:
+    """A run for the test of refusals alone: what other tests back-fill would serve its replays."""
+    return make_run(tmp_path_factory.mktemp("bare"))
 
 
 def backfill(run: OpenRun, *, use_cache: bool = False, **asked: Any) -> Backfilled:
@@ -75,18 +84,47 @@ def test_candidates_made_afterwards_are_those_the_sampler_recorded(run: OpenRun)
     # The run recorded head 4 and four tail draws; asking for the same again must give the same ids, from the weights
     # of every version that produced tokens.
     backfill(run, candidates="head=4,num_draws=4,law=tail")
-    num_versions = set()
     for shard in run.log.trajectory_shards():
         made = read_candidates(run.log, "head4-draws4-tail", shard)
         for trajectory in run.log.read_trajectories(shard):
             own, other = trajectory.candidates, made[trajectory.index]
-            num_versions.add(len(trajectory.version_runs))
             assert np.allclose(own.head_logprobs_TK, other.head_logprobs_TK, atol=1e-4)
             assert np.allclose(own.tail_logmass_T, other.tail_logmass_T, atol=1e-4)
             # Rounding may move a uniform across the edge of an id; once in a few thousand, not more.
             assert (own.draw_ids_TN == other.draw_ids_TN).mean() > 0.97
             assert (own.head_ids_TK == other.head_ids_TK).mean() > 0.97
-    assert max(num_versions) > 1  # some responses have tokens of two versions
+
+
+def test_each_token_has_candidates_from_the_version_that_produced_it(run: OpenRun) -> None:
+    # A response whose first three tokens are version 0's and whose rest is version 6's, with log-probs to match.
+    recorded = max(run.log.read_trajectories(run.log.trajectory_shards()[0]), key=lambda t: len(t.response_ids))
+    num_tokens = len(recorded.response_ids)
+    assert num_tokens > 4
+    model, rows = student_skeleton(run), {}
+    weights_by_number = {version.number: run.log.read_policy(version).safetensors for version in run.log.policies()}
+    for number in (0, 6):
+        load_safetensors(model, weights_by_number[number])
+        rows[number] = hf_models.law_rows(model, recorded.prompt_ids, recorded.response_ids)
+    rows_TV = np.concatenate([rows[0][:3], rows[6][3:]])
+
+    def at(ids: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(rows_TV, ids.reshape(num_tokens, -1), axis=1)
+
+    trajectory = replace(
+        recorded,
+        version_runs=(VersionRun(0, 3), VersionRun(6, num_tokens - 3)),
+        behaviour_logprobs_T=at(recorded.response_ids)[:, 0].astype(np.float32),
+    )
+    source = CandidateSource(
+        student_skeleton(run), weights_by_number.__getitem__,
+        rule=CandidateRule(3, 5, "tail"), temperature=1.0, top_p=1.0, seed=0, row_capacity=128,
+    )  # fmt: skip
+    made = source.candidates([trajectory])[trajectory.index]
+    assert np.allclose(made.head_logprobs_TK, -np.sort(-rows_TV, axis=1)[:, :3], atol=1e-4)
+    assert np.allclose(made.head_logprobs_TK, at(made.head_ids_TK), atol=1e-4)
+    assert np.allclose(made.draw_logprobs_TN, at(made.draw_ids_TN), atol=1e-4)
+    assert np.allclose(np.exp(made.tail_logmass_T), 1 - np.exp(made.head_logprobs_TK).sum(1), atol=1e-4)
+    assert not any(set(head) & set(draws) for head, draws in zip(made.head_ids_TK, made.draw_ids_TN, strict=True))
 
 
 def test_policy_draws_start_with_the_emitted_token(run: OpenRun) -> None:
@@ -101,9 +139,9 @@ def test_policy_draws_start_with_the_emitted_token(run: OpenRun) -> None:
 
 
 def test_weights_that_did_not_sample_a_response_are_refused(run: OpenRun) -> None:
-    last = run.log.read_policy(run.log.policies()[-1]).safetensors
+    other = to_safetensors(student_skeleton(run))  # the architecture's random initialisation
     source = CandidateSource(
-        student_skeleton(run), lambda number: last,
+        student_skeleton(run), lambda number: other,
         rule=CandidateRule(2, 2, "tail"), temperature=1.0, top_p=1.0, seed=0, row_capacity=128,
     )  # fmt: skip
     with pytest.raises(EngineError, match="not the weights that sampled it"):
@@ -120,7 +158,10 @@ def test_weights_that_did_not_sample_a_response_are_refused(run: OpenRun) -> Non
         ("loss.name=head_tail", "loss.head=3", "loss.num_draws=6"),
     ],
 )
-def test_the_command_that_a_refusal_names_makes_the_replay_possible(run: OpenRun, settings: tuple[str, ...]) -> None:
+def test_the_command_that_a_refusal_names_makes_the_replay_possible(
+    bare_run: OpenRun, settings: tuple[str, ...]
+) -> None:
+    run = bare_run
     with pytest.raises(ConfigError) as refused:
         opened(run, *settings, last=1)
     for command in set(re.findall(r"`asyncopd (backfill [^`]*)`", str(refused.value))):

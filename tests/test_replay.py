@@ -157,9 +157,7 @@ def test_what_made_the_log_cannot_be_changed(parent: OpenRun) -> None:
 
 def test_a_log_without_the_arrays_of_the_loss_is_refused_before_anything_is_made(parent: OpenRun) -> None:
     before = set(objects(parent.config.storage.root, "runs"))
-    with pytest.raises(
-        ConfigError, match=r"(?s)run parent.*topk_logprobs holds 0 .*backfill parent --top-k 5`"
-    ):
+    with pytest.raises(ConfigError, match=r"(?s)run parent.*topk_logprobs holds 0 .*backfill parent --top-k 5`"):
         opened(parent, "loss.name=forward_kl", "loss.top_k=5")
     with pytest.raises(ConfigError, match=r"`asyncopd backfill parent --candidates num_draws=16,law=policy`"):
         opened(parent, "loss.name=policy_gradient")
