@@ -221,13 +221,13 @@ def counts(run: OpenRun, folder: str = "oracle") -> tuple[int, int]:
 
 
 def test_a_second_run_over_identical_rollouts_asks_the_teacher_nothing(tmp_path: Path) -> None:
-    # At τ = 0 two runs of one configuration sample the same tokens.
+    # At τ = 0 two runs of one configuration sample the same tokens. (Not the same last bits of log p_old: those follow
+    # what else was in the sampler's batch.)
     settings = {"staleness__max_staleness": 0, "score__cache": True, "learner__num_steps": 3}
     first, second = (make_run(tmp_path, run_id, **settings) for run_id in ("one", "two"))
     num_tokens = sum(step.num_tokens for step in first.log.steps())
     assert counts(first) == (num_tokens, 0)
     assert counts(second) == (0, num_tokens)
-    assert weights(first) == weights(second)
     for shard in first.log.trajectory_shards():
         for a, b in zip(first.log.read_scores("oracle", shard), second.log.read_scores("oracle", shard), strict=True):
             assert np.array_equal(a.draw_logprobs_TN, b.draw_logprobs_TN)
