@@ -22,12 +22,13 @@ from asyncopd.cli_chaos import add_chaos
 from asyncopd.cli_export import add_export
 from asyncopd.cli_maintain import add_maintain
 from asyncopd.cli_plan import add_plan
+from asyncopd.cli_replay import add_replay
 from asyncopd.cli_sql import add_sql
 from asyncopd.cli_study import add_study
 from asyncopd.cli_worker import add_worker
 from asyncopd.config import RunConfig, load_config, parse_override
 from asyncopd.config.changes import differences, safe_changes
-from asyncopd.errors import AsyncOPDError, ServerAwayError, StackError
+from asyncopd.errors import AsyncOPDError, ConfigError, ServerAwayError, StackError
 from asyncopd.flow_runs import FlowRun
 from asyncopd.follow import follow, show_report, show_status
 from asyncopd.progress import is_finished
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_sql(commands)
     add_export(commands)
+    add_replay(commands)
     return parser
 
 
@@ -147,9 +149,15 @@ def _exists(arguments: argparse.Namespace, overrides: dict[str, Any]) -> bool:
 
 
 def _to_resume(arguments: argparse.Namespace, overrides: dict[str, Any]) -> RunConfig:
-    """The configuration a run goes on with: the stored one and safe changes. Refuses any other change."""
+    """The configuration a run goes on with: the stored one and safe changes. Refuses any other change, and replays."""
     source = arguments.config or "configs/quickstart.yaml"
     stored = _stored_config(load_config(source, _where(overrides)).storage.root, arguments.run_id)
+    parent = _log_of(stored, arguments.run_id).record.get("parent")
+    if parent:
+        raise ConfigError(
+            f"run {arguments.run_id} is a replay of {parent['run_id']} and has no sampler. Repeat the "
+            "`asyncopd replay` command that made it to go on with it."
+        )
     asked = load_config(arguments.config or stored.model_dump(mode="json"), overrides)
     safe_changes(stored, asked, run_id=arguments.run_id)
     return asked

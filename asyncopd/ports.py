@@ -142,6 +142,27 @@ class Scorer(Protocol):
         ...
 
 
+class ScoreCache(Protocol):
+    """Answers of teachers, kept for all runs of a storage root."""
+
+    def find(
+        self, teacher_digest: str, request: ScoreRequest, trajectories: Sequence[Trajectory]
+    ) -> Mapping[int, TeacherScores]:
+        """The answers that are there, by trajectory index; their index and teacher are those of the first asker."""
+        ...
+
+    def add(
+        self,
+        teacher_digest: str,
+        request: ScoreRequest,
+        answers: Sequence[tuple[Trajectory, TeacherScores]],
+        *,
+        worker: str,
+    ) -> None:
+        """Keep what a teacher answered. Harmless when repeated."""
+        ...
+
+
 class ClaimRecord(Protocol):
     """A shard, or the learner's place, in somebody's hands."""
 

@@ -35,6 +35,7 @@ from storage.objects import ObjectStore
 from storage.open import open_store
 from storage.run_log import StoredRunLog
 from storage.runs import find_model, open_run, read_model
+from storage.score_cache import StoredScoreCache
 
 EVALUATION_HEAD = 8
 """Ids per position on which an evaluation sums KL(p‖q) exactly; four draws estimate the rest."""
@@ -163,6 +164,7 @@ def scorer_of(run: OpenRun) -> Scorer:
 
 def score_stage(run: OpenRun, worker: Worker) -> ScoreStage:
     config, cached = run.config, run.config.cached()
+    cache = StoredScoreCache(run.store) if config.score.cache else None
     top_k = run.task.tokenizer.vocab_size if cached.full_vocabulary else cached.top_k
     request = ScoreRequest(
         top_k=top_k,
@@ -171,22 +173,25 @@ def score_stage(run: OpenRun, worker: Worker) -> ScoreStage:
         seed=config.seed,
     )
     return ScoreStage(
-        run.log, worker, plan=config.plan, scorer=scorer_of(run), request=request, lease_s=config.limits.lease_s
+        run.log,
+        worker,
+        plan=config.plan,
+        scorer=scorer_of(run),
+        request=request,
+        lease_s=config.limits.lease_s,
+        cache=cache,
     )
 
 
-def learn_stage(run: OpenRun, worker: Worker) -> LearnStage:
-    """The learner. Stores the student's architecture, which samplers wait for, before version 0."""
-    config = run.config
-    causal_lm = load_model(run, config.student)
-    run.log.publish_architecture({"config.json": json.dumps(causal_lm.config.to_dict()).encode()})
-    student = Student(
+def student_of(config: RunConfig, causal_lm: PreTrainedModel) -> Student:
+    """The student that the run's learner trains, before its first step."""
+    return Student(
         causal_lm,
         build_estimator(config.loss),
         Accelerator(mixed_precision="bf16" if config.learner.compute_dtype == "bfloat16" else "no"),
         lr=config.learner.lr,
         warmup_steps=config.learner.warmup_steps,
-        num_steps=config.learner.num_steps,
+        num_steps=config.learner.schedule_steps or config.learner.num_steps,
         schedule=config.learner.schedule,
         weight_decay=config.learner.weight_decay,
         grad_clip=config.learner.grad_clip,
@@ -195,13 +200,20 @@ def learn_stage(run: OpenRun, worker: Worker) -> LearnStage:
         temperature=config.rollout.temperature,
         publish_dtype=config.learner.publish.dtype,
     )
+
+
+def learn_stage(run: OpenRun, worker: Worker) -> LearnStage:
+    """The learner. Stores the student's architecture, which samplers wait for, before version 0."""
+    config = run.config
+    causal_lm = load_model(run, config.student)
+    run.log.publish_architecture({"config.json": json.dumps(causal_lm.config.to_dict()).encode()})
     if config.learner.publish.kind == "delta":
         run.log.publish_deltas(full_every=config.learner.publish.full_every)
     return LearnStage(
         run.log,
         worker,
         plan=config.plan,
-        student=student,
+        student=student_of(config, causal_lm),
         teacher=config.teacher.name,
         checkpoint_every=config.learner.checkpoint_every,
         required=config.loss.requirements(),

@@ -1,10 +1,12 @@
 """Every key name there is. Nothing else in the platform builds or takes apart a key.
 
     models/<digest>.json                    manifest of a shared pretrained model; objects in models/<digest>/
+    score-cache/<question>/<pack>.json      manifest of a teacher's answers, for all runs; data <pack>.<attempt>.parquet
     runs/<run_id>/run.json                  the run's record
                  /architecture.json         manifest of the student's config and tokenizer files
                  /trajectories/000128-000191.json                manifest; data 000128-000191.<attempt>.parquet
                  /scores/<teacher>/000128-000191.json            the same
+                 /candidates/<name>/000128-000191.json           the same, for back-filled candidates
                  /policies/000012.r0.json                        manifest; data 000012/r0.<attempt>.{safetensors,delta}
                  /policies/000012.r0.{wanted,full}.json          a full copy is asked for; manifest of that copy
                  /checkpoints/000050.r0.json                     manifest; data 000050.r0.<attempt>/<name>
@@ -34,6 +36,7 @@ from asyncopd.types import IndexRange, PolicyVersion
 
 RUNS = "runs"
 MODELS = "models"
+SCORE_CACHE = "score-cache"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VERSION = re.compile(r"(\d{6,})\.r(\d+)")
 _SHARD_NAME, _STATE_NAME = r"\d{6,}-\d{6,}", r"\d{6,}\.r\d+"
@@ -44,6 +47,7 @@ _KINDS = {
         "architecture": r"architecture\.json",
         "trajectories": rf"trajectories/{_SHARD_NAME}\.json",
         "scores": rf"scores/[^/]+/{_SHARD_NAME}\.json",
+        "candidates": rf"candidates/[^/]+/{_SHARD_NAME}\.json",
         "policy": rf"policies/{_STATE_NAME}\.json",
         "policy_full": rf"policies/{_STATE_NAME}\.full\.json",
         "wanted": rf"policies/{_STATE_NAME}\.wanted\.json",
@@ -60,7 +64,7 @@ _KINDS = {
         "failure": r"failures/[^/]+\.json",
         "removal": r"removals/[^/]+\.json",
         "quarantined": r"quarantine/.+",
-        "data": r"(trajectories|scores/[^/]+)/[^/]+\.parquet|(policies|checkpoints|architecture)/[^/]+/.+",
+        "data": r"(trajectories|(scores|candidates)/[^/]+)/[^/]+\.parquet|(policies|checkpoints|architecture)/[^/]+/.+",
     }.items()
 }
 _OBJECT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -158,6 +162,20 @@ def model_object(digest: str, attempt: str, name: str) -> str:
     return f"{MODELS}/{digest}/{attempt}/{check_object_name(name)}"
 
 
+def score_cache_folder(question: str) -> str:
+    """`question` is the digest of a teacher and of what it is asked."""
+    return f"{SCORE_CACHE}/{check_object_name(question)}"
+
+
+def score_cache_manifest(question: str, pack: str) -> str:
+    return f"{score_cache_folder(question)}/{check_object_name(pack)}.json"
+
+
+def score_cache_object(question: str, pack: str) -> str:
+    """A new key at every call."""
+    return f"{score_cache_folder(question)}/{check_object_name(pack)}.{new_attempt()}.parquet"
+
+
 @dataclass(frozen=True)
 class RunLayout:
     """The keys of one run."""
@@ -192,8 +210,11 @@ class RunLayout:
     def scores(self, teacher: str) -> str:
         return f"{self.all_scores}/{encode_name(teacher)}"
 
+    def candidates(self, name: str) -> str:
+        return f"{self.root}/candidates/{encode_name(name)}"
+
     def shard_manifest(self, folder: str, shard: IndexRange) -> str:
-        """`folder` is `trajectories` or `scores(teacher)`."""
+        """`folder` is `trajectories`, `scores(teacher)` or `candidates(name)`."""
         return f"{folder}/{shard.name}.json"
 
     def shard_object(self, folder: str, shard: IndexRange) -> str:

@@ -85,9 +85,12 @@ def sha256(body: bytes) -> str:
 
 def what_to_do(manifest_key: str, kind: str) -> str:
     """Advice for an object that is missing or corrupt, by what the manifest stands for."""
+    if kind == "cached scores":
+        return f"Delete {manifest_key}; the teacher is then asked again."
     promises = {
         "trajectories": "to have its indices generated again",
         "scores": "to have its indices scored again",
+        "candidates": "and back-fill it again",
         "checkpoint": "to use an older checkpoint",
     }
     what_for = promises.get(kind, "which says what can make it again")

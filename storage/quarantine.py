@@ -100,6 +100,7 @@ _OBSERVATIONS = {
     "architecture": "the learner stores the architecture again when the run is resumed.",
     "evaluation": "the version is evaluated again when an evaluator is started.",
     "claim": "the shard can be claimed again.",
+    "candidates": "back-fill them again; scores of them stay.",
     "policy_full": "a sampler that cannot read the version otherwise asks the learner for another copy.",
     "wanted": "a sampler that still needs the full copy asks again.",
     "state": "the run is in the state before it until its flow records the next.",

@@ -11,6 +11,7 @@ from storage.layout import RUNS, RunLayout, model_manifest, model_object, new_at
 from storage.manifests import find_manifest, publish, read_manifest, read_objects
 from storage.objects import ObjectStore
 from storage.records import from_json, to_json
+from storage.replay_log import ReplayLog
 from storage.run_log import StoredRunLog
 from storage.schema import TopkPrecision
 
@@ -37,11 +38,17 @@ def create_run(
 
 
 def open_run(store: ObjectStore, run_id: str, *, topk_precision: TopkPrecision = "float32") -> StoredRunLog:
-    """The run's log. Raises StorageError (ObjectMissingError) when there is no such run."""
+    """The run's log. Raises StorageError (ObjectMissingError) when there is no such run.
+
+    A replay's log reads the shards of the run that was sampled, however many replays lie between.
+    """
     log = StoredRunLog(store, run_id, topk_precision=topk_precision)
     if not store.exists(log.layout.record):
         raise store.missing(log.layout.record)
-    return log
+    source = log
+    while source.record.get("parent"):
+        source = StoredRunLog(store, source.record["parent"]["run_id"], topk_precision=topk_precision)
+    return log if source is log else ReplayLog(store, run_id, source, topk_precision=topk_precision)
 
 
 def list_runs(store: ObjectStore) -> list[str]:

@@ -89,15 +89,20 @@ SCORE_COLUMNS = (
     Column("teacher_draw_logprobs", _LOGPROBS, "[T·M] log q at teacher_draw_ids, nats."),
 )
 
+_OF_CANDIDATES = ("index", "num_tokens", "head_k", "head_ids", "head_logprobs", "tail_logmass", "num_draws", "draw_ids",
+                  "draw_logprobs", "draw_law")  # fmt: skip
+CANDIDATE_COLUMNS = tuple(column for column in TRAJECTORY_COLUMNS if column.name in _OF_CANDIDATES)
+"""Of back-filled candidates: the columns that replace the trajectory's own."""
+
 
 def columns(kind: str) -> tuple[Column, ...]:
-    """The columns of `trajectories` or `scores`."""
-    return {"trajectories": TRAJECTORY_COLUMNS, "scores": SCORE_COLUMNS}[kind]
+    """The columns of `trajectories`, `scores` or `candidates`."""
+    return {"trajectories": TRAJECTORY_COLUMNS, "scores": SCORE_COLUMNS, "candidates": CANDIDATE_COLUMNS}[kind]
 
 
 @lru_cache(maxsize=64)
 def shard_schema(kind: str, run_id: str, topk_precision: TopkPrecision = "float32") -> Any:
-    """The Arrow schema of `trajectories` or `scores` files of one run, with file and field metadata."""
+    """The Arrow schema of the files of one kind of one run, with file and field metadata."""
     fields = []
     for column in columns(kind):
         halved = column.name == "topk_logprobs" and topk_precision == "float16"

@@ -5,7 +5,7 @@ Arrays that `decode_*` returns are read-only views of the file's columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -42,14 +42,7 @@ def encode_trajectories(trajectories: Sequence[Trajectory], run_id: str) -> byte
         "version_run_lengths": [np.array([run.length for run in row], np.int32) for row in runs],
         "finish_reason": [t.finish_reason for t in trajectories],
         "correct": [t.correct for t in trajectories],
-        "head_k": [c.head_ids_TK.shape[1] for c in candidates],
-        "head_ids": [c.head_ids_TK for c in candidates],
-        "head_logprobs": [c.head_logprobs_TK for c in candidates],
-        "tail_logmass": [c.tail_logmass_T for c in candidates],
-        "num_draws": [c.draw_ids_TN.shape[1] for c in candidates],
-        "draw_ids": [c.draw_ids_TN for c in candidates],
-        "draw_logprobs": [c.draw_logprobs_TN for c in candidates],
-        "draw_law": [c.law for c in candidates],
+        **_candidate_values(candidates),
     }
     return _write("trajectories", values, shard_schema("trajectories", run_id))
 
@@ -63,6 +56,28 @@ def decode_trajectories(body: bytes, key: str, row_group: int | None = None) -> 
     rows = _Rows(body, key, "trajectories", row_group)
     try:
         return [_trajectory(rows, row) for row in range(rows.num_rows)]
+    except (ValueError, KeyError, IndexError, TypeError, ShapeError) as exc:
+        raise rows.corrupt(str(exc)) from exc
+
+
+def encode_candidates(candidates: Mapping[int, Candidates], run_id: str) -> bytes:
+    """One Parquet file of back-filled candidates, by trajectory index, in index order."""
+    indices = sorted(candidates)
+    ordered = [candidates[index] for index in indices]
+    lengths = [len(row.tail_logmass_T) for row in ordered]
+    values = {"index": indices, "num_tokens": lengths, **_candidate_values(ordered)}
+    return _write("candidates", values, shard_schema("candidates", run_id))
+
+
+def decode_candidates(body: bytes, key: str) -> dict[int, Candidates]:
+    """The inverse of `encode_candidates`. `key` is for the message.
+
+    Raises:
+        ShardCorruptError: `body` is no candidates file of this schema version.
+    """
+    rows = _Rows(body, key, "candidates", None)
+    try:
+        return {rows.values["index"][row]: _candidates(rows, row) for row in range(rows.num_rows)}
     except (ValueError, KeyError, IndexError, TypeError, ShapeError) as exc:
         raise rows.corrupt(str(exc)) from exc
 
@@ -114,9 +129,6 @@ def decode_scores(body: bytes, key: str, row_group: int | None = None) -> list[T
 def _trajectory(rows: _Rows, row: int) -> Trajectory:
     num_tokens: int = rows.values["num_tokens"][row]
     finish_reason: FinishReason = rows.choice("finish_reason", row, get_args(FinishReason))
-    law: DrawLaw = rows.choice("draw_law", row, get_args(DrawLaw))
-    head_TK = (num_tokens, rows.values["head_k"][row])
-    draws_TN = (num_tokens, rows.values["num_draws"][row])
     versions, lengths = rows.flat("version_run_versions", row).tolist(), rows.flat("version_run_lengths", row).tolist()
     return Trajectory(
         index=rows.values["index"][row],
@@ -126,16 +138,37 @@ def _trajectory(rows: _Rows, row: int) -> Trajectory:
         behaviour_logprobs_T=rows.flat("behaviour_logprobs", row),
         version_runs=tuple(VersionRun(*run) for run in zip(versions, lengths, strict=True)),
         finish_reason=finish_reason,
-        candidates=Candidates(
-            head_ids_TK=rows.flat("head_ids", row).reshape(head_TK),
-            head_logprobs_TK=rows.flat("head_logprobs", row).reshape(head_TK),
-            tail_logmass_T=rows.flat("tail_logmass", row),
-            draw_ids_TN=rows.flat("draw_ids", row).reshape(draws_TN),
-            draw_logprobs_TN=rows.flat("draw_logprobs", row).reshape(draws_TN),
-            law=law,
-        ),
+        candidates=_candidates(rows, row),
         group=rows.values["prompt_group"][row],
         correct=rows.values["correct"][row],
+    )
+
+
+def _candidate_values(candidates: Sequence[Candidates]) -> dict[str, Any]:
+    return {
+        "head_k": [c.head_ids_TK.shape[1] for c in candidates],
+        "head_ids": [c.head_ids_TK for c in candidates],
+        "head_logprobs": [c.head_logprobs_TK for c in candidates],
+        "tail_logmass": [c.tail_logmass_T for c in candidates],
+        "num_draws": [c.draw_ids_TN.shape[1] for c in candidates],
+        "draw_ids": [c.draw_ids_TN for c in candidates],
+        "draw_logprobs": [c.draw_logprobs_TN for c in candidates],
+        "draw_law": [c.law for c in candidates],
+    }
+
+
+def _candidates(rows: _Rows, row: int) -> Candidates:
+    num_tokens: int = rows.values["num_tokens"][row]
+    law: DrawLaw = rows.choice("draw_law", row, get_args(DrawLaw))
+    head_TK = (num_tokens, rows.values["head_k"][row])
+    draws_TN = (num_tokens, rows.values["num_draws"][row])
+    return Candidates(
+        head_ids_TK=rows.flat("head_ids", row).reshape(head_TK),
+        head_logprobs_TK=rows.flat("head_logprobs", row).reshape(head_TK),
+        tail_logmass_T=rows.flat("tail_logmass", row),
+        draw_ids_TN=rows.flat("draw_ids", row).reshape(draws_TN),
+        draw_logprobs_TN=rows.flat("draw_logprobs", row).reshape(draws_TN),
+        law=law,
     )
 
 

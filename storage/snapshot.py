@@ -39,6 +39,7 @@ PARSERS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "architecture": manifest_from_json,
     "trajectories": manifest_from_json,
     "scores": manifest_from_json,
+    "candidates": manifest_from_json,
     "policy": manifest_from_json,
     "policy_full": manifest_from_json,
     "wanted": dict,
@@ -55,7 +56,7 @@ PARSERS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "failure": failure_from_json,
     "removal": removal_from_json,
 }
-MANIFESTS = ("architecture", "trajectories", "scores", "policy", "policy_full", "checkpoint")
+MANIFESTS = ("architecture", "trajectories", "scores", "candidates", "policy", "policy_full", "checkpoint")
 ALIVE_S = 10.0
 """A heartbeat younger than this means a live worker, unless it retired; the default lease."""
 

@@ -150,6 +150,10 @@ class Score(Frozen):
     """Tokens of one packed row of a forward pass, as in learner."""
     shards_per_task: int = Field(16, ge=1)
     """As in rollout."""
+    cache: bool = False
+    """Keep the teacher's answers under the storage root, for all runs, and ask only for what nobody asked before
+    (docs/replay.md). Off by default: two runs share rollouts only where seed, settings and versions agree, and the
+    oracle answers faster than a disk."""
 
 
 class Publish(Frozen):
@@ -177,6 +181,9 @@ class Learner(Frozen):
     """Steps over which the rate rises linearly from 0; AdamW's second moments are guesses before that."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After warm-up: constant, or down to 0 at num_steps."""
+    schedule_steps: int = Field(0, ge=0)
+    """Steps at which the schedule is down to 0 when that is not num_steps; 0 for num_steps. A replay of the first 50 of
+    200 steps keeps 200 here, or it would train at other rates than the run it replays."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled decay. 0: distillation runs are short and start from weights worth keeping."""
     grad_clip: float = Field(1.0, gt=0)
@@ -191,6 +198,15 @@ class Learner(Frozen):
     checkpoint_every: int = Field(20, ge=1)
     """Steps between checkpoints; what a crash can cost is at most this many optimizer steps, never a rollout."""
     publish: Publish = Publish()
+
+    @model_validator(mode="after")
+    def _schedule_covers_the_steps(self) -> Self:
+        if 0 < self.schedule_steps < self.num_steps:
+            raise ValueError(
+                f"schedule_steps {self.schedule_steps} ends before num_steps {self.num_steps}: the rate would fall "
+                "below 0. Raise schedule_steps, or leave it 0."
+            )
+        return self
 
 
 class Evaluate(Frozen):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncopd.ports import RunLog, Sampler, SampleRequest, Scorer, ScoreRequest, Task
-from asyncopd.types import Evaluation, PolicyVersion, Prompt, ScoredTrajectory, Trajectory
+from asyncopd.types import Evaluation, PolicyVersion, PolicyWeights, Prompt, ScoredTrajectory, Trajectory
 from asyncopd.worker import Worker
 
 
@@ -70,13 +70,7 @@ class EvaluateStage:
 
     async def evaluate(self, version: PolicyVersion) -> Evaluation:
         """Sample every held-out prompt once under `version`, verify and score the responses."""
-        await self._sampler.refresh(await asyncio.to_thread(self._log.read_policy, version))
-        trajectories = await asyncio.gather(*(self._sample(prompt) for prompt in self._prompts))
-        scores = await self._scorer.score(trajectories, self._request)
-        scored = [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)]
-        correct = [
-            self._task.verify(p, t.response_ids.tolist()) for p, t in zip(self._prompts, trajectories, strict=True)
-        ]
+        scored, correct = await self.respond(await asyncio.to_thread(self._log.read_policy, version))
         kl_nats, standard_error = kl_to_teacher(scored)
         return Evaluation(
             version=version,
@@ -85,9 +79,22 @@ class EvaluateStage:
             accuracy_by_group=_accuracy_by_group(self._prompts, correct),
             kl_nats=kl_nats,
             kl_standard_error_nats=standard_error,
-            mean_response_tokens=float(np.mean([len(t.response_ids) for t in trajectories])),
+            mean_response_tokens=float(np.mean([len(s.trajectory.response_ids) for s in scored])),
             finished=time.time(),
         )
+
+    async def respond(self, weights: PolicyWeights) -> tuple[list[ScoredTrajectory], list[bool]]:
+        """One scored response to every held-out prompt, and which of them the verifier accepts.
+
+        Random numbers depend on the prompt alone: other weights answer the same prompts with the same numbers.
+        """
+        await self._sampler.refresh(weights)
+        trajectories = await asyncio.gather(*(self._sample(prompt) for prompt in self._prompts))
+        scores = await self._scorer.score(trajectories, self._request)
+        correct = [
+            self._task.verify(p, t.response_ids.tolist()) for p, t in zip(self._prompts, trajectories, strict=True)
+        ]
+        return [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)], correct
 
     async def _sample(self, prompt: Prompt) -> Trajectory:
         return await self._sampler.sample(
@@ -107,14 +114,15 @@ def kl_to_teacher(batch: Sequence[ScoredTrajectory]) -> tuple[float, float]:
     """
     sums, lengths = [], []
     for scored in batch:
-        sums.append(float(_kl_T(scored).sum(dtype=np.float64)))
+        sums.append(float(kl_per_token(scored).sum(dtype=np.float64)))
         lengths.append(len(scored.trajectory.response_ids))
     sums_B, lengths_B = np.array(sums), np.array(lengths)
     kl = sums_B.sum() / lengths_B.sum()
     return float(kl), float(math.sqrt(((sums_B - kl * lengths_B) ** 2).sum()) / lengths_B.sum())
 
 
-def _kl_T(scored: ScoredTrajectory) -> NDArray[np.float64]:
+def kl_per_token(scored: ScoredTrajectory) -> NDArray[np.float64]:
+    """[T] unbiased estimate of KL(p‖q) at each position of one trajectory, nats; see `kl_to_teacher`."""
     candidates, scores = scored.trajectory.candidates, scored.scores
     head = candidates.head_logprobs_TK.astype(np.float64)
     draws = candidates.draw_logprobs_TN.astype(np.float64)

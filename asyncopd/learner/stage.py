@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -39,18 +39,22 @@ class LearnStage:
         required: CacheRequirements,
         vocab_size: int,
         lease_s: float,
+        learner_version: Callable[[int], int] = int,
     ) -> None:
         """
         Args:
             lease_s: a learner whose heartbeat stands still for this long is replaced by the next that waits.
             teacher: name of the score shards to train on.
             required: cached arrays that the student's loss needs; compared with what every batch really holds.
+            learner_version: step -> the version that staleness counts from. The step itself, except in a replay with
+                another batch size, whose tokens carry the version numbers of the run that sampled them.
         """
         self._log, self._worker, self._plan, self._student = log, worker, plan, student
         self._intake = intake_of(log, worker, plan, teacher)
         self._checkpoint_every = checkpoint_every
         self._required, self._vocab_size = required, vocab_size
         self._lease_s = lease_s
+        self._learner_version = learner_version
         self._rewind = 0
         worker.status.update(step=0, num_steps=plan.num_steps, num_tokens=0)
 
@@ -151,7 +155,7 @@ class LearnStage:
         self._log.publish_policy(weights, worker=self._worker.name, facts={"step": version.number})
 
     def _record(self, step: int, version: PolicyVersion, batch: Batch, metrics: dict[str, float]) -> TrainStep:
-        staleness = staleness_tokens(batch.scored, learner_version=step)
+        staleness = staleness_tokens(batch.scored, learner_version=self._learner_version(step))
         return TrainStep(
             step=step,
             rewind=self._rewind,
@@ -169,12 +173,12 @@ class LearnStage:
         """What a step reports about its trajectories, trained or not."""
         trajectories = [scored.trajectory for scored in batch.scored]
         lengths = [len(trajectory.response_ids) for trajectory in trajectories]
-        bound = self._plan.max_staleness
+        bound, learner = self._plan.max_staleness, self._learner_version(step)
         metrics = {
             "train/staleness_mean_versions": sum(s * n for s, n in staleness.items()) / sum(lengths),
             "train/staleness_max_versions": float(max(staleness)),
             "train/trajectories": float(len(trajectories)),
-            "train/stale_trajectories": float(sum(step - t.version_first > bound for t in trajectories)),
+            "train/stale_trajectories": float(sum(learner - t.version_first > bound for t in trajectories)),
             "train/dropped_trajectories": float(len(batch.dropped)),
             "train/held_trajectories": float(len(batch.held)),
             "rollout/response_tokens_mean": sum(lengths) / len(lengths),

@@ -60,7 +60,7 @@ class Student:
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95))
         self._model, self._optimizer = accelerator.prepare(model, optimizer)
         self._peak_lr, self._warmup_steps, self._num_steps, self._schedule = lr, warmup_steps, num_steps, schedule
-        self._grad_clip = grad_clip
+        self._grad_clip, self._weight_decay = grad_clip, weight_decay
         self._row_capacity, self._rows_per_micro_batch = row_capacity, rows_per_micro_batch
         self._publish_dtype = torch.bfloat16 if publish_dtype == "bfloat16" else torch.float32
         self._step = 0
@@ -126,11 +126,18 @@ class Student:
         torch.save(state, buffer)
         return {"model.safetensors": to_safetensors(self._causal_lm), "learner.pt": buffer.getvalue()}
 
+    def load(self, safetensors: bytes) -> None:
+        """Take over published weights; the optimizer stays as it is."""
+        load_safetensors(self._causal_lm, safetensors)
+
     def restore(self, objects: Mapping[str, bytes]) -> None:
         """The inverse of `checkpoint`."""
         load_safetensors(self._causal_lm, objects["model.safetensors"])
         state = torch.load(io.BytesIO(objects["learner.pt"]), weights_only=True)
         self._optimizer.load_state_dict(state["optimizer"])
+        for group in self._optimizer.param_groups:
+            # The checkpoint's value would undo a replay's other one; the learning rate is set at every step.
+            group["weight_decay"] = self._weight_decay
         self._step = state["step"]
         torch.set_rng_state(state["torch_rng"])
         name, keys, *rest = state["numpy_rng"]

@@ -1,6 +1,6 @@
 """The scoring stage: asks one teacher about every trajectory shard of a run, in index order as far as they exist.
 
-    RunLog --trajectory shards--> next_shard --claim--> Scorer --> score shards
+    RunLog --trajectory shards--> next_shard --claim--> cache, then Scorer --> score shards
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import time
 
 from asyncopd.arrivals import num_taken
 from asyncopd.open_shards import OpenShards
-from asyncopd.ports import RunLog, Scorer, ScoreRequest
+from asyncopd.ports import RunLog, ScoreCache, Scorer, ScoreRequest
 from asyncopd.schedule import Plan
+from asyncopd.teacher.cached import NoCache, score_through
 from asyncopd.types import IndexRange
 from asyncopd.worker import NextShard, Worker
 
@@ -20,10 +21,19 @@ class ScoreStage:
     """Scores the shards of one run with one teacher; any number of these may work on the same run."""
 
     def __init__(
-        self, log: RunLog, worker: Worker, *, plan: Plan, scorer: Scorer, request: ScoreRequest, lease_s: float
+        self,
+        log: RunLog,
+        worker: Worker,
+        *,
+        plan: Plan,
+        scorer: Scorer,
+        request: ScoreRequest,
+        lease_s: float,
+        cache: ScoreCache | None = None,
     ) -> None:
+        """`cache` is asked before the teacher; None to ask the teacher for everything."""
         self._log, self._worker, self._plan, self._scorer, self._request = log, worker, plan, scorer, request
-        self._lease_s = lease_s
+        self._lease_s, self._cache = lease_s, cache or NoCache()
         self._stage = f"score-{scorer.name}"
         self._open = OpenShards(plan)
         """Shards neither scored nor claimed by this worker, in index order."""
@@ -48,10 +58,13 @@ class ScoreStage:
         with self._worker.span("orchestrate:parquet", shard.name):
             trajectories = await asyncio.to_thread(self._log.read_trajectories, shard)
         started = time.time()
-        with self._worker.span("score", shard.name):
-            scores = await self._scorer.score(trajectories, self._request)
-        num_tokens = sum(len(t.response_ids) for t in trajectories)
-        facts = {"num_tokens": num_tokens, "seconds": time.time() - started}
+        answers = await score_through(
+            self._cache, self._scorer, trajectories, self._request, worker=self._worker.name
+        )
+        finished = time.time()
+        self._worker.record("score", started, finished, answers.described(shard.name))
+        facts = {**answers.facts(), "seconds": finished - started}
+        scores, num_tokens = answers.scores, answers.num_tokens
         with self._worker.span("orchestrate:parquet", shard.name):
             await asyncio.to_thread(
                 self._log.publish_scores, self._scorer.name, shard, scores, worker=self._worker.name, facts=facts

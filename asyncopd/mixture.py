@@ -1,0 +1,101 @@
+"""A mixture of teachers: log of the weighted mean of their probabilities, at ids that all of them scored.
+
+    log q(v) = log Σ_i w_i q_i(v),   Σ_i w_i = 1            exact wherever every log q_i(v) is known
+
+The sampled token, the head and the student's draws are asked of every teacher, so there q is exact. Top-k ids are each
+teacher's own: they agree for the whole vocabulary, and then the mixture's own ranking is made from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncopd.errors import ConfigError, ShapeError
+from asyncopd.types import FloatArray, TeacherScores
+
+
+def mix(parts: Sequence[tuple[float, TeacherScores]], *, name: str, needs_top_k: bool) -> TeacherScores:
+    """The scores of the mixture on one trajectory.
+
+    Teacher draws come from one teacher's law, not the mixture's, and are left out; so are top-k ids that differ.
+
+    Args:
+        parts: (weight, scores) of every teacher on the same trajectory; weights add up to 1.
+        name: the mixture's, written into the scores.
+        needs_top_k: the loss reads `topk_logprobs`.
+    Raises:
+        ShapeError: the parts speak of different trajectories, or of different candidates.
+        ConfigError: temperatures differ, or the loss needs top-k ids and the teachers' differ.
+    """
+    first = parts[0][1]
+    for _, scores in parts[1:]:
+        _check_same(first, scores)
+    topk_ids_TK, topk_logprobs_TK = _mixed_top_k(parts, needs_top_k=needs_top_k)
+    num_tokens = len(first.sampled_logprobs_T)
+    digest = ",".join(f"{weight!r}*{scores.teacher_digest}" for weight, scores in parts)
+    return TeacherScores(
+        index=first.index,
+        teacher=name,
+        teacher_digest=hashlib.sha256(f"mixture {digest}".encode()).hexdigest(),
+        temperature=first.temperature,
+        sampled_logprobs_T=_log_mean(parts, [s.sampled_logprobs_T for _, s in parts]),
+        topk_ids_TK=topk_ids_TK,
+        topk_logprobs_TK=topk_logprobs_TK,
+        head_logprobs_TK=_log_mean(parts, [s.head_logprobs_TK for _, s in parts]),
+        draw_logprobs_TN=_log_mean(parts, [s.draw_logprobs_TN for _, s in parts]),
+        teacher_draw_ids_TM=np.zeros((num_tokens, 0), np.int32),
+        teacher_draw_logprobs_TM=np.zeros((num_tokens, 0), np.float32),
+    )
+
+
+def _mixed_top_k(
+    parts: Sequence[tuple[float, TeacherScores]], *, needs_top_k: bool
+) -> tuple[NDArray[np.int32], FloatArray]:
+    """Ids in the mixture's own order with its log-probs; none where the teachers' ids differ."""
+    orders = [np.argsort(scores.topk_ids_TK, axis=1) for _, scores in parts]
+    by_id = [
+        np.take_along_axis(scores.topk_ids_TK, order, axis=1) for order, (_, scores) in zip(orders, parts, strict=True)
+    ]
+    if not all(np.array_equal(by_id[0], ids) for ids in by_id[1:]):
+        if needs_top_k:
+            first = parts[0][1]
+            raise ConfigError(
+                f"index {first.index}: the loss needs the mixture's top-k, and the teachers' top-k ids differ: "
+                f"{', '.join(f'{s.teacher} holds {s.topk_ids_TK.shape[1]} per token' for _, s in parts)}. The mixture "
+                "is exact only at ids that all of them scored: back-fill each with --top-k all, or choose a loss that "
+                "needs no top-k (head_tail, policy_gradient)."
+            )
+        none = len(orders[0]), 0
+        return np.zeros(none, np.int32), np.zeros(none, np.float32)
+    logprobs = [
+        np.take_along_axis(s.topk_logprobs_TK, order, axis=1) for order, (_, s) in zip(orders, parts, strict=True)
+    ]
+    mixed_TK = _log_mean(parts, logprobs)
+    ranking = np.argsort(-mixed_TK, axis=1, kind="stable")
+    return np.take_along_axis(by_id[0], ranking, axis=1), np.take_along_axis(mixed_TK, ranking, axis=1)
+
+
+def _log_mean(parts: Sequence[tuple[float, TeacherScores]], logprobs: Sequence[FloatArray]) -> FloatArray:
+    """log Σ_i w_i exp(logprobs_i), entry by entry, in float64."""
+    weights = [weight for weight, _ in parts]
+    weighted = [np.log(weight) + values.astype(np.float64) for weight, values in zip(weights, logprobs, strict=True)]
+    return np.asarray(np.logaddexp.reduce(np.stack(weighted), axis=0), np.float32)
+
+
+def _check_same(first: TeacherScores, other: TeacherScores) -> None:
+    if first.temperature != other.temperature:
+        raise ConfigError(
+            f"index {first.index}: {first.teacher} was asked at temperature {first.temperature}, {other.teacher} at "
+            f"{other.temperature}. Back-fill one of them at the other's temperature."
+        )
+    for name in ("sampled_logprobs_T", "head_logprobs_TK", "draw_logprobs_TN"):
+        found, expected = getattr(other, name).shape, getattr(first, name).shape
+        if first.index != other.index or found != expected:
+            raise ShapeError(
+                f"index {first.index}: {first.teacher} has {name} of shape {expected}, {other.teacher} (index "
+                f"{other.index}) of {found}. Mixed teachers must have scored the same candidates of one trajectory."
+            )

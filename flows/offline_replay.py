@@ -1,0 +1,311 @@
+"""Replay without Prefect: creates the child run, brings its learner to the start, trains it from the parent's log.
+
+    parent's log --check columns--> child run --train_to, publish_start--> LearnStage --> child's versions and steps
+                                                                       (compare) --> the same prompts for every arm
+
+No sampler and no teacher runs, except to evaluate, and then only after training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from rich.console import Console
+
+from asyncopd import __version__
+from asyncopd.bars import Advance, bar
+from asyncopd.config.cache import CacheRequirements, check_cache
+from asyncopd.config.replay import Replay, first_step, parent_version, replay_config
+from asyncopd.errors import ConfigError
+from asyncopd.evaluate.paired import Outcome, outcome_of
+from asyncopd.evaluate.stage import versions_to_evaluate
+from asyncopd.learner.replay import find_version, publish_start, train_to
+from asyncopd.learner.stage import LearnStage
+from asyncopd.types import IndexRange, ScoredTrajectory
+from asyncopd.worker import Worker
+from flows.wiring import OpenRun, evaluate_stage, open_stored_run, student_of, student_skeleton
+from storage.replay_log import ReplayLog, ScoresView
+from storage.run_log import StoredRunLog
+from storage.runs import create_run, list_runs
+
+SHARDS_CHECKED = 8
+"""Shards of which one row is compared with what the loss needs before training; the learner compares every batch."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A replay that was trained to its end."""
+
+    run_id: str
+    num_steps: int
+    is_exact_start: bool
+    """Did the start state have the published weights, bit for bit?"""
+    is_equal: bool | None
+    """Are the last version's weights the parent's at the same index, bit for bit? None where it has no such version."""
+    seconds: float
+
+
+# -- the log that is read ----------------------------------------------------------------------------------------
+def source_of(run: OpenRun) -> StoredRunLog:
+    """The log with the shards of a run: its own, or that of the run it replays."""
+    return run.log.source if isinstance(run.log, ReplayLog) else run.log
+
+
+def scores_view(run: OpenRun) -> ScoresView:
+    """What the run itself trained on."""
+    if isinstance(run.log, ReplayLog):
+        return run.log.view
+    return ScoresView(run.log, {run.config.teacher.name: 1.0}, needs_top_k=False)
+
+
+def read_shard(view: ScoresView, shard: IndexRange) -> list[ScoredTrajectory]:
+    pairs = zip(view.read_trajectories(shard), view.read_scores(shard), strict=True)
+    return [ScoredTrajectory(trajectory, scores) for trajectory, scores in pairs]
+
+
+def read_step(run: OpenRun, step: int) -> list[ScoredTrajectory]:
+    """The batch that a run trained in a step.
+
+    Raises:
+        ConfigError: the run did not consume its log in index order.
+    """
+    check_index_order(run)
+    view = scores_view(run)
+    return [scored for shard in run.config.plan.shards_of_step(step) for scored in read_shard(view, shard)]
+
+
+def check_index_order(run: OpenRun) -> None:
+    # A string: other orders may be added to the configuration.
+    order = str(run.config.staleness.order)
+    if order != "index":
+        raise ConfigError(
+            f"run {run.log.run_id} consumed its rollouts in order {order!r}; only runs in index order can be replayed."
+        )
+
+
+def choose_scores(
+    run: OpenRun, wanted: Mapping[str, float], required: CacheRequirements, shards: Sequence[IndexRange]
+) -> dict[str, float]:
+    """The folders of scores to train on: those asked for, else the run's own, else a back-fill by its own teacher.
+
+    Raises:
+        ConfigError: a folder that is not there or lacks shards, or none that holds what the loss needs; names the
+            missing columns and the back-fill command.
+    """
+    source = source_of(run)
+    known = source.teachers()
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"run {source.run_id} has no scores {', '.join(unknown)}; it has {', '.join(known) or 'none'}. "
+            f"Make them with `asyncopd backfill {source.run_id}`."
+        )
+    own = dict(wanted) or dict(scores_view(run).weights)
+    vocab_size = run.task.tokenizer.vocab_size
+    try:
+        check_log(source, own, required, shards, vocab_size=vocab_size)
+    except ConfigError:
+        (teacher, *others) = own
+        variants = [name for name in known if name.startswith(f"{teacher.partition('@')[0]}@") and name != teacher]
+        for name in variants if not wanted and not others else []:
+            if _serves(source, {name: 1.0}, required, shards, vocab_size=vocab_size):
+                return {name: 1.0}
+        raise
+    return own
+
+
+def check_log(
+    source: StoredRunLog,
+    weights: Mapping[str, float],
+    required: CacheRequirements,
+    shards: Sequence[IndexRange],
+    *,
+    vocab_size: int,
+) -> None:
+    """Refuse a log that lacks shards or columns, before anything is trained."""
+    needs_top_k = required.top_k > 0 or required.full_vocabulary
+    view = ScoresView(source, weights, needs_top_k=needs_top_k)
+    missing = [shard.name for shard in shards if view.find(shard) is None]
+    if missing:
+        raise ConfigError(
+            f"run {source.run_id}: {len(missing)} of {len(shards)} shards have no scores {view.name}, the first is "
+            f"{missing[0]}. Train the run further (`asyncopd train --run-id {source.run_id}`), back-fill the rest "
+            f"(`asyncopd backfill {source.run_id}`), or replay fewer steps (--steps)."
+        )
+    every = max(1, len(shards) // SHARDS_CHECKED)
+    for shard in {*shards[::every], shards[-1]}:
+        for scored in read_shard(view, shard)[:1]:
+            check_cache(required, CacheRequirements.held_by(scored, vocab_size=vocab_size), run_id=source.run_id)
+
+
+def _serves(
+    source: StoredRunLog,
+    weights: Mapping[str, float],
+    required: CacheRequirements,
+    shards: Sequence[IndexRange],
+    *,
+    vocab_size: int,
+) -> bool:
+    try:
+        check_log(source, weights, required, shards, vocab_size=vocab_size)
+    except ConfigError:
+        return False
+    return True
+
+
+# -- one replay ---------------------------------------------------------------------------------------------------
+def open_replay(parent: OpenRun, replay: Replay, *, root: str) -> tuple[OpenRun, Replay]:
+    """The child run, created or found again, and the replay with its scores resolved.
+
+    Raises:
+        ConfigError: settings or a log that the replay cannot work with; nothing is created then.
+    """
+    check_index_order(parent)
+    find_version(parent.log, replay.first_version)
+    config = replay_config(parent.config, replay)
+    shards = list(config.plan.shards(first_step(parent.config, config, replay)))
+    scores = choose_scores(parent, replay.scores, config.loss.requirements(), shards)
+    resolved = Replay(**{**replay.to_record(), "scores": scores})
+    if resolved.child_id in list_runs(parent.store):
+        # With the configuration it was made with, whatever defaults have changed since.
+        return open_stored_run(root, resolved.child_id), resolved
+    record = {
+        "config": config.model_dump(mode="json"),
+        "config_hash": config.digest(),
+        "code_version": __version__,
+        "seed": config.seed,
+        "created": time.time(),
+        "parent": resolved.to_record(),
+    }
+    create_run(parent.store, resolved.child_id, record)
+    child = open_stored_run(root, resolved.child_id)
+    # Engines load the student's architecture from the run they serve.
+    child.log.publish_architecture(parent.log.read_architecture())
+    return child, resolved
+
+
+async def train_replay(parent: OpenRun, child: OpenRun, replay: Replay, *, console: Console) -> Replayed:
+    """Train the child to its last step, from wherever it stopped.
+
+    Raises:
+        ConfigError, NonFiniteError, ShardCorruptError: as LearnStage does.
+    """
+    started = time.time()
+    assert isinstance(child.log, ReplayLog)
+    first = first_step(parent.config, child.config, replay)
+    worker = child.worker("learn")
+    async with worker.alive():
+        student = student_of(child.config, student_skeleton(child))
+        is_exact = True
+        if child.log.latest_checkpoint() is None:
+            if replay.start == "weights":
+                start = find_version(parent.log, replay.first_version)
+                student.load(parent.log.read_policy(start).safetensors)
+            else:
+                is_exact = await _restore_parent_state(parent, replay, student.restore, console=console)
+            publish_start(child.log, student, first, worker=worker.name)
+        stage = LearnStage(
+            child.log,
+            worker,
+            plan=child.config.plan,
+            student=student,
+            teacher=child.log.view.name,
+            checkpoint_every=child.config.learner.checkpoint_every,
+            required=child.config.loss.requirements(),
+            vocab_size=child.task.tokenizer.vocab_size,
+            lease_s=child.config.limits.lease_s,
+            learner_version=partial(
+                parent_version,
+                parent_batch_size=parent.config.learner.batch_size,
+                batch_size=child.config.learner.batch_size,
+            ),
+        )
+        num_steps = child.config.learner.num_steps
+        with bar(console, child.log.run_id, num_steps - first, "steps") as advance:
+            await _shown(stage, worker, first, advance)
+    return Replayed(child.log.run_id, num_steps - first, is_exact, ends_as_parent(parent, child), time.time() - started)
+
+
+async def evaluate_replay(child: OpenRun, first: int) -> None:
+    """Evaluate the first, every `evaluate.every`-th and the last version of a replay; done ones are kept."""
+    last, every = child.config.learner.num_steps, child.config.evaluate.every
+    numbers = [number for number in versions_to_evaluate(last, every or last) if number > first]
+    worker = child.worker("evaluate")
+    async with worker.alive():
+        stage, sampler = evaluate_stage(child, worker)
+        try:
+            await stage.run([first, *numbers])
+        finally:
+            await sampler.close()
+
+
+async def outcomes(children: Sequence[OpenRun], *, num_prompts: int, console: Console) -> list[Outcome]:
+    """What the last version of each run does on the same held-out prompts, with the same random numbers.
+
+    Args:
+        num_prompts: 0 for as many as the runs evaluate with.
+    """
+    first = children[0]
+    if num_prompts:
+        asked = first.config.evaluate.model_copy(update={"num_prompts": num_prompts})
+        first = replace(first, config=first.config.model_copy(update={"evaluate": asked}))
+    worker = first.worker("evaluate")
+    stage, sampler = evaluate_stage(first, worker)
+    found = []
+    try:
+        with bar(console, "evaluate", len(children), "arms") as advance:
+            for child in children:
+                version = child.log.latest_policy()
+                assert version is not None
+                found.append(outcome_of(*await stage.respond(child.log.read_policy(version))))
+                advance(1)
+    finally:
+        await sampler.close()
+    return found
+
+
+def ends_as_parent(parent: OpenRun, child: OpenRun) -> bool | None:
+    """Does the child's last version have the weights of the parent's version at the same place of the log?"""
+    last = child.log.latest_policy()
+    indices = child.config.plan.num_indices
+    number, rest = divmod(indices, parent.config.learner.batch_size)
+    theirs = None if rest else parent.log.find_policy(number)
+    if last is None or theirs is None:
+        return None
+    return child.log.read_policy(last).safetensors == parent.log.read_policy(theirs).safetensors
+
+
+async def _restore_parent_state(
+    parent: OpenRun, replay: Replay, restore: Callable[[Mapping[str, bytes]], None], *, console: Console
+) -> bool:
+    """Give the child's student the parent's state, trained under the parent's own settings. Was it reached exactly?"""
+    student = student_of(parent.config, student_skeleton(parent))
+    with bar(console, f"to version {replay.first_version}", replay.first_version, "steps at most") as advance:
+        reached = await train_to(
+            parent.log,
+            student,
+            replay.first_version,
+            read_step=partial(read_step, parent),
+            on_step=lambda step: advance(1),
+        )
+    restore(student.checkpoint())
+    return reached.is_exact
+
+
+async def _shown(stage: LearnStage, worker: Worker, first: int, advance: Advance) -> None:
+    """Run the stage; move the bar as its steps are done."""
+    running = asyncio.create_task(stage.run())
+    shown = first
+    try:
+        while not running.done():
+            await asyncio.wait([running], timeout=0.5)
+            done = max(shown, int(worker.status["step"]))
+            advance(done - shown)
+            shown = done
+    finally:
+        running.cancel()
+    await running

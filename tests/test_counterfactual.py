@@ -1,0 +1,184 @@
+"""Counterfactual staleness: which rollouts a step would have consumed, and what a learner then measures."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from offline_builders import QUIET, make_run
+from rich.console import Console
+
+from asyncopd.cli_replay import staleness_list
+from asyncopd.counterfactual import Cell, Rollout, Setting, arrived_steps, consume, settings_of
+from asyncopd.errors import ConfigError
+from flows.offline import counterfactual
+from flows.offline_counterfactual import log_of, run_cells, start_version
+from flows.wiring import OpenRun
+
+B = 4
+LOGS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.floats(0, 1)), min_size=4, max_size=40).map(
+    lambda rows: [rollout(index, *row) for index, row in enumerate(rows)]
+)
+SETTINGS = st.builds(
+    Setting,
+    max_staleness=st.integers(0, 8),
+    lag=st.integers(0, 6),
+    order=st.sampled_from(["index", "arrival"]),
+    on_stale=st.sampled_from(["train", "drop", "hold"]),
+)
+
+
+def rollout(index: int, old: int = 0, early: int = 0, jitter: float = 0.0) -> Rollout:
+    """Trained at its own step by the parent; `old` versions stale, its scores there `early` steps before."""
+    step = index // B
+    version = max(0, step - old)
+    arrived = max(version, step - early)
+    return Rollout(index, step, arrived, arrived + jitter, version, 10)
+
+
+@given(LOGS, SETTINGS)
+def test_each_rollout_has_at_most_one_fate_and_none_is_trained_before_it_was_there(
+    log: list[Rollout], setting: Setting
+) -> None:
+    num_clocks = log[-1].step + 1
+    found = consume(log, setting, batch_size=B, num_clocks=num_clocks)
+    fates = [index for clock in (*found.steps, *found.stale) for index in clock]
+    assert len(fates) == len(set(fates))
+    for clock, indices in enumerate(found.steps):
+        assert len(indices) in ((0, B) if setting.order == "arrival" else range(B + 1))
+        for index in indices:
+            there = log[index].arrived_step if setting.order == "arrival" else log[index].step
+            assert clock >= there + setting.lag
+            if setting.on_stale != "train":
+                assert clock - log[index].version_first <= setting.max_staleness
+    if setting.on_stale == "train":
+        assert not any(found.stale)
+
+
+@given(LOGS, st.integers(0, 6))
+def test_a_lag_adds_itself_to_the_recorded_staleness(log: list[Rollout], lag: int) -> None:
+    found = consume(log, Setting(99, lag, "index", "train"), batch_size=B, num_clocks=log[-1].step + 1)
+    for clock, indices in enumerate(found.steps):
+        for index in indices:
+            recorded = log[index].step - log[index].version_first
+            assert clock - log[index].version_first == recorded + lag
+
+
+def test_without_lag_index_order_is_the_parents_own() -> None:
+    log = [rollout(index, old=2) for index in range(24)]
+    found = consume(log, Setting(2, 0, "index", "drop"), batch_size=B, num_clocks=6)
+    assert found.steps == tuple(tuple(range(B * s, B * s + B)) for s in range(6))
+    assert not any(found.stale)
+
+
+def test_arrival_order_trains_what_was_there_first_and_drops_what_is_too_old_by_then() -> None:
+    # Shard 4..7 arrives last but was started under version 0: at clock 2 it is two versions old.
+    log = [rollout(i) for i in range(4)]
+    log += [Rollout(i, 1, 1, 1.9, 0, 10) for i in range(4, 8)]
+    log += [Rollout(i, 2, 1, 1.1, 1, 10) for i in range(8, 12)]
+    bound = Setting(1, 0, "arrival", "drop")
+    found = consume(log, bound, batch_size=B, num_clocks=3)
+    assert found.steps == ((0, 1, 2, 3), (8, 9, 10, 11), ())
+    assert found.stale == ((), (), (4, 5, 6, 7))
+    trained = consume(log, Setting(1, 0, "arrival", "train"), batch_size=B, num_clocks=3)
+    assert trained.steps[2] == (4, 5, 6, 7)
+
+
+def test_index_order_trains_the_survivors_of_a_batch() -> None:
+    log = [rollout(0, old=1), rollout(1), rollout(2), rollout(3)]
+    log += [Rollout(i, 1, 1, 1.0, i % 2, 10) for i in range(4, 8)]
+    found = consume(log, Setting(0, 0, "index", "drop"), batch_size=B, num_clocks=2)
+    assert found.steps == ((0, 1, 2, 3), (5, 7))
+    assert found.stale == ((), (4, 6))
+
+
+def test_arrivals_are_placed_on_the_learners_clock() -> None:
+    assert arrived_steps([0.5, 1.0, 1.5, 9.0], [0.0, 1.0, 2.0]) == [1, 1, 2, 3]
+
+
+def test_the_lag_makes_the_log_as_stale_as_the_bound_allows() -> None:
+    settings = settings_of([0, 2, 8], ["index"], ["train"], recorded_staleness=2)
+    assert [setting.lag for setting in settings] == [0, 0, 6]
+    assert {s.lag for s in settings_of([0, 2, 8], ["index"], ["train"], recorded_staleness=2, lag=5)} == {5}
+    assert staleness_list("0:64") == [0, 1, 2, 4, 8, 16, 32, 64]
+    assert staleness_list("0,3") == [0, 3]
+    setting = Setting(8, 6, "index", "train")
+    cell = Cell(setting, 3, 0, True, 8.0, 8, 0.1, 0.2, 0.9, 1.0, 30, 10)
+    assert Cell.from_record(json.loads(json.dumps(cell.to_record()))) == cell
+    assert cell.waste == 0.25
+
+
+# -- on a real log ------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> OpenRun:
+    return make_run(tmp_path_factory.mktemp("counterfactual"), learner__num_steps=16, learner__lr=1e-2)
+
+
+def cells_of(run: OpenRun, settings: list[Setting]) -> list[Cell]:
+    log = log_of(run)
+    first, measured_from = start_version(settings, log, None)
+    kept: list[Cell] = []
+    cells = asyncio.run(
+        run_cells(
+            run, log, settings, first=first, measured_from=measured_from, known={}, keep=kept.append, console=QUIET
+        )
+    )
+    assert kept == cells
+    return cells
+
+
+def test_without_lag_the_figures_are_those_the_run_measured(run: OpenRun) -> None:
+    (cell,) = cells_of(run, [Setting(2, 0, "index", "train")])
+    steps = run.log.steps()
+    num_tokens = sum(step.num_tokens for step in steps)
+    for figure, key in ((cell.loss_nats, "train/loss_nats"), (cell.drift_nats, "train/drift_nats")):
+        expected = sum(step.metrics[key] * step.num_tokens for step in steps) / num_tokens
+        assert figure == pytest.approx(expected, rel=1e-12)
+    assert (cell.num_steps, cell.num_tokens, cell.num_tokens_wasted) == (16, num_tokens, 0)
+    assert cell.staleness_max == max(max(step.staleness_tokens) for step in steps)
+
+
+def test_more_staleness_means_more_drift_and_fewer_effective_tokens(run: OpenRun) -> None:
+    settings = [Setting(bound, max(0, bound - 2), "index", "train") for bound in (2, 5)]
+    fresh, stale = cells_of(run, settings)
+    assert stale.staleness_mean > fresh.staleness_mean + 2
+    assert stale.staleness_max >= fresh.staleness_max + 2
+    assert stale.drift_nats > 1.5 * fresh.drift_nats
+    assert stale.ess_fraction < fresh.ess_fraction
+
+
+def test_a_bound_below_the_recorded_staleness_wastes_what_is_older(run: OpenRun) -> None:
+    train, drop, hold = cells_of(run, [Setting(1, 0, "index", policy) for policy in ("train", "drop", "hold")])
+    assert train.num_tokens_wasted == 0
+    assert drop.num_tokens_wasted == hold.num_tokens_wasted > 0
+    assert drop.num_tokens + drop.num_tokens_wasted == train.num_tokens
+    assert drop.staleness_max <= 1 < train.staleness_max
+
+
+def test_a_log_too_short_for_the_lag_is_refused(run: OpenRun) -> None:
+    with pytest.raises(ConfigError, match="this log bears a lag of 4"):
+        start_version([Setting(64, 62, "index", "train")], log_of(run), None)
+
+
+def test_the_command_writes_tables_and_reuses_finished_cells(run: OpenRun, tmp_path: Path) -> None:
+    options = argparse.Namespace(
+        run_id=run.log.run_id, root=run.config.storage.root, staleness=[1, 4], order=["index", "arrival"],
+        on_stale=["train", "drop"], lag=None, from_version=None, out=str(tmp_path),
+    )  # fmt: skip
+    asyncio.run(counterfactual(options, QUIET))
+    table = pq.read_table(tmp_path / "counterfactual.parquet")
+    assert table.num_rows == 8
+    assert {"lag", "order", "drift_nats", "waste"} <= set(table.column_names)
+    text = (tmp_path / "counterfactual.md").read_text()
+    assert "Exact:" in text
+    assert "Approximate: the closed loop" in text
+    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    asyncio.run(counterfactual(options, Console(quiet=True)))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()} == cells
+    assert (tmp_path / "counterfactual.md").read_text() == text

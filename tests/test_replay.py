@@ -1,0 +1,240 @@
+"""Replay: the same log again, bit for bit, or with other settings, into a run of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import offline_builders as builders
+import pytest
+from offline_builders import NUM_STEPS, make_run, objects, opened, replayed, weights
+
+from asyncopd import cli
+from asyncopd.config.replay import Replay, parse_settings, parse_steps, split_arm
+from asyncopd.errors import ConfigError, StorageError
+from asyncopd.types import IndexRange, TrainStep
+from flows import offline
+from flows.offline_replay import train_replay
+from flows.wiring import OpenRun
+from storage.replay_log import ReplayLog
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> OpenRun:
+    return make_run(tmp_path_factory.mktemp("replay"))
+
+
+def test_a_replay_with_nothing_changed_makes_every_version_bit_for_bit_and_copies_no_shard(parent: OpenRun) -> None:
+    root = parent.config.storage.root
+    before = objects(root, "runs/parent")
+    child = replayed(parent)
+    assert weights(child) == weights(parent)
+    assert list(weights(child)) == list(range(NUM_STEPS + 1))
+    for own, theirs in zip(child.log.steps(), parent.log.steps(), strict=True):
+        assert (own.indices, own.staleness_tokens, own.num_tokens) == (
+            theirs.indices,
+            theirs.staleness_tokens,
+            theirs.num_tokens,
+        )
+        assert own.metrics["train/loss_nats"] == theirs.metrics["train/loss_nats"]
+    assert not [key for key in objects(root, f"runs/{child.log.run_id}") if key.startswith(("traj", "scores"))]
+    assert objects(root, "runs/parent") == before
+
+
+def test_a_replay_records_its_parent_steps_and_changed_settings(parent: OpenRun) -> None:
+    child = replayed(parent, "learner.lr=3.0e-3", first=4, last=5)
+    record = child.log.record
+    assert record["parent"] == {
+        "run_id": "parent",
+        "first_version": 4,
+        "last_version": 5,
+        "start": "checkpoint",
+        "settings": {"learner.lr": 0.003},
+        "scores": {"oracle": 1.0},
+    }
+    assert record["config"]["learner"]["lr"] == 0.003
+    assert record["config_hash"] != parent.log.record["config_hash"]
+    assert list(weights(child)) == [4, 5]
+    assert weights(child)[4] == weights(parent)[4]
+    assert weights(child)[5] != weights(parent)[5]
+
+
+@pytest.mark.parametrize("first", [3, 4, 5])
+def test_a_fork_between_checkpoints_has_the_parents_optimizer_too(parent: OpenRun, first: int) -> None:
+    # Checkpoints are after steps 4 and 6: version 3 is reached from the start, 5 from checkpoint 4.
+    child = replayed(parent, first=first)
+    assert weights(child) == {number: sha for number, sha in weights(parent).items() if number >= first}
+
+
+def test_a_start_from_weights_has_a_new_optimizer(parent: OpenRun) -> None:
+    child = replayed(parent, first=4, last=5, start="weights")
+    assert weights(child)[4] == weights(parent)[4]
+    assert weights(child)[5] != weights(parent)[5]
+
+
+def test_half_the_steps_follow_the_whole_runs_schedule(parent: OpenRun) -> None:
+    # A bug this guards against: learner.num_steps 3 would end the cosine at step 3.
+    child = replayed(parent, last=3)
+    assert weights(child) == {number: sha for number, sha in weights(parent).items() if number <= 3}
+    assert [s.metrics["train/lr"] for s in child.log.steps()] == [s.metrics["train/lr"] for s in parent.log.steps()[:3]]
+
+
+def test_weight_decay_changes_a_replay_from_a_checkpoint_that_holds_another(parent: OpenRun) -> None:
+    # The optimizer's state has the parent's weight decay in it, which used to win.
+    child = replayed(parent, "learner.weight_decay=0.5", first=4)
+    assert weights(child)[5] != weights(parent)[5]
+
+
+def test_another_loss_trains_on_the_same_rollouts(parent: OpenRun) -> None:
+    child = replayed(parent, "loss.name=policy_gradient", "loss.num_draws=1")
+    assert weights(child)[0] == weights(parent)[0]
+    assert weights(child)[1] != weights(parent)[1]
+    assert child.config.loss.name == "policy_gradient"
+    for own, theirs in zip(child.log.steps(), parent.log.steps(), strict=True):
+        assert own.metrics["train/kl_nats"] == theirs.metrics["train/kl_nats"]  # of the recorded log-probs alone
+
+
+def test_a_replay_of_a_replay_reads_the_run_that_was_sampled(parent: OpenRun) -> None:
+    first = replayed(parent, "loss.name=policy_gradient", "loss.num_draws=1")
+    again = replayed(first)
+    assert isinstance(again.log, ReplayLog)
+    assert again.log.source.run_id == "parent"
+    assert weights(again) == weights(first)
+
+
+def test_a_stopped_replay_goes_on_to_the_same_weights(parent: OpenRun) -> None:
+    child, replay = opened(parent, "learner.checkpoint_every=2", "learner.warmup_steps=1")
+
+    async def stopped() -> None:
+        training = asyncio.create_task(train_replay(parent, child, replay, console=builders.QUIET))
+        while child.log.find_step(2) is None:
+            await asyncio.sleep(0.001)
+        training.cancel()
+        await asyncio.wait([training])
+        assert training.cancelled()
+
+    asyncio.run(stopped())
+    assert child.log.find_step(NUM_STEPS - 1) is None
+    resumed = replayed(parent, "learner.checkpoint_every=2", "learner.warmup_steps=1")
+    assert resumed.log.run_id == child.log.run_id
+    # The same replay in one go: another id, because one of its settings is written out.
+    through = replayed(parent, "learner.checkpoint_every=2", "learner.warmup_steps=1", "learner.lr=1e-3")
+    assert weights(resumed) == weights(through)
+    assert [step.step for step in resumed.log.steps()] == list(range(NUM_STEPS))
+
+
+def test_another_batch_size_trains_each_index_once_and_counts_staleness_in_the_parents_versions(
+    parent: OpenRun,
+) -> None:
+    child = replayed(parent, "learner.batch_size=16")
+    steps = child.log.steps()
+    assert [step.indices for step in steps] == [IndexRange(16 * s, 16 * s + 16) for s in range(3)]
+    # Two of the parent's batches to a step: the first of them is a version staler than it was.
+    for step, (first, second) in zip(steps, _pairs(parent.log.steps()), strict=True):
+        assert min(step.staleness_tokens) >= 0
+        assert sum(n for n in step.staleness_tokens.values()) == first.num_tokens + second.num_tokens
+        assert _total(step) == _total(first) + first.num_tokens + _total(second)
+    assert child.config.learner.schedule_steps == 3
+    with pytest.raises(ConfigError, match=r"version 5 lies after index 40.*steps of 16"):
+        opened(parent, "learner.batch_size=16", last=5)
+
+
+def _pairs(steps: list[TrainStep]) -> list[tuple[TrainStep, TrainStep]]:
+    return list(zip(steps[::2], steps[1::2], strict=True))
+
+
+def _total(step: TrainStep) -> int:
+    """Staleness summed over tokens."""
+    return sum(staleness * count for staleness, count in step.staleness_tokens.items())
+
+
+def test_what_made_the_log_cannot_be_changed(parent: OpenRun) -> None:
+    for setting in ("rollout.temperature=0.5", "task.p=17", "seed=3", "learner.num_steps=2"):
+        with pytest.raises(ConfigError, match=setting.partition("=")[0]):
+            opened(parent, setting)
+
+
+def test_a_log_without_the_arrays_of_the_loss_is_refused_before_anything_is_made(parent: OpenRun) -> None:
+    before = set(objects(parent.config.storage.root, "runs"))
+    with pytest.raises(ConfigError, match=r"(?s)run parent.*topk_logprobs holds 0 .*backfill parent --top-k 5`"):
+        opened(parent, "loss.name=forward_kl", "loss.top_k=5")
+    with pytest.raises(ConfigError, match=r"`asyncopd backfill parent --candidates num_draws=16,law=policy`"):
+        opened(parent, "loss.name=policy_gradient")
+    with pytest.raises(ConfigError, match=r"has no scores other; it has oracle"):
+        opened(parent, "scores=other")
+    assert set(objects(parent.config.storage.root, "runs")) == before
+
+
+def test_steps_that_the_parent_has_not_trained_are_refused(parent: OpenRun) -> None:
+    with pytest.raises(ConfigError, match="has not published version 9"):
+        opened(parent, first=9, last=10)
+    with pytest.raises(ConfigError, match=r"12 of 20 shards have no scores oracle|8 of 20 shards"):
+        opened(parent, last=10)
+    for text in ("3", "4:4", "5:2", "0:99", "a:b"):
+        with pytest.raises(ConfigError, match="--steps"):
+            parse_steps(text, num_steps=NUM_STEPS)
+
+
+def test_nothing_can_be_written_into_the_shards_of_a_replay(parent: OpenRun) -> None:
+    child = replayed(parent)
+    with pytest.raises(StorageError, match="is a replay and reads the shards of parent"):
+        child.log.publish_trajectories(IndexRange(0, 4), [], worker="w", facts={})
+
+
+def test_settings_and_arms_are_parsed() -> None:
+    assert split_arm("loss.name=npd  loss.top_k=4 scores={a: 1, b: 3}") == [
+        "loss.name=npd",
+        "loss.top_k=4",
+        "scores={a: 1, b: 3}",
+    ]
+    assert parse_settings(["scores={a: 1, b: 3}", "learner.lr=0.5"]) == ({"learner.lr": 0.5}, {"a": 0.25, "b": 0.75})
+    assert parse_settings(["scores=hard"])[1] == {"hard": 1.0}
+    with pytest.raises(ConfigError, match="weights above 0"):
+        parse_settings(["scores={a: 0}"])
+    record = Replay("r", 0, 4, settings={"learner.lr": 1}).to_record()
+    assert Replay.from_record(json.loads(json.dumps(record))) == Replay("r", 0, 4, settings={"learner.lr": 1})
+
+
+def test_a_comparison_prints_paired_differences_between_its_arms(
+    parent: OpenRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {
+        "run_id": "parent", "root": parent.config.storage.root, "steps": ":", "from_version": 4, "start": "checkpoint",
+        "overrides": ["learner.lr=1e-2"], "evaluate": False, "prompts": 24, "out": str(tmp_path),
+        "compare": ["loss.name=head_tail", "loss.name=policy_gradient loss.num_draws=1", "learner.lr=1e-3"],
+    }  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        offline.main(["replay", json.dumps(options)])
+    assert ended.value.code == 0
+    lines = [line for line in (tmp_path / "compare.md").read_text().splitlines() if line.startswith("|")]
+    rows = [line.split("|")[1:-1] for line in lines[2:]]
+    assert [row[0].strip() for row in rows] == options["compare"]
+    for row in rows[1:]:
+        paired, unpaired = float(row[7]), float(row[8])
+        assert 0 < paired < unpaired
+    assert "the same 24 held-out prompts" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_replay_can_be_evaluated_later_and_is_the_same_run(
+    parent: OpenRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child = replayed(parent, "learner.lr=2e-3", first=5)
+    options = {
+        "run_id": "parent", "root": parent.config.storage.root, "steps": "5:", "from_version": None,
+        "start": "checkpoint", "overrides": ["learner.lr=2e-3"], "evaluate": True, "prompts": 0, "out": None,
+        "compare": [],
+    }  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        offline.main(["replay", json.dumps(options)])
+    assert ended.value.code == 0
+    assert [e.version.number for e in child.log.evaluations()] == [5, 6]
+    assert "version 6: accuracy" in capsys.readouterr().out
+
+
+def test_a_replay_is_not_resumed_as_a_training_run(parent: OpenRun, capsys: pytest.CaptureFixture[str]) -> None:
+    child = replayed(parent)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--run-id", child.log.run_id, "--root", parent.config.storage.root])
+    assert ended.value.code == 2
+    assert "is a replay of parent" in capsys.readouterr().err
