@@ -176,9 +176,11 @@ def check(plan: Plan, result: Simulation) -> None:
         ]
         assert len([i for i in judged if i not in lost]) == plan.batch_size
     assert result.most_ahead <= plan.max_ahead * plan.shards_per_step
+    assert len(result.started_under) == len(decided)  # the learner comes to everything that was started
+    assert plan.num_indices <= len(positions) < plan.num_indices + plan.shard_size
     if plan.on_stale == "train":
         assert lost == []
-        assert len(result.started_under) == plan.num_indices  # nothing is generated for nothing
+        assert len(result.started_under) == plan.num_indices
 
 
 @settings(max_examples=400, deadline=None)
