@@ -65,7 +65,7 @@ def judge(
     shard: IndexRange,
     *,
     earlier: Sequence[Arrival],
-    version_first: Mapping[int, int],
+    oldest_version: Mapping[int, int],
     dropped: Mapping[int, str],
 ) -> Arrival:
     """Decide about every index of a shard that the learner comes to.
@@ -75,7 +75,7 @@ def judge(
 
     Args:
         earlier: all arrivals so far.
-        version_first: index -> version of its first token, for every index that was not dropped before.
+        oldest_version: index -> lowest version among its tokens, for every index that was not dropped before.
         dropped: index -> reason, for the others.
     """
     gone, held = dict(dropped), dict[int, str]()
@@ -83,7 +83,7 @@ def judge(
     for index in shard.indices:
         if index in gone:
             continue
-        too_stale = position // plan.batch_size - version_first[index] > plan.max_staleness
+        too_stale = position // plan.batch_size - oldest_version[index] > plan.max_staleness
         if too_stale and plan.on_stale != "train":
             (gone if plan.on_stale == "drop" else held)[index] = STALE
         else:

@@ -80,7 +80,7 @@ class Plan:
     order: Order = "index"
     on_stale: OnStale = "train"
     """Of order `arrival` only, as is `max_ahead`: in index order nothing is ever too stale."""
-    max_ahead: int = 3
+    max_ahead: int = 2
     """Steps' worth of shards that may be started beyond those the learner has come to."""
     max_drift: float | None = None
     """Nats per token; None admits any drift."""

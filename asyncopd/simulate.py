@@ -173,7 +173,7 @@ class _Simulator:
             return False
         shard = self._plan.shard(self._scored_order[num_come_to])
         versions = {index: self._started_under[index] for index in shard.indices}
-        self._arrivals.append(judge(self._plan, shard, earlier=self._arrivals, version_first=versions, dropped={}))
+        self._arrivals.append(judge(self._plan, shard, earlier=self._arrivals, oldest_version=versions, dropped={}))
         return True
 
     def _start_training(self) -> None:

@@ -170,6 +170,11 @@ class Trajectory:
         return self.version_runs[-1].version
 
     @property
+    def version_oldest(self) -> int:
+        """The lowest version among its tokens: the first, but for a response that went on through a rewind."""
+        return min(run.version for run in self.version_runs)
+
+    @property
     def versions_T(self) -> IntArray:
         """[T] the policy version that produced each token."""
         return np.repeat(

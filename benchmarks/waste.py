@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, metavar="MODE")
     parser.add_argument("--shard-size", type=int, default=16, help="arrivals are whole shards (default 16 of 64)")
     parser.add_argument("--tau", type=int, default=2, help="max_staleness (default 2)")
-    parser.add_argument("--max-ahead", type=int, default=3, help="of the arrival modes (default 3)")
+    parser.add_argument("--max-ahead", type=int, default=2, help="of the arrival modes (default 2)")
     parser.add_argument("--table", action="store_true", help="only print what was measured before")
     parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
     parser.add_argument("--run-id", help=argparse.SUPPRESS)
@@ -208,6 +209,8 @@ def main() -> None:
     if arguments.role:
         asyncio.run(ROLES[arguments.role](open_stored_run(str(arguments.root), arguments.run_id)))
         return
+    # SIGTERM (of `timeout`, for example) as an exception, so that `_run_roles` ends its children.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     console = Console(width=180)
     name = f"results-s{arguments.steps}-S{arguments.shard_size}-tau{arguments.tau}-ahead{arguments.max_ahead}.jsonl"
     arguments.root.mkdir(parents=True, exist_ok=True)

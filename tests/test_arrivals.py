@@ -29,7 +29,7 @@ def arrivals_of(plan: Plan, *shards: tuple[int, tuple[int, ...]]) -> list[Arriva
     for number, versions in shards:
         shard = plan.shard(number)
         by_index = dict(zip(shard.indices, versions, strict=True))
-        arrivals.append(judge(plan, shard, earlier=arrivals, version_first=by_index, dropped={}))
+        arrivals.append(judge(plan, shard, earlier=arrivals, oldest_version=by_index, dropped={}))
     return arrivals
 
 
@@ -55,7 +55,7 @@ def test_a_row_is_judged_by_the_step_it_would_go_to_not_by_its_shards_first() ->
     # Three taken; the shard's first index still fits step 1 under version 0, its second is of step 2 and too stale.
     arrivals = arrivals_of(plan_of(), (0, (0, 0)), (1, (0, 0)), (2, (0, 0)), (3, (0, 0)))
     odd = [*arrivals[:3], Arrival(3, IndexRange(6, 8), 6, dropped={6: "too long"})]
-    last = judge(plan_of(), IndexRange(8, 10), earlier=odd, version_first={8: 0, 9: 0}, dropped={})
+    last = judge(plan_of(), IndexRange(8, 10), earlier=odd, oldest_version={8: 0, 9: 0}, dropped={})
     assert (last.taken, last.dropped) == ((8,), {9: "stale"})
     assert dict(last.steps(4)) == {8: 1, 9: 2}
 
@@ -176,9 +176,11 @@ def check(plan: Plan, result: Simulation) -> None:
         ]
         assert len([i for i in judged if i not in lost]) == plan.batch_size
     assert result.most_ahead <= plan.max_ahead * plan.shards_per_step
+    assert len(result.started_under) == len(decided)  # the learner comes to everything that was started
+    assert plan.num_indices <= len(positions) < plan.num_indices + plan.shard_size
     if plan.on_stale == "train":
         assert lost == []
-        assert len(result.started_under) == plan.num_indices  # nothing is generated for nothing
+        assert len(result.started_under) == plan.num_indices
 
 
 @settings(max_examples=400, deadline=None)

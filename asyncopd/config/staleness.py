@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from asyncopd.config.frozen import Frozen
 from asyncopd.schedule import OnStale, Order
 
-DEFAULT_MAX_AHEAD = 3
+DEFAULT_MAX_AHEAD = 2
 
 
 class Staleness(Frozen):
@@ -23,8 +23,9 @@ class Staleness(Frozen):
     """What order `arrival` does with a trajectory that is older than max_staleness when a step comes to it: `drop` it,
     `hold` it untrained for a replay, or `train` it all the same. No default: each gives up something else."""
     max_ahead: int = Field(DEFAULT_MAX_AHEAD, ge=1)
-    """Order `arrival`: steps' worth of trajectories that may be started beyond those the learner has come to. 3 is what
-    index order has in flight at the default max_staleness (τ + 1), so that the two compare."""
+    """Order `arrival`: steps' worth of trajectories that may be started beyond those the learner has come to. With 2
+    and on_stale train, mean staleness is that of index order at the default max_staleness, so that the two compare;
+    3 drops a third of everything under on_stale drop (docs/performance.md)."""
     in_flight_updates: bool = True
     """Responses in progress go on under newer weights as soon as there are some. Otherwise they end under the weights
     they started with, and the sampler's batch runs empty once per version (docs/performance.md)."""

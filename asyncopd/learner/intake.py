@@ -119,7 +119,7 @@ class ArrivalIntake(_ShardReader):
             self._plan,
             shard,
             earlier=self._log.arrivals(),
-            version_first={index: row.trajectory.version_first for index, row in rows.items()},
+            oldest_version={index: row.trajectory.version_oldest for index, row in rows.items()},
             dropped=manifest.facts.get("dropped", {}) if manifest else {},
         )
         # Recorded before anything trains on it. False: another learner was first, and what it decided counts.

@@ -178,7 +178,7 @@ class LearnStage:
             "train/staleness_mean_versions": sum(s * n for s, n in staleness.items()) / sum(lengths),
             "train/staleness_max_versions": float(max(staleness)),
             "train/trajectories": float(len(trajectories)),
-            "train/stale_trajectories": float(sum(learner - t.version_first > bound for t in trajectories)),
+            "train/stale_trajectories": float(sum(learner - t.version_oldest > bound for t in trajectories)),
             "train/dropped_trajectories": float(len(batch.dropped)),
             "train/held_trajectories": float(len(batch.held)),
             "rollout/response_tokens_mean": sum(lengths) / len(lengths),

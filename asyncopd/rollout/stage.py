@@ -140,11 +140,15 @@ class RolloutStage:
         return Seen(version.number, self._drift_nats(version.number), len(arrivals), num_taken(arrivals))
 
     def _drift_nats(self, version: int) -> float:
-        """Of the step that made `version`, or of an older one while its record is not there yet."""
-        if self._plan.max_drift is not None and self._drift[0] != version - 1:
-            step = self._log.find_step(version - 1) if version else None
-            if step is not None:
-                self._drift = version - 1, step.metrics["train/drift_nats"]
+        """Of the step that made `version`, or of the one before while its record, which follows, is not there yet."""
+        if self._plan.max_drift is None:
+            return 0.0
+        for number in (version - 1, version - 2):
+            if number < 0 or number == self._drift[0]:
+                break
+            if (step := self._log.find_step(number)) is not None:
+                self._drift = number, step.metrics["train/drift_nats"]
+                break
         return self._drift[1]
 
     def _what_is_missing(self, first: IndexRange) -> str:
