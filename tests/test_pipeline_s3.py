@@ -89,5 +89,5 @@ async def test_a_run_on_radosgw_ends_with_the_weights_of_a_run_on_a_directory(
     with FaultyProxy(shared_radosgw(), rate=0.05, seed=7) as proxy:
         point_at(monkeypatch, proxy.url)
         on_s3 = await trained(f"s3://{BUCKET}/{uuid.uuid4().hex}")
-    assert_trained_once(on_s3)
-    assert final_weights(on_s3) == weights_on_file
+        assert_trained_once(on_s3)
+        assert final_weights(on_s3) == weights_on_file
