@@ -42,6 +42,7 @@ _KINDS = {
         "architecture": r"architecture\.json",
         "trajectories": rf"trajectories/{_SHARD_NAME}\.json",
         "scores": rf"scores/[^/]+/{_SHARD_NAME}\.json",
+        "candidates": rf"candidates/[^/]+/{_SHARD_NAME}\.json",
         "policy": rf"policies/{_STATE_NAME}\.json",
         "checkpoint": rf"checkpoints/{_STATE_NAME}\.json",
         "step": rf"steps/{_STATE_NAME}\.json",
@@ -53,7 +54,7 @@ _KINDS = {
         "failure": r"failures/[^/]+\.json",
         "removal": r"removals/[^/]+\.json",
         "quarantined": r"quarantine/.+",
-        "data": r"(trajectories|scores/[^/]+)/[^/]+\.parquet|(policies|checkpoints|architecture)/[^/]+/.+",
+        "data": r"(trajectories|(scores|candidates)/[^/]+)/[^/]+\.parquet|(policies|checkpoints|architecture)/[^/]+/.+",
     }.items()
 }
 _OBJECT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
