@@ -137,11 +137,20 @@ def _kept(snapshot: Snapshot, policy: Retention) -> Kept:
         evaluated = {version.number for version in snapshot.states("evaluation")}
         due = {*range(0, config.learner.num_steps, config.evaluate.every), config.learner.num_steps} - evaluated
     manifests, layout = snapshot.records["policy"], snapshot.layout
+    emptied = {
+        index
+        for key, manifest in snapshot.records["trajectories"].items()
+        if manifest.facts.get(REMOVED, {}).get("reason") == "retention"
+        for index in (parse_shard(key) or IndexRange(0, 1)).indices
+    }
     return what_to_keep(
         policy,
         checkpoints=snapshot.states("checkpoint"),
         policies=snapshot.states("policy"),
         num_steps=max((step.step + 1 for step in snapshot.steps()), default=0),
+        first_stored=max(
+            (s.step + 1 for s in snapshot.steps() if not emptied.isdisjoint(s.indices.indices)), default=0
+        ),
         wanted=due,
         bases=lambda version: _bases(manifests.get(layout.policy_manifest(version))),
     )

@@ -120,7 +120,8 @@ def _manifests_of(snapshot: Snapshot, key: str) -> list[str]:
 def _trajectories(snapshot: Snapshot, key: str, done: Quarantine) -> None:
     shard, layout = _shard_of(key), snapshot.layout
     # Whatever teachers there are: their scores speak of tokens that will not come back.
-    dependent = [k for k in snapshot.entries if layout.kind_of(k) == "scores" and _overlaps(k, shard)]
+    dependent = {k: layout.kind_of(k) for k in snapshot.entries}
+    dependent = {k: kind for k, kind in dependent.items() if kind in ("scores", "candidates") and _overlaps(k, shard)}
     trained = {index: s.step for s in snapshot.steps() for index in s.indices.indices if index not in s.dropped}
     steps = {trained[index] for index in shard.indices if index in trained}
     checkpoint = snapshot.latest_checkpoint() or PolicyVersion(0)
@@ -128,7 +129,8 @@ def _trajectories(snapshot: Snapshot, key: str, done: Quarantine) -> None:
         _go_back(snapshot, checkpoint.number, done)
         steps = {step for step in steps if step < checkpoint.number}
     if steps and all(index in trained for index in shard.indices):
-        _keep_without_data(snapshot, [key, *dependent], f"step {min(steps)}", done)
+        scores = [dependent_key for dependent_key, kind in dependent.items() if kind == "scores"]
+        _keep_without_data(snapshot, [key, *scores], f"step {min(steps)}", done)
         return
     for dependent_key in dependent:
         _move(snapshot, dependent_key, done)

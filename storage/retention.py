@@ -31,6 +31,7 @@ def what_to_keep(
     checkpoints: Sequence[PolicyVersion],
     policies: Sequence[PolicyVersion],
     num_steps: int,
+    first_stored: int = 0,
     wanted: Collection[int] = (),
     bases: Callable[[PolicyVersion], Iterable[PolicyVersion]] = lambda version: (),
 ) -> Kept:
@@ -39,6 +40,7 @@ def what_to_keep(
         checkpoints: of the surviving lineage, oldest first.
         policies: of the surviving lineage, oldest first.
         num_steps: steps trained in the surviving lineage.
+        first_stored: steps before this one lost their shards to an earlier policy, which may have kept less.
         wanted: version numbers somebody will still ask for, such as evaluations that are due.
         bases: the versions that the weights of a version are stored as a difference to.
     """
@@ -46,10 +48,10 @@ def what_to_keep(
     kept_checkpoints = set(checkpoints if count is None else checkpoints[-count:])
     resumable = list(checkpoints[-min(2, count or 2) :])
     last_steps = retention.shards.keep_last_steps
+    first_kept = max(first_stored, 0 if last_steps is None else num_steps - last_steps)
     first_step = 0
-    if last_steps is not None and resumable:
-        first_kept = max(0, num_steps - last_steps)
-        starts = [checkpoint for checkpoint in checkpoints if checkpoint.number <= first_kept]
+    if first_kept > 0 and resumable:
+        starts = [c for c in checkpoints if first_stored <= c.number <= first_kept]
         if starts:
             kept_checkpoints.add(starts[-1])
             first_step = min(starts[-1].number, resumable[0].number)

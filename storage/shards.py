@@ -6,6 +6,7 @@ Arrays that `decode_*` returns are read-only views of the file's columns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, get_args
 
 import numpy as np
@@ -238,10 +239,19 @@ class _Rows:
 
 
 def _read_table(body: bytes, row_group: int | None) -> Any:
-    file = pq.ParquetFile(pa.BufferReader(body))
     if row_group is None:
-        return file.read(use_threads=False)
+        return pq.ParquetFile(pa.BufferReader(body)).read(use_threads=False)
+    file = pq.ParquetFile(pa.BufferReader(body), metadata=_footer(body))
     return file.read_row_group(row_group, use_threads=False)
+
+
+@lru_cache(maxsize=4)
+def _footer(body: bytes) -> Any:
+    """The parsed footer of a compacted file, which takes longer than reading one of its many row groups.
+
+    Bytes remember their hash, and storage.bodies hands out the same object for every shard of a file.
+    """
+    return pq.ParquetFile(pa.BufferReader(body)).metadata
 
 
 def _write(kind: str, values: dict[str, Any], schema: Any) -> bytes:

@@ -74,7 +74,8 @@ class Snapshot:
     broken: dict[str, StorageError] = field(default_factory=dict)
     """Records that cannot be read."""
     unknown: list[str] = field(default_factory=list)
-    """Keys that the layout does not know. Those that are manifests count as references."""
+    """Keys that the layout does not know: nothing is concluded from them, but what they name is not garbage, and those
+    that carry a checksum must match it."""
     references: dict[str, list[str]] = field(default_factory=dict)
     """Data key -> keys of the manifests that promise it, quarantined ones not included."""
 
@@ -162,7 +163,7 @@ def _read(snapshot: Snapshot, kind: str, key: str) -> None:
     try:
         value = from_json(body, key, PARSERS.get(kind, manifest_from_json))
     except StorageError as error:
-        if kind in PARSERS:
+        if kind in PARSERS or (kind == "unknown" and _is_damaged(body, key)):
             snapshot.broken[key] = error
         return
     if kind in PARSERS:
@@ -172,3 +173,12 @@ def _read(snapshot: Snapshot, kind: str, key: str) -> None:
     elif isinstance(value, Manifest):
         for promised in value.objects:
             snapshot.references.setdefault(promised, []).append(key)
+
+
+def _is_damaged(body: bytes, key: str) -> bool:
+    """Is this one of our records, of whatever kind, that was not written so? Foreign files are none."""
+    try:
+        from_json(body, key, dict)
+    except StorageError:
+        return b'"schema_version"' in body or b'"sha256"' in body
+    return False

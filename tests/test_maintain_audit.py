@@ -127,6 +127,15 @@ def test_a_manifest_that_tells_other_tokens_than_its_rows(log: StoredRunLog) -> 
     assert ("mismatch", "trajectories/000000-000001.json") in found(log)
 
 
+def test_records_of_kinds_that_the_audit_does_not_know_are_checked_by_their_checksum(log: StoredRunLog) -> None:
+    key = f"{log.layout.root}/later/000001.json"
+    log.store.put(key, to_json({"number": 1}))
+    log.store.put(f"{log.layout.root}/notes.json", b'{"by": "hand"}')
+    assert found(log) == []
+    log.store.put(key, log.store.get(key).replace(b'"number": 1', b'"number": 2'))
+    assert found(log) == [("corrupt", "later/000001.json")]
+
+
 # -- what is in progress ------------------------------------------------------------------------------------------
 def test_a_version_whose_step_is_not_recorded_yet_is_in_progress(log: StoredRunLog) -> None:
     log.publish_policy(make_weights(5), worker="w", facts={})
