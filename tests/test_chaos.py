@@ -19,7 +19,15 @@ from storage.manifests import quarantine
 from storage.run_log import StoredRunLog
 
 
+@pytest.fixture
+def _environment_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The command gives its process a home and a server of its own; the next test shall not inherit them.
+    monkeypatch.setenv("ASYNCOPD_HOME", "replaced by chaos")
+    monkeypatch.setenv("PREFECT_API_URL", "replaced by chaos")
+
+
 @pytest.mark.chaos
+@pytest.mark.usefixtures("_environment_comes_back")
 def test_a_run_whose_roles_are_killed_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["chaos", "--kills", "2", "--steps", "30", "--without-prefect", "--seed", "3"])
@@ -31,6 +39,7 @@ def test_a_run_whose_roles_are_killed_loses_nothing(capsys: pytest.CaptureFixtur
 
 @pytest.mark.chaos
 @pytest.mark.slow
+@pytest.mark.usefixtures("_environment_comes_back")
 def test_a_run_whose_flow_worker_and_server_are_killed_too_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["chaos", "--kills", "8", "--seed", "5"])

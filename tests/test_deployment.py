@@ -217,6 +217,8 @@ def test_a_run_goes_on_after_whatever_stopped_it(stack: Stack) -> None:
     stack.api("POST", f"/flow_runs/{flow_run_id}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
     until_no_roles()
     until(lambda: stack.state(flow_run_id)["type"] == "CANCELLED", 10, "the flow to be cancelled")
+    # Workers that joined from elsewhere learn of it here: the flow cannot reach them.
+    assert (log.run_state().state, log.run_state().reason) == ("stopped", "cancelled")
     published = _published(stack.root / "runs" / "story")
 
     # Ctrl-C. The learner first goes back to its checkpoint, so the steps after it are counted again.
@@ -245,6 +247,7 @@ def test_a_run_goes_on_after_whatever_stopped_it(stack: Stack) -> None:
     assert num_steps() < NUM_STEPS
     output = stack.deploy_run("-p", "run_id=story", "-p", f"root={stack.root}", "--watch")
     assert "Flow run finished successfully" in output
+    assert stack.log("story").run_state().state == "completed"
     steps = log.steps()
     assert [index for step in steps for index in step.indices.indices] == list(range(8 * NUM_STEPS))
     assert all(set(step.staleness_tokens) == {0} for step in steps)

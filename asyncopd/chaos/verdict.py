@@ -69,14 +69,11 @@ def checks(witness: Witness, config: RunConfig, *, replayed: bytes, twin: Stored
 def costs(witness: Witness, disturbances: Sequence[Disturbance]) -> list[Cost]:
     """What each disturbance cost, from claims and from what was seen durable."""
     changed = {shard for stage, shard in _changed(witness) if stage == "rollout"}
+    taken_over = [claim for claim in witness.log.claims() if claim.stage == "rollout" and claim.attempt > 1]
     ends = [later.struck for later in disturbances[1:]] + [float("inf")]
     found = []
     for disturbance, end in zip(disturbances, ends, strict=True):
-        again = [
-            claim.shard
-            for claim in witness.log.claims()
-            if claim.stage == "rollout" and claim.attempt > 1 and disturbance.struck <= claim.claimed < end
-        ]
+        again = [claim.shard for claim in taken_over if disturbance.struck <= claim.claimed < end]
         lost = [shard for shard in changed if witness.durable["rollout"][shard].seen < disturbance.struck]
         found.append(Cost(_tokens(witness, again), _tokens(witness, lost)))
     return found
