@@ -78,11 +78,11 @@ def test_stored_queries_are_listed_and_run_by_name(root: str, capsys: pytest.Cap
 
 
 def test_as_of_and_run_choose_what_is_seen(root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    newest = ("sql", "SELECT max(version) AS v FROM policies", "--root", root, "--format", "csv")
+    newest = ("sql", "SELECT max(version) AS v FROM policies", "--root", root, "--format", "json")
     assert run(*newest, "--as-of-version", "3") == 0
-    assert capsys.readouterr().out == "v\n3\n"
+    assert capsys.readouterr().out == '{"v": 3}\n'
     assert run(*newest, "--as-of-time", "2020-01-01") == 0
-    assert capsys.readouterr().out == "v\n\n"
+    assert capsys.readouterr().out == '{"v": null}\n'
     assert run(*newest, "--run", "nobody") == 2
     assert "nobody" in capsys.readouterr().err
     assert parse_time("1970-01-02") == parse_time("86400") == parse_time("1970-01-02T01:00:00+01:00")

@@ -34,7 +34,8 @@ def connect(
 
     Args:
         tables, files, place, token_texts: the fields of a Snapshot.
-        sql: the query to come; the vocabulary is built only where it is mentioned.
+        sql: the query to come; vocabulary and comments, which take longer than most queries, are made only where it
+            mentions them (`vocabulary`; `documentation` or one of `duckdb_columns()` and the like).
         memory_bytes: DuckDB's limit; what pyarrow decodes on the way comes on top.
         locked: no files, no network, no extensions, no settings, for good.
     """
@@ -54,6 +55,7 @@ def connect(
     decoder_of = _decoders(token_texts)
     if "vocabulary" in sql.lower():
         tables = {**tables, "vocabulary": _vocabulary(token_texts, decoder_of)}
+    has_comments = any(word in sql.lower() for word in ("documentation", "duckdb_"))
     for relation in RECORDS:
         table = tables.get(relation.name)
         _add(connection, relation, relation.schema.empty_table() if table is None else table)
@@ -61,7 +63,8 @@ def connect(
         _add(connection, relation, _dataset(relation, files.get(relation.name, ()), place))
     for relation in DERIVED:
         connection.execute(f"CREATE VIEW {relation.name} AS {relation.view}")
-        _comment(connection, relation)
+    if has_comments:
+        _comment(connection, (*RECORDS, *ROWS, *DERIVED))
     connection.create_function(
         TEXT_FUNCTION,
         lambda run, ids: decoder_of(run).text(ids),
@@ -77,13 +80,14 @@ def connect(
 def _add(connection: duckdb.DuckDBPyConnection, relation: Relation, source: Any) -> None:
     connection.register(f"{relation.name}_", source)
     connection.execute(f"CREATE VIEW {relation.name} AS SELECT * FROM {relation.name}_")
-    _comment(connection, relation)
 
 
-def _comment(connection: duckdb.DuckDBPyConnection, relation: Relation) -> None:
-    statements = [f"COMMENT ON VIEW {relation.name} IS {_quoted(relation.doc)}"]
+def _comment(connection: duckdb.DuckDBPyConnection, relations: Sequence[Relation]) -> None:
+    statements = [f"COMMENT ON VIEW {relation.name} IS {_quoted(relation.doc)}" for relation in relations]
     statements += [
-        f'COMMENT ON COLUMN {relation.name}."{field.name}" IS {_quoted(field.doc)}' for field in relation.fields
+        f'COMMENT ON COLUMN {relation.name}."{field.name}" IS {_quoted(field.doc)}'
+        for relation in relations
+        for field in relation.fields
     ]
     connection.execute(";".join(statements))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import fsspec
@@ -27,7 +27,7 @@ class Place:
 
     kind: Literal["file", "s3", "memory"]
     root: str
-    s3: Mapping[str, str]
+    s3: Mapping[str, str] = field(repr=False)
     """Arguments of pyarrow's S3FileSystem, credentials included: they go through a pipe, never through an environment.
     Empty for the other kinds."""
 

@@ -60,7 +60,7 @@ class QueryResult:
 
 
 class RunningQuery:
-    """One child at work. Use it up with `result` or `batches`, or `cancel` it."""
+    """One child at work. Call `result`, or use `batches` up or close it, even after `cancel`: that frees its place."""
 
     def __init__(
         self,
