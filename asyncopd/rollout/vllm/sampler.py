@@ -1,0 +1,350 @@
+"""`VllmSampler`: vLLM's AsyncLLM behind the Sampler port. One engine process, fed with as many requests as there are.
+
+    sample()  --prompt ids, random key--> engine process: RecordingDraw --token ids, version spans--> RequestOutput
+       ^------------ ids, log-probs, candidates <--collective RPC: take_records ---------------------------+
+    refresh() --pause, reload_weights from a file, version label, resume--> engine process
+
+Tokens are a function of seed, index, position and weights, as in the hf engine, up to rounding: another batch may round
+a logit differently, and a draw that falls on the edge between two ids then goes to the other one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from vllm import RequestOutput, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from asyncopd.config.vllm import VllmSampling
+from asyncopd.errors import EngineError
+from asyncopd.ports import SampleRequest
+from asyncopd.rollout.requests import check_request
+from asyncopd.rollout.vllm.recorder import KEY, LAW, TICKET
+from asyncopd.sampling import CandidateRule, check_law, policy_key
+from asyncopd.types import Candidates, DrawLaw, FinishReason, PolicyVersion, PolicyWeights, Trajectory, VersionRun
+from asyncopd.vllm_engine import new_model_folder, start_engine, write_model
+
+logger = logging.getLogger(__name__)
+
+
+class VllmSampler:
+    """Implements `ports.Sampler`. The engine starts with the first `refresh`, whose weights it loads."""
+
+    def __init__(
+        self,
+        architecture: Mapping[str, Any],
+        *,
+        slots: int,
+        max_context: int,
+        eos_id: int,
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        head: int = 0,
+        num_draws: int = 0,
+        law: DrawLaw = "policy",
+        settings: VllmSampling | None = None,
+    ) -> None:
+        """
+        Args:
+            architecture: the student's transformers configuration, `model_type` and `vocab_size` included.
+            settings: of the engine; the other arguments are those of `HfSampler`.
+        Raises:
+            ConfigError: a sampling law that is no distribution.
+            EngineError: transformers does not know the architecture.
+        """
+        # The recorder is a logits processor of the V1 runner; the V2 runner has another interface for them.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        self._architecture = dict(architecture)
+        self._expected = _tensor_shapes(self._architecture)
+        self._vocab_size = int(architecture["vocab_size"])
+        self._rule = CandidateRule(head, num_draws, law)
+        check_law(temperature=temperature, top_p=top_p, rule=self._rule, vocab_size=self._vocab_size)
+        self._law = {"temperature": temperature, "top_p": top_p, "head": head, "num_draws": num_draws, "law": law}
+        self._slots, self._max_context, self._eos_id, self._seed = slots, max_context, eos_id, seed
+        self._settings = settings or VllmSampling()
+        self._folder = new_model_folder()
+        self._engine: AsyncLLM | None = None
+        self._version: PolicyVersion | None = None
+        self._closed = False
+        self._refreshing = asyncio.Lock()
+        self._running: set[asyncio.Task[RequestOutput]] = set()
+        self._finished: dict[str, asyncio.Future[tuple[bytes, bytes]]] = {}
+        self._abandoned: list[str] = []
+        self._fetching: asyncio.Task[None] | None = None
+        self._busy: list[tuple[float, float]] = []
+        self._busy_since = 0.0
+
+    @property
+    def version(self) -> PolicyVersion | None:
+        return self._version
+
+    @property
+    def num_active(self) -> int:
+        """Responses in the engine, its own queue included."""
+        return len(self._running)
+
+    def busy_intervals(self) -> list[tuple[float, float]]:
+        """(start, end) of the stretches in which the engine had responses to make since the last call, Unix seconds."""
+        now = time.time()
+        drained, self._busy = self._busy, []
+        if self._running:
+            drained.append((self._busy_since, now))
+            self._busy_since = now
+        return drained
+
+    async def weight_version(self) -> str:
+        """The label the engine process itself gives its weights: `number.rewind` of a PolicyVersion."""
+        label: str = await self._started().get_weight_version()
+        return label
+
+    async def sample(self, request: SampleRequest) -> Trajectory:
+        """Generate one response; see `ports.Sampler`.
+
+        Raises:
+            EngineError: no weights yet, an empty or invalid prompt, no room for the response, or a failed engine.
+        """
+        if self._closed:
+            raise EngineError("the sampler was closed; make a new one.")
+        check_request(
+            request,
+            max_context=self._max_context,
+            vocab_size=self._vocab_size,
+            has_weights=self._version is not None,
+        )
+        ticket = uuid.uuid4().hex
+        try:
+            output = await self._generate(request, ticket)
+            ids_bytes, logprobs_bytes = await self._records_of(ticket)
+        except BaseException:
+            self._abandoned.append(ticket)
+            raise
+        return self._trajectory(request, output, ids_bytes, logprobs_bytes)
+
+    async def refresh(self, weights: PolicyWeights) -> None:
+        """Switch to other weights; what happens to responses in progress is `settings.in_flight`.
+
+        Raises:
+            EngineError: the weights do not fit the architecture (the engine goes on with the old ones), or a failed
+                engine.
+        """
+        async with self._refreshing:
+            await asyncio.to_thread(self._check_weights, weights)
+            await asyncio.to_thread(write_model, Path(self._folder.name), self._architecture, weights.safetensors)
+            if self._engine is None:
+                self._engine = await self._start()
+            else:
+                await self._reload(self._engine)
+            await self._calling(self._engine.update_weight_version(_label(weights.version)), "set its weight version")
+            self._version = weights.version
+            await self._calling(self._engine.resume_generation(), "resume generation")
+
+    async def close(self) -> None:
+        """End the engine process and fail what is pending; harmless when repeated."""
+        self._closed = True
+        for task in list(self._running):
+            task.cancel()
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.shutdown)
+        for future in self._finished.values():
+            if not future.done():
+                future.set_exception(EngineError("the sampler was closed; this response is lost."))
+        self._folder.cleanup()
+
+    # -- engine ---------------------------------------------------------------------------------------------------
+    async def _start(self) -> AsyncLLM:
+        if self._closed:
+            raise EngineError("the sampler was closed; make a new one.")
+        return await start_engine(
+            self._folder.name,
+            self._settings,
+            name="sampler",
+            max_context=self._max_context,
+            max_sequences=self._slots,
+            logits_processors=["asyncopd.rollout.vllm.recorder:RecordingDraw"],
+            worker_extension_cls="asyncopd.rollout.vllm.recorder.RecordFetcher",
+            additional_config={LAW: self._law},
+        )
+
+    async def _reload(self, engine: AsyncLLM) -> None:
+        """Pause, load the file just written, and leave the engine paused."""
+        in_flight = self._settings.in_flight
+        mode = "wait" if in_flight == "finish" else "keep"
+        pause = engine.pause_generation(mode=mode, clear_cache=in_flight != "keep")
+        await self._calling(pause, "pause generation")
+        reload = engine.collective_rpc("reload_weights", kwargs={"weights_path": self._folder.name})
+        await self._calling(reload, "reload its weights")
+
+    async def _generate(self, request: SampleRequest, ticket: str) -> RequestOutput:
+        """The final output of one request. A task of its own, so that `close` can end it."""
+        if not self._running:
+            self._busy_since = time.time()
+        task = asyncio.create_task(self._final_output(request, ticket))
+        self._running.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if self._closed:
+                raise EngineError(
+                    "the sampler was closed; its unfinished responses are lost and can be sampled again."
+                ) from None
+            # Our caller was cancelled, and with it the task: vLLM aborts the request.
+            raise
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise EngineError(
+                f"index {request.index}: the vLLM sampler's engine process ended or failed under version "
+                f"{self._version} ({type(error).__name__}). Its last lines are in this role's log; the role starts it "
+                "again, and what it had not finished is sampled again."
+            ) from error
+        except ValueError as error:
+            raise EngineError(f"index {request.index}: vLLM refused the request: {error}") from error
+        finally:
+            self._running.discard(task)
+            if not self._running:
+                self._busy.append((self._busy_since, time.time()))
+
+    async def _final_output(self, request: SampleRequest, ticket: str) -> RequestOutput:
+        params = SamplingParams(
+            # The recorder leaves one id possible; taking the largest logit skips vLLM's own samplers.
+            temperature=0.0,
+            max_tokens=request.max_new_tokens,
+            ignore_eos=True,
+            stop_token_ids=[self._eos_id] if self._eos_id >= 0 else [],
+            detokenize=False,
+            extra_args={TICKET: ticket, KEY: policy_key(self._seed, request.index)},
+        )
+        # Salted: no version reads prefix blocks that another one wrote.
+        prompt = {"prompt_token_ids": request.prompt_ids.tolist(), "cache_salt": _label(self._version)}
+        final: RequestOutput | None = None
+        async for output in self._started().generate(prompt, params, request_id=ticket):
+            final = output
+        assert final is not None
+        return final
+
+    async def _records_of(self, ticket: str) -> tuple[bytes, bytes]:
+        """What the engine process recorded for a finished response. One RPC serves all that finished meanwhile."""
+        future = self._finished[ticket] = asyncio.get_running_loop().create_future()
+        if self._fetching is None or self._fetching.done():
+            self._fetching = asyncio.create_task(self._fetch())
+        return await future
+
+    async def _fetch(self) -> None:
+        while self._finished:
+            asked, self._finished = self._finished, {}
+            abandoned, self._abandoned = self._abandoned, []
+            call = self._started().collective_rpc("take_records", args=(list(asked), abandoned))
+            try:
+                # Every worker of a tensor-parallel engine draws the same; the first one's records are enough.
+                records = (await self._calling(call, "hand out its records"))[0]
+            except Exception as error:
+                for future in asked.values():
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for future, (ids_bytes, logprobs_bytes) in zip(asked.values(), records, strict=True):
+                if not future.done():
+                    future.set_result((ids_bytes, logprobs_bytes))
+
+    def _started(self) -> AsyncLLM:
+        if self._engine is None or self._closed:
+            raise EngineError("the vLLM sampler's engine does not run: it starts with the first refresh.")
+        return self._engine
+
+    async def _calling(self, call: Coroutine[Any, Any, Any], what: str) -> Any:
+        try:
+            return await call
+        except Exception as error:
+            raise EngineError(
+                f"the vLLM sampler's engine under version {self._version} could not {what}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    # -- values ---------------------------------------------------------------------------------------------------
+    def _check_weights(self, weights: PolicyWeights) -> None:
+        """vLLM would only warn about a tensor that is missing."""
+        try:
+            tensors = safetensors.torch.load(weights.safetensors)
+        except safetensors.SafetensorError as error:
+            raise EngineError(f"{len(weights.safetensors)} bytes of weights are not safetensors: {error}.") from error
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for name in sorted(self._expected.keys() | found.keys()):
+            if self._expected.get(name) != found.get(name):
+                raise EngineError(
+                    f"weights of version {weights.version.number} do not fit the {self._architecture['model_type']} "
+                    f"student: tensor {name} should be {self._expected.get(name, 'absent')} and is "
+                    f"{found.get(name, 'absent')}. Were they made with another architecture?"
+                )
+
+    def _trajectory(
+        self, request: SampleRequest, output: RequestOutput, ids_bytes: bytes, logprobs_bytes: bytes
+    ) -> Trajectory:
+        completion = output.outputs[0]
+        emitted = list(completion.token_ids)
+        num_columns = 1 + self._rule.head + self._rule.num_draws
+        # An asynchronous scheduler may have drawn one token beyond the end.
+        ids_TC = np.frombuffer(ids_bytes, np.int32).reshape(-1, num_columns)[: len(emitted)]
+        logprobs_TC = np.frombuffer(logprobs_bytes, np.float32).reshape(-1, num_columns + 1)[: len(emitted)]
+        if not np.isfinite(logprobs_TC).all():
+            raise EngineError(
+                f"index {request.index}: the student produced NaN under policy version {self._version}; check the "
+                "published weights and the learner's last steps."
+            )
+        if ids_TC[:, 0].tolist() != emitted or completion.weight_versions is None:
+            raise EngineError(
+                f"index {request.index}: vLLM emitted {emitted[:8]}… and the recorder drew "
+                f"{ids_TC[:8, 0].tolist()}…, with versions {completion.weight_versions}. This is a bug of the vllm "
+                "engine or a vLLM other than 0.32; use rollout.engine hf and report it."
+            )
+        head_end = 1 + self._rule.head
+        reason: FinishReason = "stop" if emitted[-1] == self._eos_id else "length"
+        return Trajectory(
+            index=request.index,
+            prompt_id="",
+            prompt_ids=request.prompt_ids,
+            response_ids=ids_TC[:, 0],
+            behaviour_logprobs_T=logprobs_TC[:, 0],
+            version_runs=tuple(
+                VersionRun(int(span.version.split(".")[0]), span.end - span.start)
+                for span in completion.weight_versions
+                if span.end > span.start
+            ),
+            finish_reason=reason,
+            candidates=Candidates(
+                head_ids_TK=ids_TC[:, 1:head_end],
+                head_logprobs_TK=logprobs_TC[:, 1:head_end],
+                tail_logmass_T=logprobs_TC[:, -1],
+                draw_ids_TN=ids_TC[:, head_end:],
+                draw_logprobs_TN=logprobs_TC[:, head_end:-1],
+                law=self._rule.law,
+            ),
+        )
+
+
+def _label(version: PolicyVersion | None) -> str:
+    assert version is not None  # check_request refused before
+    return f"{version.number}.{version.rewind}"
+
+
+def _tensor_shapes(architecture: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a student's tensors, tied ones once; builds it without memory."""
+    try:
+        config = AutoConfig.for_model(**architecture)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise EngineError(f"architecture {dict(architecture)} cannot be built by transformers: {error}") from error
+    own = {name for name, _ in model.named_parameters()}
+    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in aliases}
