@@ -136,6 +136,10 @@ class Scorer(Protocol):
         """Score every response token of every trajectory; the result is in the order of the argument."""
         ...
 
+    async def close(self) -> None:
+        """Stop the engine, if it has one of its own; harmless when repeated."""
+        ...
+
 
 class RunLog(Protocol):
     """One Run in storage. Every `publish_*` is durable when it returns and harmless when repeated; reads verify.

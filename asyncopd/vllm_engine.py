@@ -1,7 +1,7 @@
 """Starting a vLLM engine for a model directory: one place for the settings both roles share, public names only.
 
-    config.json + model.safetensors --AsyncLLM--> engine process (weights, KV cache, scheduler)
-       token ids in, token ids out: vLLM's tokenizer is never loaded
+config.json + model.safetensors --AsyncLLM--> engine process (weights, KV cache, scheduler)
+   token ids in, token ids out: vLLM's tokenizer is never loaded
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -32,7 +33,9 @@ def new_model_folder() -> tempfile.TemporaryDirectory[str]:
 
 def write_model(folder: Path, architecture: Mapping[str, Any], safetensors: bytes) -> None:
     """Write a model as vLLM and transformers read it; replaces an earlier one."""
-    (folder / "config.json").write_text(json.dumps(dict(architecture)))
+    # vLLM takes a configuration that names no class for an embedding model.
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture["model_type"]]
+    (folder / "config.json").write_text(json.dumps({**architecture, "architectures": [name]}))
     # Renamed, not overwritten: a worker may have the old file mapped.
     unfinished = folder / "model.unfinished"
     unfinished.write_bytes(safetensors)
@@ -63,14 +66,17 @@ async def start_engine(
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     arguments = AsyncEngineArgs(
         model=model,
+        runner="generate",
         skip_tokenizer_init=True,
         dtype=settings.dtype,
         max_model_len=max_context,
         max_num_seqs=max_sequences,
-        max_num_batched_tokens=max(settings.max_batched_tokens, max_context),
+        max_num_batched_tokens=max(max_context, min(settings.max_batched_tokens, max_sequences * max_context)),
         gpu_memory_utilization=settings.memory_fraction,
         kv_cache_memory_bytes=settings.kv_cache_bytes,
         tensor_parallel_size=settings.tensor_parallel,
+        # One worker lives in the engine process; vLLM's CPU default is a third process.
+        distributed_executor_backend="uni" if settings.tensor_parallel == 1 else "mp",
         enforce_eager=not settings.compile,
         # Sampling defaults of generation_config.json must not change the law.
         generation_config="vllm",

@@ -25,8 +25,11 @@ async def score(run_id: str, root: str = "runs") -> None:
     async with worker.alive():
         stage = score_stage(run, worker)
         # Two lanes: one reads or writes Parquet while the other is in the teacher.
-        await run_lanes(
-            partial(timed_task("score-shards", worker), stage, shards_per_task),
-            num_lanes=2,
-            shards_per_task=shards_per_task,
-        )
+        try:
+            await run_lanes(
+                partial(timed_task("score-shards", worker), stage, shards_per_task),
+                num_lanes=2,
+                shards_per_task=shards_per_task,
+            )
+        finally:
+            await stage.close()

@@ -39,3 +39,25 @@ class VllmSampling(VllmEngine):
     under the new weights, as the hf engine does. `keep`: they go on with the cache the old weights made, which saves
     the prefill and makes their log-probs those of a mixture of versions that nothing can recompute. `finish`: they end
     under the old weights first, so every response has one version; the engine drains meanwhile."""
+
+
+class OpenAITeacher(Frozen):
+    """A teacher behind HTTP servers that speak vLLM's extension of OpenAI's completions."""
+
+    engine: Literal["openai"] = "openai"
+    name: str = Field("teacher", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    """Names the score shards; two teachers of one run need two names, and two models behind one name mix."""
+    urls: tuple[str, ...] = Field(min_length=1)
+    """Base URLs, for example `http://10.0.0.5:8000`. All must serve the same weights; requests take turns."""
+    model: str
+    """The name they serve the model under."""
+    compare_text: bool = True
+    """Refuse a server that splits text otherwise than the student. Off for tasks whose ids no text tokenizer makes."""
+    concurrency: int = Field(32, ge=1)
+    """Requests under way at once, over all servers, from each score worker."""
+    timeout_s: float = Field(120.0, gt=0)
+    """Of one request; a full batch ahead of it in the server's queue counts."""
+    max_retries: int = Field(6, ge=0)
+    """Further tries after transient failures, with pauses from 0.25 s that double up to 30 s: some 15 s in all."""
+    api_key_variable: str | None = None
+    """Environment variable of the score process that holds the API key; the key itself is never stored."""

@@ -52,6 +52,10 @@ class ScoreStage:
         self._worker.status["num_trajectories"] += len(trajectories)
         self._worker.status["num_tokens"] += num_tokens
 
+    async def close(self) -> None:
+        """Stop the teacher's engine."""
+        await self._scorer.close()
+
     def _claim_next(self) -> NextShard | None:
         """What to do next; None when there is nothing to do right now."""
         # No rollout is ahead of the oldest unscored step by more than τ steps: nothing to look for beyond.

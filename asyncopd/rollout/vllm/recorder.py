@@ -56,7 +56,7 @@ _recordings: dict[str, _Recording] = {}
 """By ticket. One engine to a process, so one store."""
 
 
-class RecordingDraw(LogitsProcessor):
+class RecordingDraw(LogitsProcessor):  # type: ignore[misc]  # vLLM is optional, so mypy does not read it
     """Draws every request's next token by its own random key, and lets vLLM emit exactly that."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:

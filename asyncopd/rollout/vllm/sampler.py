@@ -147,17 +147,19 @@ class VllmSampler:
                 self._engine = await self._start()
             else:
                 await self._reload(self._engine)
-            await self._calling(self._engine.update_weight_version(_label(weights.version)), "set its weight version")
+            engine = self._started()
+            await self._calling(engine.update_weight_version(_label(weights.version)), "label its weights")
             self._version = weights.version
-            await self._calling(self._engine.resume_generation(), "resume generation")
+            await self._calling(engine.resume_generation(), "resume generation")
 
     async def close(self) -> None:
         """End the engine process and fail what is pending; harmless when repeated."""
         self._closed = True
         for task in list(self._running):
             task.cancel()
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.shutdown)
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await asyncio.to_thread(engine.shutdown)
         for future in self._finished.values():
             if not future.done():
                 future.set_exception(EngineError("the sampler was closed; this response is lost."))
@@ -238,7 +240,8 @@ class VllmSampler:
         future = self._finished[ticket] = asyncio.get_running_loop().create_future()
         if self._fetching is None or self._fetching.done():
             self._fetching = asyncio.create_task(self._fetch())
-        return await future
+        records: tuple[bytes, bytes] = await future
+        return records
 
     async def _fetch(self) -> None:
         while self._finished:
