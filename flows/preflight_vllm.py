@@ -1,4 +1,4 @@
-"""What can be known to be wrong with vLLM engines and HTTP teachers before anything starts. Loads no vLLM and no torch."""
+"""What can be known to be wrong with vLLM engines and HTTP teachers before anything starts, without loading either."""
 
 from __future__ import annotations
 

@@ -116,11 +116,16 @@ def student_skeleton(run: OpenRun) -> PreTrainedModel:
     return build_causal_lm(json.loads(run.log.read_architecture()["config.json"]), seed=0)
 
 
+def _device() -> torch.device:
+    """Where the hf engines of a role run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 # -- stages -------------------------------------------------------------------------------------------------------
 def hf_sampler(run: OpenRun, *, head: int, num_draws: int, law: DrawLaw, seed: int, slots: int) -> HfSampler:
     config = run.config
     return HfSampler(
-        student_skeleton(run),
+        student_skeleton(run).to(_device()),
         slots=slots,
         max_context=run.task.max_prompt_tokens + config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
@@ -188,7 +193,7 @@ def _evaluating_scorer(run: OpenRun) -> Scorer:
 
 def _hf_scorer(run: OpenRun, teacher: HfTeacher | VllmTeacher) -> HfScorer:
     return HfScorer(
-        load_model(run, teacher.model),
+        load_model(run, teacher.model).to(_device()),
         name=teacher.name,
         tokenizer_digest=run.task.tokenizer.digest,
         row_capacity=run.config.score.row_capacity,

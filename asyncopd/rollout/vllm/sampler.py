@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import RequestOutput, SamplingParams
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -225,6 +226,8 @@ class VllmSampler:
             ignore_eos=True,
             stop_token_ids=[self._eos_id] if self._eos_id >= 0 else [],
             detokenize=False,
+            # Tokens are fetched with their records; nothing needs them one by one.
+            output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={TICKET: ticket, KEY: policy_key(self._seed, request.index)},
         )
         # Salted: no version reads prefix blocks that another one wrote.
