@@ -43,7 +43,14 @@ def write_model(folder: Path, architecture: Mapping[str, Any], safetensors: byte
 
 
 async def start_engine(
-    model: str, settings: VllmEngine, *, name: str, max_context: int, max_sequences: int, **changes: Any
+    model: str,
+    settings: VllmEngine,
+    *,
+    name: str,
+    max_context: int,
+    max_sequences: int,
+    worker_extension: str = "asyncopd.vllm_worker.EngineWorker",
+    **changes: Any,
 ) -> AsyncLLM:
     """An engine that serves `model`, loaded in its own process. Takes 10 to 60 s; the event loop goes on meanwhile.
 
@@ -52,6 +59,7 @@ async def start_engine(
         name: names the engine in errors.
         max_context: most tokens of prompt and response together.
         max_sequences: responses in one batch.
+        worker_extension: a subclass of `EngineWorker`.
         changes: further engine arguments.
     Raises:
         EngineError: vLLM cannot serve the model, or did not start.
@@ -81,11 +89,14 @@ async def start_engine(
         # Sampling defaults of generation_config.json must not change the law.
         generation_config="vllm",
         disable_log_stats=True,
+        worker_extension_cls=worker_extension,
         **changes,
     )
     try:
         # In a thread: the role's heartbeats go on, and vLLM starts its output loop at the first request.
-        return await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+        engine = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+        await engine.collective_rpc("end_with", args=(os.getpid(),))
+        return engine
     except Exception as error:
         raise EngineError(
             f"{name}: vLLM could not serve {model}: {type(error).__name__}: {error}. The engine process's own lines "

@@ -39,7 +39,7 @@ def byte_model(seed: int = 0, *, sharpness: float = 3.0, eos_bias: float = 0.0) 
     with torch.no_grad():
         model.transformer.ln_f.weight.mul_(sharpness)
         # A constant component of the last hidden state, which only EOS's embedding sees.
-        model.transformer.ln_f.bias[0] = 1.0
+        model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0.0, 1.0
         model.transformer.wte.weight[:, 0] = 0.0
         model.transformer.wte.weight[EOS_ID, 0] = eos_bias
     return model

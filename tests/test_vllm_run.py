@@ -40,8 +40,12 @@ def test_a_run_outlives_the_death_of_its_sampling_engine(stack: Stack) -> None:
     log = stack.log("vllm")
     with stack.start("train", str(config), "--run-id", "vllm") as training:
         until(lambda: len(log.steps()) >= 2 or training.poll() is not None, 240, "two steps")
-        (engine,) = [p for p in stack.recorded()["rollout-0"].children(recursive=True) if _is_engine(p)]
-        engine.kill()
+        scorer = stack.recorded()["score-0"]
+        (sampling,), (scoring,) = _engines_of(stack.recorded()["rollout-0"]), _engines_of(scorer)
+        sampling.kill()
+        scorer.kill()
+        # vLLM's engine processes outlive a killed parent; ours must not.
+        until(lambda: not scoring.is_running(), 10, "the killed scorer's engine to end")
         output, _ = training.communicate(timeout=300)
     assert training.returncode == 0, output
     assert f"Trained {NUM_STEPS} of {NUM_STEPS} steps" in output
@@ -56,6 +60,10 @@ def test_a_run_outlives_the_death_of_its_sampling_engine(stack: Stack) -> None:
             trajectories = log.read_trajectories(next(s for s in log.trajectory_shards() if s.start == shard))
             assert all(t.version_last <= step.step for t in trajectories)
     assert not [p for p in stack.everything() if _is_engine(p)]
+
+
+def _engines_of(role: psutil.Process) -> list[psutil.Process]:
+    return [process for process in role.children(recursive=True) if _is_engine(process)]
 
 
 def _is_engine(process: psutil.Process) -> bool:

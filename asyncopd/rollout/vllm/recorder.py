@@ -22,6 +22,7 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
 
 from asyncopd.sampling import CandidateRule, draw, law_logprobs
+from asyncopd.vllm_worker import EngineWorker
 
 TICKET, KEY, LAW = "asyncopd_ticket", "asyncopd_key", "asyncopd_law"
 """Names in a request's `extra_args` (its ticket and random key) and in the engine's `additional_config`."""
@@ -93,7 +94,7 @@ class RecordingDraw(LogitsProcessor):  # type: ignore[misc]  # vLLM is optional,
         return logits
 
 
-class RecordFetcher:
+class RecordFetcher(EngineWorker):
     """Added to vLLM's worker class by `worker_extension_cls`; called through `AsyncLLM.collective_rpc`."""
 
     def take_records(self, tickets: Sequence[str], abandoned: Sequence[str]) -> list[list[bytes]]:

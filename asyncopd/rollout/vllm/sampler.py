@@ -177,7 +177,7 @@ class VllmSampler:
             max_context=self._max_context,
             max_sequences=self._slots,
             logits_processors=["asyncopd.rollout.vllm.recorder:RecordingDraw"],
-            worker_extension_cls="asyncopd.rollout.vllm.recorder.RecordFetcher",
+            worker_extension="asyncopd.rollout.vllm.recorder.RecordFetcher",
             additional_config={LAW: self._law},
         )
 
@@ -250,8 +250,8 @@ class VllmSampler:
         while self._finished:
             asked, self._finished = self._finished, {}
             abandoned, self._abandoned = self._abandoned, []
-            call = self._started().collective_rpc("take_records", args=(list(asked), abandoned))
             try:
+                call = self._started().collective_rpc("take_records", args=(list(asked), abandoned))
                 # Every worker of a tensor-parallel engine draws the same; the first one's records are enough.
                 records = (await self._calling(call, "hand out its records"))[0]
             except Exception as error:
