@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from hf_models import weights
 from numpy.typing import NDArray
@@ -97,6 +98,18 @@ def byte_tokenizer(alphabet: list[str] | None = None) -> PreTrainedTokenizerFast
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def engine_processes(parent: psutil.Process) -> list[psutil.Process]:
+    """vLLM's processes under `parent`; they title themselves."""
+    return [process for process in parent.children(recursive=True) if is_engine(process)]
+
+
+def is_engine(process: psutil.Process) -> bool:
+    try:
+        return " ".join(process.cmdline()).startswith("VLLM::")
+    except psutil.Error:
+        return False
 
 
 def vllm_teacher_settings() -> VllmEngine:

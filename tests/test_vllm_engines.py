@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
-from engine_models import LAW, byte_model, requests, sampler_of
+from engine_models import LAW, byte_model, engine_processes, requests, sampler_of
 from hf_models import law_rows, sample_all, weights
 
 from asyncopd.config import load_config
@@ -112,9 +112,8 @@ async def test_busy_intervals_cover_the_work_and_no_more(sampler: Any) -> None:
 async def test_an_engine_process_that_is_killed_fails_its_responses_by_name(sampler: Any) -> None:
     running = [asyncio.ensure_future(sampler.sample(request)) for request in requests(4, max_new_tokens=90)]
     await asyncio.sleep(0.1)
-    for process in psutil.Process().children(recursive=True):
-        if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline()):
-            process.kill()
+    (process,) = engine_processes(psutil.Process())
+    process.kill()
     for outcome in await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 20):
         assert isinstance(outcome, EngineError)
         assert "the vLLM sampler's engine process ended or failed" in str(outcome)

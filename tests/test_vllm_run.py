@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
-import psutil
 import pytest
 import yaml
-from engine_models import SMALL_CACHE
-from test_deployment import Stack, stack, until
+from engine_models import SMALL_CACHE, engine_processes, is_engine
+from test_deployment import Stack, _is_gone, stack, until
 
 from asyncopd.config import load_config
 
@@ -41,11 +40,11 @@ def test_a_run_outlives_the_death_of_its_sampling_engine(stack: Stack) -> None:
     with stack.start("train", str(config), "--run-id", "vllm") as training:
         until(lambda: len(log.steps()) >= 2 or training.poll() is not None, 240, "two steps")
         scorer = stack.recorded()["score-0"]
-        (sampling,), (scoring,) = _engines_of(stack.recorded()["rollout-0"]), _engines_of(scorer)
+        (sampling,), (scoring,) = engine_processes(stack.recorded()["rollout-0"]), engine_processes(scorer)
         sampling.kill()
         scorer.kill()
         # vLLM's engine processes outlive a killed parent; ours must not.
-        until(lambda: not scoring.is_running(), 10, "the killed scorer's engine to end")
+        until(lambda: _is_gone(scoring), 10, "the killed scorer's engine to end")
         output, _ = training.communicate(timeout=300)
     assert training.returncode == 0, output
     assert f"Trained {NUM_STEPS} of {NUM_STEPS} steps" in output
@@ -59,18 +58,7 @@ def test_a_run_outlives_the_death_of_its_sampling_engine(stack: Stack) -> None:
         for shard in (step.indices.start, step.indices.start + 4):
             trajectories = log.read_trajectories(next(s for s in log.trajectory_shards() if s.start == shard))
             assert all(t.version_last <= step.step for t in trajectories)
-    assert not [p for p in stack.everything() if _is_engine(p)]
-
-
-def _engines_of(role: psutil.Process) -> list[psutil.Process]:
-    return [process for process in role.children(recursive=True) if _is_engine(process)]
-
-
-def _is_engine(process: psutil.Process) -> bool:
-    try:
-        return "EngineCore" in " ".join([process.name(), *process.cmdline()])
-    except psutil.Error:
-        return False
+    assert not [p for p in stack.everything() if is_engine(p)]
 
 
 @pytest.mark.parametrize("name", ["walk_vllm", "gsm8k_qwen3"])

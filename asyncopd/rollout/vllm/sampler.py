@@ -68,8 +68,9 @@ class VllmSampler:
         """
         # The recorder is a logits processor of the V1 runner; the V2 runner has another interface for them.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        self._architecture = dict(architecture)
-        self._expected = _tensor_shapes(self._architecture)
+        self._expected, self._tied = _tensors_of(architecture)
+        # Untied: vLLM's reload of a tied output embedding leaves the CPU engine its packed copy of the old one.
+        self._architecture = {**architecture, "tie_word_embeddings": False}
         self._vocab_size = int(architecture["vocab_size"])
         self._rule = CandidateRule(head, num_draws, law)
         check_law(temperature=temperature, top_p=top_p, rule=self._rule, vocab_size=self._vocab_size)
@@ -142,8 +143,7 @@ class VllmSampler:
                 engine.
         """
         async with self._refreshing:
-            await asyncio.to_thread(self._check_weights, weights)
-            await asyncio.to_thread(write_model, Path(self._folder.name), self._architecture, weights.safetensors)
+            await asyncio.to_thread(self._write, weights)
             if self._engine is None:
                 self._engine = await self._start()
             else:
@@ -278,8 +278,8 @@ class VllmSampler:
             ) from error
 
     # -- values ---------------------------------------------------------------------------------------------------
-    def _check_weights(self, weights: PolicyWeights) -> None:
-        """vLLM would only warn about a tensor that is missing."""
+    def _write(self, weights: PolicyWeights) -> None:
+        """Put the weights where the engine loads them from. Checked first: vLLM only warns about missing tensors."""
         try:
             tensors = safetensors.torch.load(weights.safetensors)
         except safetensors.SafetensorError as error:
@@ -292,6 +292,11 @@ class VllmSampler:
                     f"student: tensor {name} should be {self._expected.get(name, 'absent')} and is "
                     f"{found.get(name, 'absent')}. Were they made with another architecture?"
                 )
+        serialised = weights.safetensors
+        if self._tied:
+            copies = {alias: tensors[name].clone() for alias, name in self._tied.items()}
+            serialised = safetensors.torch.save({**tensors, **copies})
+        write_model(Path(self._folder.name), self._architecture, serialised)
 
     def _trajectory(
         self, request: SampleRequest, output: RequestOutput, ids_bytes: bytes, logprobs_bytes: bytes
@@ -343,14 +348,16 @@ def _label(version: PolicyVersion | None) -> str:
     return f"{version.number}.{version.rewind}"
 
 
-def _tensor_shapes(architecture: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a student's tensors, tied ones once; builds it without memory."""
+def _tensors_of(architecture: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes of a student's tensors by name, tied ones once; and of tied names, which tensor each is. No memory."""
     try:
         config = AutoConfig.for_model(**architecture)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, AttributeError) as error:
         raise EngineError(f"architecture {dict(architecture)} cannot be built by transformers: {error}") from error
-    own = {name for name, _ in model.named_parameters()}
-    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in aliases}
+    first = {id(tensor): name for name, tensor in model.named_parameters()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    tied = {name: first[id(tensor)] for name, tensor in every.items() if first[id(tensor)] != name}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    return shapes, tied
