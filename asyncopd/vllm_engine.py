@@ -83,8 +83,6 @@ async def start_engine(
         gpu_memory_utilization=settings.memory_fraction,
         kv_cache_memory_bytes=settings.kv_cache_bytes,
         tensor_parallel_size=settings.tensor_parallel,
-        # One worker lives in the engine process; vLLM's CPU default is a third process.
-        distributed_executor_backend="uni" if settings.tensor_parallel == 1 else "mp",
         enforce_eager=not settings.compile,
         # Sampling defaults of generation_config.json must not change the law.
         generation_config="vllm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -16,12 +17,29 @@ class EngineWorker:
     """Mixed into vLLM's worker class by `worker_extension_cls`; called through `AsyncLLM.collective_rpc`."""
 
     def end_with(self, pid: int) -> None:
-        """End this process within a second or so of process `pid`, however that ends: vLLM itself does not notice."""
-        threading.Thread(target=_end_with, args=(psutil.Process(pid),), name="end-with-role", daemon=True).start()
+        """End the engine within a second or so of process `pid`, however that ends: vLLM itself does not notice.
+
+        The engine is this process and those between it and `pid`: with its own worker processes vLLM has two layers.
+        """
+        role = psutil.Process(pid)
+        ancestors = psutil.Process().parents()
+        between = ancestors[: ancestors.index(role)] if role in ancestors else []
+        watch = threading.Thread(target=_end_with, args=(role, between), name="end-with-role", daemon=True)
+        watch.start()
 
 
-def _end_with(role: psutil.Process) -> None:
-    while role.is_running() and role.status() != psutil.STATUS_ZOMBIE:
+def _end_with(role: psutil.Process, between: list[psutil.Process]) -> None:
+    while _runs(role):
         time.sleep(_LOOK_EVERY_S)
     # Nobody is left to hand anything to, and an orderly shutdown would wait for that nobody.
+    for process in between:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

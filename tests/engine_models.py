@@ -107,7 +107,7 @@ def engine_processes(parent: psutil.Process) -> list[psutil.Process]:
 
 def is_engine(process: psutil.Process) -> bool:
     try:
-        return " ".join(process.cmdline()).startswith("VLLM::")
+        return "VLLM::" in " ".join(process.cmdline())
     except psutil.Error:
         return False
 

@@ -40,11 +40,13 @@ def test_a_run_outlives_the_death_of_its_sampling_engine(stack: Stack) -> None:
     with stack.start("train", str(config), "--run-id", "vllm") as training:
         until(lambda: len(log.steps()) >= 2 or training.poll() is not None, 240, "two steps")
         scorer = stack.recorded()["score-0"]
-        (sampling,), (scoring,) = engine_processes(stack.recorded()["rollout-0"]), engine_processes(scorer)
-        sampling.kill()
+        sampling, scoring = engine_processes(stack.recorded()["rollout-0"]), engine_processes(scorer)
+        assert sampling
+        assert scoring
+        sampling[0].kill()
         scorer.kill()
         # vLLM's engine processes outlive a killed parent; ours must not.
-        until(lambda: _is_gone(scoring), 10, "the killed scorer's engine to end")
+        until(lambda: all(_is_gone(process) for process in scoring), 10, "the killed scorer's engine to end")
         output, _ = training.communicate(timeout=300)
     assert training.returncode == 0, output
     assert f"Trained {NUM_STEPS} of {NUM_STEPS} steps" in output
