@@ -10,11 +10,10 @@ from typing import Any
 from asyncopd.config import OpenAITeacher, PretrainedModel, RunConfig, TinyModel, VllmTeacher
 from asyncopd.config.schema import ModelConfig
 from asyncopd.errors import ConfigError
+from asyncopd.teacher.prompt_logprobs import MAX_FULL_VOCABULARY
 
 MIN_HEAD_SIZE = 32
 """Of vLLM's attention on CPUs."""
-MAX_FULL_VOCABULARY = 8192
-"""As in asyncopd/teacher/prompt_logprobs.py, which this module must not load."""
 
 
 def check_vllm(config: RunConfig) -> None:

@@ -16,13 +16,8 @@ import os
 import time
 import uuid
 from collections.abc import Coroutine, Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.torch
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -33,9 +28,10 @@ from asyncopd.errors import EngineError
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.requests import check_request
 from asyncopd.rollout.vllm.recorder import KEY, LAW, TICKET
+from asyncopd.rollout.vllm.values import StudentFiles, trajectory_of
 from asyncopd.sampling import CandidateRule, check_law, policy_key
-from asyncopd.types import Candidates, DrawLaw, FinishReason, PolicyVersion, PolicyWeights, Trajectory, VersionRun
-from asyncopd.vllm_engine import new_model_folder, start_engine, write_model
+from asyncopd.types import DrawLaw, PolicyVersion, PolicyWeights, Trajectory
+from asyncopd.vllm_engine import start_engine
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +64,13 @@ class VllmSampler:
         """
         # The recorder is a logits processor of the V1 runner; the V2 runner has another interface for them.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        self._expected, self._tied = _tensors_of(architecture)
-        # Untied: vLLM's reload of a tied output embedding leaves the CPU engine its packed copy of the old one.
-        self._architecture = {**architecture, "tie_word_embeddings": False}
+        self._files = StudentFiles(architecture)
         self._vocab_size = int(architecture["vocab_size"])
         self._rule = CandidateRule(head, num_draws, law)
         check_law(temperature=temperature, top_p=top_p, rule=self._rule, vocab_size=self._vocab_size)
         self._law = {"temperature": temperature, "top_p": top_p, "head": head, "num_draws": num_draws, "law": law}
         self._slots, self._max_context, self._eos_id, self._seed = slots, max_context, eos_id, seed
         self._settings = settings or VllmSampling()
-        self._folder = new_model_folder()
         self._engine: AsyncLLM | None = None
         self._version: PolicyVersion | None = None
         self._closed = False
@@ -133,7 +126,9 @@ class VllmSampler:
         except BaseException:
             self._abandoned.append(ticket)
             raise
-        return self._trajectory(request, output, ids_bytes, logprobs_bytes)
+        return trajectory_of(
+            request, output.outputs[0], ids_bytes, logprobs_bytes, rule=self._rule, eos_id=self._eos_id
+        )
 
     async def refresh(self, weights: PolicyWeights) -> None:
         """Switch to other weights; what happens to responses in progress is `settings.in_flight`.
@@ -143,7 +138,7 @@ class VllmSampler:
                 engine.
         """
         async with self._refreshing:
-            await asyncio.to_thread(self._write, weights)
+            await asyncio.to_thread(self._files.write, weights)
             if self._engine is None:
                 self._engine = await self._start()
             else:
@@ -164,14 +159,14 @@ class VllmSampler:
         for future in self._finished.values():
             if not future.done():
                 future.set_exception(EngineError("the sampler was closed; this response is lost."))
-        self._folder.cleanup()
+        self._files.remove()
 
     # -- engine ---------------------------------------------------------------------------------------------------
     async def _start(self) -> AsyncLLM:
         if self._closed:
             raise EngineError("the sampler was closed; make a new one.")
         return await start_engine(
-            self._folder.name,
+            self._files.path,
             self._settings,
             name="sampler",
             max_context=self._max_context,
@@ -187,7 +182,7 @@ class VllmSampler:
         mode = "wait" if in_flight == "finish" else "keep"
         pause = engine.pause_generation(mode=mode, clear_cache=in_flight != "keep")
         await self._calling(pause, "pause generation")
-        reload = engine.collective_rpc("reload_weights", kwargs={"weights_path": self._folder.name})
+        reload = engine.collective_rpc("reload_weights", kwargs={"weights_path": self._files.path})
         await self._calling(reload, "reload its weights")
 
     async def _generate(self, request: SampleRequest, ticket: str) -> RequestOutput:
@@ -277,87 +272,7 @@ class VllmSampler:
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    # -- values ---------------------------------------------------------------------------------------------------
-    def _write(self, weights: PolicyWeights) -> None:
-        """Put the weights where the engine loads them from. Checked first: vLLM only warns about missing tensors."""
-        try:
-            tensors = safetensors.torch.load(weights.safetensors)
-        except safetensors.SafetensorError as error:
-            raise EngineError(f"{len(weights.safetensors)} bytes of weights are not safetensors: {error}.") from error
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        for name in sorted(self._expected.keys() | found.keys()):
-            if self._expected.get(name) != found.get(name):
-                raise EngineError(
-                    f"weights of version {weights.version.number} do not fit the {self._architecture['model_type']} "
-                    f"student: tensor {name} should be {self._expected.get(name, 'absent')} and is "
-                    f"{found.get(name, 'absent')}. Were they made with another architecture?"
-                )
-        serialised = weights.safetensors
-        if self._tied:
-            copies = {alias: tensors[name].clone() for alias, name in self._tied.items()}
-            serialised = safetensors.torch.save({**tensors, **copies})
-        write_model(Path(self._folder.name), self._architecture, serialised)
-
-    def _trajectory(
-        self, request: SampleRequest, output: RequestOutput, ids_bytes: bytes, logprobs_bytes: bytes
-    ) -> Trajectory:
-        completion = output.outputs[0]
-        emitted = list(completion.token_ids)
-        num_columns = 1 + self._rule.head + self._rule.num_draws
-        # An asynchronous scheduler may have drawn one token beyond the end.
-        ids_TC = np.frombuffer(ids_bytes, np.int32).reshape(-1, num_columns)[: len(emitted)]
-        logprobs_TC = np.frombuffer(logprobs_bytes, np.float32).reshape(-1, num_columns + 1)[: len(emitted)]
-        if not np.isfinite(logprobs_TC).all():
-            raise EngineError(
-                f"index {request.index}: the student produced NaN under policy version {self._version}; check the "
-                "published weights and the learner's last steps."
-            )
-        if ids_TC[:, 0].tolist() != emitted or completion.weight_versions is None:
-            raise EngineError(
-                f"index {request.index}: vLLM emitted {emitted[:8]}… and the recorder drew "
-                f"{ids_TC[:8, 0].tolist()}…, with versions {completion.weight_versions}. This is a bug of the vllm "
-                "engine or a vLLM other than 0.32; use rollout.engine hf and report it."
-            )
-        head_end = 1 + self._rule.head
-        reason: FinishReason = "stop" if emitted[-1] == self._eos_id else "length"
-        return Trajectory(
-            index=request.index,
-            prompt_id="",
-            prompt_ids=request.prompt_ids,
-            response_ids=ids_TC[:, 0],
-            behaviour_logprobs_T=logprobs_TC[:, 0],
-            version_runs=tuple(
-                VersionRun(int(span.version.split(".")[0]), span.end - span.start)
-                for span in completion.weight_versions
-                if span.end > span.start
-            ),
-            finish_reason=reason,
-            candidates=Candidates(
-                head_ids_TK=ids_TC[:, 1:head_end],
-                head_logprobs_TK=logprobs_TC[:, 1:head_end],
-                tail_logmass_T=logprobs_TC[:, -1],
-                draw_ids_TN=ids_TC[:, head_end:],
-                draw_logprobs_TN=logprobs_TC[:, head_end:-1],
-                law=self._rule.law,
-            ),
-        )
-
 
 def _label(version: PolicyVersion | None) -> str:
     assert version is not None  # check_request refused before
     return f"{version.number}.{version.rewind}"
-
-
-def _tensors_of(architecture: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes of a student's tensors by name, tied ones once; and of tied names, which tensor each is. No memory."""
-    try:
-        config = AutoConfig.for_model(**architecture)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise EngineError(f"architecture {dict(architecture)} cannot be built by transformers: {error}") from error
-    first = {id(tensor): name for name, tensor in model.named_parameters()}
-    every = dict(model.named_parameters(remove_duplicate=False))
-    tied = {name: first[id(tensor)] for name, tensor in every.items() if first[id(tensor)] != name}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    return shapes, tied
