@@ -70,7 +70,7 @@ class OpenAIScorer:
         self._max_context, self._compare_text = max_context, compare_text
         self._max_retries = max_retries
         self._turns = asyncio.Semaphore(concurrency)
-        self._next_url = itertools.cycle(range(len(self._urls)))
+        self._turn = itertools.count()
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=concurrency + len(self._urls))
         self._client = httpx.AsyncClient(timeout=timeout_s, headers=headers, limits=limits)
@@ -182,12 +182,13 @@ class OpenAIScorer:
         """One answer, of `url` or of any server; tries again after transient failures."""
         problem = ""
         pause_s = _FIRST_PAUSE_S
+        first = next(self._turn)
         for attempt in range(1 + self._max_retries):
             if attempt:
                 # Jitter: a server that comes back is not hit by everybody at once.
                 await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            base = url or self._urls[next(self._next_url)]
+            base = url or self._urls[(first + attempt) % len(self._urls)]
             try:
                 response = await self._client.request(method, base + path, json=body)
             except httpx.TransportError as error:
