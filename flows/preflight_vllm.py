@@ -34,6 +34,8 @@ def check_vllm(config: RunConfig) -> None:
         )
     for role, model in served.items():
         _check_served(role, model)
+    if isinstance(config.teacher, VllmTeacher):
+        _check_room(config, config.teacher.model)
     if isinstance(config.teacher, OpenAITeacher):
         _check_http_teacher(config)
 
@@ -51,6 +53,18 @@ def _check_served(role: str, model: ModelConfig) -> None:
         raise ConfigError(
             f"{role}: {model.path} says architectures {architectures} in config.json; the vllm engine serves models "
             "that generate text (…ForCausalLM, …ForConditionalGeneration). Is it an embedding or reward model?"
+        )
+
+
+def _check_room(config: RunConfig, model: ModelConfig) -> None:
+    """A response is scored as a prompt, after which vLLM insists on room for one token."""
+    room = model.max_context if isinstance(model, TinyModel) else _described(model).get("max_position_embeddings")
+    needed = config.task.max_prompt_tokens + config.rollout.max_new_tokens + 1
+    if room is not None and needed > room:
+        raise ConfigError(
+            f"teacher.model: a context of {room} tokens; engine vllm needs {needed}: task.max_prompt_tokens "
+            f"{config.task.max_prompt_tokens} + rollout.max_new_tokens {config.rollout.max_new_tokens} and one more. "
+            "Lower rollout.max_new_tokens, or take a teacher with a longer context."
         )
 
 

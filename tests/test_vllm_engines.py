@@ -138,6 +138,10 @@ async def test_models_vllm_cannot_serve_are_refused_at_once(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"Qwen3ForSequenceClassification.*models that generate text"):
         check_vllm(config(teacher=pretrained))
 
+    exact = {"kind": "tiny", "hidden_size": 64, "num_heads": 2, "max_context": 195}
+    with pytest.raises(ConfigError, match=r"a context of 195 tokens; engine vllm needs 196"):
+        check_vllm(config(teacher={"engine": "vllm", "model": exact}))
+
 
 async def test_http_teachers_of_large_vocabularies_are_held_to_their_top_k(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 151_936}))
