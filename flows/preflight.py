@@ -18,6 +18,7 @@ from asyncopd.config.tasks import TextConfig
 from asyncopd.errors import ConfigError
 from asyncopd.tasks.build import build_task
 from asyncopd.tasks.prompts import read_questions
+from flows.preflight_vllm import check_vllm
 from storage.open import open_store
 
 
@@ -37,6 +38,7 @@ def preflight(config: RunConfig) -> None:
         if isinstance(model, PretrainedModel):
             _check_pretrained(config, role, model)
     _check_same_tokenizer(config)
+    check_vllm(config)
 
 
 def _check_questions(task: TextConfig) -> None:

@@ -8,19 +8,27 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from asyncopd.config import HfTeacher, ModelConfig, OracleTeacher, RunConfig, TinyModel
+from asyncopd.config import (
+    HfTeacher,
+    ModelConfig,
+    OpenAITeacher,
+    OracleTeacher,
+    RunConfig,
+    TinyModel,
+    VllmTeacher,
+)
 from asyncopd.evaluate.stage import EvaluateStage
 from asyncopd.learner.stage import LearnStage
 from asyncopd.learner.student import Student
 from asyncopd.losses.estimators import build_estimator
 from asyncopd.modeling import architecture_of_size, build_causal_lm, load_causal_lm, load_safetensors
-from asyncopd.ports import Scorer, ScoreRequest, Task
+from asyncopd.ports import Sampler, Scorer, ScoreRequest, Task
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.rollout.stage import RolloutStage
 from asyncopd.tasks.build import build_task
@@ -31,11 +39,15 @@ from asyncopd.teacher.oracle import OracleScorer
 from asyncopd.teacher.stage import ScoreStage
 from asyncopd.types import DrawLaw
 from asyncopd.worker import Worker
+from flows.wiring_vllm import openai_scorer, vllm_sampler, vllm_scorer
 from storage.objects import ObjectStore
 from storage.open import open_store
 from storage.run_log import StoredRunLog
 from storage.runs import find_model, open_run, read_model
 from storage.score_cache import StoredScoreCache
+
+if TYPE_CHECKING:
+    from asyncopd.rollout.vllm.sampler import VllmSampler
 
 EVALUATION_HEAD = 8
 """Ids per position on which an evaluation sums KL(p‖q) exactly; four draws estimate the rest."""
@@ -105,11 +117,16 @@ def student_skeleton(run: OpenRun) -> PreTrainedModel:
     return build_causal_lm(json.loads(run.log.read_architecture()["config.json"]), seed=0)
 
 
+def _device() -> torch.device:
+    """Where the hf engines of a role run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 # -- stages -------------------------------------------------------------------------------------------------------
 def hf_sampler(run: OpenRun, *, head: int, num_draws: int, law: DrawLaw, seed: int, slots: int) -> HfSampler:
     config = run.config
     return HfSampler(
-        student_skeleton(run),
+        student_skeleton(run).to(_device()),
         slots=slots,
         max_context=run.task.max_prompt_tokens + config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
@@ -123,17 +140,25 @@ def hf_sampler(run: OpenRun, *, head: int, num_draws: int, law: DrawLaw, seed: i
     )
 
 
-def rollout_stage(run: OpenRun, worker: Worker) -> tuple[RolloutStage, HfSampler]:
+def rollout_stage(run: OpenRun, worker: Worker) -> tuple[RolloutStage, Sampler]:
     """The rollout stage with its engine, which the caller closes."""
     config, cached = run.config, run.config.cached()
-    sampler = hf_sampler(
-        run,
-        head=cached.head,
-        num_draws=cached.num_draws,
-        law=cached.law or "policy",
-        seed=config.seed,
-        slots=config.rollout.slots,
-    )
+    law = cached.law or "policy"
+    sampler: HfSampler | VllmSampler
+    if config.rollout.engine == "vllm":
+        architecture = json.loads(run.log.read_architecture()["config.json"])
+        sampler = vllm_sampler(
+            config, run.task, architecture, head=cached.head, num_draws=cached.num_draws, law=law
+        )
+    else:
+        sampler = hf_sampler(
+            run,
+            head=cached.head,
+            num_draws=cached.num_draws,
+            law=law,
+            seed=config.seed,
+            slots=config.rollout.slots,
+        )
     stage = RolloutStage(
         run.log,
         worker,
@@ -153,9 +178,24 @@ def scorer_of(run: OpenRun) -> Scorer:
     if isinstance(teacher, OracleTeacher):
         assert isinstance(run.task, WalkTask)
         return OracleScorer(run.task.rules, smoothing=teacher.smoothing, name=teacher.name)
-    assert isinstance(teacher, HfTeacher)
+    if isinstance(teacher, VllmTeacher):
+        tiny = isinstance(teacher.model, TinyModel)
+        made = read_model(run.store, run.config.model_digest(teacher.model)) if tiny else None
+        return vllm_scorer(run.config, run.task, teacher, made)
+    if isinstance(teacher, OpenAITeacher):
+        return openai_scorer(run.config, run.task, teacher)
+    return _hf_scorer(run, teacher)
+
+
+def _evaluating_scorer(run: OpenRun) -> Scorer:
+    """The run's teacher for its evaluations: what vLLM serves in the score process, transformers serves here."""
+    teacher = run.config.teacher
+    return _hf_scorer(run, teacher) if isinstance(teacher, VllmTeacher) else scorer_of(run)
+
+
+def _hf_scorer(run: OpenRun, teacher: HfTeacher | VllmTeacher) -> HfScorer:
     return HfScorer(
-        load_model(run, teacher.model),
+        load_model(run, teacher.model).to(_device()),
         name=teacher.name,
         tokenizer_digest=run.task.tokenizer.digest,
         row_capacity=run.config.score.row_capacity,
@@ -234,7 +274,7 @@ def evaluate_stage(run: OpenRun, worker: Worker) -> tuple[EvaluateStage, HfSampl
         worker,
         task=run.task,
         sampler=sampler,
-        scorer=scorer_of(run),
+        scorer=_evaluating_scorer(run),
         temperature=config.rollout.temperature,
         num_prompts=config.evaluate.num_prompts,
         max_new_tokens=config.rollout.max_new_tokens,

@@ -68,7 +68,10 @@ async def score(run: OpenRun, make_task: TaskFactory = plain_task) -> None:
         stage = score_stage(run, worker)
         task = make_task("score-shards", worker)
         # Two lanes: one reads or writes Parquet while the other is in the teacher.
-        await run_lanes(lambda: task(stage, shards_per_task), num_lanes=2, shards_per_task=shards_per_task)
+        try:
+            await run_lanes(lambda: task(stage, shards_per_task), num_lanes=2, shards_per_task=shards_per_task)
+        finally:
+            await stage.close()
 
 
 async def learn(run: OpenRun) -> None:

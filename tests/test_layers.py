@@ -17,6 +17,7 @@ LAYERS = [
     ("asyncopd.config", 1), ("asyncopd.schedule", 1), ("asyncopd.simulate", 1), ("asyncopd.ports", 1),
     ("asyncopd.ledger", 1), ("asyncopd.arrivals", 1), ("asyncopd.open_shards", 1),
     ("asyncopd.packing", 1), ("asyncopd.modeling", 1), ("asyncopd.sampling", 1), ("asyncopd.losses", 1),
+    ("asyncopd.vllm_engine", 1), ("asyncopd.vllm_worker", 1),
     ("asyncopd.tasks", 1), ("asyncopd.worker", 1), ("asyncopd.busy", 1), ("asyncopd.bottleneck", 1),
     ("asyncopd.supervise", 1), ("asyncopd.stack", 1), ("asyncopd.flow_runs", 1), ("asyncopd.summary", 1),
     ("asyncopd.summary_text", 1), ("asyncopd.progress", 1), ("asyncopd.progress_text", 1),
@@ -25,7 +26,8 @@ LAYERS = [
     ("asyncopd.rollout", 2), ("asyncopd.teacher", 2), ("asyncopd.learner", 2), ("asyncopd.evaluate", 2),
     ("asyncopd.report", 2), ("asyncopd.follow", 2), ("asyncopd.roles", 2), ("storage", 2),
     ("asyncopd.study", 2), ("asyncopd.chaos", 2), ("asyncopd.plan", 2),
-    ("flows.wiring", 3), ("flows.work", 3), ("flows.preflight", 3),
+    ("flows.wiring", 3), ("flows.wiring_vllm", 3), ("flows.work", 3), ("flows.preflight", 3),
+    ("flows.preflight_vllm", 3),
     ("flows", 4), ("asyncopd.cli", 4), ("asyncopd.cli_study", 1), ("asyncopd.cli_worker", 4), ("asyncopd.cli_chaos", 4),
     ("asyncopd.cli_maintain", 3), ("asyncopd.cli_plan", 4),
     ("asyncopd.cli_sql", 4), ("asyncopd.cli_export", 4), ("asyncopd.sql_shell", 4), ("asyncopd.sql_format", 1),
@@ -44,7 +46,7 @@ ONLY_IN = {
     "prefect": ("flows",),
     "fastapi": ("api",),
     "duckdb": ("storage",),
-    "vllm": ("asyncopd.rollout.vllm", "asyncopd.teacher.vllm"),
+    "vllm": ("asyncopd.rollout.vllm", "asyncopd.teacher.vllm", "asyncopd.vllm_engine"),
 }  # fmt: skip
 
 

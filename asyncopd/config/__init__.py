@@ -1,15 +1,26 @@
 """Configuration: what a run is made of (`schema`), the estimators' and tasks' settings, and how files become one."""
 
 from asyncopd.config.load import load_config, parse_override
-from asyncopd.config.schema import HfTeacher, ModelConfig, OracleTeacher, PretrainedModel, RunConfig, TinyModel
+from asyncopd.config.schema import (
+    HfTeacher,
+    ModelConfig,
+    OracleTeacher,
+    PretrainedModel,
+    RunConfig,
+    TinyModel,
+    VllmTeacher,
+)
+from asyncopd.config.vllm import OpenAITeacher
 
 __all__ = [
     "HfTeacher",
     "ModelConfig",
+    "OpenAITeacher",
     "OracleTeacher",
     "PretrainedModel",
     "RunConfig",
     "TinyModel",
+    "VllmTeacher",
     "load_config",
     "parse_override",
 ]

@@ -16,6 +16,7 @@ from asyncopd.config.losses import CacheRequirements, HeadTailConfig, LossConfig
 from asyncopd.config.retention import Retention
 from asyncopd.config.staleness import Staleness
 from asyncopd.config.tasks import TaskConfig, WalkConfig
+from asyncopd.config.vllm import OpenAITeacher, VllmEngine, VllmSampling
 from asyncopd.schedule import Plan
 from asyncopd.types import DrawLaw
 
@@ -106,11 +107,26 @@ class HfTeacher(Frozen):
     """Its weights: `kind: tiny`, made here by `pretrain`, or `kind: pretrained`."""
 
 
-TeacherConfig = Annotated[OracleTeacher | HfTeacher, Field(discriminator="engine")]
+class VllmTeacher(Frozen):
+    """A model in a vLLM engine of the score process."""
+
+    engine: Literal["vllm"] = "vllm"
+    name: str = Field("teacher", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    """Names the score shards; two teachers of one run need two names."""
+    model: ModelConfig
+    vllm: VllmEngine = VllmEngine()
+    max_sequences: int = Field(64, ge=1)
+    """Trajectories in one batch."""
+
+
+TeacherConfig = Annotated[OracleTeacher | HfTeacher | VllmTeacher | OpenAITeacher, Field(discriminator="engine")]
 
 
 class Rollout(Frozen):
-    engine: Literal["hf"] = "hf"
+    engine: Literal["hf", "vllm"] = "hf"
+    """`hf` for CPUs and small models; `vllm` for GPUs (docs/engines.md). Evaluations sample with hf either way."""
+    vllm: VllmSampling = VllmSampling()
+    """Only read when engine is vllm."""
     workers: int = Field(1, ge=1)
     """Rollout processes on this machine. One fills one core."""
     slots: int = Field(128, ge=1)
@@ -281,7 +297,7 @@ class RunConfig(Frozen):
     def models(self) -> dict[str, ModelConfig]:
         """The models of the run by role; a closed-form teacher is none."""
         models: dict[str, Any] = {"student": self.student}
-        if isinstance(self.teacher, HfTeacher):
+        if isinstance(self.teacher, HfTeacher | VllmTeacher):
             models["teacher"] = self.teacher.model
         return models
 

@@ -194,7 +194,7 @@ def plot_lengths(responses: Responses) -> bytes:
     )  # fmt: skip
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)
-    mean, p99 = lengths_B.mean(), np.percentile(lengths_B, 99)
+    mean, p99 = float(lengths_B.mean()), float(np.percentile(lengths_B, 99))
     for value in (mean, p99):
         axes.axvline(value, color=INK, linewidth=1, linestyle="--")
     axes.set_title(f"Response lengths: mean {mean:.0f} and 99th percentile {p99:.0f} tokens (dashed)", pad=26)

@@ -19,13 +19,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from asyncopd.errors import AsyncOPDError, EngineError
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.decoding import Decoder
+from asyncopd.rollout.requests import check_request
 from asyncopd.sampling import CandidateRule
 from asyncopd.types import DrawLaw, PolicyVersion, PolicyWeights, Trajectory
 
@@ -126,7 +126,13 @@ class HfSampler:
         Raises:
             EngineError: no weights yet, an empty or invalid prompt, no room for the response, or a failed engine.
         """
-        self._check(request)
+        decoder = self._decoder
+        check_request(
+            request,
+            max_context=decoder.max_context,
+            vocab_size=decoder.vocab_size,
+            has_weights=decoder.version is not None,
+        )
         trajectory: Trajectory = await self._submit(request, self._waiting)
         return trajectory
 
@@ -144,26 +150,6 @@ class HfSampler:
         await asyncio.to_thread(self._thread.join, _CLOSE_DEADLINE_S)
         if self._thread.is_alive():
             logger.warning("hf-sampler: still in a forward pass %.0f s after close; it ends with it", _CLOSE_DEADLINE_S)
-
-    def _check(self, request: SampleRequest) -> None:
-        ids, index = request.prompt_ids, request.index
-        if self.version is None:
-            raise EngineError(f"index {index}: the sampler has no weights yet; await refresh(weights) first.")
-        if len(ids) == 0 or request.max_new_tokens < 1:
-            raise EngineError(
-                f"index {index}: {len(ids)} prompt tokens and max_new_tokens {request.max_new_tokens}; "
-                "both must be at least 1."
-            )
-        if len(ids) + request.max_new_tokens > self._decoder.max_context:
-            raise EngineError(
-                f"index {index}: {len(ids)} prompt + {request.max_new_tokens} new tokens exceed max_context "
-                f"{self._decoder.max_context}. Lower the response limit or raise max_context."
-            )
-        if np.min(ids) < 0 or np.max(ids) >= self._decoder.vocab_size:
-            raise EngineError(
-                f"index {index}: prompt ids reach from {np.min(ids)} to {np.max(ids)}, the model's vocabulary has "
-                f"{self._decoder.vocab_size}. Do task and student use the same tokenizer?"
-            )
 
     async def _submit(self, work: SampleRequest | PolicyWeights, inbox: deque[_Pending]) -> Any:
         loop = asyncio.get_running_loop()

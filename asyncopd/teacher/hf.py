@@ -80,6 +80,9 @@ class HfScorer:
         async with self._turn:
             return await asyncio.to_thread(self._score, trajectories, request)
 
+    async def close(self) -> None:
+        """Nothing to stop: the model lives in this process."""
+
     def _check(self, trajectories: Sequence[Trajectory], request: ScoreRequest) -> None:
         if not (0 <= request.top_k <= self._vocab_size and request.num_teacher_draws >= 0 and request.temperature > 0):
             raise EngineError(

@@ -63,6 +63,9 @@ class OracleScorer:
             teacher_digest=self.digest,
         )
 
+    async def close(self) -> None:
+        """Nothing to stop: a closed form has no engine."""
+
     def _table(self, temperature: float) -> RowTable:
         # A run asks at one temperature; keeping the latest bounds memory whatever is asked.
         if temperature not in self._tables:

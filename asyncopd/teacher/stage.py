@@ -72,6 +72,10 @@ class ScoreStage:
         self._worker.status["num_trajectories"] += len(trajectories)
         self._worker.status["num_tokens"] += num_tokens
 
+    async def close(self) -> None:
+        """Stop the teacher's engine."""
+        await self._scorer.close()
+
     def _claim_next(self) -> NextShard | None:
         """What to do next; None when there is nothing to do right now."""
         if self._plan.order == "arrival" and num_taken(self._log.arrivals()) >= self._plan.num_indices:

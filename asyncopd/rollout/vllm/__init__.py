@@ -1,0 +1,1 @@
+"""The vLLM sampler: `sampler` runs in the role's process, `recorder` inside vLLM's engine process."""

@@ -1,0 +1,103 @@
+"""Starting a vLLM engine for a model directory: one place for the settings both roles share, public names only.
+
+config.json + model.safetensors --AsyncLLM--> engine process (weights, KV cache, scheduler)
+   token ids in, token ids out: vLLM's tokenizer is never loaded
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from asyncopd.config.vllm import VllmEngine
+from asyncopd.errors import EngineError
+
+
+def new_model_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for weights that an engine process loads; in memory where the machine has /dev/shm."""
+    shared_memory = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(
+        prefix="asyncopd-vllm-", dir=shared_memory if os.access(shared_memory, os.W_OK) else None
+    )
+
+
+def write_model(folder: Path, architecture: Mapping[str, Any], safetensors: bytes) -> None:
+    """Write a model as vLLM and transformers read it; replaces an earlier one."""
+    # vLLM takes a configuration that names no class for an embedding model.
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture["model_type"]]
+    (folder / "config.json").write_text(json.dumps({**architecture, "architectures": [name]}))
+    # Renamed, not overwritten: a worker may have the old file mapped.
+    unfinished = folder / "model.unfinished"
+    unfinished.write_bytes(safetensors)
+    unfinished.replace(folder / "model.safetensors")
+
+
+async def start_engine(
+    model: str,
+    settings: VllmEngine,
+    *,
+    name: str,
+    max_context: int,
+    max_sequences: int,
+    worker_extension: str = "asyncopd.vllm_worker.EngineWorker",
+    **changes: Any,
+) -> AsyncLLM:
+    """An engine that serves `model`, loaded in its own process. Takes 10 to 60 s; the event loop goes on meanwhile.
+
+    Args:
+        model: directory in Hugging Face format, or a hub name.
+        name: names the engine in errors.
+        max_context: most tokens of prompt and response together.
+        max_sequences: responses in one batch.
+        worker_extension: a subclass of `EngineWorker`.
+        changes: further engine arguments.
+    Raises:
+        EngineError: vLLM cannot serve the model, or did not start.
+    """
+    if settings.devices:
+        number = int(os.environ.get("ASYNCOPD_ROLE_NUMBER", "0"))
+        os.environ["CUDA_VISIBLE_DEVICES"] = settings.devices[number % len(settings.devices)]
+    if current_platform.is_cpu():
+        # Bound threads of several engines would all sit on the machine's first cores.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    arguments = AsyncEngineArgs(
+        model=model,
+        runner="generate",
+        skip_tokenizer_init=True,
+        dtype=settings.dtype,
+        max_model_len=max_context,
+        max_num_seqs=max_sequences,
+        max_num_batched_tokens=max(max_context, min(settings.max_batched_tokens, max_sequences * max_context)),
+        gpu_memory_utilization=settings.memory_fraction,
+        kv_cache_memory_bytes=settings.kv_cache_bytes,
+        tensor_parallel_size=settings.tensor_parallel,
+        enforce_eager=not settings.compile,
+        # Sampling defaults of generation_config.json must not change the law.
+        generation_config="vllm",
+        disable_log_stats=True,
+        worker_extension_cls=worker_extension,
+        **changes,
+    )
+    try:
+        # In a thread: the role's heartbeats go on, and vLLM starts its output loop at the first request.
+        engine = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+        await engine.collective_rpc("end_with", args=(os.getpid(),))
+        return engine
+    except Exception as error:
+        raise EngineError(
+            f"{name}: vLLM could not serve {model}: {type(error).__name__}: {error}. The engine process's own lines "
+            "are above in this role's log. Expected an architecture vLLM knows (heads of at least 32 on a CPU) and "
+            "memory for weights and KV cache."
+        ) from error

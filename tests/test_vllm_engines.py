@@ -1,0 +1,152 @@
+"""What only the vLLM engines do: weights that change under running responses, and processes that die."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import pytest_asyncio
+from engine_models import LAW, byte_model, engine_processes, requests, sampler_of
+from hf_models import law_rows, sample_all, weights
+
+from asyncopd.config import load_config
+from asyncopd.errors import ConfigError, EngineError
+from asyncopd.types import Trajectory
+from flows.preflight_vllm import check_vllm
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.vllm]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def sampler() -> AsyncIterator[Any]:
+    async with sampler_of("vllm", byte_model()) as made:
+        yield made
+
+
+def endless(seed: int) -> Any:
+    return byte_model(seed=seed, eos_bias=-9.0)
+
+
+async def refreshed_in_flight(sampler: Any, old: Any, new: Any) -> list[Trajectory]:
+    """Sixty responses of 90 tokens on 16 slots, during which the weights change from `old` to `new`."""
+    await sampler.refresh(weights(old, sampler.version.number + 1))
+    running = asyncio.gather(*(sampler.sample(request) for request in requests(60, max_new_tokens=90)))
+    await asyncio.sleep(0.3)
+    await sampler.refresh(weights(new, sampler.version.number + 1))
+    return list(await running)
+
+
+def largest_error(trajectory: Trajectory, model: Any, tokens: slice) -> float:
+    rows_TV = law_rows(model, trajectory.prompt_ids, trajectory.response_ids, **LAW)
+    expected_T = rows_TV[np.arange(len(rows_TV)), trajectory.response_ids]
+    return float(np.abs(trajectory.behaviour_logprobs_T - expected_T)[tokens].max(initial=0.0))
+
+
+async def test_tokens_are_those_of_the_hf_engine(sampler: Any) -> None:
+    model = byte_model(seed=12)
+    await sampler.refresh(weights(model, sampler.version.number + 1))
+    made = await sample_all(sampler, requests(30))
+    async with sampler_of("hf", model) as reference:
+        expected = await sample_all(reference, requests(30))  # type: ignore[arg-type]
+    same = [made[index].response_ids.tolist() == expected[index].response_ids.tolist() for index in made]
+    # A logit that rounds otherwise may move a draw across an edge; that is rarer than one response in thirty.
+    assert sum(same) >= 29
+
+
+async def test_rebuild_keeps_tokens_and_goes_on_as_if_the_new_weights_had_read_them(sampler: Any) -> None:
+    old, new = endless(1), endless(2)
+    made = await refreshed_in_flight(sampler, old, new)
+    version = sampler.version.number
+    assert await sampler.weight_version() == f"{version}.0"
+    changed = [t for t in made if [run.version for run in t.version_runs] == [version - 1, version]]
+    assert len(changed) >= 8
+    for trajectory in changed:
+        kept = trajectory.version_runs[0].length
+        assert largest_error(trajectory, old, slice(0, kept)) < 1e-3
+        assert largest_error(trajectory, new, slice(kept, None)) < 1e-3
+        assert len(trajectory.response_ids) == 90
+
+
+async def test_keep_goes_on_with_the_old_cache(sampler: Any) -> None:
+    sampler._settings = sampler._settings.model_copy(update={"in_flight": "keep"})
+    old, new = endless(3), endless(4)
+    made = await refreshed_in_flight(sampler, old, new)
+    version = sampler.version.number
+    changed = [t for t in made if [run.version for run in t.version_runs] == [version - 1, version]]
+    assert len(changed) >= 8
+    # The first keys and values are the old weights', so these are nobody's log-probs.
+    assert max(largest_error(t, new, slice(t.version_runs[0].length, None)) for t in changed) > 1e-2
+    # What starts under the new version is the new weights' alone.
+    for trajectory in await asyncio.gather(*(sampler.sample(request) for request in requests(20))):
+        assert largest_error(trajectory, new, slice(None)) < 1e-3
+
+
+async def test_finish_gives_every_response_one_version(sampler: Any) -> None:
+    sampler._settings = sampler._settings.model_copy(update={"in_flight": "finish"})
+    old, new = endless(5), endless(6)
+    made = await refreshed_in_flight(sampler, old, new)
+    assert all(len(t.version_runs) == 1 for t in made)
+    for trajectory in made:
+        model = new if trajectory.version_runs[0].version == sampler.version.number else old
+        assert largest_error(trajectory, model, slice(None)) < 1e-3
+
+
+async def test_busy_intervals_cover_the_work_and_no_more(sampler: Any) -> None:
+    sampler.busy_intervals()
+    before = time.time()
+    await sample_all(sampler, requests(10))
+    after = time.time()
+    await asyncio.sleep(0.2)
+    intervals = sampler.busy_intervals()
+    assert 0 < sum(end - start for start, end in intervals) <= after - before
+    assert sampler.busy_intervals() == []
+
+
+async def test_an_engine_process_that_is_killed_fails_its_responses_by_name(sampler: Any) -> None:
+    await sampler.refresh(weights(endless(7), sampler.version.number + 1))
+    (worker,) = [process for process in engine_processes(psutil.Process()) if "Worker" in " ".join(process.cmdline())]
+    running = [asyncio.ensure_future(sampler.sample(request)) for request in requests(80, max_new_tokens=90)]
+    await asyncio.sleep(0.1)
+    worker.kill()
+    outcomes = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 30)
+    failures = [outcome for outcome in outcomes if not isinstance(outcome, Trajectory)]
+    assert len(failures) >= 32
+    for failure in failures:
+        assert isinstance(failure, EngineError)
+        assert "the vLLM sampler's engine" in str(failure)
+    with pytest.raises(EngineError):
+        await sampler.refresh(weights(byte_model(), 99))
+
+
+# -- refusals before anything starts ------------------------------------------------------------------------------
+def config(**overrides: Any) -> Any:
+    return load_config({}, {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+async def test_models_vllm_cannot_serve_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"student: heads of 48 / 4 = 12; vLLM's CPU attention"):
+        check_vllm(config(rollout__engine="vllm"))
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForSequenceClassification"]}))
+    pretrained = {"engine": "vllm", "model": {"kind": "pretrained", "path": str(tmp_path)}}
+    with pytest.raises(ConfigError, match=r"Qwen3ForSequenceClassification.*models that generate text"):
+        check_vllm(config(teacher=pretrained))
+
+    exact = {"kind": "tiny", "hidden_size": 64, "num_heads": 2, "max_context": 195}
+    with pytest.raises(ConfigError, match=r"a context of 195 tokens; engine vllm needs 196"):
+        check_vllm(config(teacher={"engine": "vllm", "model": exact}))
+
+
+async def test_http_teachers_of_large_vocabularies_are_held_to_their_top_k(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 151_936}))
+    student = {"kind": "pretrained", "path": str(tmp_path)}
+    teacher = {"engine": "openai", "urls": ["http://127.0.0.1:8000"], "model": "qwen"}
+    with pytest.raises(ConfigError, match=r"student's candidates, evaluate.every 25 would need all 151936"):
+        check_vllm(config(student=student, teacher=teacher))
+    check_vllm(config(student=student, teacher=teacher, loss={"name": "npd"}, evaluate__every=0))

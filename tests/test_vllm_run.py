@@ -1,0 +1,70 @@
+"""A run through the deployment with vLLM as sampler and as teacher, whose sampling engine is killed on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pipeline
+import pytest
+import yaml
+from engine_models import SMALL_CACHE, engine_processes, is_engine
+from test_deployment import Stack, _is_gone, stack, until
+
+from asyncopd.config import load_config
+
+__all__ = ["stack"]
+pytestmark = pytest.mark.vllm
+NUM_STEPS = 12
+MODEL: dict[str, Any] = {
+    "kind": "tiny", "num_layers": 1, "hidden_size": 64, "num_heads": 2, "pretrain": {"num_steps": 30},
+}  # fmt: skip
+
+
+def test_a_run_outlives_the_death_of_its_sampling_engine(stack: Stack) -> None:
+    changes: dict[str, Any] = {
+        "student": MODEL,
+        "teacher": {
+            "engine": "vllm",
+            "model": {**MODEL, "pretrain": {"num_steps": 30, "seed": 1}},
+            "vllm": SMALL_CACHE,
+        },
+        "rollout": {**pipeline.SMALL["rollout"], "engine": "vllm", "vllm": SMALL_CACHE},
+        "learner": {**pipeline.SMALL["learner"], "num_steps": NUM_STEPS},
+        "evaluate": {"every": NUM_STEPS, "num_prompts": 8},
+        "limits": {"deadline_s": 300, "poll_s": 0.05, "heartbeat_s": 0.5, "lease_s": 5},
+    }
+    config = stack.config.parent / "vllm.yaml"
+    config.write_text(yaml.safe_dump({**yaml.safe_load(stack.config.read_text()), **changes}))
+    log = stack.log("vllm")
+    with stack.start("train", str(config), "--run-id", "vllm") as training:
+        until(lambda: len(log.steps()) >= 2 or training.poll() is not None, 240, "two steps")
+        scorer = stack.recorded()["score-0"]
+        sampling, scoring = engine_processes(stack.recorded()["rollout-0"]), engine_processes(scorer)
+        assert sampling
+        assert scoring
+        sampling[0].kill()
+        scorer.kill()
+        # vLLM's engine processes outlive a killed parent; ours must not.
+        until(lambda: all(_is_gone(process) for process in scoring), 10, "the killed scorer's engine to end")
+        output, _ = training.communicate(timeout=300)
+    assert training.returncode == 0, output
+    assert f"Trained {NUM_STEPS} of {NUM_STEPS} steps" in output
+    steps = log.steps()
+    assert [index for step in steps for index in step.indices.indices] == list(range(8 * NUM_STEPS))
+    assert max(staleness for step in steps for staleness in step.staleness_tokens) <= 2
+    (failure,) = log.failures()
+    assert failure.role == "rollout"
+    assert "the vLLM sampler's engine" in failure.reason
+    for step in steps:
+        for shard in (step.indices.start, step.indices.start + 4):
+            trajectories = log.read_trajectories(next(s for s in log.trajectory_shards() if s.start == shard))
+            assert all(t.version_last <= step.step for t in trajectories)
+    assert not [p for p in stack.everything() if is_engine(p)]
+
+
+@pytest.mark.parametrize("name", ["walk_vllm", "gsm8k_qwen3"])
+def test_the_configurations_for_vllm_are_complete(name: str) -> None:
+    loaded = load_config(Path(__file__).parent.parent / "configs" / f"{name}.yaml")
+    assert loaded.rollout.engine == "vllm"
+    assert loaded.teacher.engine == "vllm"
