@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 
 from asyncopd import __version__, stack
+from asyncopd.cli_serve import add_serve
 from asyncopd.cli_study import add_study
 from asyncopd.cli_worker import add_worker
 from asyncopd.config import RunConfig, load_config, parse_override
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     config.set_defaults(run=_config)
 
     add_study(commands)
+    add_serve(commands)
     add_worker(commands)
     return parser
 

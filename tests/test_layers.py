@@ -44,7 +44,7 @@ ONLY_IN = {
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    for package in ("asyncopd", "storage", "flows"):
+    for package in ("asyncopd", "storage", "flows", "api"):
         for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
