@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from api import configs, health, observe, problems, runs, trajectories
+from api import configs, health, observe, pages, problems, runs, trajectories
 from api.feed import Hub
 from api.health import RequestMeter, RunCollector
 from api.launcher import RunLauncher
@@ -42,6 +42,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.hub = Hub(reader, settings.poll_s)
     for router in (runs.router, observe.router, trajectories.router, configs.router, health.router):
         app.include_router(router)
+    pages.install(app)
     problems.install(app)
     # The last added is the outermost: what Limits refuses is metered too.
     app.add_middleware(Limits, settings=settings)

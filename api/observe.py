@@ -22,6 +22,7 @@ from api.schemas import (
     Policy,
     PolicyList,
     Staleness,
+    Throughput,
     Timeline,
 )
 from api.security import Reader
@@ -99,6 +100,22 @@ def get_staleness(
         tokens=[[sum(s.staleness_tokens.get(age, 0) for s in group) for group in groups] for age in versions],
         max_staleness=fold.config.staleness.max_staleness,
     )
+
+
+@router.get("/throughput", operation_id="get_throughput", responses=responses(404))
+def get_throughput(fold: Fold, max_points: MaxPoints = 60) -> Throughput:
+    """Response tokens per second of rollout, scoring and learning."""
+    stages = {**fold.shard_tokens(), "trained": [(step.finished, step.num_tokens) for step in fold.steps]}
+    times = [when for events in stages.values() for when, _ in events]
+    if not times or min(times) == max(times):
+        return Throughput(seconds=[], generated=[], scored=[], trained=[])
+    edges = np.linspace(min(times), max(times), max_points + 1)
+    rates = {
+        stage: np.histogram([t for t, _ in events], edges, weights=[n for _, n in events])[0] / (edges[1] - edges[0])
+        for stage, events in stages.items()
+    }
+    middles = (edges[:-1] + edges[1:]) / 2 - edges[0]
+    return Throughput(seconds=middles.tolist(), **{stage: rate.tolist() for stage, rate in rates.items()})
 
 
 @router.get("/policies", operation_id="list_policies", responses=responses(404))

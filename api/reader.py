@@ -11,12 +11,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 from api.problems import ProblemError
 from api.schemas import Latest, Progress, Run, RunStatus
 from asyncopd.config import RunConfig
 from asyncopd.errors import StorageError
-from asyncopd.types import Evaluation, TrainStep
+from asyncopd.types import Evaluation, IndexRange, TrainStep
 from storage.launches import LaunchLog, WishRecord
 from storage.layout import check_run_id
 from storage.objects import ObjectStore
@@ -45,6 +46,7 @@ class RunFold:
         self.evaluations: list[Evaluation] = []
         self.failures: list[Failure] = []
         self.num_rewinds = 0
+        self._shard_tokens: dict[str, dict[IndexRange, tuple[float, int]]] = {"generated": {}, "scored": {}}
         self._looked = 0.0
         self._lock = threading.Lock()
 
@@ -55,6 +57,20 @@ class RunFold:
                 self._read()
                 self._looked = time.monotonic()
         return self
+
+    def shard_tokens(self) -> dict[str, list[tuple[float, int]]]:
+        """`generated` and `scored` -> (Unix time of publication, tokens) of every shard; each manifest is read once."""
+        teacher = self.config.teacher.name
+        log = self.log
+        for stage, shards, find in (
+            ("generated", log.trajectory_shards(), log.find_trajectories),
+            ("scored", log.score_shards(teacher), partial(log.find_scores, teacher)),
+        ):
+            known = self._shard_tokens[stage]
+            for shard in shards:
+                if shard not in known and (manifest := find(shard)) is not None:
+                    known[shard] = (manifest.created, int(manifest.facts["num_tokens"]))
+        return {stage: list(known.values()) for stage, known in self._shard_tokens.items()}
 
     def _read(self) -> None:
         rewinds = self.log.rewinds()

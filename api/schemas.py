@@ -161,6 +161,15 @@ class Staleness(Schema):
     max_staleness: int = field("The bound the run was given.", 2)
 
 
+class Throughput(Schema):
+    """Response tokens per second by stage, over time."""
+
+    seconds: list[float] = field("Middle of each stretch, seconds since the first shard.", [0.5, 1.5])
+    generated: list[Number] = field("Sampled, by the time their shard was published.", [11_000.0, 12_000.0])
+    scored: list[Number] = field("Scored, by the same.", [9_000.0, 12_500.0])
+    trained: list[Number] = field("Trained, by the end of their step.", [8_000.0, 11_900.0])
+
+
 class Policy(Schema):
     """A published version of the student."""
 
