@@ -23,6 +23,7 @@ from asyncopd.cli_export import add_export
 from asyncopd.cli_maintain import add_maintain
 from asyncopd.cli_plan import add_plan
 from asyncopd.cli_replay import add_replay
+from asyncopd.cli_serve import add_serve
 from asyncopd.cli_sql import add_sql
 from asyncopd.cli_study import add_study
 from asyncopd.cli_worker import add_worker
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     config.set_defaults(run=_config)
 
     add_study(commands)
+    add_serve(commands)
     add_worker(commands)
     add_chaos(commands)
     add_maintain(commands)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,20 @@ class FlowRun:
         """Ask Prefect to cancel it; the flow stops its roles within seconds."""
         body = {"state": {"type": "CANCELLING", "name": "Cancelling"}, "force": False}
         _request("POST", f"/flow_runs/{self.id}/set_state", body)
+
+
+def create_flow_run(
+    deployment: str, parameters: Mapping[str, Any], *, name: str, idempotency_key: str | None = None
+) -> FlowRun:
+    """Start a deployment by name, for example `asyncopd/train`; a second call with one key finds the first's run.
+
+    Raises:
+        ServerAwayError: no server answers.
+        StackError: there is no such deployment.
+    """
+    found = _request("GET", f"/deployments/name/{deployment}")
+    body = {"parameters": dict(parameters), "name": name, "idempotency_key": idempotency_key}
+    return FlowRun(_request("POST", f"/deployments/{found['id']}/create_flow_run", body)["id"])
 
 
 def _request(method: str, path: str, body: dict[str, Any] | None = None) -> Any:

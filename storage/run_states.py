@@ -34,13 +34,15 @@ class RunStateLog:
 
     def run_state(self) -> RunState | None:
         """The latest state; None while nobody recorded one. One request when nothing changed, so it can be polled."""
-        records = self._states.read()
-        if not records:
-            return None
-        last = records[-1]
-        return RunState(
-            number=len(records), state=last["state"], reason=last["reason"], by=last["by"], recorded=last["recorded"]
-        )
+        states = self.run_states()
+        return states[-1] if states else None
+
+    def run_states(self) -> list[RunState]:
+        """Every state recorded, oldest first."""
+        return [
+            RunState(number=number, state=r["state"], reason=r["reason"], by=r["by"], recorded=r["recorded"])
+            for number, r in enumerate(self._states.read(), start=1)
+        ]
 
     def record_state(self, state: RunStateName, *, by: str, reason: str = "") -> int:
         """Append a state. `by` names the flow run, so that a flow ends only what it began itself."""

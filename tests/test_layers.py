@@ -29,7 +29,7 @@ LAYERS = [
     ("flows.wiring", 3), ("flows.wiring_vllm", 3), ("flows.work", 3), ("flows.preflight", 3),
     ("flows.preflight_vllm", 3),
     ("flows", 4), ("asyncopd.cli", 4), ("asyncopd.cli_study", 1), ("asyncopd.cli_worker", 4), ("asyncopd.cli_chaos", 4),
-    ("asyncopd.cli_maintain", 3), ("asyncopd.cli_plan", 4),
+    ("asyncopd.cli_maintain", 3), ("asyncopd.cli_plan", 4), ("asyncopd.cli_serve", 4), ("api", 4),
     ("asyncopd.cli_sql", 4), ("asyncopd.cli_export", 4), ("asyncopd.sql_shell", 4), ("asyncopd.sql_format", 1),
 ]  # fmt: skip
 SIBLINGS = (
@@ -51,7 +51,7 @@ ONLY_IN = {
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    for package in ("asyncopd", "storage", "flows"):
+    for package in ("asyncopd", "storage", "flows", "api"):
         for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path

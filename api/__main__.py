@@ -1,0 +1,54 @@
+"""`python -m api`: the service's process. `asyncopd serve` becomes it."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from api.main import create_app
+from api.settings import ServiceSettings
+from asyncopd.cli_serve import tokens_path
+from asyncopd.errors import AsyncOPDError, StackError
+
+
+def main() -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="asyncopd serve", description=__doc__)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--configs", type=Path, required=True)
+    arguments = parser.parse_args()
+    settings = ServiceSettings(
+        root=arguments.root, configs=arguments.configs, tokens=tokens_path(), host=arguments.host, port=arguments.port
+    )
+    try:
+        app = create_app(settings)
+        _check_port(settings.host, settings.port)
+    except AsyncOPDError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"serving {settings.root} at http://{settings.host}:{settings.port}", flush=True)
+    # Access logs off: they would hold every query string; a stream must not hold up the end.
+    uvicorn.run(
+        app, host=settings.host, port=settings.port, access_log=False, log_level="warning", server_header=False,
+        timeout_graceful_shutdown=3,
+    )  # fmt: skip
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise StackError(
+            f"port {port} of {host} cannot be bound: {error.strerror or error}. Choose another with --port."
+        ) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""`/healthz`, `/readyz` and `/metrics`: for load balancers, operators and Prometheus."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.problems import responses
+from api.reader import RunReader
+from api.schemas import Check, Health, Readiness, Run
+from api.security import Reader
+from api.state import Runs
+from asyncopd import __version__
+from asyncopd.errors import StorageError
+from asyncopd.stack import api_url, server_answers
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", operation_id="get_health")
+def get_health() -> Health:
+    """The process is alive. Needs no token."""
+    return Health(version=__version__)
+
+
+@router.get("/readyz", operation_id="get_readiness", responses={503: {"model": Readiness, "description": "Not ready"}})
+def get_readiness(runs: Runs, response: Response) -> Readiness:
+    """Does storage answer, and can runs be launched? Needs no token and names no run."""
+    checks = {"storage": _storage(runs), "prefect": _prefect()}
+    ready = all(check.ok for check in checks.values())
+    response.status_code = 200 if ready else 503
+    return Readiness(ready=ready, checks=checks)
+
+
+@router.get("/metrics", operation_id="get_prometheus_metrics", dependencies=[Reader], responses=responses(),
+            response_class=Response)  # fmt: skip
+def get_prometheus_metrics(request: Request) -> Response:
+    """Prometheus exposition; runs that are over are counted, not listed."""
+    return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _storage(runs: RunReader) -> Check:
+    try:
+        runs.store.folder("runs")
+    except StorageError as error:
+        return Check(ok=False, detail=str(error))
+    return Check(ok=True, detail="the storage root answers")
+
+
+def _prefect() -> Check:
+    if server_answers():
+        return Check(ok=True, detail=f"{api_url()} answers")
+    return Check(ok=False, detail=f"no Prefect server answers at {api_url()}; start it with `asyncopd up`. Runs can be "
+                                  "looked at, not launched.")  # fmt: skip
+
+
+_GAUGES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
+    ("asyncopd_trained_steps", "Optimizer steps trained.", lambda run: run.progress.steps),
+    ("asyncopd_trained_tokens", "Response tokens trained.", lambda run: run.progress.tokens),
+    ("asyncopd_train_loss_nats", "Loss of the last step.", lambda run: run.latest.loss_nats),
+    ("asyncopd_train_kl_nats", "KL to the teacher on the last step.", lambda run: run.latest.kl_nats),
+    ("asyncopd_train_drift_nats", "Drift on the last step.", lambda run: run.latest.drift_nats),
+    (
+        "asyncopd_train_staleness_mean_versions",
+        "Mean staleness of the last step.",
+        lambda run: run.latest.staleness_mean_versions,
+    ),
+    ("asyncopd_eval_accuracy_ratio", "Held-out accuracy.", lambda run: run.latest.accuracy),
+)
+
+
+class RunCollector(Collector):
+    """Gauges of the runs that go on, read from storage when asked."""
+
+    def __init__(self, reader: RunReader) -> None:
+        self._reader = reader
+
+    def collect(self) -> Iterator[Metric]:
+        runs = [self._reader.run(run_id) for run_id in self._reader.ids()]
+        by_status = GaugeMetricFamily("asyncopd_runs", "Runs by status.", labels=["status"])
+        for status in sorted({run.status for run in runs}):
+            by_status.add_metric([status], sum(run.status == status for run in runs))
+        yield by_status
+        live = [run for run in runs if run.status == "running"]
+        for name, about, value_of in _GAUGES:
+            gauge = GaugeMetricFamily(name, about, labels=["run"])
+            for run in live:
+                if (value := value_of(run)) is not None:
+                    gauge.add_metric([run.id], value)
+            yield gauge
+
+
+class RequestMeter:
+    """ASGI middleware that counts and times requests by route, never by path: paths hold ids."""
+
+    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+        self._app = app
+        labels = ("route", "method", "code")
+        self._count = Counter("asyncopd_http_requests", "Requests answered.", labels, registry=registry)
+        self._seconds = Histogram(
+            "asyncopd_http_request_duration_seconds", "Time to the last byte.", labels, registry=registry
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, code = time.perf_counter(), 500
+
+        async def send_counted(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_counted)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self._count.labels(route, scope["method"], code).inc()
+            if not route.endswith("/stream"):
+                self._seconds.labels(route, scope["method"], code).observe(time.perf_counter() - began)

@@ -1,0 +1,146 @@
+"""Starting and stopping runs: what is asked is stored first, then Prefect is told. Repeating any call is harmless.
+
+create: idempotency key -> launch record -> flow run        a crash between two of them is mended by the repeat
+stop:   wish -> flow run cancelled -> the flow records `stopped` -> paused or cancelled
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from api.problems import ProblemError
+from api.reader import TERMINAL, RunReader
+from api.schemas import Run, RunCreate
+from asyncopd.config import RunConfig, load_config
+from asyncopd.errors import ConfigError
+from asyncopd.flow_runs import FlowRun, create_flow_run
+from storage.launches import LaunchLog, Wish
+
+TRAIN = "asyncopd/train"
+
+
+@dataclass(frozen=True)
+class Launched:
+    """The run of a POST, and whether an earlier POST made it."""
+
+    run: Run
+    replayed: bool
+
+
+class RunLauncher:
+    """Launches and stops runs of one storage root."""
+
+    def __init__(self, reader: RunReader, *, root: str, configs: Path) -> None:
+        self._reader, self._root, self._configs = reader, root, configs
+        self._launches: LaunchLog = reader.launches
+
+    def config_names(self) -> list[str]:
+        """Names that `config_name` may have, sorted."""
+        return sorted(path.stem for path in self._configs.glob("*.yaml"))
+
+    def config(self, name: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+        """A configuration by name. Raises ProblemError when the folder holds none of that name."""
+        return load_config(self.path(name), overrides)
+
+    def path(self, name: str) -> Path:
+        """The file of a configuration. Raises ProblemError when the folder holds none of that name."""
+        # Looked up in the listing, never joined into a path: a name cannot lead out of the folder.
+        found = next((path for path in self._configs.glob("*.yaml") if path.stem == name), None)
+        if found is None:
+            raise ProblemError(
+                422, "no-such-config", f"There is no configuration {name!r}. Expected one of {self.config_names()}."
+            )
+        return found
+
+    def create(self, asked: RunCreate, idempotency_key: str | None) -> Launched:
+        """Launch a run.
+
+        Raises:
+            ProblemError: 409 for an id or idempotency key that already stands for something else.
+            ConfigError: the configuration cannot work.
+            ServerAwayError: Prefect does not answer; the launch is stored, and repeating the request goes on with it.
+        """
+        config = self._resolve(asked)
+        digest = hashlib.sha256(json.dumps(asked.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        run_id = asked.run_id or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+        mine = {"run_id": run_id, "body_sha256": digest}
+        if idempotency_key is not None:
+            known = self._launches.claim_key(idempotency_key, mine)
+            if known["body_sha256"] != digest:
+                raise ProblemError(
+                    409, "idempotency-key-reused",
+                    f"This Idempotency-Key launched {known['run_id']} with another body. Use a new key for a new run.",
+                )  # fmt: skip
+            run_id = known["run_id"]
+        launch = {"config": config.model_dump(mode="json"), "body_sha256": digest}
+        replayed = not self._launches.record_launch(run_id, launch)
+        if replayed:
+            self._check_same(run_id, digest, idempotency_key)
+        elif self._reader.find_fold(run_id) is not None:
+            raise ProblemError(409, "run-exists", f"Run {run_id} exists. Choose another run_id, or resume it.")
+        if self._launches.find_flow_run(run_id) is None:
+            self._start(run_id, {"config": launch["config"], "run_id": run_id}, idempotency_key=run_id)
+        return Launched(self._reader.run(run_id), replayed)
+
+    def stop(self, run_id: str, wish: Wish) -> Run:
+        """Pause or cancel: the flow stops every role within ten seconds, and nothing stored is lost.
+
+        Raises:
+            ProblemError: 404, or 409 when the run is over.
+        """
+        run = self._reader.run(run_id)
+        if run.status in TERMINAL:
+            if run.status == ("paused" if wish == "paused" else "cancelled"):
+                return run
+            raise ProblemError(409, "run-is-over", f"Run {run_id} is {run.status}; there is nothing to stop.")
+        self._launches.record_wish(run_id, wish)
+        if run.flow_run_id is not None:
+            FlowRun(run.flow_run_id).cancel()
+        return self._reader.run(run_id)
+
+    def resume(self, run_id: str) -> Run:
+        """Go on with a run that was paused, cancelled or failed.
+
+        Raises:
+            ProblemError: 404, or 409 when it is finished or still going on.
+        """
+        run = self._reader.run(run_id)
+        if run.status not in ("paused", "cancelled", "failed"):
+            raise ProblemError(409, "run-not-stopped", f"Run {run_id} is {run.status}; only a stopped run is resumed.")
+        self._launches.record_wish(run_id, "running")
+        launch = self._launches.find_launch(run_id)
+        known = self._reader.find_fold(run_id) is not None
+        # A run that its flow never came to create is created now.
+        config = {} if known or launch is None else {"config": launch["config"]}
+        self._start(run_id, {"run_id": run_id, **config})
+        return self._reader.run(run_id)
+
+    def _resolve(self, asked: RunCreate) -> RunConfig:
+        if (asked.config is None) == (asked.config_name is None):
+            raise ProblemError(422, "config-missing", "Give exactly one of `config_name` and `config`.")
+        root = asked.overrides.get("storage.root", self._root)
+        if root != self._root:
+            raise ConfigError(f"storage.root: this service keeps its runs in {self._root}. Leave storage.root out.")
+        overrides = {**asked.overrides, "storage.root": self._root}
+        return load_config(asked.config, overrides) if asked.config else self.config(str(asked.config_name), overrides)
+
+    def _check_same(self, run_id: str, digest: str, idempotency_key: str | None) -> None:
+        launch = self._launches.find_launch(run_id)
+        if idempotency_key is None or launch is None or launch["body_sha256"] != digest:
+            raise ProblemError(
+                409, "run-exists",
+                f"Run {run_id} was launched before. Choose another run_id; an Idempotency-Key makes repeats safe.",
+            )  # fmt: skip
+
+    def _start(self, run_id: str, parameters: Mapping[str, Any], *, idempotency_key: str | None = None) -> None:
+        flow_run = create_flow_run(
+            TRAIN, {**parameters, "root": self._root}, name=run_id, idempotency_key=idempotency_key
+        )
+        self._launches.record_flow_run(run_id, flow_run.id)

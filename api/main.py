@@ -1,0 +1,50 @@
+"""The application factory: settings -> FastAPI. Nothing happens at import."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from api import configs, health, observe, pages, problems, runs, trajectories
+from api.feed import Hub
+from api.health import RequestMeter, RunCollector
+from api.launcher import RunLauncher
+from api.limits import Limits
+from api.reader import RunReader
+from api.security import TokenStore
+from api.settings import ServiceSettings
+from asyncopd import __version__
+from asyncopd.errors import ConfigError
+from storage.open import open_store
+
+ABOUT = "Launch, watch and inspect runs of asynchronous on-policy distillation."
+
+
+def create_app(settings: ServiceSettings) -> FastAPI:
+    """The service over one storage root.
+
+    Raises:
+        ConfigError: it would be reachable from other machines, and no token exists.
+    """
+    tokens = TokenStore(settings.tokens)
+    if not settings.is_loopback and not tokens.names():
+        raise ConfigError(
+            f"host {settings.host} can be reached from other machines, which needs a token, and there is none. Make "
+            "one with `asyncopd token create NAME --scope launch`, or bind to 127.0.0.1."
+        )
+    app = FastAPI(title="AsyncOPD", version=__version__, description=ABOUT, openapi_url="/openapi.json",
+                  docs_url=None, redoc_url=None)  # fmt: skip
+    reader = RunReader(open_store(settings.root))
+    registry = CollectorRegistry()
+    registry.register(RunCollector(reader))
+    app.state.settings, app.state.tokens, app.state.reader, app.state.registry = settings, tokens, reader, registry
+    app.state.launcher = RunLauncher(reader, root=settings.root, configs=settings.configs)
+    app.state.hub = Hub(reader, settings.poll_s)
+    for router in (runs.router, observe.router, trajectories.router, configs.router, health.router):
+        app.include_router(router)
+    pages.install(app)
+    problems.install(app)
+    # The last added is the outermost: what Limits refuses is metered too.
+    app.add_middleware(Limits, settings=settings)
+    app.add_middleware(RequestMeter, registry=registry)
+    return app

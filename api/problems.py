@@ -1,0 +1,136 @@
+"""Errors as RFC 9457 problem details: what happened, what was expected, what to do; never a traceback or a secret.
+
+AsyncOPDError of any kind --_KINDS--> status and type      HTTPException, validation errors --> the same shape
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
+
+from api.schemas import Problem
+from asyncopd.errors import (
+    AsyncOPDError,
+    ConfigError,
+    ObjectMissingError,
+    ServerAwayError,
+    ShardCorruptError,
+    StackError,
+    StorageError,
+)
+
+logger = logging.getLogger(__name__)
+MEDIA_TYPE = "application/problem+json"
+_KINDS: tuple[tuple[type[AsyncOPDError], int, str], ...] = (
+    (ConfigError, 422, "config-refused"),
+    (ObjectMissingError, 404, "not-stored"),
+    (ShardCorruptError, 500, "stored-bytes-corrupt"),
+    (ServerAwayError, 503, "prefect-away"),
+    (StackError, 503, "prefect-refused"),
+    (StorageError, 503, "storage-away"),
+)
+
+
+class ProblemError(Exception):
+    """A refusal of the service itself."""
+
+    def __init__(self, status: int, kind: str, detail: str, headers: dict[str, str] | None = None) -> None:
+        """`kind` is the last part of the problem's type; `detail` says found, expected and what to do."""
+        super().__init__(detail)
+        self.status, self.kind, self.detail, self.headers = status, kind, detail, headers or {}
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries for problems a route may answer with; every route also may with 400, 401, 403, 422 and 429."""
+    return {
+        status: {"model": Problem, "description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {}}}
+        for status in sorted({400, 401, 403, 422, 429, 500, 503, *statuses})
+    }
+
+
+def problem_response(
+    status: int,
+    kind: str,
+    detail: str,
+    *,
+    headers: dict[str, str] | None = None,
+    errors: list[dict[str, Any]] = (),  # type: ignore[assignment]
+) -> JSONResponse:
+    body = Problem(
+        type=f"urn:asyncopd:problem:{kind}", title=HTTPStatus(status).phrase, status=status, detail=detail,
+        errors=list(errors),
+    )  # fmt: skip
+    return JSONResponse(body.model_dump(), status, headers=headers, media_type=MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Give every error of `app` the one shape."""
+    app.add_exception_handler(ProblemError, _of_problem)  # type: ignore[arg-type]
+    app.add_exception_handler(AsyncOPDError, _of_ours)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _http_handler(app))  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, _of_validation)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _of_bug)
+
+
+async def _of_problem(_: Request, error: ProblemError) -> JSONResponse:
+    return problem_response(error.status, error.kind, error.detail, headers=error.headers)
+
+
+async def _of_ours(_: Request, error: AsyncOPDError) -> JSONResponse:
+    status, kind = next(
+        ((status, kind) for kinds, status, kind in _KINDS if isinstance(error, kinds)), (500, "internal")
+    )
+    if status >= 500:
+        logger.warning("%s: %s", type(error).__name__, error)
+    return problem_response(status, kind, str(error))
+
+
+async def _of_validation(_: Request, error: RequestValidationError) -> JSONResponse:
+    errors = [
+        {"where": "/".join(str(part) for part in problem["loc"]), "message": problem["msg"]}
+        for problem in error.errors()
+    ]
+    # A body that is no JSON at all is the client's syntax, not its values.
+    is_syntax = any(problem["type"] == "json_invalid" for problem in error.errors())
+    detail = "; ".join(f"{entry['where']}: {entry['message']}" for entry in errors[:5])
+    return problem_response(
+        400 if is_syntax else 422, "not-json" if is_syntax else "not-valid", f"The request cannot be used. {detail}",
+        errors=errors,
+    )  # fmt: skip
+
+
+def _http_handler(app: FastAPI) -> Callable[[Request, HTTPException], Awaitable[JSONResponse]]:
+    async def of_http(request: Request, error: HTTPException) -> JSONResponse:
+        headers = dict(error.headers or {})
+        detail = str(error.detail)
+        if error.status_code == 404:
+            detail = f"There is nothing at {request.url.path}. The resources are listed at /openapi.json."
+        if error.status_code == 405:
+            # Starlette names the methods of the first matching route only.
+            headers["Allow"] = ", ".join(sorted(_methods(app, request)))
+            detail = f"{request.method} is not possible on {request.url.path}; possible: {headers['Allow']}."
+        kind = {404: "no-such-resource", 405: "no-such-method", 400: "not-readable"}.get(error.status_code, "refused")
+        return problem_response(error.status_code, kind, detail, headers=headers)
+
+    return of_http
+
+
+def _methods(app: FastAPI, request: Request) -> set[str]:
+    methods: set[str] = set()
+    for route in app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return methods
+
+
+async def _of_bug(request: Request, error: Exception) -> JSONResponse:
+    logger.exception("%s %s", request.method, request.url.path, exc_info=error)
+    return problem_response(500, "internal", "The service failed; its log has the reason. Nothing stored is affected.")

@@ -1,0 +1,87 @@
+"""`/v1/runs`: launch, list, look at, stop and resume."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response
+
+from api.problems import responses
+from api.schemas import Run, RunConfigOut, RunCreate, RunPage, RunStatus
+from api.security import Launcher, Reader
+from api.state import Fold, Launches, RunId, Runs
+
+router = APIRouter(prefix="/v1/runs", tags=["runs"])
+
+
+@router.post(
+    "", status_code=201, dependencies=[Launcher], operation_id="create_run", responses=responses(404, 409, 413)
+)
+def create_run(
+    asked: RunCreate,
+    response: Response,
+    launches: Launches,
+    idempotency_key: Annotated[
+        str | None, Header(max_length=200, description="Repeating a request with one key launches once.")
+    ] = None,
+) -> Run:
+    """Launch a run through the deployment `asyncopd/train`. Its state is `queued` until a worker starts the flow."""
+    launched = launches.create(asked, idempotency_key)
+    if launched.replayed:
+        response.status_code = 200
+        response.headers["Idempotency-Replayed"] = "true"
+    response.headers["Location"] = f"/v1/runs/{launched.run.id}"
+    return launched.run
+
+
+@router.get("", dependencies=[Reader], operation_id="list_runs", responses=responses())
+def list_runs(
+    runs: Runs,
+    status: Annotated[list[RunStatus] | None, Query(description="Only runs in one of these states.")] = None,
+    name: Annotated[str | None, Query(description="Only runs whose id starts so.", max_length=100)] = None,
+    after: Annotated[str | None, Query(description="`next_cursor` of the page before.", max_length=200)] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="Runs per page.")] = 20,
+) -> RunPage:
+    """Runs, newest first by creation."""
+    found = sorted((runs.run(run_id) for run_id in runs.ids() if run_id.startswith(name or "")),
+                   key=lambda run: (run.created, run.id), reverse=True)  # fmt: skip
+    found = [run for run in found if status is None or run.status in status]
+    if after is not None:
+        place = next((i for i, run in enumerate(found) if run.id == after), -1)
+        found = found[place + 1 :]
+    page = found[:limit]
+    return RunPage(data=page, next_cursor=page[-1].id if len(found) > limit else None)
+
+
+@router.get("/{run_id}", dependencies=[Reader], operation_id="get_run", responses=responses(404))
+def get_run(run_id: RunId, runs: Runs) -> Run:
+    """One run."""
+    return runs.run(run_id)
+
+
+@router.get("/{run_id}/config", dependencies=[Reader], operation_id="get_run_config", responses=responses(404))
+def get_run_config(fold: Fold) -> RunConfigOut:
+    """The configuration in force, and what resumes changed."""
+    changes = [{"settings": dict(c.settings), "recorded": c.recorded} for c in fold.log.changes()]
+    return RunConfigOut(config=fold.config.model_dump(mode="json"), changes=changes)
+
+
+@router.post("/{run_id}/cancel", status_code=202, dependencies=[Launcher], operation_id="cancel_run",
+             responses=responses(404, 409))  # fmt: skip
+def cancel_run(run_id: RunId, launches: Launches) -> Run:
+    """Stop every role within ten seconds. Nothing stored is lost; `resume` goes on."""
+    return launches.stop(run_id, "cancelled")
+
+
+@router.post("/{run_id}/pause", status_code=202, dependencies=[Launcher], operation_id="pause_run",
+             responses=responses(404, 409))  # fmt: skip
+def pause_run(run_id: RunId, launches: Launches) -> Run:
+    """As cancel, and says that somebody means to go on."""
+    return launches.stop(run_id, "paused")
+
+
+@router.post("/{run_id}/resume", status_code=202, dependencies=[Launcher], operation_id="resume_run",
+             responses=responses(404, 409))  # fmt: skip
+def resume_run(run_id: RunId, launches: Launches) -> Run:
+    """Go on with a paused, cancelled or failed run, from its newest checkpoint."""
+    return launches.resume(run_id)

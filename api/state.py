@@ -1,0 +1,49 @@
+"""The parts that routes share, as dependencies."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Path, Request
+
+from api.feed import Hub
+from api.launcher import RunLauncher
+from api.problems import ProblemError
+from api.reader import RunFold, RunReader
+from api.schemas import RUN_ID_PATTERN
+
+RunId = Annotated[str, Path(pattern=RUN_ID_PATTERN, description="Id of a run.", examples=["walk-7"])]
+
+
+def reader(request: Request) -> RunReader:
+    found: RunReader = request.app.state.reader
+    return found
+
+
+def launcher(request: Request) -> RunLauncher:
+    found: RunLauncher = request.app.state.launcher
+    return found
+
+
+def hub(request: Request) -> Hub:
+    found: Hub = request.app.state.hub
+    return found
+
+
+def fold(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> RunFold:
+    """The run of the path, read up to now; 404 while it does not exist in storage."""
+    return runs.fold(run_id)
+
+
+def known_run(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> str:
+    """The id of the path; 404 when neither a run nor a launch has it. A stream must know before it begins."""
+    if not runs.exists(run_id):
+        raise ProblemError(404, "no-such-run", f"Run {run_id!r} does not exist. GET /v1/runs lists runs.")
+    return run_id
+
+
+Runs = Annotated[RunReader, Depends(reader)]
+Launches = Annotated[RunLauncher, Depends(launcher)]
+Streams = Annotated[Hub, Depends(hub)]
+Fold = Annotated[RunFold, Depends(fold)]
+KnownRun = Annotated[str, Depends(known_run)]

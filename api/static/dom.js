@@ -1,0 +1,39 @@
+// @ts-check
+// Elements from values. Text is always a text node: what models write is never markup.
+
+/** @param {string} tag @param {Record<string, any>} [props] @param {...any} children */
+export function h(tag, props = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(props)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "class") node.className = value;
+    else if (name in node && typeof value !== "string") node[name] = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return node;
+}
+
+/** Replace what `node` holds. */
+export function fill(node, ...children) {
+  node.replaceChildren(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return node;
+}
+
+/** A table whose header cells are [label, isNumber]; cells may be text or elements. */
+export function table(header, rows, caption) {
+  return h("div", { class: "scroll" }, h("table", {},
+    caption && h("caption", { class: "quiet" }, caption),
+    h("thead", {}, h("tr", {}, header.map(([label, numeric]) => h("th", { class: numeric ? "n" : "", scope: "col" }, label)))),
+    h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell, i) => h("td", { class: header[i]?.[1] ? "n" : "" }, cell ?? "–")))))));
+}
+
+export function toast(message) {
+  const line = h("p", {}, message);
+  document.getElementById("toast")?.append(line);
+  setTimeout(() => line.remove(), 9000);
+}
+
+/** The value of a CSS variable, for canvases. */
+export const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();

@@ -1,0 +1,108 @@
+// @ts-check
+// Who works and who waits, for what: a lane per worker. Wheel or +/− zooms, dragging or arrow keys move.
+import { picture } from "./charts.js";
+import { css, h } from "./dom.js";
+
+const LANE = 26, LEFT = 88, TOP = 18;
+
+export function timeline(onWindow) {
+  let known = null, from = 0, to = 1;
+  const detail = h("p", { class: "quiet", "aria-live": "polite" }, "Point at a span to see what it is.");
+  const legend = h("div", { class: "legend" });
+  const holder = h("div");
+  let view = null;
+
+  const colourOf = (lane, activity) => (activity.startsWith("wait:") ? css("--wait") : activity.startsWith("orchestrate:") ? css("--warn") : css(`--${lane.role}`) || css("--accent"));
+
+  function draw(ctx, width) {
+    if (!known) return;
+    const px = (s) => LEFT + ((s - from) / (to - from)) * (width - LEFT);
+    ctx.font = "11px system-ui";
+    ctx.fillStyle = css("--quiet");
+    const step = niceStep((to - from) / Math.max(2, Math.floor((width - LEFT) / 90)));
+    for (let s = Math.ceil(from / step) * step; s <= to; s += step) {
+      ctx.fillRect(px(s), TOP - 4, 1, 4);
+      ctx.fillText(`${+s.toFixed(3)} s`, px(s) + 2, TOP - 6);
+    }
+    known.lanes.forEach((lane, i) => {
+      const y = TOP + i * LANE;
+      ctx.fillStyle = css("--text");
+      ctx.fillText(lane.role, 2, y + 15);
+      ctx.save();
+      ctx.beginPath(); ctx.rect(LEFT, y, width - LEFT, LANE); ctx.clip();
+      for (const waits of [true, false]) {
+        lane.starts.forEach((start, j) => {
+          const activity = lane.activities[j], end = lane.ends[j];
+          if (activity.startsWith("wait:") !== waits || end < from || start > to) return;
+          ctx.fillStyle = colourOf(lane, activity);
+          ctx.fillRect(px(start), y + (waits ? 8 : 3), Math.max(px(end) - px(start), 0.7), waits ? LANE - 16 : LANE - 7);
+        });
+      }
+      ctx.restore();
+    });
+  }
+
+  function zoom(factor, centre = (from + to) / 2) {
+    const span = Math.min(known.duration_s, Math.max(0.05, (to - from) * factor));
+    from = Math.max(0, Math.min(known.duration_s - span, centre - (centre - from) * (span / (to - from))));
+    to = from + span;
+    view.redraw();
+    onWindow?.(from, to);
+  }
+  function move(seconds) {
+    const span = to - from;
+    from = Math.max(0, Math.min(known.duration_s - span, from + seconds));
+    to = from + span;
+    view.redraw();
+    onWindow?.(from, to);
+  }
+  const secondsAt = (event, canvas) => from + ((event.offsetX - LEFT) / (canvas.clientWidth - LEFT)) * (to - from);
+
+  function attach(canvas) {
+    canvas.tabIndex = 0;
+    let dragged = null;
+    canvas.addEventListener("wheel", (e) => { if (e.ctrlKey || e.shiftKey) { e.preventDefault(); zoom(e.deltaY > 0 ? 1.25 : 0.8, secondsAt(e, canvas)); } }, { passive: false });
+    canvas.addEventListener("pointerdown", (e) => { dragged = e.offsetX; canvas.setPointerCapture(e.pointerId); });
+    canvas.addEventListener("pointerup", () => { dragged = null; });
+    canvas.addEventListener("pointermove", (e) => {
+      if (dragged !== null) { move(((dragged - e.offsetX) / (canvas.clientWidth - LEFT)) * (to - from)); dragged = e.offsetX; return; }
+      const lane = known.lanes[Math.floor((e.offsetY - TOP) / LANE)], s = secondsAt(e, canvas);
+      const found = lane?.starts.map((start, j) => j).filter((j) => lane.starts[j] <= s && s <= lane.ends[j]) ?? [];
+      const best = found.sort((a, b) => lane.ends[a] - lane.starts[a] - (lane.ends[b] - lane.starts[b]))[0];
+      if (best !== undefined) detail.textContent = `${lane.worker}: ${lane.activities[best].replace("wait:", "waits for ")} ${lane.details[best]} · ${lane.starts[best].toFixed(2)}–${lane.ends[best].toFixed(2)} s`;
+    });
+    canvas.addEventListener("keydown", (e) => {
+      const act = { "+": () => zoom(0.7), "=": () => zoom(0.7), "-": () => zoom(1.4), ArrowLeft: () => move((from - to) / 5), ArrowRight: () => move((to - from) / 5), 0: () => zoom(1e9) }[e.key];
+      if (act) { e.preventDefault(); act(); }
+    });
+  }
+
+  const buttons = h("div", { class: "row" },
+    h("button", { type: "button", "aria-label": "Zoom in", onclick: () => known && zoom(0.6) }, "+"),
+    h("button", { type: "button", "aria-label": "Zoom out", onclick: () => known && zoom(1.6) }, "−"),
+    h("button", { type: "button", onclick: () => known && zoom(1e9) }, "All"),
+    h("span", { class: "quiet" }, "Shift + wheel zooms, drag moves; keys + − ← → 0"));
+  return {
+    node: h("div", { class: "card" }, h("h2", {}, "Roles"), buttons, holder, detail, legend),
+    set(next) {
+      const whole = !known || to - from >= known.duration_s * 0.999;
+      const lanes = known?.lanes.length;
+      known = next;
+      if (whole) { from = 0; to = Math.max(next.duration_s, 0.05); }
+      if (!view || lanes !== next.lanes.length) {
+        view = picture(TOP + LANE * Math.max(1, next.lanes.length) + 4, "Timeline of the roles", draw);
+        attach(view.canvas);
+        holder.replaceChildren(view.canvas);
+        legend.replaceChildren(...[...new Set(next.lanes.map((l) => l.role))].map((role) => entry(`--${role}`, role)), entry("--warn", "orchestration"), entry("--wait", "waiting"));
+      }
+      view.redraw();
+    },
+  };
+}
+
+const entry = (variable, label) => h("span", {}, h("i", { style: `background:var(${variable})` }), label);
+
+function niceStep(raw) {
+  const power = 10 ** Math.floor(Math.log10(raw || 1));
+  return [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw) ?? 10 * power;
+}

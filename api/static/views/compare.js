@@ -1,0 +1,79 @@
+// @ts-check
+// Several runs on the same axes, and where their configurations differ.
+import { go } from "../app.js";
+import { lineChart } from "../charts.js";
+import { get } from "../client.js";
+import { fill, h, table } from "../dom.js";
+import { int, num, pct } from "../format.js";
+import { CURVES } from "./run.js";
+
+export async function compare(node, _parts, signal) {
+  const ids = [...new Set(new URLSearchParams(location.search).getAll("run"))];
+  const known = (await get("/v1/runs?limit=100", signal)).data.map((run) => run.id);
+  const choice = h("select", { "aria-label": "Add a run", onchange: (e) => e.target.value && go(`/compare?${[...ids, e.target.value].map((i) => `run=${i}`).join("&")}`) },
+    h("option", { value: "" }, "add a run …"), known.filter((id) => !ids.includes(id)).map((id) => h("option", { value: id }, id)));
+  const x = h("select", { "aria-label": "Horizontal axis" }, [["steps", "step"], ["wall_s", "seconds"], ["tokens", "tokens"]].map(([value, label]) => h("option", { value }, label)));
+  const place = h("div");
+  fill(node, h("div", { class: "row spread" }, h("h1", {}, "Compare"), h("div", { class: "row" }, choice, h("label", {}, "against ", x))), place);
+  if (!ids.length) { fill(place, h("p", { class: "quiet" }, "Pick runs here, or tick them in the list of runs.")); return; }
+
+  const loaded = await Promise.all(ids.map(async (id) => {
+    const path = `/v1/runs/${encodeURIComponent(id)}`;
+    const [run, metrics, evals, config] = await Promise.all([get(path, signal), get(`${path}/metrics?max_points=300`, signal), get(`${path}/evals`, signal), get(`${path}/config`, signal)]);
+    return { run, metrics, evals: evals.data, config: flat(config.config) };
+  }));
+  const drop = (id) => go(`/compare?${ids.filter((i) => i !== id).map((i) => `run=${i}`).join("&")}`);
+
+  function draw() {
+    const axis = x.value, charts = [];
+    for (const [title, unit, [key]] of CURVES) {
+      const chart = lineChart({ title, unit, x: axis, series: ids.map((label) => ({ label })) });
+      charts.push([chart, ...merged(loaded.map((l) => [l.metrics[axis], l.metrics.series[key] ?? []]))]);
+    }
+    const quality = lineChart({ title: "Held-out accuracy", x: "version", series: ids.map((label) => ({ label, points: true })), min: 0 });
+    charts.unshift([quality, ...merged(loaded.map((l) => [l.evals.map((e) => e.version), l.evals.map((e) => e.accuracy)]))]);
+    const paired = pairedDifference(loaded);
+    if (paired) charts.unshift(paired);
+    fill(place,
+      h("section", {}, table([["run", 0], ["state", 0], ["steps", 1], ["tokens", 1], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["tokens/s", 1], ["", 0]],
+        loaded.map(({ run }) => [h("a", { href: `/runs/${run.id}`, "data-link": "" }, run.id), run.status, int(run.progress.steps), int(run.progress.tokens), num(run.latest.loss_nats), num(run.latest.kl_nats), pct(run.latest.accuracy), int(run.latest.tokens_per_s),
+          h("button", { type: "button", "aria-label": `Remove ${run.id}`, onclick: () => drop(run.id) }, "remove")]))),
+      h("section", { class: "grid" }, charts.map(([chart]) => chart.node)),
+      h("section", {}, h("h2", {}, "Where the configurations differ"), differences(loaded)));
+    for (const [chart, ...data] of charts) chart.set(...data);
+  }
+  x.addEventListener("change", draw);
+  draw();
+}
+
+/** One sorted x axis for several curves, null where a curve has no point. */
+function merged(curves) {
+  const xs = [...new Set(curves.flatMap(([x]) => x ?? []))].sort((a, b) => a - b);
+  const places = new Map(xs.map((v, i) => [v, i]));
+  return [xs, ...curves.map(([x, y]) => {
+    const out = xs.map(() => null);
+    (x ?? []).forEach((v, i) => { out[places.get(v)] = y[i] ?? null; });
+    return out;
+  })];
+}
+
+/** Replays of one parent trained the same rollouts: their differences are paired, step by step. */
+function pairedDifference(loaded) {
+  if (loaded.length !== 2) return null;
+  const source = (l) => l.run.parent?.run_id ?? l.run.parent?.run ?? l.run.id;
+  if (source(loaded[0]) !== source(loaded[1])) return null;
+  const [xs, a, b] = merged(loaded.map((l) => [l.metrics.steps, l.metrics.series["train/kl_nats"] ?? []]));
+  const chart = lineChart({ title: "Paired difference of KL on the same rollouts", unit: "nats, second − first", series: [{ label: "difference" }] });
+  return [chart, xs, a.map((v, i) => (v === null || b[i] === null ? null : b[i] - v))];
+}
+
+function differences(loaded) {
+  const keys = [...new Set(loaded.flatMap((l) => Object.keys(l.config)))].filter((key) => new Set(loaded.map((l) => JSON.stringify(l.config[key]))).size > 1).sort();
+  if (!keys.length) return h("p", { class: "quiet" }, "Nowhere.");
+  return table([["setting", 0], ...loaded.map((l) => [l.run.id, 0])], keys.map((key) => [key, ...loaded.map((l) => JSON.stringify(l.config[key]) ?? "–")]));
+}
+
+function flat(value, prefix = "") {
+  if (value === null || typeof value !== "object" || Array.isArray(value)) return { [prefix]: value };
+  return Object.assign({}, ...Object.entries(value).map(([key, inner]) => flat(inner, prefix ? `${prefix}.${key}` : key)));
+}

@@ -1,0 +1,91 @@
+// @ts-check
+// A form made from the configuration's own schema. Only what differs from the chosen configuration is sent.
+import { go } from "../app.js";
+import { get, post } from "../client.js";
+import { fill, h } from "../dom.js";
+
+export async function launch(node, _parts, signal) {
+  const { data: configs, json_schema: schema } = await get("/v1/configs", signal);
+  const start = configs.find((c) => c.name === "quickstart") ?? configs[0];
+  const base = h("select", { id: "base" }, configs.map((c) => h("option", { value: c.name, selected: c === start }, c.name)));
+  const about = h("p", { class: "quiet" }), fields = h("div"), wrong = h("div", { role: "alert" });
+  const runId = h("input", { id: "run-id", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]{0,99}", placeholder: "made from name and time", autocomplete: "off" });
+  const button = h("button", { class: "primary" }, "Launch");
+  let chosen = start, inputs = new Map();
+
+  function build() {
+    chosen = configs.find((c) => c.name === base.value);
+    about.textContent = chosen.about;
+    inputs = new Map();
+    const top = [], sections = [];
+    for (const [name, value] of Object.entries(chosen.config)) {
+      if (name === "storage") continue;
+      if (isSection(value)) sections.push(section(name, value));
+      else top.push(field(name, value, propertyOf(schema, schema, name)));
+    }
+    fill(fields, h("fieldset", {}, h("legend", {}, "run"), top), sections);
+  }
+
+  function section(path, value) {
+    const inner = Object.entries(value).map(([name, v]) => (isSection(v) ? section(`${path}.${name}`, v) : field(`${path}.${name}`, v, describe(path, name, value))));
+    return h("details", { open: ["staleness", "learner", "loss"].includes(path) }, h("summary", {}, path), h("fieldset", {}, h("legend", { class: "quiet" }, path), inner));
+  }
+
+  function describe(path, name, siblings) {
+    let options = [schema];
+    for (const part of path.split(".")) options = options.flatMap((s) => variants(schema, propertyOf(schema, s, part)));
+    // Of a union, the variant whose fixed tag the value has.
+    const fits = options.find((s) => Object.entries(s.properties ?? {}).every(([key, p]) => p.const === undefined || siblings[key] === p.const)) ?? options[0];
+    return propertyOf(schema, fits, name);
+  }
+
+  function field(path, value, property = {}) {
+    const id = `field-${path}`;
+    const kinds = [property, ...(property.anyOf ?? [])].map((p) => resolve(schema, p));
+    const options = kinds.flatMap((p) => p.enum ?? []);
+    const number = kinds.find((p) => p.type === "integer" || p.type === "number");
+    let input;
+    if (typeof value === "boolean") input = h("input", { type: "checkbox", id, checked: value });
+    else if (options.length) input = h("select", { id }, options.map((o) => h("option", { value: o, selected: o === value }, o)));
+    else if (number) input = h("input", { type: "number", id, step: number.type === "integer" ? "1" : "any", min: number.minimum, max: number.maximum, value: value ?? "" });
+    else input = h("input", { id, value: typeof value === "string" ? value : JSON.stringify(value), readonly: property.const !== undefined });
+    const read = () => {
+      if (input.type === "checkbox") return input.checked;
+      if (input.type === "number") return input.value === "" ? null : Number(input.value);
+      if (typeof value === "string" || options.length) return input.value;
+      try { return JSON.parse(input.value); } catch { return input.value; }
+    };
+    const row = h("div", { class: "field" }, h("label", { for: id }, path.split(".").pop()), input, property.description && h("small", {}, property.description));
+    input.addEventListener("input", () => row.classList.toggle("changed", JSON.stringify(read()) !== JSON.stringify(value)));
+    inputs.set(path, { read, value });
+    return row;
+  }
+
+  const form = h("form", { onsubmit: async (e) => {
+    e.preventDefault();
+    const overrides = {};
+    for (const [path, { read, value }] of inputs) { const now = read(); if (JSON.stringify(now) !== JSON.stringify(value)) overrides[path] = now; }
+    button.disabled = true;
+    fill(wrong);
+    try {
+      const run = await post("/v1/runs", { config_name: chosen.name, overrides, ...(runId.value ? { run_id: runId.value } : {}) }, { "Idempotency-Key": crypto.randomUUID() });
+      await go(`/runs/${run.id}`);
+    } catch (error) {
+      fill(wrong, h("pre", {}, error.message));
+      wrong.scrollIntoView({ block: "center" });
+    } finally { button.disabled = false; }
+  } },
+    h("div", { class: "field" }, h("label", { for: "base" }, "configuration"), base), about,
+    h("div", { class: "field" }, h("label", { for: "run-id" }, "run id"), runId), fields, wrong, button);
+  base.addEventListener("change", build);
+  fill(node, h("h1", {}, "Launch a run"), h("section", {}, form));
+  build();
+}
+
+const isSection = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
+const resolve = (schema, part) => (part?.$ref ? schema.$defs[part.$ref.split("/").pop()] : part ?? {});
+const variants = (schema, part) => { const p = resolve(schema, part); return (p.oneOf ?? p.anyOf)?.map((v) => resolve(schema, v)) ?? [p]; };
+function propertyOf(schema, part, name) {
+  const property = resolve(schema, part)?.properties?.[name] ?? {};
+  return property.$ref ? { ...resolve(schema, property), ...property, $ref: property.$ref } : property;
+}

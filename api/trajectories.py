@@ -1,0 +1,141 @@
+"""`/v1/runs/{id}/trajectories`: responses, down to single tokens."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Annotated
+
+import numpy as np
+from fastapi import APIRouter, Path, Query
+
+from api.problems import ProblemError, responses
+from api.reader import RunFold
+from api.schemas import Alternative, Token, TrajectoryOut, TrajectoryPage, TrajectorySummary
+from api.security import Reader
+from api.state import Fold
+from asyncopd.config import RunConfig
+from asyncopd.ports import Task, Tokenizer
+from asyncopd.tasks.build import build_task
+from asyncopd.types import IndexRange, TeacherScores, Trajectory
+
+router = APIRouter(prefix="/v1/runs/{run_id}/trajectories", tags=["trajectories"], dependencies=[Reader])
+MAX_SHARDS_READ = 50
+"""A page whose filter matches nothing ends after so many shards, with a cursor to go on from."""
+_building = threading.Lock()
+
+
+@router.get("", operation_id="list_trajectories", responses=responses(404))
+def list_trajectories(
+    fold: Fold,
+    after: Annotated[int, Query(ge=-1, description="`next_cursor` of the page before.")] = -1,
+    limit: Annotated[int, Query(ge=1, le=500, description="Trajectories per page.")] = 50,
+    version: Annotated[int | None, Query(ge=0, description="Only those with tokens of this version.")] = None,
+    correct: Annotated[bool | None, Query(description="Only right, or only wrong ones.")] = None,
+    group: Annotated[str | None, Query(max_length=100, description="Only this difficulty.")] = None,
+    min_tokens: Annotated[int, Query(ge=1, description="Only responses at least this long.")] = 1,
+) -> TrajectoryPage:
+    """Responses in index order, filtered."""
+    found: list[TrajectorySummary] = []
+    shards = [shard for shard in fold.log.trajectory_shards() if shard.stop > after + 1]
+    for number, shard in enumerate(shards):
+        scores = _scores_of(fold, shard)
+        for trajectory in fold.log.read_trajectories(shard):
+            if trajectory.index <= after or len(trajectory.response_ids) < min_tokens:
+                continue
+            if version is not None and all(run.version != version for run in trajectory.version_runs):
+                continue
+            if (correct is not None and trajectory.correct is not correct) or (group and trajectory.group != group):
+                continue
+            found.append(_summary(trajectory, scores.get(trajectory.index)))
+            if len(found) == limit:
+                return TrajectoryPage(data=found, next_cursor=trajectory.index)
+        if number + 1 == MAX_SHARDS_READ and number + 1 < len(shards):
+            return TrajectoryPage(data=found, next_cursor=shard.stop - 1)
+    return TrajectoryPage(data=found)
+
+
+@router.get("/{index}", operation_id="get_trajectory", responses=responses(404))
+def get_trajectory(
+    fold: Fold, index: Annotated[int, Path(ge=0, description="Address in the run.", examples=[128])]
+) -> TrajectoryOut:
+    """A response token by token, with what teacher and student thought at each."""
+    shard = next((shard for shard in fold.log.trajectory_shards() if index in shard.indices), None)
+    trajectory = None
+    if shard is not None:
+        trajectory = next((t for t in fold.log.read_trajectories(shard) if t.index == index), None)
+    if shard is None or trajectory is None:
+        raise ProblemError(
+            404, "no-such-trajectory", f"Index {index} of run {fold.log.run_id} is not produced yet, or was dropped."
+        )
+    scores = _scores_of(fold, shard).get(index)
+    tokenizer = task_of(fold.config).tokenizer
+    step = next((s for s in fold.steps if index in s.indices.indices), None)
+    return TrajectoryOut(
+        summary=_summary(trajectory, scores),
+        prompt=tokenizer.decode(trajectory.prompt_ids.tolist()),
+        response=tokenizer.decode(trajectory.response_ids.tolist()),
+        tokens=list(_tokens(trajectory, scores, tokenizer)),
+        teacher=fold.config.teacher.name,
+        trained_at_step=step.step if step else None,
+        staleness=step.step - trajectory.version_first if step else None,
+    )
+
+
+def task_of(config: RunConfig) -> Task:
+    """The task of a run, for its tokenizer; built once per configuration."""
+    with _building:
+        return _task_of(config.task.model_dump_json(), config.seed)
+
+
+@lru_cache(maxsize=16)
+def _task_of(task: str, seed: int) -> Task:
+    config = RunConfig.model_validate_json(f'{{"task": {task}}}').task
+    if config.kind == "text" and config.tokenizer != "bytes":
+        raise ProblemError(
+            422, "tokenizer-not-loaded",
+            f"The service loads no Hugging Face tokenizer ({config.tokenizer}); read ids through /v1/sql instead.",
+        )  # fmt: skip
+    return build_task(config, seed=seed, tokenizer=None)
+
+
+def _scores_of(fold: RunFold, shard: IndexRange) -> dict[int, TeacherScores]:
+    teacher = fold.config.teacher.name
+    if fold.log.find_scores(teacher, shard) is None:
+        return {}
+    return {scores.index: scores for scores in fold.log.read_scores(teacher, shard)}
+
+
+def _summary(trajectory: Trajectory, scores: TeacherScores | None) -> TrajectorySummary:
+    gap = None if scores is None else float(np.mean(trajectory.behaviour_logprobs_T - scores.sampled_logprobs_T))
+    return TrajectorySummary(
+        index=trajectory.index, prompt_id=trajectory.prompt_id, group=trajectory.group, correct=trajectory.correct,
+        num_tokens=len(trajectory.response_ids), finish_reason=trajectory.finish_reason,
+        version_first=trajectory.version_first, version_last=trajectory.version_last, kl_nats=gap,
+    )  # fmt: skip
+
+
+def _tokens(trajectory: Trajectory, scores: TeacherScores | None, tokenizer: Tokenizer) -> Iterator[Token]:
+    def top(ids: list[int], logprobs: list[float]) -> list[Alternative]:
+        ranked = sorted(zip(ids, logprobs, strict=True), key=lambda pair: -pair[1])[:8]
+        return [Alternative(id=i, text=tokenizer.token_text(i), logprob=logprob) for i, logprob in ranked]
+
+    candidates, versions = trajectory.candidates, trajectory.versions_T
+    for t, token_id in enumerate(trajectory.response_ids.tolist()):
+        teacher_top: list[Alternative] = []
+        if scores is not None:
+            ids, logprobs = scores.topk_ids_TK[t].tolist(), scores.topk_logprobs_TK[t].tolist()
+            if not ids:
+                # No top-k was asked for; what the teacher said about the student's head is the next best thing.
+                ids, logprobs = candidates.head_ids_TK[t].tolist(), scores.head_logprobs_TK[t].tolist()
+            teacher_top = top(ids, logprobs)
+        yield Token(
+            id=token_id,
+            text=tokenizer.token_text(token_id),
+            version=int(versions[t]),
+            behaviour_logprob=float(trajectory.behaviour_logprobs_T[t]),
+            teacher_logprob=None if scores is None else float(scores.sampled_logprobs_T[t]),
+            teacher_top=teacher_top,
+            student_top=top(candidates.head_ids_TK[t].tolist(), candidates.head_logprobs_TK[t].tolist()),
+        )

@@ -1,0 +1,74 @@
+"""`asyncopd serve` and `asyncopd token`: the service and who may use it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from api.security import Scope, TokenStore
+from api.settings import ServiceSettings
+from asyncopd.supervise import home
+
+
+def add_serve(commands: Any) -> None:
+    """Add `serve` and `token` to the parser's commands."""
+    defaults = ServiceSettings()
+    serve = commands.add_parser("serve", help="run the service: REST, live events and the page")
+    serve.add_argument("--host", default=defaults.host, help="address to bind; others than loopback need a token")
+    serve.add_argument("--port", type=int, default=defaults.port)
+    serve.add_argument("--root", default=defaults.root, help="storage root (default: runs)")
+    serve.add_argument("--configs", type=Path, default=defaults.configs, help="folder of configurations")
+    serve.set_defaults(run=_serve)
+
+    token = commands.add_parser("token", help="create, list or revoke tokens of the service")
+    actions = token.add_subparsers(required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="make a token; it is shown once")
+    create.add_argument("name")
+    create.add_argument("--scope", type=Scope, choices=list(Scope), default=Scope.READ, help="default: read")
+    create.set_defaults(run=_create)
+    actions.add_parser("list", help="names, scopes and ages").set_defaults(run=_list)
+    revoke = actions.add_parser("revoke", help="refuse a token from now on")
+    revoke.add_argument("name")
+    revoke.set_defaults(run=_revoke)
+
+
+def tokens_path() -> Path:
+    """Where this machine's tokens are kept."""
+    return home() / "tokens.json"
+
+
+def serve_command(*, host: str, port: int, root: str, configs: Path) -> list[str]:
+    """The process that the service is."""
+    return [sys.executable, "-m", "api", "--host", host, "--port", str(port), "--root", root, "--configs", str(configs)]
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    command = serve_command(host=arguments.host, port=arguments.port, root=arguments.root, configs=arguments.configs)
+    os.execve(sys.executable, command, dict(os.environ))
+
+
+def _create(arguments: argparse.Namespace) -> int:
+    token = TokenStore(tokens_path()).create(arguments.name, arguments.scope)
+    Console(stderr=True).print(f"token {arguments.name!r}, scope {arguments.scope}; it is not shown again:")
+    print(token)
+    return 0
+
+
+def _list(_: argparse.Namespace) -> int:
+    table = Table("name", "scope", "created", box=None)
+    for name, scope, created in TokenStore(tokens_path()).names():
+        table.add_row(name, scope, datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%d %H:%M UTC"))
+    Console().print(table)
+    return 0
+
+
+def _revoke(arguments: argparse.Namespace) -> int:
+    TokenStore(tokens_path()).revoke(arguments.name)
+    return 0
