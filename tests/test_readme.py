@@ -22,7 +22,7 @@ def listed_files() -> set[str]:
 def test_the_file_tree_is_that_of_the_repository() -> None:
     found = {
         str(path.relative_to(ROOT))
-        for folder in ("flows", "asyncopd", "storage", "configs", "benchmarks")
+        for folder in ("flows", "asyncopd", "storage", "api", "configs", "benchmarks")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".yaml") and path.read_text().strip()
     }
