@@ -79,7 +79,7 @@ async def test_a_run_completes_though_one_request_in_twenty_fails(
         assert_trained_once(on_s3)
         assert final_weights(on_s3) == weights_on_file
         assert proxy.injected["lost"] > 0
-        assert proxy.injected.total() > 10
+        assert proxy.injected.total() >= 5
 
 
 @pytest.mark.radosgw
