@@ -69,16 +69,16 @@ class World:
     task: WalkTask | None
 
 
-def large_world() -> World:
+def random_world(num_layers: int, hidden_size: int, vocab_size: int) -> World:
     """A random-weight Qwen3 shape with random prompts; another seed is the teacher."""
     architecture = architecture_of_size(
-        num_layers=8, hidden_size=512, num_heads=8, vocab_size=8192, max_positions=128, eos_id=1, pad_id=0,
-        model_type="qwen3",
+        num_layers=num_layers, hidden_size=hidden_size, num_heads=8, vocab_size=vocab_size, max_positions=128,
+        eos_id=1, pad_id=0, model_type="qwen3",
     )  # fmt: skip
     model, sampled, teacher = (build_causal_lm(architecture, seed=seed) for seed in (0, 0, 1))
 
     def prompt(index: int) -> np.ndarray:
-        return np.random.default_rng(index).integers(2, 8192, 16).astype(np.int32)
+        return np.random.default_rng(index).integers(2, vocab_size, 16).astype(np.int32)
 
     scorer = HfScorer(teacher, name="teacher", tokenizer_digest="none", row_capacity=64)
     return World(model, sampled, scorer, prompt, 1, 16, 32, None)
@@ -239,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--steps", type=int, default=FULL_EVERY - 1, help="learner steps (default 15)")
+    parser.add_argument("--shape", type=int, nargs=3, default=[8, 512, 8192], metavar=("LAYERS", "HIDDEN", "VOCAB"))
     parser.add_argument("--walk", action="store_true", help="the quickstart's student instead of the large one")
     parser.add_argument("--sampled", choices=tuple(DTYPES), default="bfloat16", help="what samplers load")
     arguments = parser.parse_args()
@@ -246,7 +247,7 @@ def main() -> None:
     torch.manual_seed(0)
     console = Console(width=160)
     with tempfile.TemporaryDirectory(prefix="asyncopd-weights-") as folder:
-        world = walk_world(Path(folder) / "models") if arguments.walk else large_world()
+        world = walk_world(Path(folder) / "models") if arguments.walk else random_world(*arguments.shape)
         # Large float32 deltas are slow and all alike: a few of them are enough.
         last_float32 = min(arguments.steps, FULL_EVERY - 1 if arguments.walk else 4)
         ways = Ways(Path(folder), {"float32": last_float32, "bfloat16": min(arguments.steps, FULL_EVERY - 1)})

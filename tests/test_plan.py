@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import pipeline as stages
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from storage_builders import make_step, make_trajectory, memory_log
 
 import asyncopd.schedule
 from asyncopd.cli import main
+from asyncopd.config import RunConfig
 from asyncopd.errors import ConfigError, DeadlineError
 from asyncopd.plan.calibrate import calibrate, wall_s
 from asyncopd.plan.costs import Costs, DecodeCurve, Fleet, splits
@@ -22,6 +25,8 @@ from asyncopd.plan.lengths import Lognormal, Observed
 from asyncopd.plan.pipeline import Outcome, run
 from asyncopd.schedule import Plan
 from asyncopd.simulate import Durations, simulate
+from asyncopd.types import Span
+from storage.run_log import StoredRunLog
 
 CURVE = DecodeCurve((1, 8, 64), (0.004, 0.006, 0.02))
 COSTS = Costs(
@@ -205,24 +210,57 @@ def test_observed_lengths_are_repeated_in_their_order() -> None:
     assert Observed((3, 5, 8), "walk-1").draw(7, seed=4).tolist() == [3, 5, 8, 3, 5, 8, 3]
 
 
-# -- a real run ---------------------------------------------------------------------------------------------------
-async def test_costs_read_from_a_run_give_its_wall_time_back(tmp_path: Path) -> None:
-    # One shard a step, so that nothing overlaps, and stages longer than the 20 ms below which an engine's pause is not
-    # seen in its timeline.
+# -- a logged run -------------------------------------------------------------------------------------------------
+def logged_run(config: RunConfig, costs: Costs) -> StoredRunLog:
+    """A synchronous run with the timeline that `costs` would have left; all responses of a step are equally long."""
+    log, now, size = memory_log(), 1000.0, config.learner.batch_size
+    spans: list[Span] = []
+
+    def work(role: str, activity: str, seconds: float) -> None:
+        nonlocal now
+        spans.append(Span(role, f"{role}-1", activity, now, now + seconds))
+        now += seconds
+
+    for step in range(config.learner.num_steps):
+        length = 5 + 3 * step % 17
+        if step:
+            work("rollout", "orchestrate:refresh", costs.refresh_s)
+        shard = config.plan.step(step)
+        made = [make_trajectory(index, num_tokens=length) for index in shard.indices]
+        log.publish_trajectories(shard, made, worker="rollout-1", facts={})
+        work("rollout", "sample", length * costs.decode.table(size)[size])
+        work("rollout", "orchestrate:parquet", costs.shard_s)
+        now += costs.handover_s / 2
+        work("score", "score", size * length / costs.score_tokens_per_s)
+        work("score", "orchestrate:parquet", costs.score_shard_s)
+        now += costs.handover_s / 2
+        seconds = costs.train_step_s + size * length / costs.train_tokens_per_s
+        work("learn", "train", seconds)
+        trained = make_step(step, metrics={"train/seconds": seconds})
+        log.publish_step(replace(trained, num_tokens=size * length))
+        if step < config.learner.num_steps - 1:
+            work("learn", "orchestrate:publish", costs.publish_s)
+    log.publish_spans("all-1", 1, spans)
+    return log
+
+
+def test_costs_are_read_back_from_the_timeline_they_left(tmp_path: Path) -> None:
     config = stages.small_config(
-        tmp_path, staleness__max_staleness=0, evaluate__every=0, learner__num_steps=6, learner__batch_size=64,
-        rollout__shard_size=64, rollout__slots=64, learner__checkpoint_every=100,
-    )  # fmt: skip
-    run_ = stages.new_run(config)
-    await stages.run_all(run_)
-    work, costs = calibrate(run_.log, config, DecodeCurve((1, 8), (1.0, 1.5)))
-    assert list(work.lengths.draw(6 * 64, 0)) == [
-        len(t.response_ids) for shard in config.plan.shards() for t in run_.log.read_trajectories(shard)
-    ]
-    assert forecast(work, costs, Fleet(1, 1, 1), 0).wall_s == pytest.approx(wall_s(run_.log.spans()), rel=0.1)
-    assert forecast(work, costs, Fleet(1, 1, 1), 2).wall_s < forecast(work, costs, Fleet(1, 1, 1), 0).wall_s
+        tmp_path, staleness__max_staleness=0, learner__num_steps=40, learner__batch_size=8, rollout__shard_size=8
+    )
+    true = replace(COSTS, decode=DecodeCurve((1, 8), (0.02, 0.03)), fetch_s=0.0, prefill_token_s=0.0)
+    log = logged_run(config, true)
+    work, read = calibrate(log, config, DecodeCurve((1, 8), (1.0, 1.5)))
+    assert list(work.lengths.draw(24, 0)) == [5] * 8 + [8] * 8 + [11] * 8
+    assert read.decode.step_s == pytest.approx(true.decode.step_s, rel=0.01)
+    for name in ("score_tokens_per_s", "train_tokens_per_s", "train_step_s", "score_shard_s", "shard_s"):
+        assert getattr(read, name) == pytest.approx(getattr(true, name), rel=0.01), name
+    # The run ends with the last step, before its publication and without another refresh: one in forty is missing.
+    for name in ("publish_s", "refresh_s", "handover_s"):
+        assert getattr(read, name) == pytest.approx(getattr(true, name), rel=0.05), name
+    assert forecast(work, read, Fleet(1, 1, 1), 0).wall_s == pytest.approx(wall_s(log.spans()), rel=0.01)
     with pytest.raises(ConfigError, match="read where nothing overlaps"):
-        calibrate(run_.log, stages.small_config(tmp_path, staleness__max_staleness=1), CURVE)
+        calibrate(log, stages.small_config(tmp_path, staleness__max_staleness=1), CURVE)
 
 
 # -- the command --------------------------------------------------------------------------------------------------
