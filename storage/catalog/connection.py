@@ -68,8 +68,8 @@ def connect(
     connection.create_function(
         TEXT_FUNCTION,
         lambda run, ids: decoder_of(run).text(ids),
-        ["VARCHAR", "INTEGER[]"],  # type: ignore[list-item]
-        "VARCHAR",  # type: ignore[arg-type]
+        ["VARCHAR", "INTEGER[]"],
+        "VARCHAR",
     )
     if locked:
         connection.execute("SET enable_external_access = false")
