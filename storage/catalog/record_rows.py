@@ -79,5 +79,5 @@ def dropped_of_steps(steps: Iterable[TrainStep]) -> list[Row]:
     return [
         {"index": index, "stage": "learn", "teacher": "", "reason": reason}
         for step in steps
-        for index, reason in step.dropped.items()
+        for index, reason in {**step.dropped, **step.held}.items()
     ]
