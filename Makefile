@@ -12,7 +12,8 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow and not radosgw and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not processes and not slow and not radosgw and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "processes and not slow"
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow

@@ -18,6 +18,8 @@ from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights
 from storage.manifests import quarantine
 from storage.run_log import StoredRunLog
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def _environment_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:

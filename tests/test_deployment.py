@@ -30,6 +30,8 @@ from asyncopd.supervise import STACK_HOME, ProcessRecord
 from storage.open import open_store
 from storage.run_log import StoredRunLog
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parent.parent
 NUM_STEPS = 45
 ROLES = ("learn-0", "rollout-0", "score-0")

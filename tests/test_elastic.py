@@ -6,10 +6,13 @@ import itertools
 import signal
 from pathlib import Path
 
+import pytest
 from role_processes import paced_run, roles_of, until
 
 from asyncopd.chaos.replay import replayed_weights
 from storage.run_log import StoredRunLog
+
+pytestmark = pytest.mark.processes
 
 
 def test_samplers_that_join_and_are_killed_never_hold_the_learner_up_longer_than_a_lease_and_a_shard(

@@ -18,6 +18,8 @@ from asyncopd.learner.optimize import LogprobModel, micro_batches, optimizer_ste
 from asyncopd.losses import build_estimator
 from asyncopd.types import ScoredTrajectory
 
+pytestmark = pytest.mark.processes
+
 NUM_STEPS = 2
 CONFIGS: dict[str, c.LossConfig] = {
     "head_tail": c.HeadTailConfig(head=HEAD, num_draws=NUM_DRAWS),

@@ -17,6 +17,8 @@ from asyncopd.cli_replay import offline_command
 from flows.wiring import OpenRun, open_stored_run
 from storage.runs import list_runs
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> OpenRun:

@@ -18,6 +18,8 @@ from asyncopd.errors import RoleFailedError, StorageError
 from asyncopd.roles import RoleProcesses, RoleSpec
 from asyncopd.supervise import Child
 
+pytestmark = pytest.mark.processes
+
 SLEEPER = "import time; time.sleep(60)"
 
 
