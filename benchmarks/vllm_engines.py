@@ -25,7 +25,6 @@ from asyncopd.teacher.vllm import VllmScorer
 from asyncopd.types import PolicyVersion, PolicyWeights, Trajectory
 from asyncopd.vllm_engine import new_model_folder, write_model
 
-
 VOCAB_SIZE, EOS_ID, MAX_CONTEXT = 42, 1, 200
 CPU: dict[str, Any] = {"dtype": "float32", "kv_cache_bytes": 1 << 28, "compile": False}
 SHAPES = {"2 × 64": (2, 64), "4 × 256": (4, 256)}
