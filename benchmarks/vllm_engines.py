@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,11 @@ from asyncopd.vllm_engine import new_model_folder, write_model
 VOCAB_SIZE, EOS_ID, MAX_CONTEXT = 42, 1, 200
 CPU: dict[str, Any] = {"dtype": "float32", "kv_cache_bytes": 1 << 28, "compile": False}
 SHAPES = {"2 × 64": (2, 64), "4 × 256": (4, 256)}
+
+
+def show(name: str, value: Any) -> None:
+    """Print a figure as soon as it is known: a busy machine may not let the script end."""
+    print(f"{name}: {value}", flush=True)
 
 
 def walk_requests(count: int) -> list[SampleRequest]:
@@ -59,7 +63,7 @@ async def first_token_after(sampler: VllmSampler, weights: PolicyWeights, num_ru
     return elapsed_s
 
 
-async def measure(name: str, num_layers: int, hidden_size: int, rounds: int) -> dict[str, Any]:
+async def measure(name: str, num_layers: int, hidden_size: int, rounds: int) -> None:
     model = build_causal_lm(
         architecture_of_size(
             num_layers=num_layers, hidden_size=hidden_size, num_heads=2, vocab_size=VOCAB_SIZE, max_positions=256,
@@ -70,7 +74,7 @@ async def measure(name: str, num_layers: int, hidden_size: int, rounds: int) -> 
     with torch.no_grad():
         model.transformer.wte.weight[EOS_ID] = 0.0
     architecture, body = model.config.to_dict(), to_safetensors(model)
-    found: dict[str, Any] = {"shape": name}
+    show("shape", name)
     requests = walk_requests(512)
     shared: dict[str, Any] = {"slots": 64, "max_context": MAX_CONTEXT, "eos_id": -1, "seed": 1}
     candidates: dict[str, Any] = {"head": 4, "num_draws": 4, "law": "tail"}
@@ -79,11 +83,11 @@ async def measure(name: str, num_layers: int, hidden_size: int, rounds: int) -> 
         hf = HfSampler(build_causal_lm(architecture, seed=0), **shared, **extra)
         start = time.perf_counter()
         await vllm.refresh(PolicyWeights(PolicyVersion(0), body))
-        found["sampler start_s"] = round(time.perf_counter() - start, 1)
+        show("sampler start_s", round(time.perf_counter() - start, 1))
         await hf.refresh(PolicyWeights(PolicyVersion(0), body))
         for engine_name, engine in (("vllm", vllm), ("hf", hf)):
             rates = [(await sampled(engine, requests))[0] for _ in range(rounds)]
-            found[f"{engine_name} {label} tokens/s"] = [round(rate) for rate in rates]
+            show(f"{engine_name} {label} tokens/s", [round(rate) for rate in rates])
         if extra:
             _, trajectories = await sampled(hf, requests[:128])
             version = 0
@@ -95,18 +99,16 @@ async def measure(name: str, num_layers: int, hidden_size: int, rounds: int) -> 
                         version += 1
                         weights = PolicyWeights(PolicyVersion(version), body)
                         times_s.append(await first_token_after(vllm, weights, running))
-                    found[f"first token after refresh_s, {in_flight}, {running} running"] = [
-                        round(seconds, 3) for seconds in times_s
-                    ]
+                    show(
+                        f"first token after refresh_s, {in_flight}, {running} running",
+                        [round(seconds, 3) for seconds in times_s],
+                    )
         await vllm.close()
         await hf.close()
-    found |= await scored(architecture, body, trajectories, rounds)
-    return found
+    await scored(architecture, body, trajectories, rounds)
 
 
-async def scored(
-    architecture: dict[str, Any], body: bytes, trajectories: Sequence[Trajectory], rounds: int
-) -> dict[str, Any]:
+async def scored(architecture: dict[str, Any], body: bytes, trajectories: Sequence[Trajectory], rounds: int) -> None:
     """Scored tokens/s of both teachers: at the candidates (full vocabulary), and top 8 alone."""
     folder = new_model_folder()
     write_model(Path(folder.name), architecture, body)
@@ -117,7 +119,6 @@ async def scored(
     hf = HfScorer(build_causal_lm(architecture, seed=0), name="t", tokenizer_digest="t", row_capacity=128)
     plain = [_without_candidates(trajectory) for trajectory in trajectories]
     num_tokens = sum(len(t.response_ids) for t in trajectories)
-    found: dict[str, Any] = {}
     scorers: tuple[tuple[str, Scorer], ...] = (("vllm", vllm), ("hf", hf))
     for name, scorer in scorers:
         for label, asked, top_k in (("at candidates", trajectories, 0), ("top 8", plain, 8)):
@@ -128,9 +129,8 @@ async def scored(
                 start = time.perf_counter()
                 await scorer.score(asked, request)
                 rates.append(round(num_tokens / (time.perf_counter() - start)))
-            found[f"{name} scored tokens/s, {label}"] = rates
+            show(f"{name} scored tokens/s, {label}", rates)
         await scorer.close()
-    return found
 
 
 def _without_candidates(trajectory: Trajectory) -> Trajectory:
@@ -151,8 +151,7 @@ async def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="2 × 64")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = await measure(arguments.shape, *SHAPES[arguments.shape], arguments.rounds)
-    print(json.dumps(found, indent=2, ensure_ascii=False))
+    await measure(arguments.shape, *SHAPES[arguments.shape], arguments.rounds)
 
 
 if __name__ == "__main__":
