@@ -30,6 +30,9 @@ def vllm_sampler(
     """A sampler of the student whose `architecture` the learner stored."""
     from asyncopd.rollout.vllm.sampler import VllmSampler
 
+    settings = config.rollout.vllm
+    if not config.staleness.in_flight_updates:
+        settings = settings.model_copy(update={"in_flight": "finish"})
     return VllmSampler(
         architecture,
         slots=config.rollout.slots,
@@ -41,7 +44,7 @@ def vllm_sampler(
         law=law,
         seed=config.seed,
         eos_id=task.tokenizer.eos_id,
-        settings=config.rollout.vllm,
+        settings=settings,
     )
 
 

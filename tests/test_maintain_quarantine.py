@@ -74,12 +74,12 @@ DAMAGE = {
     "scores": r"scores/oracle/000024-000027\..*\.parquet",
     "policy manifest": r"policies/000001\.r0\.json",
     "policy": r"policies/000003/.*",
-    "policy of a checkpoint": r"policies/000004/r1.*",
+    "policy of a checkpoint": r"policies/000004/r2.*",
     "policy manifest of a checkpoint": r"policies/000002.r0.json",
-    "checkpoint manifest": r"checkpoints/000004\.r1\.json",
-    "checkpoint": r"checkpoints/000004\.r1.*/.*",
+    "checkpoint manifest": r"checkpoints/000004\.r2\.json",
+    "checkpoint": r"checkpoints/000004\.r2.*/.*",
     "step": r"steps/000001\.r0\.json",
-    "last step": r"steps/000003\.r1\.json",
+    "last step": r"steps/000003\.r2\.json",
     "evaluation": r"evals/000002\.r0\.json",
     "rewind": r"rewinds/0001\.json",
     "claim": r"claims/rollout/.*",
@@ -93,7 +93,7 @@ DAMAGE = {
 @pytest.mark.parametrize("pattern", DAMAGE.values(), ids=DAMAGE.keys())
 def test_following_the_audit_mends_the_run(log: StoredRunLog, pattern: str) -> None:
     key = next(k for k in log.store.list(log.layout.root) if re.fullmatch(f"{log.layout.root}/{pattern}", k))
-    through = log.read_policy(PolicyVersion(4, 1)).safetensors
+    through = log.read_policy(PolicyVersion(4, 2)).safetensors
     damage(log, key)
     for _ in range(4):
         report = audit_run(log.store, log.run_id, recheck_s=0)
@@ -113,8 +113,8 @@ def test_following_the_audit_mends_the_run(log: StoredRunLog, pattern: str) -> N
 
 
 def test_a_deleted_step_and_a_deleted_version_are_made_again(log: StoredRunLog) -> None:
-    log.store.delete(log.layout.step(2, 1))
-    log.store.delete(log.layout.policy_manifest(PolicyVersion(3, 1)))
+    log.store.delete(log.layout.step(2, 2))
+    log.store.delete(log.layout.policy_manifest(PolicyVersion(3, 2)))
     for _, key in findings(log.store):
         set_aside(log.store, key)
     log = resume(log)
@@ -145,12 +145,12 @@ async def test_an_untrained_shard_is_made_again_by_a_worker_that_joins(tmp_path:
 
 
 def test_scores_of_a_quarantined_shard_go_with_it(log: StoredRunLog) -> None:
-    set_aside(log.store, log.layout.checkpoint_manifest(4, 1))
+    set_aside(log.store, log.layout.checkpoint_manifest(4, 2))
     shard = IndexRange(24, 28)
     done = set_aside(log.store, log.layout.shard_manifest(log.layout.trajectories, shard))
     assert log.find_trajectories(shard) is None
     assert log.find_scores("oracle", shard) is None
-    assert any("rewind 2 takes the run back to the state after 2 steps" in line for line in done.consequences)
+    assert any("rewind 3 takes the run back to the state after 2 steps" in line for line in done.consequences)
     assert trained(StoredRunLog(log.store, log.run_id)) == list(range(16)), "before it is made again it is untrained"
     log = resume(log)
     assert trained(log) == list(range(32))
@@ -178,7 +178,7 @@ def test_a_shard_trained_before_the_checkpoint_is_not_made_again(log: StoredRunL
 
 
 def test_steps_are_not_taken_back_from_a_learner_that_is_alive(log: StoredRunLog) -> None:
-    set_aside(log.store, log.layout.checkpoint_manifest(4, 1))
+    set_aside(log.store, log.layout.checkpoint_manifest(4, 2))
     log.heartbeat("learn-host-1", {"role": "learn"})
     before = log.store.list(log.layout.root)
     with pytest.raises(StorageError, match=r"the learner learn-host-1 is alive.*Stop the run"):
@@ -188,9 +188,9 @@ def test_steps_are_not_taken_back_from_a_learner_that_is_alive(log: StoredRunLog
 
 # -- the rest -----------------------------------------------------------------------------------------------------
 def test_a_version_is_published_again_from_the_checkpoint_of_its_state(log: StoredRunLog) -> None:
-    version = PolicyVersion(4, 1)
+    version = PolicyVersion(4, 2)
     weights = log.read_policy(version)
-    (key,) = [k for k in log.store.list(log.layout.policies) if "/000004/r1." in k]
+    (key,) = [k for k in log.store.list(log.layout.policies) if "/000004/r2." in k]
     damage(log, key)
     done = set_aside(log.store, key)
     assert done.consequences == ["version 4 was published again from the checkpoint of the same state."]
@@ -210,7 +210,7 @@ def test_a_rewind_that_can_be_read_stays(log: StoredRunLog) -> None:
 
 
 def test_a_runs_record_cannot_be_set_aside(log: StoredRunLog) -> None:
-    with pytest.raises(StorageError, match="nothing can make a run's record again"):
+    with pytest.raises(StorageError, match="nothing can make this record again"):
         set_aside(log.store, log.layout.record)
 
 
