@@ -107,7 +107,7 @@ def test_every_deletion_of_something_that_counts_is_found_and_none_crashes_a_rea
             run.store.delete(key)
             found = audit(run.store)
             if kind not in FORGETTABLE | {"model"}:
-                superseded_step = kind == "step" and key.endswith(".r0.json") and counting[3].rewind == 1
+                superseded_step = kind == "step" and key.endswith(".r0.json") and counting[3].rewind > 0
                 assert found or superseded_step, f"{kind} {key} is gone"
             maintain_runs.read_everything(run.log, digest)
             run.store.put(key, whole, durable=False)

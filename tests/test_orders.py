@@ -67,7 +67,7 @@ async def test_a_rewound_learner_trains_the_same_trajectories_to_the_same_weight
     assert ledger_of(run.log).counts()["trained"] == 2 * run.config.learner.batch_size
     await pipeline.learn(open_stored_run(str(tmp_path), run.log.run_id))
     after = run.log.steps()
-    assert [(step.step, step.rewind) for step in after] == [(0, 0), (1, 0), (2, rewind), (3, rewind)]
+    assert [(step.step, step.rewind) for step in after] == [(0, 0), (1, 0), (2, rewind + 1), (3, rewind + 1)]
     assert [(s.indices, s.dropped, s.held) for s in after] == [(s.indices, s.dropped, s.held) for s in before]
     assert run.log.read_policy(run.log.latest_policy()).safetensors == weights
     assert run.log.arrivals() == arrivals

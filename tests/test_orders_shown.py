@@ -63,9 +63,9 @@ def test_where_stale_trajectories_are_trained_no_bound_is_claimed() -> None:
         ({"max_ahead": 5}, "max_ahead 5 has no effect in order index"),
         ({"max_staleness": 0, "in_flight_updates": False}, "in_flight_updates false has no effect at max_staleness 0"),
         ({"max_staleness": 0, "max_drift": 0.1}, "max_drift has no effect at max_staleness 0"),
-        ({"max_drift": 0}, "staleness.max_drift: Input should be greater than 0"),
-        ({"order": "arrival", "on_stale": "skip"}, "staleness.on_stale: Input should be 'drop', 'hold' or 'train'"),
-        ({"order": "arrival", "on_stale": "drop", "max_ahead": 0}, "staleness.max_ahead: Input should be greater than"),
+        ({"max_drift": 0}, "staleness.max_drift: must be greater than 0"),
+        ({"order": "arrival", "on_stale": "skip"}, "staleness.on_stale: expected one of 'drop', 'hold' or 'train'"),
+        ({"order": "arrival", "on_stale": "drop", "max_ahead": 0}, "staleness.max_ahead: must be at least 1"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused_with_the_reason(settings: dict[str, Any], reason: str) -> None:

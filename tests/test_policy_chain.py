@@ -21,6 +21,7 @@ from storage_builders import STORE_KINDS, fresh_log, memory_log, reopened
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
 from asyncopd.types import PolicyVersion, PolicyWeights
 from storage.objects import MemoryStore
+from storage.records import to_json
 from storage.run_log import StoredRunLog
 
 
@@ -268,7 +269,7 @@ def test_a_delta_against_another_base_is_not_applied(changed: str) -> None:
     train(learner(log, full_every=100), 0, 3)
     manifest = manifest_of(log, 3)
     manifest["facts"]["chain"]["base"][changed] = {"number": 1, "rewind": 7, "weights_sha256": "0" * 64}[changed]
-    log.store.put(log.layout.policy_manifest(PolicyVersion(3)), json.dumps(manifest).encode())
+    log.store.put(log.layout.policy_manifest(PolicyVersion(3)), to_json(manifest))
     sampler = reopened(log)
     sampler.read_policy(PolicyVersion(2))
     with pytest.raises(ShardCorruptError, match="a delta fits its own base only"):
@@ -282,7 +283,7 @@ def test_a_chain_that_ends_in_other_weights_is_refused() -> None:
     train(learner(log, full_every=100), 0, 3)
     manifest = manifest_of(log, 3)
     manifest["facts"]["chain"]["weights_sha256"] = "0" * 64
-    log.store.put(log.layout.policy_manifest(PolicyVersion(3)), json.dumps(manifest).encode())
+    log.store.put(log.layout.policy_manifest(PolicyVersion(3)), to_json(manifest))
     with pytest.raises(ShardCorruptError, match="the chain of 3 deltas ends in weights"):
         reopened(log).read_policy(PolicyVersion(3))
 

@@ -21,6 +21,7 @@ from storage.catalog.query_process import QueryLimits
 from storage.catalog.sandbox import Sandbox
 from storage.catalog.snapshot import Catalog
 from storage.open import open_store
+from storage.records import manifest_to_json
 
 SECRET = "s3cret-of-the-server"
 LIMITS = QueryLimits(max_rows=1000, timeout_s=4, memory_bytes=128 * 2**20, max_result_bytes=8 * 2**20)
@@ -286,10 +287,11 @@ def test_a_file_that_was_merged_away_is_looked_up_again(tmp_path: Path) -> None:
     sandbox = Sandbox(Catalog(log.store), LIMITS)
     assert sandbox.query("SELECT count(*) AS n FROM trajectories").rows() == [{"n": 4}]
     manifest_key = log.layout.shard_manifest(log.layout.trajectories, FIRST)
-    (old,) = log.find_trajectories(FIRST).objects
+    manifest = log.find_trajectories(FIRST)
+    ((old, promise),) = manifest.objects.items()
     new = old.replace(".parquet", "x.parquet")
     log.store.put(new, log.store.get(old))
-    log.store.put(manifest_key, log.store.get(manifest_key).replace(old.encode(), new.encode()))
+    log.store.put(manifest_key, manifest_to_json(dataclasses.replace(manifest, objects={new: promise})))
     log.store.delete(old)
     assert sandbox.query("SELECT count(*) AS n FROM trajectories").rows() == [{"n": 4}]
     log.store.delete(new)
