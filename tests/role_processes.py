@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
+from patience import stretched
 
 from flows.wiring import OpenRun
 
@@ -29,9 +30,9 @@ PACED: dict[str, Any] = {
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     """The first true answer of `condition`."""
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        assert time.monotonic() - began < stretched(seconds), f"waited {time.monotonic() - began:.0f} s for {what}"
         time.sleep(0.05)
     return found
 

@@ -7,12 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from patience import stretched
 from role_processes import paced_run, roles_of, until
 
 from asyncopd.chaos.replay import replayed_weights
 from storage.run_log import StoredRunLog
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 def test_samplers_that_join_and_are_killed_never_hold_the_learner_up_longer_than_a_lease_and_a_shard(
@@ -34,8 +35,8 @@ def test_samplers_that_join_and_are_killed_never_hold_the_learner_up_longer_than
         for process in (first, third):
             process.kill()
             process.wait()
-        assert learner.wait(timeout=120) == 0
-        assert second.wait(timeout=20) == 0
+        assert learner.wait(timeout=stretched(120)) == 0
+        assert second.wait(timeout=stretched(20)) == 0
     steps = log.steps()
     assert [index for step in steps for index in step.indices.indices] == list(range(8 * 50))
     assert num_before < 45, "the samplers were killed when hardly anything was left to do"
@@ -52,12 +53,12 @@ def test_a_stopped_run_ends_the_workers_that_joined_it_and_takes_no_more(tmp_pat
         waiting = roles.start("rollout")
         name = until(lambda: roles.name(waiting), 60, "the sampler to join")
         run.log.record_state("stopped", by="flow-1", reason="cancelled")
-        assert waiting.wait(timeout=5) == 143
+        assert waiting.wait(timeout=stretched(5)) == 143
         assert run.log.heartbeats()[name].retired
         assert "run small-1 is stopped (cancelled)" in roles.output(waiting)
         assert not run.log.failures(), "being stopped is no failure"
         late = roles.start("score")
-        late.wait(timeout=60)
+        late.wait(timeout=stretched(60))
         assert "Go on with it first: asyncopd train --run-id small-1" in roles.output(late)
 
 
@@ -75,8 +76,8 @@ def test_a_learner_that_slept_through_its_replacement_cannot_publish_any_more(tm
         before = {step.step: step for step in log.steps()}
         until(lambda: len(log.steps()) > 10, 30, "it to train")
         asleep.send_signal(signal.SIGCONT)
-        assert asleep.wait(timeout=20) == 1
-        assert standby.wait(timeout=90) == 0
+        assert asleep.wait(timeout=stretched(20)) == 1
+        assert standby.wait(timeout=stretched(90)) == 0
     assert "SupersededError: " in roles.output(asleep)
     steps = log.steps()
     assert [step.step for step in steps] == list(range(30))
