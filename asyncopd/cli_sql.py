@@ -21,6 +21,7 @@ from storage.catalog.sandbox import Sandbox
 from storage.catalog.snapshot import Catalog
 from storage.catalog.stored_queries import find_query, stored_queries
 from storage.open import open_store
+from storage.runs import list_runs
 
 DEFAULT_LIMIT = 1000
 """Rows: more than anyone reads on a screen, little enough to print at once."""
@@ -56,7 +57,11 @@ def scope_of(arguments: argparse.Namespace) -> tuple[Catalog, AsOf | None]:
     if arguments.as_of_version is not None or arguments.as_of_time is not None:
         moment = None if arguments.as_of_time is None else parse_time(arguments.as_of_time)
         as_of = AsOf(version=arguments.as_of_version, time=moment)
-    return Catalog(open_store(arguments.root), arguments.runs), as_of
+    store = open_store(arguments.root)
+    if not list_runs(store):
+        # An empty catalog would answer, and a mistyped root would look like a log without rows.
+        raise QueryError(f"there are no runs in {arguments.root}. Name the storage root with --root.")
+    return Catalog(store, arguments.runs), as_of
 
 
 def parse_time(text: str) -> float:
@@ -77,6 +82,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print_stored(console)
         return 0
+    if arguments.limit < 0:
+        raise QueryError(f"--limit {arguments.limit}: expected a number of rows, or 0 for all.")
     catalog, as_of = scope_of(arguments)
     limits = QueryLimits(max_rows=arguments.limit, timeout_s=arguments.timeout)
     if arguments.query is None and sys.stdin.isatty():

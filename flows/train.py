@@ -28,6 +28,7 @@ from prefect.artifacts import (
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.context import get_run_context
+from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled
 
 from asyncopd import __version__
@@ -87,8 +88,12 @@ async def train(
         _record_end(log, "stopped", "cancelled", flow_run)
         again = f"prefect deployment run asyncopd/train -p run_id={log.run_id} -p root={resolved.storage.root}"
         return Cancelled(message=f"cancelled; `{again}` goes on")
+    except (asyncio.CancelledError, TerminationSignal):
+        # Prefect ends the process of a cancelled flow run; that may come before our own look at its state.
+        _record_end(log, "stopped", "cancelled", flow_run)
+        raise
     except BaseException as error:
-        # Also asyncio's CancelledError: workers that joined from elsewhere learn of the end from storage alone.
+        # Workers that joined from elsewhere learn of the end from storage alone.
         _record_end(log, "failed", f"{type(error).__name__}: {error}"[:500], flow_run)
         raise
     _record_end(log, "completed", "", flow_run)

@@ -121,7 +121,11 @@ def _has_data(
         key = snapshot.layout.shard_manifest(folder, shard)
         step = next(trained[index] for index in shard.indices if index in trained)
         expected = f"the data of {shard.name}, which step {step} trained"
-        yield Finding("missing", key, expected, "no such object", mend.quarantine(key))
+        rolled_out = snapshot.layout.shard_manifest(snapshot.layout.trajectories, shard)
+        # Scores can be made again from trajectories that are there; trajectories cannot be made again.
+        can_score = folder != snapshot.layout.trajectories and rolled_out in snapshot.records["trajectories"]
+        advice = mend.deployment("score") if can_score else mend.quarantine(key)
+        yield Finding("missing", key, expected, "no such object", advice)
 
 
 def _indices(key: str) -> Iterable[int]:

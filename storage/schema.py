@@ -115,6 +115,8 @@ def shard_schema(kind: str, run_id: str, topk_precision: TopkPrecision = "float3
 def parquet_options(kind: str) -> dict[str, Any]:
     """Keyword arguments of `pyarrow.parquet.write_table`, the same for every file of one kind (docs/storage.md)."""
     return {
+        # Queries read single columns of single row groups, so they cannot check an object's sha256.
+        "write_page_checksum": True,
         "compression": "zstd",
         "compression_level": 1,
         "use_dictionary": [column.parquet_path for column in columns(kind) if column.is_label],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 from catalog_builders import root_of, written_log
 from storage_builders import fresh_log, fresh_store
 
-from asyncopd.errors import QueryError, QueryLimitError, StorageError
+from asyncopd.errors import QueryError, QueryLimitError, ShardCorruptError, StorageError
 from storage.catalog.connection import connect
 from storage.catalog.query_process import QueryLimits
 from storage.catalog.sandbox import Sandbox
@@ -314,3 +315,28 @@ def test_a_memory_root_is_refused_with_a_way_out(tmp_path: Path) -> None:
     sandbox = Sandbox(Catalog(fresh_store("memory", tmp_path)), LIMITS)
     with pytest.raises(StorageError, match="open_run"):
         sandbox.query("SELECT 1")
+
+
+def test_a_flipped_byte_in_a_page_is_never_an_answer(tmp_path: Path) -> None:
+    # It was: sums over a damaged shard came back as if nothing were wrong.
+    from test_catalog import FIRST, publish_shard
+
+    log = fresh_log("file", tmp_path)
+    publish_shard(log, FIRST)
+    sandbox = Sandbox(Catalog(log.store), LIMITS)
+    sql = "SELECT sum(hash(t)) AS h FROM trajectory_rows t"
+    right = sandbox.query(sql).rows()
+    (key,) = log.find_trajectories(FIRST).objects
+    whole = log.store.get(key)
+    footer = int.from_bytes(whole[-8:-4], "little") + 8
+    rng = random.Random(1)
+    num_refused = 0
+    for _ in range(12):
+        body = bytearray(whole)
+        body[rng.randrange(4, len(whole) - footer)] ^= 1 << rng.randrange(8)
+        log.store.put(key, bytes(body))
+        try:
+            assert sandbox.query(sql).rows() == right
+        except ShardCorruptError:
+            num_refused += 1
+    assert num_refused > 6, "pages are most of the bytes"

@@ -24,6 +24,7 @@ import pyarrow.ipc
 from asyncopd.errors import QueryError, StorageError
 from storage.catalog.allowed import check
 from storage.catalog.connection import connect
+from storage.catalog.damage import is_damage
 from storage.catalog.decoders import TokenTexts
 from storage.catalog.files import DataFile, Place
 from storage.catalog.relations import BY_NAME
@@ -109,7 +110,7 @@ def _limited(reader: Any, max_rows: int) -> Iterator[tuple[Any, bool]]:
 
 
 def _explained(error: BaseException) -> dict[str, Any]:
-    """The error as the parent raises it again; `kind` is one of query, memory, time, missing."""
+    """The error as the parent raises it again; `kind` is one of query, memory, time, corrupt, missing."""
     message = str(error) or type(error).__name__
     kind = "query"
     if isinstance(error, duckdb.OutOfMemoryException | MemoryError | pa.ArrowMemoryError):
@@ -118,6 +119,8 @@ def _explained(error: BaseException) -> dict[str, Any]:
         kind = "time"
     elif any(sign in message for sign in ("bad allocation", "realloc of size", "malloc of size", "bad_alloc")):
         kind = "memory"
+    elif is_damage(message):
+        kind = "corrupt"
     elif any(sign in message for sign in ("No such file", "NoSuchKey", "NO_SUCH_KEY", "Path does not exist")):
         kind = "missing"
     if not isinstance(error, QueryError | StorageError | duckdb.Error | MemoryError | pa.ArrowException | OSError):

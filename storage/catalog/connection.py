@@ -96,7 +96,8 @@ def _dataset(relation: Relation, files: Sequence[DataFile], place: Place) -> Any
     """The files as one dataset, whose `run` and `shard` come from where a file belongs, not from its content."""
     if not files:
         return relation.schema.empty_table()
-    layout, filesystem = ds.ParquetFileFormat(), place.filesystem()
+    verified = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+    layout, filesystem = ds.ParquetFileFormat(default_fragment_scan_options=verified), place.filesystem()
     fragments = [
         layout.make_fragment(
             place.path(file.key),

@@ -54,6 +54,11 @@ def export(
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)
+    except OSError as error:
+        raise QueryError(
+            f"{output} cannot be written: {error.strerror or error}. Name a folder that can be made."
+        ) from error
+    try:
         query = sandbox.start(wrapped, limits=limits, as_of=as_of)
         num_rows = _WRITERS[style](query, temporary)
         if num_rows == 0:

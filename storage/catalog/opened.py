@@ -10,11 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import pyarrow as pa
+
 from asyncopd.config import RunConfig
 from asyncopd.errors import QueryError
 from storage import runs
 from storage.catalog.connection import connect
 from storage.catalog.cut import AsOf
+from storage.catalog.damage import damaged, is_damage
 from storage.catalog.relations import BY_NAME, mentioned
 from storage.catalog.snapshot import Catalog
 from storage.catalog.stored_queries import find_query
@@ -44,7 +48,8 @@ class OpenedRun:
     ) -> Rows:
         """The rows of a query, or of a stored query by its name; parameters also as keywords.
 
-        Every call looks at what is stored now. Raises QueryError, or what DuckDB raises, when the query is wrong.
+        Every call looks at what is stored now. Raises QueryError, or what DuckDB raises, when the query is wrong;
+        ShardCorruptError when it read a damaged page.
         """
         stored, given = find_query(query), {**(parameters or {}), **more}
         sql, values = (query, given) if stored is None else (stored.sql, stored.arguments(given))
@@ -52,10 +57,15 @@ class OpenedRun:
         with connect(
             snapshot.tables, snapshot.files, snapshot.place, snapshot.token_texts, sql=sql, memory_bytes=_MEMORY_BYTES
         ) as connection:
-            relation = connection.sql(sql, params=values or None)
-            if relation is None:
-                raise QueryError("that is a statement without rows; ask a SELECT.")
-            return Rows(relation.to_arrow_table())
+            try:
+                relation = connection.sql(sql, params=values or None)
+                if relation is None:
+                    raise QueryError("that is a statement without rows; ask a SELECT.")
+                return Rows(relation.to_arrow_table())
+            except (duckdb.Error, pa.ArrowException, OSError) as error:
+                if is_damage(str(error)):
+                    raise damaged(str(error)) from error
+                raise
 
     def table(self, relation: str, *, as_of: AsOf | None = None) -> Rows:
         """A whole relation, for example `tokens`. Raises QueryError when there is none of that name."""

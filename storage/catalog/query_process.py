@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from asyncopd.errors import QueryError, QueryLimitError, StorageError
+from storage.catalog.damage import damaged
 
 _GRACE_S = 2.0
 """After its deadline a child has this long to say so itself."""
@@ -222,6 +223,8 @@ class _Counted:
 def _error(kind: str, message: str, limits: QueryLimits) -> Exception:
     if kind == "missing":
         return FileGoneError(f"{message} If it stays away: restore the object or the manifest that names it.")
+    if kind == "corrupt":
+        return damaged(message)
     if kind == "memory":
         return QueryLimitError(
             f"the query needs more than {limits.memory_bytes // 2**20} MiB of memory. Select fewer columns or rows, or "
