@@ -21,6 +21,8 @@ from asyncopd.errors import (
     AsyncOPDError,
     ConfigError,
     ObjectMissingError,
+    QueryError,
+    QueryLimitError,
     ServerAwayError,
     ShardCorruptError,
     StackError,
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 _KINDS: tuple[tuple[type[AsyncOPDError], int, str], ...] = (
     (ConfigError, 422, "config-refused"),
+    (QueryLimitError, 422, "query-too-large"),
+    (QueryError, 422, "query-refused"),
     (ObjectMissingError, 404, "not-stored"),
     (ShardCorruptError, 500, "stored-bytes-corrupt"),
     (ServerAwayError, 503, "prefect-away"),
