@@ -21,7 +21,7 @@ _CURSOR = re.compile(r"e(\d+)-(\d+)\.f(\d+)\.r(\d+)\.s(\d+)-(\d+)\.t(\d+)")
 
 @dataclass(frozen=True)
 class Cursor:
-    """The last event seen of each kind; (rewind, number) pairs order steps and evaluations."""
+    """The last event seen of each kind: evaluations by (finished, ms; version), steps by (rewind, step + 1)."""
 
     evaluation: tuple[int, int] = (0, 0)
     failure: int = 0
@@ -88,7 +88,8 @@ class Feed:
         ]  # fmt: skip
 
     def _evaluations(self, fold: RunFold) -> list[tuple[Place, Event]]:
-        places = [((e.version.rewind, e.version.number + 1), e) for e in fold.evaluations]
+        # By time, because several evaluators need not end in the order of the versions.
+        places = [((int(e.finished * 1000), e.version.number), e) for e in fold.evaluations]
         return [(("evaluation", place), _evaluation_event(e)) for place, e in places if place > self._cursor.evaluation]
 
     def _failures(self, fold: RunFold) -> list[tuple[Place, Event]]:

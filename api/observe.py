@@ -71,11 +71,11 @@ def get_metrics(
     max_points: MaxPoints = 500,
 ) -> Metrics:
     """Training curves."""
-    steps = fold.steps[from_step:to_step]
+    steps = _between(fold.steps, from_step, to_step)
     groups = _groups(steps, max_points)
     names = sorted({name for step in steps for name in step.metrics if key is None or name in key})
     began = fold.steps[0].finished if fold.steps else 0.0
-    before = sum(step.num_tokens for step in fold.steps[:from_step])
+    before = sum(step.num_tokens for step in fold.steps if step.step < from_step)
     totals = np.cumsum([sum(step.num_tokens for step in group) for group in groups]) + before
     return Metrics(
         steps=[float(np.mean([step.step for step in group])) for group in groups],
@@ -92,7 +92,7 @@ def get_staleness(
     fold: Fold, from_step: FromStep = 0, to_step: ToStep = None, max_points: MaxPoints = 200
 ) -> Staleness:
     """Trained tokens by staleness over time."""
-    groups = _groups(fold.steps[from_step:to_step], max_points)
+    groups = _groups(_between(fold.steps, from_step, to_step), max_points)
     versions = sorted({age for group in groups for step in group for age in step.staleness_tokens})
     return Staleness(
         steps=[float(np.mean([step.step for step in group])) for group in groups],
@@ -162,7 +162,7 @@ def get_timeline(
     max_spans: Annotated[int, Query(ge=10, le=20_000, description="Spans per worker, about.")] = 1500,
 ) -> Timeline:
     """Who worked and who waited for what, in lanes."""
-    spans = fold.log.spans()
+    spans = fold.spans()
     if not spans:
         return Timeline(origin=0.0, duration_s=0.0, resolution_s=0.0, lanes=[])
     origin = spans[0].start
@@ -190,6 +190,11 @@ def _lane(role: str, worker: str, spans: Sequence[Span], origin: float, resoluti
         worker=worker, role=role, starts=[float(j[0]) for j in joined], ends=[float(j[1]) for j in joined],
         activities=[str(j[2]) for j in joined], details=[str(j[3]) for j in joined],
     )  # fmt: skip
+
+
+def _between(steps: Sequence[TrainStep], first: int, stop: int | None) -> Sequence[TrainStep]:
+    """By number, not by place: a replay's first step has its parent's number."""
+    return [step for step in steps if first <= step.step and (stop is None or step.step < stop)]
 
 
 def _groups(steps: Sequence[TrainStep], max_points: int) -> list[Sequence[TrainStep]]:
