@@ -41,6 +41,17 @@ def client(root: str, tmp_path: Path) -> TestClient:
     return client_of(settings_of(root, tmp_path))
 
 
+def until_answers(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            assert httpx.get(url, timeout=5).status_code == 200
+            return
+        except httpx.TransportError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
 def launch(client: TestClient, key: str | None = None, **body: Any) -> httpx.Response:
     return client.post("/v1/runs", json={**BODY, **body}, headers={"Idempotency-Key": key} if key else {})
 
@@ -121,17 +132,17 @@ def test_a_service_killed_between_storing_and_starting_goes_on_with_the_repeat(
         process = subprocess.Popen(
             [sys.executable, "-m", "api", "--host", "127.0.0.1", "--port", str(port), "--root", root,
              "--configs", str(Path(__file__).parent.parent / "configs")],
-            cwd=Path(__file__).parent.parent, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parent.parent, env={**os.environ, **environment},
         )  # fmt: skip
         try:
-            assert process.stdout is not None
-            assert "serving" in process.stdout.readline()
+            until_answers(f"http://127.0.0.1:{port}/healthz")
             with ThreadPoolExecutor(1) as pool:
                 lost = pool.submit(httpx.post, f"http://127.0.0.1:{port}/v1/runs", json=BODY, timeout=60,
                                    headers={"Idempotency-Key": "k5"})  # fmt: skip
                 deadline = time.monotonic() + 60
                 while not LaunchLog(open_store(root)).launches():
                     assert time.monotonic() < deadline
+                    assert not lost.done()
                     time.sleep(0.05)
                 process.send_signal(signal.SIGKILL)
                 assert isinstance(lost.exception(), httpx.TransportError)
