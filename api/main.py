@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
 
 from api import configs, health, observe, offline, pages, problems, queries, runs, trajectories
@@ -14,6 +14,7 @@ from api.queries import QueryDesk
 from api.reader import RunReader
 from api.security import TokenStore
 from api.settings import ServiceSettings
+from api.state import known_query
 from asyncopd import __version__
 from asyncopd.errors import ConfigError
 from storage.open import open_store
@@ -43,7 +44,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.hub = Hub(reader, settings.poll_s)
     app.state.desk = QueryDesk(reader.store)
     for module in (runs, observe, trajectories, offline, queries, configs, health):
-        app.include_router(module.router)
+        app.include_router(module.router, dependencies=[Depends(known_query)])
     pages.install(app)
     problems.install(app)
     # The last added is the outermost: what Limits refuses is metered too.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import http.server
 import json
+import shutil
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -30,7 +34,16 @@ LOCAL = "http://127.0.0.1"
 
 def make_root(folder: Path) -> str:
     """`walk-done` finished, `walk-live` halfway and running, and `old-0` … `old-3` finished before them."""
-    store = open_store(str(folder))
+    shutil.copytree(_template(), folder)
+    return str(folder)
+
+
+@functools.cache
+def _template() -> str:
+    """The same, written once per test process: every record is flushed to disk."""
+    folder = tempfile.mkdtemp(prefix="asyncopd-service-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    store = open_store(folder)
     config = config_of()
     for number in range(RUNS - 2):
         log = new_log(store, config, f"old-{number}")
@@ -46,7 +59,7 @@ def make_root(folder: Path) -> str:
     live.record_state("running", by="flow-2")
     publish_run(live, config, num_steps=5)
     live.publish_checkpoint(4, 0, {"state": b"x"}, worker="learn-0")
-    return str(folder)
+    return folder
 
 
 def settings_of(root: str, folder: Path, **changes: Any) -> ServiceSettings:

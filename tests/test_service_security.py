@@ -49,6 +49,7 @@ def test_every_error_is_a_problem_document(client: TestClient, folder: Path) -> 
     both = client.put("/v1/runs")
     is_problem(both, 405, "no-such-method")
     assert both.headers["allow"] == "GET, POST"
+    is_problem(client.get("/v1/runs", params={"statuss": "failed"}), 422, "unknown-parameter")
     is_problem(client.get("/v1/runs", params={"limit": 0}), 422, "not-valid")
     is_problem(client.post("/v1/runs", json={"unknown": 1}), 422, "not-valid")
     is_problem(client.post("/v1/sql", content=b"{", headers={"content-type": "application/json"}), 400, "not-json")
