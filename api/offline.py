@@ -119,7 +119,7 @@ def _assignments(settings: Mapping[str, Any], scores: Mapping[str, float]) -> li
     texts = []
     for key, value in {**settings, **({"scores": dict(scores)} if scores else {})}.items():
         text = f"{key}={_yaml(value)}"
-        if key == "scores" and key in settings or parse_override(text) != (key, value):
+        if (key == "scores" and key in settings) or parse_override(text) != (key, value):
             raise ConfigError(
                 f"{key!r}: {value!r} is no setting; expected a dotted key, for example loss.name, and a number, name, "
                 "list or object."

@@ -82,6 +82,18 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_handler(app))  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _of_validation)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _of_bug)
+    make = app.openapi
+    app.openapi = lambda: _as_problems(make())  # type: ignore[method-assign]
+
+
+def _as_problems(document: dict[str, Any]) -> dict[str, Any]:
+    """`document` with problems under their own media type only; FastAPI adds that of the route's answers."""
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            for status, response in operation["responses"].items():
+                if status >= "400" and MEDIA_TYPE in response.get("content", {}):
+                    response["content"] = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return document
 
 
 async def _of_problem(_: Request, error: ProblemError) -> JSONResponse:

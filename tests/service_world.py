@@ -63,10 +63,16 @@ def _template() -> str:
 
 
 def settings_of(root: str, folder: Path, **changes: Any) -> ServiceSettings:
-    return ServiceSettings(**{
-        "root": root, "configs": CONFIGS, "tokens": folder / "tokens.json", "poll_s": 0.05,
-        "requests_per_s": 10_000.0, **changes,
-    })  # fmt: skip
+    return ServiceSettings(
+        **{
+            "root": root,
+            "configs": CONFIGS,
+            "tokens": folder / "tokens.json",
+            "poll_s": 0.05,
+            "requests_per_s": 10_000.0,
+            **changes,
+        }
+    )
 
 
 def client_of(settings: ServiceSettings, **changes: Any) -> TestClient:
@@ -77,7 +83,9 @@ def client_of(settings: ServiceSettings, **changes: Any) -> TestClient:
 def served(app: FastAPI) -> Iterator[str]:
     """A real server in a thread; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=1))
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=1)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

@@ -27,8 +27,10 @@ SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
 PATIENT = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 UNFIT = [
     # Valid by schema is not valid by meaning: a configuration, an id that exists, one SELECT.
-    check for check in CHECKS.get_all() if check.__name__ in ("positive_data_acceptance",)
-]  # fmt: skip
+    check
+    for check in CHECKS.get_all()
+    if check.__name__ in ("positive_data_acceptance",)
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

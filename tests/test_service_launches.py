@@ -127,18 +127,37 @@ def test_a_service_killed_between_storing_and_starting_goes_on_with_the_repeat(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        environment = {"PREFECT_API_URL": f"http://127.0.0.1:{silent.getsockname()[1]}/api",
-                       "ASYNCOPD_HOME": str(tmp_path / "home")}  # fmt: skip
+        environment = {
+            "PREFECT_API_URL": f"http://127.0.0.1:{silent.getsockname()[1]}/api",
+            "ASYNCOPD_HOME": str(tmp_path / "home"),
+        }
         process = subprocess.Popen(
-            [sys.executable, "-m", "api", "--host", "127.0.0.1", "--port", str(port), "--root", root,
-             "--configs", str(Path(__file__).parent.parent / "configs")],
-            cwd=Path(__file__).parent.parent, env={**os.environ, **environment},
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "api",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--root",
+                root,
+                "--configs",
+                str(Path(__file__).parent.parent / "configs"),
+            ],
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, **environment},
+        )
         try:
             until_answers(f"http://127.0.0.1:{port}/healthz")
             with ThreadPoolExecutor(1) as pool:
-                lost = pool.submit(httpx.post, f"http://127.0.0.1:{port}/v1/runs", json=BODY, timeout=60,
-                                   headers={"Idempotency-Key": "k5"})  # fmt: skip
+                lost = pool.submit(
+                    httpx.post,
+                    f"http://127.0.0.1:{port}/v1/runs",
+                    json=BODY,
+                    timeout=60,
+                    headers={"Idempotency-Key": "k5"},
+                )
                 deadline = time.monotonic() + 60
                 while not LaunchLog(open_store(root)).launches():
                     assert time.monotonic() < deadline
@@ -157,9 +176,7 @@ def test_a_service_killed_between_storing_and_starting_goes_on_with_the_repeat(
         assert [run["parameters"]["run_id"] for run in found.flow_runs.values()] == [run_id]
 
 
-def test_cancel_and_pause_tell_prefect_and_resume_starts_again(
-    client: TestClient, prefect: Prefect, root: str
-) -> None:
+def test_cancel_and_pause_tell_prefect_and_resume_starts_again(client: TestClient, prefect: Prefect, root: str) -> None:
     run_id = launch(client, run_id="stopped").json()["id"]
     answer = client.post(f"/v1/runs/{run_id}/cancel")
     assert (answer.status_code, answer.json()["status"]) == (202, "cancelled")
@@ -191,7 +208,9 @@ def test_mistakes_in_a_configuration_are_refused_before_anything_is_stored(
     assert (LaunchLog(open_store(root)).launches(), prefect.flow_runs) == ([], {})
 
 
-def test_a_configuration_in_full_lands_in_the_services_own_root(client: TestClient, prefect: Prefect, root: str) -> None:
+def test_a_configuration_in_full_lands_in_the_services_own_root(
+    client: TestClient, prefect: Prefect, root: str
+) -> None:
     response = client.post("/v1/runs", json={"config": {"name": "full", "storage": {"root": "/somewhere/else"}}})
     assert response.status_code == 201
     (asked,) = prefect.flow_runs.values()

@@ -82,8 +82,14 @@ def test_a_replay_shows_its_parents_trajectories_and_its_own_steps(tmp_path: Pat
     # Its steps have the parent's numbers; they used to be looked for at 0.
     store, config = open_store(str(tmp_path / "runs")), config_of()
     publish_run(new_log(store, config, "parent"), config)
-    record = {"run_id": "parent", "first_version": 8, "last_version": 12, "start": "checkpoint", "settings": {},
-              "scores": {"oracle": 1.0}}  # fmt: skip
+    record = {
+        "run_id": "parent",
+        "first_version": 8,
+        "last_version": 12,
+        "start": "checkpoint",
+        "settings": {},
+        "scores": {"oracle": 1.0},
+    }
     own = {"config": config.model_dump(mode="json"), "config_hash": "h", "parent": record}
     child = create_run(store, "child", own)
     child.publish_step(train_step(8))
@@ -214,13 +220,21 @@ def test_sql_sees_the_runs_it_names_and_says_when_it_cuts_off(client: TestClient
     assert (both["columns"], both["rows"], both["truncated"]) == (["run", "num"], [[DONE, 12], [LIVE, 5]], False)
     cut = ask("SELECT step FROM steps ORDER BY ALL", runs=[DONE], limit=3)
     assert (cut["rows"], cut["truncated"]) == ([[0], [1], [2]], True)
-    odd = ask("SELECT 1 AS a, 2 AS a, 'NaN'::DOUBLE AS b, MAP {'x': 1} AS c, TIMESTAMP '2026-11-21' AS d, $n AS e",
-              parameters={"n": 7})  # fmt: skip
+    odd = ask(
+        "SELECT 1 AS a, 2 AS a, 'NaN'::DOUBLE AS b, MAP {'x': 1} AS c, TIMESTAMP '2026-11-21' AS d, $n AS e",
+        parameters={"n": 7},
+    )
     assert odd["columns"] == ["a", "a", "b", "c", "d", "e"]
     assert odd["rows"] == [[1, 2, None, {"x": 1}, "2026-11-21T00:00:00", 7]]
     assert "nobody" in ask("SELECT 1", status=404, runs=["nobody"])["detail"]
-    for refused in ("DROP TABLE steps", "SELECT * FROM read_text('/etc/passwd')", "COPY steps TO '/tmp/x'", "nonsense",
-                    "SELECT getenv('HOME')", "SELECT 1; SELECT 2"):  # fmt: skip
+    for refused in (
+        "DROP TABLE steps",
+        "SELECT * FROM read_text('/etc/passwd')",
+        "COPY steps TO '/tmp/x'",
+        "nonsense",
+        "SELECT getenv('HOME')",
+        "SELECT 1; SELECT 2",
+    ):
         assert ask(refused, status=422)["type"] == "urn:asyncopd:problem:query-refused"
 
 

@@ -15,8 +15,11 @@ from api.main import create_app
 from api.security import Scope, TokenStore
 from asyncopd.errors import ConfigError
 
-SECRETS = {"AWS_ACCESS_KEY_ID": "AKIAVERYSECRETID", "AWS_SECRET_ACCESS_KEY": "very/secret+key",
-           "AWS_SESSION_TOKEN": "very-secret-session"}  # fmt: skip
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": "AKIAVERYSECRETID",
+    "AWS_SECRET_ACCESS_KEY": "very/secret+key",
+    "AWS_SESSION_TOKEN": "very-secret-session",
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,9 @@ def test_every_error_is_a_problem_document(client: TestClient, folder: Path) -> 
     is_problem(client.get("/v1/runs", params={"limit": 0}), 422, "not-valid")
     is_problem(client.post("/v1/runs", json={"unknown": 1}), 422, "not-valid")
     is_problem(client.post("/v1/sql", content=b"{", headers={"content-type": "application/json"}), 400, "not-json")
-    is_problem(client.post("/v1/sql", content=b"\xff\xfe", headers={"content-type": "application/json"}), 400, "not-json")
+    is_problem(
+        client.post("/v1/sql", content=b"\xff\xfe", headers={"content-type": "application/json"}), 400, "not-json"
+    )
 
 
 def test_large_bodies_are_refused_by_header_and_by_count(client: TestClient) -> None:
@@ -88,9 +93,13 @@ def test_a_foreign_host_is_refused_on_loopback(client: TestClient, host: str) ->
 
 @pytest.mark.parametrize(
     "headers",
-    [{"origin": "http://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"},
-     {"origin": "http://127.0.0.1:9999"}],
-)  # fmt: skip
+    [
+        {"origin": "http://evil.example"},
+        {"origin": "null"},
+        {"sec-fetch-site": "cross-site"},
+        {"origin": "http://127.0.0.1:9999"},
+    ],
+)
 def test_pages_of_other_sites_change_nothing(client: TestClient, headers: dict[str, str]) -> None:
     is_problem(client.post(f"/v1/runs/{LIVE}/cancel", headers=headers), 403, "foreign-page")
     assert client.get(f"/v1/runs/{LIVE}").json()["status"] == "running"
@@ -109,17 +118,43 @@ def test_every_answer_has_the_protective_headers(client: TestClient, path: str) 
     assert headers["referrer-policy"] == "no-referrer"
 
 
-TRAVERSALS = ["..", "../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e", ".hidden", "a/../../b", "a%00b", "%2fetc",
-              "C:\\x", "x" * 101, "é", " "]  # fmt: skip
+TRAVERSALS = [
+    "..",
+    "../../etc/passwd",
+    "..%2f..%2fetc%2fpasswd",
+    "%2e%2e",
+    ".hidden",
+    "a/../../b",
+    "a%00b",
+    "%2fetc",
+    "C:\\x",
+    "x" * 101,
+    "é",
+    " ",
+]
 
 
 @pytest.mark.parametrize("name", TRAVERSALS)
 def test_run_ids_cannot_leave_the_root(client: TestClient, name: str) -> None:
-    rests = ("", "/config", "/events", "/events/stream", "/metrics", "/staleness", "/throughput", "/policies",
-             "/checkpoints", "/evals", "/timeline", "/trajectories", "/trajectories/0")  # fmt: skip
+    rests = (
+        "",
+        "/config",
+        "/events",
+        "/events/stream",
+        "/metrics",
+        "/staleness",
+        "/throughput",
+        "/policies",
+        "/checkpoints",
+        "/evals",
+        "/timeline",
+        "/trajectories",
+        "/trajectories/0",
+    )
     answers = [client.get(f"/v1/runs/{name}{rest}") for rest in rests]
-    answers += [client.post(f"/v1/runs/{name}/{verb}", json={}) for verb in ("cancel", "pause", "resume", "replay",
-                                                                              "backfill")]  # fmt: skip
+    answers += [
+        client.post(f"/v1/runs/{name}/{verb}", json={}) for verb in ("cancel", "pause", "resume", "replay", "backfill")
+    ]
     answers.append(client.post("/v1/sql", json={"sql": "SELECT 1", "runs": [name]}))
     answers.append(client.post("/v1/runs", json={"config_name": "quickstart", "run_id": name}))
     answers.append(client.get("/v1/runs", params={"after": name}))
@@ -136,7 +171,9 @@ def test_config_names_resolve_in_their_folder_only(client: TestClient, name: str
     assert "[project]" not in answer.text
 
 
-@pytest.mark.parametrize("path", ["/static/../main.py", "/static/..%2fmain.py", "/static/%2e%2e/main.py", "/static//etc/passwd"])
+@pytest.mark.parametrize(
+    "path", ["/static/../main.py", "/static/..%2fmain.py", "/static/%2e%2e/main.py", "/static//etc/passwd"]
+)
 def test_assets_come_from_their_folder_only(client: TestClient, path: str) -> None:
     assert client.get(path).status_code == 404
 
@@ -198,7 +235,9 @@ def test_a_wrong_token_is_refused_on_loopback_too(client: TestClient) -> None:
     assert client.get("/v1/runs", headers={"authorization": "Bearer nonsense"}).status_code == 401
 
 
-def test_tokens_are_compared_in_constant_time_with_every_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_compared_in_constant_time_with_every_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = TokenStore(tmp_path / "tokens.json")
     tokens = [store.create(f"t{number}", Scope.READ) for number in range(3)]
     compared = []
@@ -220,12 +259,28 @@ def test_secrets_of_the_environment_are_in_no_answer_and_no_log(
     monkeypatch.setenv("PREFECT_API_URL", "http://user:hunter2@127.0.0.1:9/api")
     client = client_of(settings_of(str(folder / "runs"), folder), raise_server_exceptions=False)
     with caplog.at_level(logging.DEBUG):
-        texts = [client.get(path).text for path in ("/v1/configs", "/readyz", "/metrics", "/v1/runs", "/openapi.json",
-                                                    f"/v1/runs/{DONE}/config", "/v1/nothing")]  # fmt: skip
+        texts = [
+            client.get(path).text
+            for path in (
+                "/v1/configs",
+                "/readyz",
+                "/metrics",
+                "/v1/runs",
+                "/openapi.json",
+                f"/v1/runs/{DONE}/config",
+                "/v1/nothing",
+            )
+        ]
         texts.append(client.post("/v1/runs", json={"config_name": "quickstart"}).text)
-        texts.append(client.post("/v1/runs", json={"config_name": "quickstart", "overrides": {"name": "$AWS_SECRET_ACCESS_KEY"}}).text)
-        for sql in ("SELECT getenv('AWS_SECRET_ACCESS_KEY')", "FROM duckdb_secrets()", "FROM duckdb_settings()",
-                    "SELECT current_setting('s3_secret_access_key')", "FROM read_text('/proc/self/environ')"):  # fmt: skip
+        body = {"config_name": "quickstart", "overrides": {"name": "$AWS_SECRET_ACCESS_KEY"}}
+        texts.append(client.post("/v1/runs", json=body).text)
+        for sql in (
+            "SELECT getenv('AWS_SECRET_ACCESS_KEY')",
+            "FROM duckdb_secrets()",
+            "FROM duckdb_settings()",
+            "SELECT current_setting('s3_secret_access_key')",
+            "FROM read_text('/proc/self/environ')",
+        ):
             texts.append(client.post("/v1/sql", json={"sql": sql}).text)
     for secret in (*SECRETS.values(), "hunter2"):
         assert not [text for text in (*texts, caplog.text) if secret in text]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import threading
 import time
@@ -9,14 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from service_world import DONE, client_of, make_root, served, settings_of
-from synthetic_run import config_of, new_log, train_step
+import pytest
+from service_world import DONE, Prefect, client_of, make_root, prefect_stand_in, served, settings_of
+from synthetic_run import config_of, new_log, publish_run, train_step
 
 from api.main import create_app
+from asyncopd.config import RunConfig
 from storage.open import open_store
 
+ROOT = Path(__file__).parent.parent
 
-def events(url: str, *, last_id: str | None = None, at_most: int = 1000) -> list[tuple[str, str | None, dict[str, Any]]]:
+
+def events(
+    url: str, *, last_id: str | None = None, at_most: int = 1000
+) -> list[tuple[str, str | None, dict[str, Any]]]:
     """(kind, id, data) of a stream, until it ends or `at_most` came."""
     headers = {"Last-Event-ID": last_id} if last_id else {}
     found = []
@@ -102,3 +109,36 @@ def test_nonsense_as_last_event_id_begins_at_the_beginning(tmp_path: Path) -> No
     with served(create_app(settings_of(make_root(tmp_path / "runs"), tmp_path))) as url:
         streamed = events(f"{url}/v1/runs/{DONE}/events/stream", last_id="e9.nonsense")
     assert len(streamed) == 19  # 12 steps, 2 states, 4 evaluations, the end
+
+
+def test_the_example_client_of_the_docs_launches_follows_and_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    specification = importlib.util.spec_from_file_location("example_client", ROOT / "docs" / "example_client.py")
+    assert specification is not None
+    assert specification.loader is not None
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    root = str(tmp_path / "runs")
+
+    def as_a_worker_would(prefect: Prefect) -> None:
+        while not prefect.flow_runs:
+            time.sleep(0.05)
+        (asked,) = prefect.flow_runs.values()
+        config = RunConfig.model_validate(asked["parameters"]["config"])
+        log = new_log(open_store(root), config, asked["parameters"]["run_id"])
+        log.record_state("running", by="flow")
+        publish_run(log, config)
+        log.record_state("completed", by="flow")
+
+    with prefect_stand_in() as prefect, served(create_app(settings_of(root, tmp_path))) as url:
+        monkeypatch.setenv("PREFECT_API_URL", prefect.url)
+        worker = threading.Thread(target=as_a_worker_would, args=(prefect,))
+        worker.start()
+        example.main(url, "quickstart", "learner.num_steps=2", "evaluate.every=2")
+        worker.join()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line.startswith("step 1 trained")]
+    assert "succeeded" in printed
+    assert printed[-3] == "version\taccuracy\tkl_nats"
+    assert printed[-1].startswith("2\t0.")
