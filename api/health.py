@@ -56,8 +56,8 @@ def _storage(runs: RunReader) -> Check:
 def _prefect() -> Check:
     if server_answers():
         return Check(ok=True, detail=f"{shown_url()} answers")
-    return Check(ok=False, detail=f"no Prefect server answers at {shown_url()}; start it with `asyncopd up`. Runs can be "
-                                  "looked at, not launched.")  # fmt: skip
+    return Check(ok=False, detail=f"no Prefect server answers at {shown_url()}; start it with `asyncopd up`. Runs can "
+                                  "be looked at, not launched.")  # fmt: skip
 
 
 _GAUGES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (

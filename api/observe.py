@@ -30,7 +30,9 @@ from api.state import Fold, KnownRun, Streams
 from asyncopd.types import Span, TrainStep
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["observations"], dependencies=[Reader])
-MaxPoints = Annotated[int, Query(ge=2, le=5000, description="Points per curve; more steps are averaged.", examples=[200])]
+MaxPoints = Annotated[
+    int, Query(ge=2, le=5000, description="Points per curve; more steps are averaged.", examples=[200])
+]
 FromStep = Annotated[int, Query(ge=0, description="First step.", examples=[0])]
 ToStep = Annotated[int | None, Query(ge=1, description="Step to stop before.", examples=[100])]
 
@@ -38,7 +40,10 @@ ToStep = Annotated[int | None, Query(ge=1, description="Step to stop before.", e
 @router.get("/events", operation_id="list_events", responses=responses(404))
 def list_events(
     fold: Fold,
-    after: Annotated[str | None, Query(description="`id` of the last event you have.", examples=["e0-0.f0.r0.s0-41.t1"], max_length=200)] = None,
+    after: Annotated[
+        str | None,
+        Query(description="`id` of the last event you have.", examples=["e0-0.f0.r0.s0-41.t1"], max_length=200),
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=1000, description="Events per page.", examples=[100])] = 100,
 ) -> EventPage:
     """States, steps, rewinds, evaluations and failures, oldest first."""
@@ -54,7 +59,9 @@ def list_events(
 async def stream_events(
     run_id: KnownRun,
     streams: Streams,
-    after: Annotated[str | None, Query(description="As Last-Event-ID.", examples=["e0-0.f0.r0.s0-41.t1"], max_length=200)] = None,
+    after: Annotated[
+        str | None, Query(description="As Last-Event-ID.", examples=["e0-0.f0.r0.s0-41.t1"], max_length=200)
+    ] = None,
     last_event_id: Annotated[
         str | None, Header(description="Events after this one.", max_length=200, examples=["e0-0.f0.r0.s0-41.t1"])
     ] = None,
@@ -67,7 +74,9 @@ async def stream_events(
 @router.get("/metrics", operation_id="get_metrics", responses=responses(404))
 def get_metrics(
     fold: Fold,
-    key: Annotated[list[str] | None, Query(description="Only these metrics; all when left out.", examples=[["train/loss_nats"]])] = None,
+    key: Annotated[
+        list[str] | None, Query(description="Only these metrics; all when left out.", examples=[["train/loss_nats"]])
+    ] = None,
     from_step: FromStep = 0,
     to_step: ToStep = None,
     max_points: MaxPoints = 500,
@@ -159,7 +168,9 @@ def list_evaluations(fold: Fold) -> EvaluationList:
 @router.get("/timeline", operation_id="get_timeline", responses=responses(404))
 def get_timeline(
     fold: Fold,
-    start_s: Annotated[float, Query(ge=0, description="Window start, seconds after the first span.", examples=[0.0])] = 0.0,
+    start_s: Annotated[
+        float, Query(ge=0, description="Window start, seconds after the first span.", examples=[0.0])
+    ] = 0.0,
     stop_s: Annotated[float | None, Query(gt=0, description="Window end.", examples=[60.0])] = None,
     max_spans: Annotated[int, Query(ge=10, le=20_000, description="Spans per worker, about.", examples=[1500])] = 1500,
 ) -> Timeline:

@@ -1,4 +1,4 @@
-"""`/v1/runs/{id}/replay | backfill`: work on a log that exists, through the deployments `replay/run` and `backfill/run`.
+"""`/v1/runs/{id}/replay | backfill`: work on a log that exists, through deployments `replay/run` and `backfill/run`.
 
 Everything is checked here that can be checked without loading a model: a mistake should not have to wait for a worker.
 """

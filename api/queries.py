@@ -84,9 +84,10 @@ class QueryDesk:
         self._num_inside += 1
         state = _Asked()
         work = asyncio.get_running_loop().run_in_executor(self._threads, self._run, asked, state)
-        gone = asyncio.create_task(_gone(request))
+        gone: asyncio.Future[Any] = asyncio.create_task(_gone(request))
+        waiting: set[asyncio.Future[Any]] = {work, gone}
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 state.cancel()
             return await work

@@ -214,7 +214,9 @@ def run_of(fold: RunFold, wish: WishRecord | None, flow_run_id: str | None) -> R
         config_hash=record.get("config_hash"),
         parent=record.get("parent"),
         progress=Progress(
-            steps=len(steps), total_steps=fold.config.learner.num_steps - fold.first_step, tokens=sum(step.num_tokens for step in steps)
+            steps=len(steps),
+            total_steps=fold.config.learner.num_steps - fold.first_step,
+            tokens=sum(step.num_tokens for step in steps),
         ),
         latest=_latest(fold),
         sparkline=[step.metrics.get("train/loss_nats") for step in _thinned(steps, SPARKLINE_POINTS)],

@@ -23,7 +23,8 @@ def create_run(
     response: Response,
     launches: Launches,
     idempotency_key: Annotated[
-        str | None, Header(max_length=200, description="Repeating a request with one key launches once.", examples=["a-uuid"])
+        str | None,
+        Header(max_length=200, description="Repeating a request with one key launches once.", examples=["a-uuid"]),
     ] = None,
 ) -> Run:
     """Launch a run through the deployment `asyncopd/train`. Its state is `queued` until a worker starts the flow."""
@@ -38,8 +39,12 @@ def create_run(
 @router.get("", dependencies=[Reader], operation_id="list_runs", responses=responses())
 def list_runs(
     runs: Runs,
-    status: Annotated[list[RunStatus] | None, Query(description="Only runs in one of these states.", examples=[["running"]])] = None,
-    name: Annotated[str | None, Query(description="Only runs whose id starts so.", examples=["walk-"], max_length=100)] = None,
+    status: Annotated[
+        list[RunStatus] | None, Query(description="Only runs in one of these states.", examples=[["running"]])
+    ] = None,
+    name: Annotated[
+        str | None, Query(description="Only runs whose id starts so.", examples=["walk-"], max_length=100)
+    ] = None,
     after: Annotated[
         str | None, Query(description="`next_cursor` of the page before.", examples=["walk-7"], pattern=RUN_ID_PATTERN)
     ] = None,

@@ -359,7 +359,7 @@ class ReplayRequest(Schema):
     scores: dict[str, float] = field("Folder of scores -> weight of that teacher; the run's own when empty.",
                                      {"oracle": 1.0}, {}, max_length=20)  # fmt: skip
     compare: list[Settings] = field("Arms of a comparison: overrides of each; two or more.",
-                                    [{"loss.name": "reverse_kl"}, {"loss.name": "forward_kl"}], [], max_length=20)  # fmt: skip
+                                    [{"loss.name": "a"}, {"loss.name": "b"}], [], max_length=20)  # fmt: skip
     evaluate: bool = field("Evaluate the first and the last version of a single replay.", True, False)
     num_prompts: int = field("Held-out prompts of a comparison; 0 for the run's own number.", 300, 0, ge=0, le=100_000)
 

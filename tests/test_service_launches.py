@@ -208,9 +208,7 @@ def test_mistakes_in_a_configuration_are_refused_before_anything_is_stored(
     assert (LaunchLog(open_store(root)).launches(), prefect.flow_runs) == ([], {})
 
 
-def test_a_configuration_in_full_lands_in_the_services_own_root(
-    client: TestClient, prefect: Prefect, root: str
-) -> None:
+def test_a_configuration_in_full_lands_in_the_services_root(client: TestClient, prefect: Prefect, root: str) -> None:
     response = client.post("/v1/runs", json={"config": {"name": "full", "storage": {"root": "/somewhere/else"}}})
     assert response.status_code == 201
     (asked,) = prefect.flow_runs.values()
