@@ -25,12 +25,12 @@ import uvicorn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from synthetic_run import config_of, new_log, publish_run, train_step  # noqa: E402
+from synthetic_run import config_of, new_log, publish_run, train_step
 
-from api.main import create_app  # noqa: E402
-from api.settings import ServiceSettings  # noqa: E402
-from storage.open import open_store  # noqa: E402
-from storage.run_log import StoredRunLog  # noqa: E402
+from api.main import create_app
+from api.settings import ServiceSettings
+from storage.open import open_store
+from storage.run_log import StoredRunLog
 
 RUN, STEPS_PER_S = "growing", 4.0
 PATHS = ("/v1/runs", "/v1/runs/{}", "/v1/runs/{}/metrics", "/v1/runs/{}/staleness", "/v1/runs/{}/timeline",
