@@ -21,7 +21,7 @@ _CURSOR = re.compile(r"e(\d+)-(\d+)\.f(\d+)\.r(\d+)\.s(\d+)-(\d+)\.t(\d+)")
 
 @dataclass(frozen=True)
 class Cursor:
-    """The last event seen of each kind; (rewind, number) pairs order steps and evaluations."""
+    """The last event seen of each kind: evaluations by (finished, ms; version), steps by (rewind, step + 1)."""
 
     evaluation: tuple[int, int] = (0, 0)
     failure: int = 0
@@ -43,6 +43,8 @@ class Cursor:
         return cls((e0, e1), f, r, (s0, s1), t)
 
 
+KEEP_ALIVE_S = 15.0
+"""A silent stream says so this often: proxies close silent connections."""
 Place = tuple[str, tuple[int, int] | int]
 """Field of the cursor that an event moves, and to where."""
 
@@ -54,6 +56,8 @@ class Feed:
         self._fold = fold
         self._cursor = Cursor()
         self.events: list[tuple[Place, Event]] = []
+        self.frames: list[bytes] = []
+        """Each event as it is streamed, encoded once for all clients."""
 
     def extend(self) -> int:
         """Look, and append what is new; returns how many events that were."""
@@ -62,7 +66,9 @@ class Feed:
         found += self._failures(fold)
         for place, event in sorted(found, key=lambda item: item[1].time):
             self._cursor = replace(self._cursor, **{place[0]: place[1]})  # type: ignore[arg-type]
-            self.events.append((place, event.model_copy(update={"id": str(self._cursor)})))
+            numbered = event.model_copy(update={"id": str(self._cursor)})
+            self.frames.append(frame_of(numbered))
+            self.events.append((place, numbered))
         return len(found)
 
     def after(self, cursor: Cursor) -> list[Event]:
@@ -88,7 +94,8 @@ class Feed:
         ]  # fmt: skip
 
     def _evaluations(self, fold: RunFold) -> list[tuple[Place, Event]]:
-        places = [((e.version.rewind, e.version.number + 1), e) for e in fold.evaluations]
+        # By time, because several evaluators need not end in the order of the versions.
+        places = [((int(e.finished * 1000), e.version.number), e) for e in fold.evaluations]
         return [(("evaluation", place), _evaluation_event(e)) for place, e in places if place > self._cursor.evaluation]
 
     def _failures(self, fold: RunFold) -> list[tuple[Place, Event]]:
@@ -119,6 +126,12 @@ def _evaluation_event(evaluation: Evaluation) -> Event:
     return _event("evaluation", evaluation.finished, f"{message}KL {evaluation.kl_nats:.4g} nats", known)
 
 
+def frame_of(event: Event) -> bytes:
+    """An event on the wire; JSON holds no line break."""
+    number = f"id: {event.id}\n" if event.id else ""
+    return f"event: {event.kind}\n{number}data: {event.model_dump_json()}\n\n".encode()
+
+
 class _Channel:
     """One run's feed with those who wait for its next event."""
 
@@ -138,8 +151,8 @@ class Hub:
         self._reader, self._poll_s = reader, poll_s
         self._channels: dict[str, _Channel] = {}
 
-    async def stream(self, run_id: str, cursor: Cursor) -> AsyncIterator[Event]:
-        """Events after `cursor`, as they happen; an `end` event closes the stream when no flow works on the run."""
+    async def stream(self, run_id: str, cursor: Cursor) -> AsyncIterator[bytes]:
+        """Frames of events after `cursor`, as they happen; an `end` event closes it when no flow works on the run."""
         channel = self._channels.setdefault(run_id, _Channel())
         channel.num_clients += 1
         if channel.task is None:
@@ -147,20 +160,26 @@ class Hub:
         seen = 0
         try:
             while True:
-                async with channel.news:
-                    while not (channel.ended or (channel.feed is not None and len(channel.feed.events) > seen)):
-                        await channel.news.wait()
-                    batch = channel.feed.events[seen:] if channel.feed else []
-                    ended = channel.ended
-                for (kind, place), event in batch:
-                    if place > getattr(cursor, kind):
-                        yield event
+                try:
+                    async with asyncio.timeout(KEEP_ALIVE_S), channel.news:
+                        while not (channel.ended or (channel.feed is not None and len(channel.feed.events) > seen)):
+                            await channel.news.wait()
+                except TimeoutError:
+                    yield b": nothing new\n\n"
+                    continue
+                ended = channel.ended
+                batch = channel.feed.events[seen:] if channel.feed else []
+                frames = channel.feed.frames[seen : seen + len(batch)] if channel.feed else []
                 seen += len(batch)
+                # One write for all of them.
+                pairs = zip(batch, frames, strict=True)
+                if new := [frame for ((kind, place), _), frame in pairs if place > getattr(cursor, kind)]:
+                    yield b"".join(new)
                 if ended:
                     if channel.error is not None:
                         raise channel.error
                     run = await asyncio.to_thread(self._reader.run, run_id)
-                    yield _event("end", run.updated or run.created, run.status, {"status": run.status})
+                    yield frame_of(_event("end", run.updated or run.created, run.status, {"status": run.status}))
                     return
         finally:
             channel.num_clients -= 1

@@ -18,7 +18,7 @@ from api.security import Reader
 from api.state import Runs
 from asyncopd import __version__
 from asyncopd.errors import StorageError
-from asyncopd.stack import api_url, server_answers
+from asyncopd.stack import server_answers, shown_url
 
 router = APIRouter(tags=["health"])
 
@@ -55,9 +55,9 @@ def _storage(runs: RunReader) -> Check:
 
 def _prefect() -> Check:
     if server_answers():
-        return Check(ok=True, detail=f"{api_url()} answers")
-    return Check(ok=False, detail=f"no Prefect server answers at {api_url()}; start it with `asyncopd up`. Runs can be "
-                                  "looked at, not launched.")  # fmt: skip
+        return Check(ok=True, detail=f"{shown_url()} answers")
+    return Check(ok=False, detail=f"no Prefect server answers at {shown_url()}; start it with `asyncopd up`. Runs can "
+                                  "be looked at, not launched.")  # fmt: skip
 
 
 _GAUGES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (

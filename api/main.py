@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
 
-from api import configs, health, observe, pages, problems, runs, trajectories
+from api import configs, health, observe, offline, pages, problems, queries, runs, trajectories
 from api.feed import Hub
 from api.health import RequestMeter, RunCollector
 from api.launcher import RunLauncher
 from api.limits import Limits
+from api.queries import QueryDesk
 from api.reader import RunReader
 from api.security import TokenStore
 from api.settings import ServiceSettings
+from api.state import known_query
 from asyncopd import __version__
 from asyncopd.errors import ConfigError
 from storage.open import open_store
@@ -40,8 +42,9 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.settings, app.state.tokens, app.state.reader, app.state.registry = settings, tokens, reader, registry
     app.state.launcher = RunLauncher(reader, root=settings.root, configs=settings.configs)
     app.state.hub = Hub(reader, settings.poll_s)
-    for router in (runs.router, observe.router, trajectories.router, configs.router, health.router):
-        app.include_router(router)
+    app.state.desk = QueryDesk(reader.store)
+    for module in (runs, observe, trajectories, offline, queries, configs, health):
+        app.include_router(module.router, dependencies=[Depends(known_query)])
     pages.install(app)
     problems.install(app)
     # The last added is the outermost: what Limits refuses is metered too.

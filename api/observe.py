@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter, Header, Query
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.responses import StreamingResponse
 
 from api.feed import Cursor, Feed
 from api.problems import responses
@@ -30,16 +30,21 @@ from api.state import Fold, KnownRun, Streams
 from asyncopd.types import Span, TrainStep
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["observations"], dependencies=[Reader])
-MaxPoints = Annotated[int, Query(ge=2, le=5000, description="Points per curve; more steps are averaged.")]
-FromStep = Annotated[int, Query(ge=0, description="First step.")]
-ToStep = Annotated[int | None, Query(ge=1, description="Step to stop before.")]
+MaxPoints = Annotated[
+    int, Query(ge=2, le=5000, description="Points per curve; more steps are averaged.", examples=[200])
+]
+FromStep = Annotated[int, Query(ge=0, description="First step.", examples=[0])]
+ToStep = Annotated[int | None, Query(ge=1, description="Step to stop before.", examples=[100])]
 
 
 @router.get("/events", operation_id="list_events", responses=responses(404))
 def list_events(
     fold: Fold,
-    after: Annotated[str | None, Query(description="`id` of the last event you have.", max_length=200)] = None,
-    limit: Annotated[int, Query(ge=1, le=1000, description="Events per page.")] = 100,
+    after: Annotated[
+        str | None,
+        Query(description="`id` of the last event you have.", examples=["e0-0.f0.r0.s0-41.t1"], max_length=200),
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Events per page.", examples=[100])] = 100,
 ) -> EventPage:
     """States, steps, rewinds, evaluations and failures, oldest first."""
     feed = Feed(fold)
@@ -49,33 +54,41 @@ def list_events(
 
 
 @router.get(
-    "/events/stream", operation_id="stream_events", responses=responses(404), response_class=EventSourceResponse
+    "/events/stream", operation_id="stream_events", response_class=StreamingResponse,
+    responses={**responses(404), 200: {"description": "Events", "content": {"text/event-stream": {}}}},
 )
 async def stream_events(
     run_id: KnownRun,
     streams: Streams,
-    after: Annotated[str | None, Query(description="As Last-Event-ID.", max_length=200)] = None,
-    last_event_id: Annotated[str | None, Header(max_length=200)] = None,
-) -> AsyncIterator[ServerSentEvent]:
+    after: Annotated[
+        str | None, Query(description="As Last-Event-ID.", examples=["e0-0.f0.r0.s0-41.t1"], max_length=200)
+    ] = None,
+    last_event_id: Annotated[
+        str | None, Header(description="Events after this one.", max_length=200, examples=["e0-0.f0.r0.s0-41.t1"])
+    ] = None,
+) -> StreamingResponse:
     """The same events as they happen, as server-sent events. An `end` event closes the stream."""
-    async for event in streams.stream(run_id, Cursor.parse(last_event_id or after)):
-        yield ServerSentEvent(data=event, event=event.kind, id=event.id or None)
+    # Not FastAPI's own encoder: it encodes for every client anew and reports each that leaves as an error.
+    frames = streams.stream(run_id, Cursor.parse(last_event_id or after))
+    return StreamingResponse(frames, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
 @router.get("/metrics", operation_id="get_metrics", responses=responses(404))
 def get_metrics(
     fold: Fold,
-    key: Annotated[list[str] | None, Query(description="Only these metrics; all when left out.")] = None,
+    key: Annotated[
+        list[str] | None, Query(description="Only these metrics; all when left out.", examples=[["train/loss_nats"]])
+    ] = None,
     from_step: FromStep = 0,
     to_step: ToStep = None,
     max_points: MaxPoints = 500,
 ) -> Metrics:
     """Training curves."""
-    steps = fold.steps[from_step:to_step]
+    steps = _between(fold.steps, from_step, to_step)
     groups = _groups(steps, max_points)
     names = sorted({name for step in steps for name in step.metrics if key is None or name in key})
     began = fold.steps[0].finished if fold.steps else 0.0
-    before = sum(step.num_tokens for step in fold.steps[:from_step])
+    before = sum(step.num_tokens for step in fold.steps if step.step < from_step)
     totals = np.cumsum([sum(step.num_tokens for step in group) for group in groups]) + before
     return Metrics(
         steps=[float(np.mean([step.step for step in group])) for group in groups],
@@ -92,7 +105,7 @@ def get_staleness(
     fold: Fold, from_step: FromStep = 0, to_step: ToStep = None, max_points: MaxPoints = 200
 ) -> Staleness:
     """Trained tokens by staleness over time."""
-    groups = _groups(fold.steps[from_step:to_step], max_points)
+    groups = _groups(_between(fold.steps, from_step, to_step), max_points)
     versions = sorted({age for group in groups for step in group for age in step.staleness_tokens})
     return Staleness(
         steps=[float(np.mean([step.step for step in group])) for group in groups],
@@ -157,12 +170,14 @@ def list_evaluations(fold: Fold) -> EvaluationList:
 @router.get("/timeline", operation_id="get_timeline", responses=responses(404))
 def get_timeline(
     fold: Fold,
-    start_s: Annotated[float, Query(ge=0, description="Window start, seconds after the first span.")] = 0.0,
-    stop_s: Annotated[float | None, Query(gt=0, description="Window end.")] = None,
-    max_spans: Annotated[int, Query(ge=10, le=20_000, description="Spans per worker, about.")] = 1500,
+    start_s: Annotated[
+        float, Query(ge=0, description="Window start, seconds after the first span.", examples=[0.0])
+    ] = 0.0,
+    stop_s: Annotated[float | None, Query(gt=0, description="Window end.", examples=[60.0])] = None,
+    max_spans: Annotated[int, Query(ge=10, le=20_000, description="Spans per worker, about.", examples=[1500])] = 1500,
 ) -> Timeline:
     """Who worked and who waited for what, in lanes."""
-    spans = fold.log.spans()
+    spans = fold.spans()
     if not spans:
         return Timeline(origin=0.0, duration_s=0.0, resolution_s=0.0, lanes=[])
     origin = spans[0].start
@@ -190,6 +205,11 @@ def _lane(role: str, worker: str, spans: Sequence[Span], origin: float, resoluti
         worker=worker, role=role, starts=[float(j[0]) for j in joined], ends=[float(j[1]) for j in joined],
         activities=[str(j[2]) for j in joined], details=[str(j[3]) for j in joined],
     )  # fmt: skip
+
+
+def _between(steps: Sequence[TrainStep], first: int, stop: int | None) -> Sequence[TrainStep]:
+    """By number, not by place: a replay's first step has its parent's number."""
+    return [step for step in steps if first <= step.step and (stop is None or step.step < stop)]
 
 
 def _groups(steps: Sequence[TrainStep], max_points: int) -> list[Sequence[TrainStep]]:

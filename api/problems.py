@@ -21,6 +21,8 @@ from asyncopd.errors import (
     AsyncOPDError,
     ConfigError,
     ObjectMissingError,
+    QueryError,
+    QueryLimitError,
     ServerAwayError,
     ShardCorruptError,
     StackError,
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 _KINDS: tuple[tuple[type[AsyncOPDError], int, str], ...] = (
     (ConfigError, 422, "config-refused"),
+    (QueryLimitError, 422, "query-too-large"),
+    (QueryError, 422, "query-refused"),
     (ObjectMissingError, 404, "not-stored"),
     (ShardCorruptError, 500, "stored-bytes-corrupt"),
     (ServerAwayError, 503, "prefect-away"),
@@ -78,6 +82,18 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_handler(app))  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _of_validation)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _of_bug)
+    make = app.openapi
+    app.openapi = lambda: _as_problems(make())  # type: ignore[method-assign]
+
+
+def _as_problems(document: dict[str, Any]) -> dict[str, Any]:
+    """`document` with problems under their own media type only; FastAPI adds that of the route's answers."""
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            for status, response in operation["responses"].items():
+                if status >= "400" and MEDIA_TYPE in response.get("content", {}):
+                    response["content"] = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return document
 
 
 async def _of_problem(_: Request, error: ProblemError) -> JSONResponse:

@@ -17,16 +17,16 @@ from api.problems import ProblemError
 from api.schemas import Latest, Progress, Run, RunStatus
 from asyncopd.config import RunConfig
 from asyncopd.errors import StorageError
-from asyncopd.types import Evaluation, IndexRange, TrainStep
+from asyncopd.types import Evaluation, IndexRange, Span, TrainStep
 from storage.launches import LaunchLog, WishRecord
-from storage.layout import check_run_id
+from storage.layout import RunLayout
 from storage.objects import ObjectStore
-from storage.records import Failure, RunState
+from storage.records import Failure, RunState, from_json
 from storage.run_log import StoredRunLog
-from storage.runs import list_runs
+from storage.runs import list_runs, open_run
 
-MAX_FOLDS = 200
-"""Runs kept in memory; a fold of 10,000 steps is about 30 MB."""
+MAX_STEPS = 100_000
+"""Steps kept in memory, over all runs; 10,000 are about 30 MB."""
 FRESH_S = 0.25
 """A fold this young is not read again: fifty requests a second cost four looks."""
 SPARKLINE_POINTS = 60
@@ -46,6 +46,7 @@ class RunFold:
         self.evaluations: list[Evaluation] = []
         self.failures: list[Failure] = []
         self.num_rewinds = 0
+        self._spans: dict[str, list[Span]] = {}
         self._shard_tokens: dict[str, dict[IndexRange, tuple[float, int]]] = {"generated": {}, "scored": {}}
         self._looked = 0.0
         self._lock = threading.Lock()
@@ -72,16 +73,42 @@ class RunFold:
                     known[shard] = (manifest.created, int(manifest.facts["num_tokens"]))
         return {stage: list(known.values()) for stage, known in self._shard_tokens.items()}
 
+    def spans(self) -> list[Span]:
+        """All spans of all workers, by start; each object is read once, a worker's last one again."""
+        keys = self.log.span_keys()
+        with self._lock:
+            last = {key.rsplit(".", 2)[0]: key for key in keys}
+            # A worker that failed to write its newest object writes it again, with more in it.
+            for key in keys:
+                if key not in self._spans or (key == last[key.rsplit(".", 2)[0]] and not self.is_over):
+                    self._spans[key] = self.log.read_spans(key)
+            return sorted((span for spans in self._spans.values() for span in spans), key=lambda span: span.start)
+
+    @property
+    def first_step(self) -> int:
+        """Number of its first step: not 0 in a replay that begins later."""
+        return self.steps[0].step if self.steps else 0
+
+    @property
+    def is_over(self) -> bool:
+        """Has the flow recorded the end of the run?"""
+        return bool(self.states) and self.states[-1].state != "running"
+
     def _read(self) -> None:
+        # The states first: what is read after the last of them is complete.
+        states = self.log.run_states()
+        if self.is_over and len(states) == len(self.states):
+            return
         rewinds = self.log.rewinds()
-        steps = self.steps if self.steps or self.num_rewinds else self.log.steps()
+        steps = self.steps
         for rewind in rewinds[self.num_rewinds :]:
             steps = [step for step in steps if step.step < rewind.to_step or step.rewind >= rewind.number]
-        while (step := self.log.find_step(len(steps))) is not None:
-            steps = [*steps, step]
         # A new list each time, so that readers in other threads keep a consistent one.
-        self.steps, self.num_rewinds = steps, len(rewinds)
-        self.states = self.log.run_states()
+        steps = list(steps) if steps else self.log.steps()
+        # A replay's first step has its parent's number.
+        while (step := self.log.find_step(steps[-1].step + 1 if steps else 0)) is not None:
+            steps.append(step)
+        self.steps, self.num_rewinds, self.states = steps, len(rewinds), states
         self.evaluations = self.log.evaluations()
         self.failures = self.log.failures()
 
@@ -93,6 +120,7 @@ class RunReader:
         self.store = store
         self.launches = LaunchLog(store)
         self._folds: OrderedDict[str, RunFold] = OrderedDict()
+        self._created: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def ids(self) -> list[str]:
@@ -117,17 +145,34 @@ class RunReader:
                 self._folds.move_to_end(run_id)
                 return self._folds[run_id]
         try:
-            log = StoredRunLog(self.store, check_run_id(run_id))
+            record = RunLayout(run_id).record
         except StorageError:
+            return None  # nothing can have such an id
+        if not self.store.exists(record):
             return None
-        if not self.store.exists(log.layout.record):
-            return None
-        fold = RunFold(log)
+        # A replay reads the shards of the run that was sampled.
+        fold = RunFold(open_run(self.store, run_id))
         with self._lock:
-            self._folds.setdefault(run_id, fold)
-            if len(self._folds) > MAX_FOLDS:
+            fold = self._folds.setdefault(run_id, fold)
+            while len(self._folds) > 1 and sum(len(f.steps) for f in self._folds.values()) > MAX_STEPS:
                 self._folds.popitem(last=False)
         return fold
+
+    def created(self, run_id: str) -> float:
+        """When a run was created, or its launch stored; Unix seconds, 0 where nobody wrote it down."""
+        if run_id not in self._created:
+            body = self.store.find(RunLayout(run_id).record)
+            if body is not None:
+                self._created[run_id] = float(from_json(body, run_id, dict).get("created") or 0.0)
+            else:
+                launch = self.launches.find_launch(run_id)
+                return float(launch["recorded"]) if launch else 0.0
+        return self._created[run_id]
+
+    def newest(self, prefix: str = "") -> list[str]:
+        """Ids that begin with `prefix`, newest first; reads no more than when each was created."""
+        found = [run_id for run_id in self.ids() if run_id.startswith(prefix)]
+        return sorted(found, key=lambda run_id: (self.created(run_id), run_id), reverse=True)
 
     def run(self, run_id: str) -> Run:
         """A run, or a launch that is still queued. Raises ProblemError 404."""
@@ -169,7 +214,9 @@ def run_of(fold: RunFold, wish: WishRecord | None, flow_run_id: str | None) -> R
         config_hash=record.get("config_hash"),
         parent=record.get("parent"),
         progress=Progress(
-            steps=len(steps), total_steps=fold.config.learner.num_steps, tokens=sum(step.num_tokens for step in steps)
+            steps=len(steps),
+            total_steps=fold.config.learner.num_steps - fold.first_step,
+            tokens=sum(step.num_tokens for step in steps),
         ),
         latest=_latest(fold),
         sparkline=[step.metrics.get("train/loss_nats") for step in _thinned(steps, SPARKLINE_POINTS)],
@@ -182,7 +229,10 @@ def status_of(fold: RunFold, wish: WishRecord | None) -> RunStatus:
     """What the flow recorded, and what a user asked since."""
     state = fold.states[-1] if fold.states else None
     if state is None:
-        return "succeeded" if len(fold.steps) >= fold.config.learner.num_steps else "queued"
+        if fold.steps and fold.steps[-1].step + 1 >= fold.config.learner.num_steps:
+            return "succeeded"
+        # A replay has no flow of its own that would record its state.
+        return "running" if fold.steps else "queued"
     if state.state == "completed":
         return "succeeded"
     if state.state == "failed":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
 
 from api.problems import responses
-from api.schemas import Run, RunConfigOut, RunCreate, RunPage, RunStatus
+from api.schemas import RUN_ID_PATTERN, Run, RunConfigOut, RunCreate, RunPage, RunStatus
 from api.security import Launcher, Reader
 from api.state import Fold, Launches, RunId, Runs
 
@@ -22,7 +23,8 @@ def create_run(
     response: Response,
     launches: Launches,
     idempotency_key: Annotated[
-        str | None, Header(max_length=200, description="Repeating a request with one key launches once.")
+        str | None,
+        Header(max_length=200, description="Repeating a request with one key launches once.", examples=["a-uuid"]),
     ] = None,
 ) -> Run:
     """Launch a run through the deployment `asyncopd/train`. Its state is `queued` until a worker starts the flow."""
@@ -37,20 +39,26 @@ def create_run(
 @router.get("", dependencies=[Reader], operation_id="list_runs", responses=responses())
 def list_runs(
     runs: Runs,
-    status: Annotated[list[RunStatus] | None, Query(description="Only runs in one of these states.")] = None,
-    name: Annotated[str | None, Query(description="Only runs whose id starts so.", max_length=100)] = None,
-    after: Annotated[str | None, Query(description="`next_cursor` of the page before.", max_length=200)] = None,
-    limit: Annotated[int, Query(ge=1, le=100, description="Runs per page.")] = 20,
+    status: Annotated[
+        list[RunStatus] | None, Query(description="Only runs in one of these states.", examples=[["running"]])
+    ] = None,
+    name: Annotated[
+        str | None, Query(description="Only runs whose id starts so.", examples=["walk-"], max_length=100)
+    ] = None,
+    after: Annotated[
+        str | None, Query(description="`next_cursor` of the page before.", examples=["walk-7"], pattern=RUN_ID_PATTERN)
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="Runs per page.", examples=[20])] = 20,
 ) -> RunPage:
     """Runs, newest first by creation."""
-    found = sorted((runs.run(run_id) for run_id in runs.ids() if run_id.startswith(name or "")),
-                   key=lambda run: (run.created, run.id), reverse=True)  # fmt: skip
-    found = [run for run in found if status is None or run.status in status]
+    ids = runs.newest(name or "")
     if after is not None:
-        place = next((i for i, run in enumerate(found) if run.id == after), -1)
-        found = found[place + 1 :]
-    page = found[:limit]
-    return RunPage(data=page, next_cursor=page[-1].id if len(found) > limit else None)
+        place = (runs.created(after), after)
+        ids = [run_id for run_id in ids if (runs.created(run_id), run_id) < place]
+    # One by one: without a filter, what is not on the page is not read.
+    shown = (run for run in map(runs.run, ids) if status is None or run.status in status)
+    page = list(islice(shown, limit + 1))
+    return RunPage(data=page[:limit], next_cursor=page[limit - 1].id if len(page) > limit else None)
 
 
 @router.get("/{run_id}", dependencies=[Reader], operation_id="get_run", responses=responses(404))

@@ -296,6 +296,102 @@ class TrajectoryOut(Schema):
     staleness: int | None = field("Learner version then − version_first.", 1, None)
 
 
+# -- queries ------------------------------------------------------------------------------------------------------
+class SqlRequest(Schema):
+    """One SELECT over the catalog's relations; docs/queries.md lists them."""
+
+    sql: str = field("One SELECT.", "SELECT run, count(*) AS num FROM trajectories GROUP BY run", min_length=1,
+                     max_length=100_000)  # fmt: skip
+    runs: list[Annotated[str, Field(pattern=RUN_ID_PATTERN)]] | None = field(
+        "Only these runs; all when left out.", ["walk-7"], None, max_length=100
+    )
+    limit: int = field("Rows at most; `truncated` says whether there were more.", 1000, 1000, ge=1, le=10_000)
+    parameters: dict[str, Any] = field("Values of the query's $names.", {"every": 25}, {}, max_length=100)
+
+
+class SqlResult(Schema):
+    """The rows of a query."""
+
+    columns: list[str] = field("Names, in order.", ["run", "num"])
+    rows: list[list[Any]] = field("Values by column: times as ISO text, no number as null.", [["walk-7", 12_800]])
+    seconds: float = field("Time the query took, without starting its process.", 0.04)
+    truncated: bool = field("Were there more rows than `limit`?", False)
+
+
+class QuestionParameter(Schema):
+    """A value that a stored question can be asked with."""
+
+    name: str = field("Its $name.", "every")
+    type: str = field("SQL type.", "INTEGER")
+    default: Any = field("The value in `sql`.", 25)
+    about: str = field("What it decides.", "steps per row")
+
+
+class Question(Schema):
+    """A stored question."""
+
+    name: str = field("Name, as in `asyncopd sql NAME`.", "kl_by_position")
+    question: str = field("What it answers.", "Where in a response do student and teacher differ?")
+    sql: str = field("Ready to send: the defaults of its parameters are written in.", "SELECT run FROM runs")
+    parameters: list[QuestionParameter] = field("What those are.", [])
+
+
+class QuestionList(Schema):
+    """The stored questions."""
+
+    data: list[Question] = field("By name.", [])
+
+
+# -- work on a log that exists ------------------------------------------------------------------------------------
+Settings = dict[str, Any]
+
+
+class ReplayRequest(Schema):
+    """Train again from a run's log, with other settings (docs/replay.md)."""
+
+    steps: str = field("FIRST:LAST of the run's steps; either side may be left out.", "0:50", ":",
+                       pattern=r"^[0-9]{0,9}:[0-9]{0,9}$")  # fmt: skip
+    start: Literal["checkpoint", "weights"] = field(
+        "The run's exact state, or its published weights with a new optimizer.", "checkpoint", "checkpoint"
+    )
+    overrides: Settings = field("Dotted keys of loss, learner, evaluate or limits that change.",
+                                {"loss.name": "reverse_kl"}, {}, max_length=100)  # fmt: skip
+    scores: dict[str, float] = field("Folder of scores -> weight of that teacher; the run's own when empty.",
+                                     {"oracle": 1.0}, {}, max_length=20)  # fmt: skip
+    compare: list[Settings] = field("Arms of a comparison: overrides of each; two or more.",
+                                    [{"loss.name": "a"}, {"loss.name": "b"}], [], max_length=20)  # fmt: skip
+    evaluate: bool = field("Evaluate the first and the last version of a single replay.", True, False)
+    num_prompts: int = field("Held-out prompts of a comparison; 0 for the run's own number.", 300, 0, ge=0, le=100_000)
+
+
+class CandidateSettings(Schema):
+    """Candidates to recompute from the published weights of the student that sampled."""
+
+    head: int = field("Most likely ids.", 4, ge=0, le=100_000)
+    num_draws: int = field("Drawn ids.", 4, ge=0, le=100_000)
+    law: Literal["policy", "tail"] = field("What they are drawn from.", "tail", "policy")
+
+
+class BackfillRequest(Schema):
+    """Score a run's trajectories again, with another teacher or wider (docs/replay.md)."""
+
+    teacher: Settings = field("Keys of section `teacher` that differ from the run's own.",
+                              {"name": "hard", "smoothing": 1e-4}, {}, max_length=100)  # fmt: skip
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | Literal["all"] = field("Most likely ids per token.", 16, 0)
+    num_teacher_draws: int = field("Ids per token drawn by the teacher.", 8, 0, ge=0, le=100_000)
+    candidates: CandidateSettings | None = field("Recompute the student's candidates.", None, None)
+    cache: bool = field("Share answers with other runs of the storage root.", True, False)
+
+
+class Work(Schema):
+    """Work that was started on a run's log."""
+
+    parent: str = field("The run whose log it reads.", "walk-7")
+    run_id: str | None = field("The run that a single replay makes; it appears once its flow has started.",
+                               "walk-7-replay-9f2c11aa", None)  # fmt: skip
+    flow_run_id: str = field("Prefect's id of the flow run.", "5c2f7f0e-6d3c-4b57-9a53-1f0f3f0c7a11")
+
+
 class Health(Schema):
     """Is the process alive?"""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Depends, Path, Request
+from fastapi.dependencies.utils import get_flat_dependant
 
 from api.feed import Hub
 from api.launcher import RunLauncher
@@ -40,6 +41,18 @@ def known_run(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> str
     if not runs.exists(run_id):
         raise ProblemError(404, "no-such-run", f"Run {run_id!r} does not exist. GET /v1/runs lists runs.")
     return run_id
+
+
+def known_query(request: Request) -> None:
+    """Refuse query parameters that the resource does not have: a mistyped filter would silently match everything."""
+    route = request.scope["route"]
+    known = {parameter.alias for parameter in get_flat_dependant(route.dependant).query_params}
+    unknown = [name for name in request.query_params if name not in known]
+    if unknown:
+        expected = ", ".join(sorted(known)) or "none at all"
+        raise ProblemError(
+            422, "unknown-parameter", f"{unknown[0]!r} is no query parameter of this resource; it has {expected}."
+        )
 
 
 Runs = Annotated[RunReader, Depends(reader)]

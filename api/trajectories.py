@@ -29,12 +29,16 @@ _building = threading.Lock()
 @router.get("", operation_id="list_trajectories", responses=responses(404))
 def list_trajectories(
     fold: Fold,
-    after: Annotated[int, Query(ge=-1, description="`next_cursor` of the page before.")] = -1,
-    limit: Annotated[int, Query(ge=1, le=500, description="Trajectories per page.")] = 50,
-    version: Annotated[int | None, Query(ge=0, description="Only those with tokens of this version.")] = None,
-    correct: Annotated[bool | None, Query(description="Only right, or only wrong ones.")] = None,
-    group: Annotated[str | None, Query(max_length=100, description="Only this difficulty.")] = None,
-    min_tokens: Annotated[int, Query(ge=1, description="Only responses at least this long.")] = 1,
+    after: Annotated[int, Query(ge=-1, description="`next_cursor` of the page before.", examples=[-1])] = -1,
+    limit: Annotated[int, Query(ge=1, le=500, description="Trajectories per page.", examples=[50])] = 50,
+    version: Annotated[
+        int | None, Query(ge=0, description="Only those with tokens of this version.", examples=[12])
+    ] = None,
+    correct: Annotated[bool | None, Query(description="Only right, or only wrong ones.", examples=[True])] = None,
+    group: Annotated[
+        str | None, Query(max_length=100, description="Only this difficulty.", examples=["noise 0.35"])
+    ] = None,
+    min_tokens: Annotated[int, Query(ge=1, description="Only responses at least this long.", examples=[1])] = 1,
 ) -> TrajectoryPage:
     """Responses in index order, filtered."""
     found: list[TrajectorySummary] = []

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--root", help="storage root (default: the configuration's storage.root)")
     train.set_defaults(run=_train)
 
-    up = commands.add_parser("up", help="start the local Prefect server and worker, and deploy prefect.yaml")
+    up = commands.add_parser("up", help="start the local Prefect server, worker and service, and deploy prefect.yaml")
     up.set_defaults(run=_up)
     down = commands.add_parser("down", help="end the local stack and everything it started")
     down.set_defaults(run=_down)
@@ -243,7 +243,8 @@ def _how_to_go_on(config: RunConfig, run_id: str) -> str:
 
 def _up(_: argparse.Namespace) -> int:
     stack.up(lambda line: Console().print(line, highlight=False))
-    Console().print(f"up: {stack.api_url().removesuffix('/api')}", highlight=False)
+    stack.up_service(lambda line: Console().print(line, highlight=False))
+    Console().print(f"up: {stack.api_url().removesuffix('/api')}, {stack.service_url()}", highlight=False)
     return 0
 
 
@@ -261,6 +262,7 @@ def _status(arguments: argparse.Namespace) -> int:
     found = stack.status()
     console.print(f"server: {found['server'] or 'none'}", highlight=False)
     console.print(f"worker: {'online' if found['worker_online'] else 'none'}", highlight=False)
+    console.print(f"service: {found['service'] or 'none'}", highlight=False)
     for process in found["processes"]:
         console.print(f"  {process['name']} (pid {process['pid']})", highlight=False)
     return 0 if found["server"] and found["worker_online"] else 3

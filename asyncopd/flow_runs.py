@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from asyncopd.errors import ServerAwayError, StackError
-from asyncopd.stack import api_url
+from asyncopd.stack import api_url, shown_url
 
 TERMINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
 
@@ -58,7 +58,7 @@ def _request(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         response = httpx.request(method, f"{api_url()}{path}", json=body, timeout=30)
     except httpx.TransportError as error:
         raise ServerAwayError(
-            f"no Prefect server answers at {api_url()} ({error}). Start it again with `asyncopd up`; runs that go on "
+            f"no Prefect server answers at {shown_url()} ({error}). Start it again with `asyncopd up`; runs that go on "
             "find it, or are ended with `asyncopd down`."
         ) from error
     if response.is_server_error:

@@ -1,7 +1,7 @@
 """The local stack: one Prefect server on SQLite, one process worker, and the deployments of prefect.yaml.
 
-asyncopd up     server (if none answers) -> worker (if none runs) -> prefect deploy --all
-asyncopd down   ends both, every flow they run, and every role those started
+asyncopd up     server (if none answers) -> worker (if none runs) -> prefect deploy --all; and the service
+asyncopd down   ends them all, every flow they run, and every role those started
 """
 
 from __future__ import annotations
@@ -32,6 +32,17 @@ def api_url() -> str:
     return os.environ.get("PREFECT_API_URL", "http://127.0.0.1:4200/api").rstrip("/")
 
 
+def shown_url() -> str:
+    """`api_url()` as anybody may read it: without the name and password it may carry."""
+    address = urlsplit(api_url())
+    return address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
+
+
+def service_url() -> str:
+    """Where `up` starts the service: $ASYNCOPD_SERVICE_URL, or port 8321 of this machine."""
+    return os.environ.get("ASYNCOPD_SERVICE_URL", "http://127.0.0.1:8321").rstrip("/")
+
+
 def server_answers() -> bool:
     """Does a Prefect server answer at `api_url()`?"""
     try:
@@ -51,6 +62,41 @@ def up(say: Callable[[str], None]) -> None:
     _ensure_deployed(say)
     # Also when it runs already: one that reports to another server would leave every run waiting.
     _wait(_worker_online, 60, f"the Prefect worker to report to {api_url()}", home() / "logs" / "worker.log")
+
+
+def up_service(say: Callable[[str], None]) -> None:
+    """Start the service over storage root `runs`, unless it runs. Not part of `up`: `train` does not need it.
+
+    Raises:
+        StackError: the port belongs to another program, or the service did not start in time.
+    """
+    if not any(record.name == "service" for record in recorded_processes()):
+        address = urlsplit(service_url())
+        host, port = address.hostname or "127.0.0.1", address.port or 80
+        with socket.socket() as probe:
+            if probe.connect_ex((host, port)) == 0:
+                raise StackError(
+                    f"port {port} of {host} is in use, so the service cannot start there; server and worker run. Stop "
+                    f"what uses it, or choose another: ASYNCOPD_SERVICE_URL=http://{host}:{port + 1} asyncopd up."
+                )
+        say(f"starting the service at {service_url()}")
+        _spawn("service", [sys.executable, "-m", "api", "--host", host, "--port", str(port),
+                           "--root", "runs", "--configs", "configs"])  # fmt: skip
+    _wait(_service_settled, 120, f"the service at {service_url()}", home() / "logs" / "service.log")
+    if not service_answers():
+        raise StackError(f"the service ended; the reason is at the end of {home() / 'logs' / 'service.log'}.")
+
+
+def service_answers() -> bool:
+    """Does the service answer at `service_url()`?"""
+    try:
+        return httpx.get(f"{service_url()}/healthz", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _service_settled() -> bool:
+    return service_answers() or not any(record.name == "service" for record in recorded_processes())
 
 
 def down(say: Callable[[str], None]) -> None:
@@ -86,6 +132,7 @@ def status() -> dict[str, Any]:
         "server": api_url() if server else None,
         # Prefect calls a killed worker online for another half minute.
         "worker_online": server and any(p["name"] == "worker" for p in processes) and _worker_online(),
+        "service": service_url() if any(p["name"] == "service" for p in processes) and service_answers() else None,
         "processes": processes,
     }
 

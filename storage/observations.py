@@ -45,10 +45,16 @@ class ObservationLog:
 
     def spans(self) -> list[Span]:
         """All spans of all workers, by start."""
-        spans = []
-        for key in self.store.list(self.layout.spans):
-            spans += from_json(self.store.get(key), key, spans_from_json)
+        spans = [span for key in self.span_keys() for span in self.read_spans(key)]
         return sorted(spans, key=lambda span: span.start)
+
+    def span_keys(self) -> list[str]:
+        """Keys of all batches of spans; those of one worker in order. A worker replaces at most its last."""
+        return self.store.list(self.layout.spans)
+
+    def read_spans(self, key: str) -> list[Span]:
+        """One batch of a worker's spans. Raises ObjectMissingError or ShardCorruptError."""
+        return list(from_json(self.store.get(key), key, spans_from_json))
 
     def publish_failure(self, role: str, worker: str, reason: str) -> None:
         """Record why a role failed; every call adds a record."""

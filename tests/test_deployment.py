@@ -55,11 +55,13 @@ class Stack:
     url: str
     root: Path
     config: Path
+    service_url: str
 
     @property
     def environment(self) -> dict[str, str]:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "ASYNCOPD_"))}
-        return inherited | {"ASYNCOPD_HOME": str(self.home), "PREFECT_API_URL": self.url, "OMP_NUM_THREADS": "1"}
+        own = {"ASYNCOPD_HOME": str(self.home), "PREFECT_API_URL": self.url, "ASYNCOPD_SERVICE_URL": self.service_url}
+        return inherited | own | {"OMP_NUM_THREADS": "1"}
 
     def start(self, *arguments: str, module: str = "asyncopd.cli") -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -106,7 +108,7 @@ class Stack:
         return found
 
     def roles(self) -> set[str]:
-        return set(self.recorded()) - {"server", "worker", "flow"}
+        return set(self.recorded()) - {"server", "worker", "service", "flow"}
 
     def everything(self) -> list[psutil.Process]:
         """Whatever carries the mark of this stack, recorded or not."""
@@ -123,14 +125,15 @@ class Stack:
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
-    with socket.socket() as probe:
+    with socket.socket() as probe, socket.socket() as second:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        second.bind(("127.0.0.1", 0))
+        port, service_port = probe.getsockname()[1], second.getsockname()[1]
     config = folder / "small.yaml"
     limits = pipeline.SMALL["limits"] | {"deadline_s": 60, "heartbeat_s": 0.5, "poll_s": 0.01}
     storage = {"root": str(folder / "runs"), "min_free_bytes": 1_000_000}
     config.write_text(yaml.safe_dump({**pipeline.SMALL, "storage": storage, "limits": limits}))
-    stack = Stack(folder / "home", f"http://127.0.0.1:{port}/api", folder / "runs", config)
+    stack = Stack(folder / "home", f"http://127.0.0.1:{port}/api", folder / "runs", config, f"http://127.0.0.1:{service_port}")
     try:
         stack.call("up")
         yield stack
@@ -168,8 +171,12 @@ def test_up_finds_everything_running_and_status_shows_it(stack: Stack) -> None:
     started = time.monotonic()
     assert f"up: {stack.url.removesuffix('/api')}" in stack.call("up")
     assert time.monotonic() - started < 10
-    assert before == {name: stack.recorded()[name].pid for name in ("server", "worker")}
-    assert "worker: online" in stack.call("status")
+    assert before == {name: stack.recorded()[name].pid for name in ("server", "worker", "service")}
+    shown = stack.call("status")
+    assert "worker: online" in shown
+    assert f"service: {stack.service_url}" in shown
+    ready = httpx.get(f"{stack.service_url}/readyz", timeout=30)
+    assert ready.status_code == 200, ready.text
     assert "step 4 of 4" in stack.call("status", "whole", "--root", str(stack.root))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -81,10 +81,14 @@ class Sandbox:
         *,
         limits: QueryLimits | None = None,
         as_of: AsOf | None = None,
+        runs: Sequence[str] | None = None,
     ) -> RunningQuery:
-        """Begin a query whose rows are taken in batches, or which may have to be cancelled."""
+        """Begin a query whose rows are taken in batches, or which may have to be cancelled.
+
+        `runs` are those it sees; None for all of the catalog.
+        """
         limits = limits or self.limits
-        snapshot = self.catalog.snapshot(mentioned(sql), as_of)
+        snapshot = self.catalog.snapshot(mentioned(sql), as_of, runs)
         request = _request(snapshot, sql, parameters or {}, limits)
         self._places.acquire()
         try:

@@ -61,13 +61,18 @@ class Catalog:
         """The runs a snapshot would cover now."""
         return list_runs(self.store) if self._chosen is None else list(self._chosen)
 
-    def snapshot(self, relations: Collection[str], as_of: AsOf | None = None) -> Snapshot:
+    def snapshot(
+        self, relations: Collection[str], as_of: AsOf | None = None, runs: Sequence[str] | None = None
+    ) -> Snapshot:
         """What is stored now, of `relations` only (`relations.mentioned` finds those a query needs).
 
+        Args:
+            runs: only these; None for all of the catalog.
         Raises:
             StorageError: an object cannot be read, was written by newer code, or no run has the version of `as_of`.
+            ObjectMissingError: one of `runs` does not exist.
         """
-        run_ids = self.run_ids()
+        run_ids = self.run_ids() if runs is None else sorted(set(runs))
         with ThreadPoolExecutor(_PARALLEL_RUNS) as pool:
             records = list(pool.map(self._of, run_ids))
             cuts = list(pool.map(lambda run: run.cut(as_of), records))
