@@ -20,7 +20,7 @@ export function lineChart({ title, unit = "", x = "step", series, min }) {
   function options() {
     const axis = { stroke: css("--quiet"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") }, size: 52, font: "11px system-ui" };
     return {
-      width: place.clientWidth || 340, height: 190, cursor: { sync: { key: x }, points: { size: 6 } },
+      width: place.clientWidth || 340, height: 160, cursor: { sync: { key: x }, points: { size: 6 } },
       legend: { show: true, live: true },
       scales: { x: { time: false }, y: min === undefined ? {} : { range: (_, lo, hi) => [Math.min(min, lo ?? min), hi > min ? hi * 1.05 : min + 1] } },
       axes: [{ ...axis, size: 30 }, { ...axis, values: (_, ticks) => ticks.map((v) => (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? v.toExponential(0) : String(+v.toPrecision(4)))) }],
@@ -35,7 +35,7 @@ export function lineChart({ title, unit = "", x = "step", series, min }) {
     if (!data || !data[0].length || !place.isConnected) return;
     if (plot) { plot.setData(data); return; }
     place.replaceChildren();
-    plot = new uPlot({ ...options(), height: 160 }, data, place);
+    plot = new uPlot(options(), data, place);
   }
 
   addEventListener("theme", () => { plot?.destroy(); plot = null; draw(); });
@@ -91,7 +91,7 @@ export function stalenessMap() {
   });
   const note = h("p", { class: "quiet" });
   return {
-    node: h("div", { class: "card" }, h("h2", {}, "Staleness ", h("span", { class: "quiet" }, "(versions, share of each stretch's tokens)")), canvas, note),
+    node: h("div", { class: "card" }, h("h2", {}, "Staleness ", h("span", { class: "quiet" }, "(versions, share of tokens)")), canvas, note),
     set(staleness) {
       known = staleness;
       const sums = staleness.tokens.map((row) => row.reduce((a, b) => a + b, 0));

@@ -10,7 +10,7 @@ const FULL_COLOUR_NATS = 3;
 export async function trajectory(node, [id, index], signal) {
   const found = await get(`/v1/runs/${encodeURIComponent(id)}/trajectories/${index}`, signal);
   const { summary, tokens } = found;
-  const detail = h("div", { class: "card detail", "aria-live": "polite" }, h("p", { class: "quiet" }, "Point at a token, or move between them with the arrow keys."));
+  const detail = h("div", { class: "card detail", "aria-live": "off" }, h("p", { class: "quiet" }, "Point at a token, or move between them with the arrow keys."));
   const colour = (token) => {
     if (token.teacher_logprob === null) return "transparent";
     const gap = token.teacher_logprob - token.behaviour_logprob;
@@ -28,13 +28,13 @@ export async function trajectory(node, [id, index], signal) {
     const gap = token.teacher_logprob === null ? null : token.teacher_logprob - token.behaviour_logprob;
     const side = (title, list) => h("div", {}, h("h2", {}, title), list.length ? table([["token", 0], ["id", 1], ["log-prob", 1], ["prob", 1]], list.map((a) => [a.text, a.id, logprob(a.logprob), a.logprob === null ? "–" : pct(Math.exp(a.logprob))])) : h("p", { class: "quiet" }, "not recorded"));
     fill(detail, h("p", {}, h("strong", {}, `“${token.text}”`), ` position ${t}, id ${token.id}, policy version ${token.version}`),
-      h("p", {}, `log p when sampled ${logprob(token.behaviour_logprob)}, log q ${logprob(token.teacher_logprob)}, log q − log p ${logprob(gap)} nats`),
+      h("p", {}, `log p when sampled (v${token.version}) ${logprob(token.behaviour_logprob)}, log q ${logprob(token.teacher_logprob)}, log q − log p ${logprob(gap)} nats`),
       h("div", { class: "grid" }, side("Teacher's likeliest", token.teacher_top), side("Sampling student's likeliest", token.student_top)));
   }
   const text = h("div", { class: "tokens card", role: "group", "aria-label": "Response" });
   let version = null;
   tokens.forEach((token, t) => {
-    if (token.version !== version) text.append(h("span", { class: "boundary", title: "policy version from here on" }, `v${token.version}`));
+    if (token.version !== version) text.append(h("span", { class: "boundary", title: `policy version ${token.version} from here on` }, `v${token.version}`));
     version = token.version;
     text.append(buttons[t]);
   });
