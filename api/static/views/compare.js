@@ -26,8 +26,10 @@ export async function compare(node, _parts, signal) {
 
   function draw() {
     const axis = x.value, charts = [];
-    for (const [title, unit, [key]] of CURVES) {
-      const chart = lineChart({ title, unit, x: axis, series: ids.map((label) => ({ label })) });
+    for (const [title, unit, [first, middle]] of CURVES) {
+      // Of percentiles the median, of mean and maximum the mean: one curve a run.
+      const key = middle?.endsWith("_p50") ? middle : first;
+      const chart = lineChart({ title, unit: middle ? key.split("_").at(-1) : unit, x: axis, series: ids.map((label) => ({ label })) });
       charts.push([chart, ...merged(loaded.map((l) => [l.metrics[axis], l.metrics.series[key] ?? []]))]);
     }
     const quality = lineChart({ title: "Held-out accuracy", x: "version", series: ids.map((label) => ({ label, points: true })), min: 0 });

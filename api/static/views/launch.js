@@ -40,7 +40,7 @@ export async function launch(node, _parts, signal) {
         return isSection(v) ? section(`${path}.${name}`, v) : field(`${path}.${name}`, v, describe(path, name, now));
       });
       // Another variant is sent whole: its keys mean nothing beside those of the one it replaces.
-      if (union && now !== original) unions.set(path, { tag: union.tag, name: now[union.tag], original: now });
+      if (union && now !== original) unions.set(path, { tag: union.tag, name: now[union.tag] });
       fill(body, h("legend", { class: "sr" }, path), rows);
     }
     show(value);
@@ -96,10 +96,15 @@ export async function launch(node, _parts, signal) {
   const form = h("form", { onsubmit: async (e) => {
     e.preventDefault();
     const overrides = {};
-    for (const [path, { tag, name }] of unions) overrides[path] = { [tag]: name };
+    const wholes = [...unions.keys()].sort((a, b) => a.length - b.length);
+    for (const path of wholes) {
+      const { tag, name } = unions.get(path), outer = wholes.find((prefix) => path.startsWith(`${prefix}.`));
+      if (outer) put(overrides[outer], [...path.slice(outer.length + 1).split("."), tag], name);
+      else overrides[path] = { [tag]: name };
+    }
     for (const [path, { read, value }] of inputs) {
       const now = read();
-      const whole = [...unions.keys()].find((prefix) => path.startsWith(`${prefix}.`));
+      const whole = wholes.find((prefix) => path.startsWith(`${prefix}.`));
       if (whole) put(overrides[whole], path.slice(whole.length + 1).split("."), now);
       else if (JSON.stringify(now) !== JSON.stringify(value)) overrides[path] = now;
     }
