@@ -80,7 +80,7 @@ export function stalenessMap() {
       known.tokens[r].forEach((count, c) => {
         if (!count) return;
         ctx.fillStyle = `rgba(${rgb}, ${0.08 + (0.92 * count) / totals[c]})`;
-        ctx.fillRect(left + c * cellWidth, y, Math.max(cellWidth - 0.5, 0.5), cellHeight - 1);
+        ctx.fillRect(left + c * cellWidth, y, cellWidth > 4 ? cellWidth - 0.5 : cellWidth + 0.3, cellHeight - 1);
       });
       if (rows <= 10 || r % Math.ceil(rows / 10) === 0) { ctx.fillStyle = css("--quiet"); ctx.font = "11px system-ui"; ctx.fillText(String(version), 22, y + cellHeight / 2 + 4); }
     });

@@ -25,7 +25,8 @@ export function timeline(onWindow) {
     const step = niceStep((to - from) / Math.max(2, Math.floor((width - LEFT) / 90)));
     for (let s = Math.ceil(from / step) * step; s <= to; s += step) {
       ctx.fillRect(px(s), TOP - 4, 1, 4);
-      ctx.fillText(`${+s.toFixed(3)} s`, px(s) + 2, TOP - 6);
+      const label = `${+s.toFixed(3)} s`;
+      if (px(s) + 2 + ctx.measureText(label).width < width) ctx.fillText(label, px(s) + 2, TOP - 6);
     }
     known.lanes.forEach((lane, i) => {
       const y = TOP + i * LANE;
@@ -99,7 +100,7 @@ export function timeline(onWindow) {
         legend.replaceChildren(...[...new Set(known.lanes.map((l) => l.role))].map((role) => entry(`--${role}`, role)), entry("--warn", "orchestration"), entry("--wait", "waiting"));
       }
       view.redraw();
-      fill(shares, table([["role", 0], ["works", 1], ["overhead", 1], ["waits for", 0]], known.lanes.map(sharesOf)));
+      fill(shares, table([["role", 0], ["works", 1], ["overhead", 1], ["waits for (may run beside work)", 0]], known.lanes.map(sharesOf)));
     },
   };
 }

@@ -25,7 +25,7 @@ export const CURVES = [
 export async function run(node, [id], signal) {
   const path = `/v1/runs/${encodeURIComponent(id)}`;
   const head = h("div"), facts = h("dl", { class: "facts" }), actions = h("div", { class: "row" });
-  const curves = CURVES.map(([title, unit, keys]) => ({ keys, chart: lineChart({ title, unit, series: keys.map((key) => ({ label: key.split("_").at(-1).replace(/^nats$|^fraction$/, "value") })) }) }));
+  const curves = CURVES.map(([title, unit, keys]) => ({ keys, chart: lineChart({ title, unit, series: keys.map((key) => ({ label: key.split(/[_/]/).at(-1).replace(/^nats$|^fraction$/, "value") })) }) }));
   const quality = lineChart({ title: "Held-out accuracy", unit: "fraction", x: "version", series: [{ label: "accuracy", points: true }], min: 0 });
   const distance = lineChart({ title: "Held-out KL to the teacher", unit: "nats per token", x: "version", series: [{ label: "KL", points: true }], min: 0 });
   const speed = lineChart({ title: "Throughput", unit: "tokens per second", series: [{ label: "trained" }, { label: "generated" }, { label: "scored" }], x: "seconds", min: 0 });
