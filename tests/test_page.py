@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-import pipeline
 import pytest
 import yaml
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, expect, sync_playwright
@@ -66,7 +65,9 @@ class Visit:
         self.page.evaluate(AXE.read_text())
         found = self.page.evaluate("axe.run({ resultTypes: ['violations'] })")["violations"]
         assert [
-            (v["id"], [node["target"] for node in v["nodes"]][:4]) for v in found if v["impact"] in ("serious", "critical")
+            (v["id"], [node["target"] for node in v["nodes"]][:4])
+            for v in found
+            if v["impact"] in ("serious", "critical")
         ] == []
 
 
@@ -152,7 +153,9 @@ def test_the_page_of_a_run_shows_every_part_of_it(visit: Visit, stack: Stack) ->
                   "Throughput by seconds", "Effective sample size by step"):  # fmt: skip
         expect(page.get_by_role("img", name=chart, exact=True).locator("canvas")).to_be_visible()
     expect(page.get_by_role("img", name="Tokens by staleness and step")).to_be_visible()
-    expect(page.get_by_text("Newest version 6; green dots were evaluated. The learner never went back.")).to_be_visible()
+    expect(
+        page.get_by_text("Newest version 6; green dots were evaluated. The learner never went back.")
+    ).to_be_visible()
     roles = page.locator(".card", has=page.get_by_role("heading", name="Roles")).locator("tbody tr")
     assert {row.split()[0] for row in roles.all_inner_texts()} >= {"rollout", "score", "learn"}
     expect(page.get_by_text("step 5 trained")).to_be_visible()
@@ -172,7 +175,9 @@ def test_a_response_is_shown_token_by_token_and_walked_by_keys(visit: Visit, sta
     page.keyboard.press("End")
     detail = page.locator(".detail")
     expect(detail).to_contain_text(f"position {len(trajectory.response_ids) - 1}, id {trajectory.response_ids[-1]}")
-    expect(detail).to_contain_text(f"log p when sampled (v{trajectory.version_last}) {trajectory.behaviour_logprobs_T[-1]:.3f}")
+    expect(detail).to_contain_text(
+        f"log p when sampled (v{trajectory.version_last}) {trajectory.behaviour_logprobs_T[-1]:.3f}"
+    )
     visit.check("trajectory")
     page.keyboard.press("j")
     expect(page.get_by_role("heading", name="index 4")).to_be_visible()

@@ -23,7 +23,7 @@ export function lineChart({ title, unit = "", x = "step", series, min }) {
       width: place.clientWidth || 340, height: 160, cursor: { sync: { key: x }, points: { size: 6 } },
       legend: { show: true, live: true },
       scales: { x: { time: false }, y: min === undefined ? {} : { range: (_, lo, hi) => [Math.min(min, lo ?? min), hi > min ? hi * 1.05 : min + 1] } },
-      axes: [{ ...axis, size: 30 }, { ...axis, values: (_, ticks) => ticks.map((v) => (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? v.toExponential(0) : String(+v.toPrecision(4)))) }],
+      axes: [{ ...axis, size: 30 }, { ...axis, values: (_, ticks) => ticks.map((v) => (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? (Math.abs(v) >= 1e4 && Math.abs(v) < 1e7 ? `${+(v / 1000).toPrecision(4)}k` : v.toExponential(0)) : String(+v.toPrecision(4)))) }],
       series: [{ label: x }, ...series.map((s, i) => ({
         label: s.label, stroke: ink(i), width: 1.6, dash: s.dash, spanGaps: true,
         points: { show: s.points ?? undefined, size: 5 }, value: (_, v) => num(v, 4),

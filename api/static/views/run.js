@@ -61,7 +61,7 @@ export async function run(node, [id], signal) {
   async function charts() {
     if (!isCreated(state)) return () => undefined;
     const [metrics, staleness, evals, lanes, throughput] = await Promise.all(
-      ["metrics?max_points=300", "staleness?max_points=120", "evals", "timeline", "throughput"].map((part) => get(`${path}/${part}`, signal)));
+      ["metrics?max_points=300", "staleness?max_points=120", "evals", "timeline", "throughput?max_points=40"].map((part) => get(`${path}/${part}`, signal)));
     return () => {
       for (const { keys, chart } of curves) chart.set(metrics.steps, ...keys.map((key) => metrics.series[key] ?? metrics.steps.map(() => null)));
       quality.set(evals.data.map((e) => e.version), evals.data.map((e) => e.accuracy));
