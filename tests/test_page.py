@@ -133,10 +133,10 @@ def visit(browser: Browser, origin: str) -> Iterator[Visit]:
 def test_a_run_launched_from_the_form_is_seen_live_to_its_end(visit: Visit, stack: Stack) -> None:
     page = visit.open("/launch")
     # Another estimator is another set of fields, sent whole.
-    page.get_by_label("name", exact=True).last.select_option("dense_reverse_kl")
+    page.locator("[id='field-loss.name']").select_option("dense_reverse_kl")
     expect(page.locator("[id='field-loss.head']")).to_have_count(0)
     page.get_by_label("run id").fill("seen")
-    page.get_by_label("num_steps", exact=True).first.fill("6")
+    page.locator("[id='field-learner.num_steps']").fill("6")
     visit.check("launch")
     page.get_by_role("button", name="Launch").click()
 
@@ -186,7 +186,7 @@ def test_a_response_is_shown_token_by_token_and_walked_by_keys(visit: Visit, sta
 def test_a_run_is_cancelled_from_its_page(visit: Visit, stack: Stack) -> None:
     body = {"config_name": "small", "run_id": "long", "overrides": {"learner.num_steps": 2000, "evaluate.every": 0}}
     assert httpx.post(f"{visit.origin}/v1/runs", json=body, timeout=60).status_code == 201
-    until(lambda: stack.log("long").layout and _steps(stack, "long") >= 2, 120, "two steps of the long run")
+    until(lambda: _steps(stack, "long") >= 2, 120, "two steps of the long run")
     page = visit.open("/runs/long")
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator(".badge")).to_have_text("cancelled", timeout=60_000)

@@ -37,7 +37,7 @@ export async function compare(node, _parts, signal) {
     const paired = pairedDifference(loaded);
     charts.unshift(...paired);
     fill(place,
-      h("section", {}, table([["run", 0], ["state", 0], ["steps", 1], ["tokens", 1], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["tokens/s", 1], ["", 0]],
+      h("section", {}, table([["run", 0], ["state", 0], ["steps", 1], ["tokens", 1], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["tokens/s", 1], [h("span", { class: "sr" }, "action"), 0]],
         loaded.map(({ run }) => [h("a", { href: `/runs/${run.id}`, "data-link": "" }, run.id), run.status, int(run.progress.steps), int(run.progress.tokens), num(run.latest.loss_nats), num(run.latest.kl_nats), pct(run.latest.accuracy), int(run.latest.tokens_per_s),
           h("button", { type: "button", "aria-label": `Remove ${run.id}`, onclick: () => drop(run.id) }, "remove")]))),
       h("section", { class: "grid" }, charts.map(([chart]) => chart.node)),

@@ -14,7 +14,7 @@ export async function trajectory(node, [id, index], signal) {
   const colour = (token) => {
     if (token.teacher_logprob === null) return "transparent";
     const gap = token.teacher_logprob - token.behaviour_logprob;
-    return `rgba(${css(gap > 0 ? "--blue" : "--orange")}, ${Math.min(0.85, (0.85 * Math.abs(gap)) / FULL_COLOUR_NATS)})`;
+    return `rgba(${css(gap > 0 ? "--blue" : "--orange")}, ${Number(css("--full")) * Math.min(1, Math.abs(gap) / FULL_COLOUR_NATS)})`;
   };
   const buttons = tokens.map((token, t) => h("button", { type: "button", class: "token", "aria-pressed": "false", tabindex: t ? "-1" : "0", onmouseenter: () => pick(t), onfocus: () => pick(t),
     "aria-label": `token ${t}: ${token.text}, log q minus log p ${token.teacher_logprob === null ? "unknown" : logprob(token.teacher_logprob - token.behaviour_logprob)}` }, token.text));
@@ -57,7 +57,7 @@ export async function trajectory(node, [id, index], signal) {
       found.trained_at_step === null ? "not trained yet" : `trained at step ${found.trained_at_step}, staleness ${found.staleness}`, `mean log p − log q ${num(summary.kl_nats)}`].filter(Boolean).join(" · ")),
     h("section", {}, h("h2", {}, "Prompt"), h("pre", {}, found.prompt)),
     h("section", {}, h("div", { class: "row spread" }, h("h2", {}, "Response"),
-      h("div", { class: "legend" }, h("span", {}, h("i", { style: "background:rgb(var(--blue))" }), "teacher likes it more"), h("span", {}, h("i", { style: "background:rgb(var(--orange))" }), "teacher likes it less"), h("span", {}, `full colour at ${FULL_COLOUR_NATS} nats`))), text),
+      h("div", { class: "legend" }, h("span", {}, h("i", { style: "background:rgba(var(--blue), var(--full))" }), "teacher likes it more"), h("span", {}, h("i", { style: "background:rgba(var(--orange), var(--full))" }), "teacher likes it less"), h("span", {}, `full colour at ${FULL_COLOUR_NATS} nats`))), text),
     h("section", {}, detail));
   if (tokens.length) pick(0);
 }
