@@ -78,12 +78,13 @@ export async function launch(node, _parts, signal) {
     const number = kinds.find((p) => p.type === "integer" || p.type === "number");
     let input;
     if (typeof value === "boolean") input = h("input", { type: "checkbox", id, checked: value });
-    else if (options.length) input = h("select", { id }, options.map((o) => h("option", { value: o, selected: o === value }, o)));
+    else if (options.length) input = h("select", { id }, value === null && h("option", { value: "" }, "none"), options.map((o) => h("option", { value: o, selected: o === value }, o)));
     else if (number) input = h("input", { type: "number", id, step: number.type === "integer" ? "1" : "any", min: number.minimum, max: number.maximum, value: value ?? "" });
     else input = h("input", { id, value: typeof value === "string" ? value : JSON.stringify(value), readonly: property.const !== undefined });
     const read = () => {
       if (input.type === "checkbox") return input.checked;
       if (input.type === "number") return input.value === "" ? null : Number(input.value);
+      if (options.length && value === null && input.value === "") return null;
       if (typeof value === "string" || options.length) return input.value;
       try { return JSON.parse(input.value); } catch { return input.value; }
     };
