@@ -132,12 +132,13 @@ def visit(browser: Browser, origin: str) -> Iterator[Visit]:
 
 def test_a_run_launched_from_the_form_is_seen_live_to_its_end(visit: Visit, stack: Stack) -> None:
     page = visit.open("/launch")
+    expect(page.get_by_role("button", name="Launch")).to_be_visible()
+    visit.check("launch")
     # Another estimator is another set of fields, sent whole.
     page.locator("[id='field-loss.name']").select_option("dense_reverse_kl")
     expect(page.locator("[id='field-loss.head']")).to_have_count(0)
     page.get_by_label("run id").fill("seen")
     page.locator("[id='field-learner.num_steps']").fill("6")
-    visit.check("launch")
     page.get_by_role("button", name="Launch").click()
 
     expect(page.get_by_role("heading", name="seen")).to_be_visible(timeout=30_000)
