@@ -22,7 +22,8 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, e
 from test_deployment import Stack, stack, until
 
 __all__ = ["stack"]
-pytestmark = pytest.mark.browser
+# Slow: the stack alone took 90 s to come up at load 8.
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 ROOT = Path(__file__).parent.parent
 SHOTS = ROOT / "build" / "screenshots"
