@@ -28,6 +28,7 @@ from api.schemas import (
 from api.security import Reader
 from api.state import Fold, KnownRun, Streams
 from asyncopd.types import Span, TrainStep
+from storage.lineage import surviving
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["observations"], dependencies=[Reader])
 MaxPoints = Annotated[
@@ -137,14 +138,18 @@ def list_policies(fold: Fold) -> PolicyList:
     made = {step.version: step.finished for step in fold.steps}
     quality = {evaluation.version: evaluation for evaluation in fold.evaluations}
     policies = []
-    for version in fold.log.policies():
+    published = fold.log.published_policies()
+    found_rewinds = fold.log.rewinds()
+    kept = surviving(published, found_rewinds)
+    for version in kept:
         evaluation = quality.get(version)
         policies.append(Policy(
             number=version.number, rewind=version.rewind, created=made.get(version),
             accuracy=evaluation.accuracy if evaluation else None, kl_nats=evaluation.kl_nats if evaluation else None,
         ))  # fmt: skip
-    rewinds = [{"rewind": r.number, "to_step": r.to_step, "time": r.recorded} for r in fold.log.rewinds()]
-    return PolicyList(data=policies, rewinds=rewinds)
+    rewinds = [{"rewind": r.number, "to_step": r.to_step, "time": r.recorded} for r in found_rewinds]
+    superseded = [Policy(number=v.number, rewind=v.rewind) for v in published if v not in set(kept)]
+    return PolicyList(data=policies, superseded=superseded, rewinds=rewinds)
 
 
 @router.get("/checkpoints", operation_id="list_checkpoints", responses=responses(404))

@@ -187,6 +187,7 @@ class PolicyList(Schema):
     """Versions of the surviving lineage."""
 
     data: list[Policy] = field("Oldest first.", [])
+    superseded: list[Policy] = field("Versions still stored that a rewind superseded, oldest first.", [], [])
     rewinds: list[dict[str, Any]] = field("How often and to where the learner went back.", [])
 
 

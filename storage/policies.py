@@ -159,9 +159,12 @@ class PolicyLog:
 
     def policies(self) -> list[PolicyVersion]:
         """All versions of the surviving lineage, oldest first."""
+        return surviving(self.published_policies(), self.lineage.rewinds())
+
+    def published_policies(self) -> list[PolicyVersion]:
+        """All versions that are stored, superseded ones too, by number and rewind."""
         keys = self.store.folder(self.layout.policies).keys
-        versions = [version for key in keys if (version := parse_version(key)) is not None]
-        return surviving(versions, self.lineage.rewinds())
+        return sorted({version for key in keys if (version := parse_version(key)) is not None})
 
     def policy_facts(self, version: PolicyVersion) -> Mapping[str, Any]:
         """What its publisher wrote beside a version. Empty when the version does not exist."""

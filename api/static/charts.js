@@ -20,10 +20,10 @@ export function lineChart({ title, unit = "", x = "step", series, min }) {
   function options() {
     const axis = { stroke: css("--quiet"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") }, size: 52, font: "11px system-ui" };
     return {
-      width: place.clientWidth || 340, height: 190, cursor: { sync: { key: x }, points: { size: 6 } },
+      width: place.clientWidth || 340, height: 160, cursor: { sync: { key: x }, points: { size: 6 } },
       legend: { show: true, live: true },
       scales: { x: { time: false }, y: min === undefined ? {} : { range: (_, lo, hi) => [Math.min(min, lo ?? min), hi > min ? hi * 1.05 : min + 1] } },
-      axes: [{ ...axis, size: 30 }, { ...axis, values: (_, ticks) => ticks.map((v) => (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? v.toExponential(0) : String(+v.toPrecision(4)))) }],
+      axes: [{ ...axis, size: 30 }, { ...axis, values: (_, ticks) => ticks.map((v) => (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? (Math.abs(v) >= 1e4 && Math.abs(v) < 1e7 ? `${+(v / 1000).toPrecision(4)}k` : v.toExponential(0)) : String(+v.toPrecision(4)))) }],
       series: [{ label: x }, ...series.map((s, i) => ({
         label: s.label, stroke: ink(i), width: 1.6, dash: s.dash, spanGaps: true,
         points: { show: s.points ?? undefined, size: 5 }, value: (_, v) => num(v, 4),
@@ -35,7 +35,7 @@ export function lineChart({ title, unit = "", x = "step", series, min }) {
     if (!data || !data[0].length || !place.isConnected) return;
     if (plot) { plot.setData(data); return; }
     place.replaceChildren();
-    plot = new uPlot({ ...options(), height: 160 }, data, place);
+    plot = new uPlot(options(), data, place);
   }
 
   addEventListener("theme", () => { plot?.destroy(); plot = null; draw(); });
@@ -80,7 +80,7 @@ export function stalenessMap() {
       known.tokens[r].forEach((count, c) => {
         if (!count) return;
         ctx.fillStyle = `rgba(${rgb}, ${0.08 + (0.92 * count) / totals[c]})`;
-        ctx.fillRect(left + c * cellWidth, y, Math.max(cellWidth - 0.5, 0.5), cellHeight - 1);
+        ctx.fillRect(left + c * cellWidth, y, cellWidth > 4 ? cellWidth - 0.5 : cellWidth + 0.3, cellHeight - 1);
       });
       if (rows <= 10 || r % Math.ceil(rows / 10) === 0) { ctx.fillStyle = css("--quiet"); ctx.font = "11px system-ui"; ctx.fillText(String(version), 22, y + cellHeight / 2 + 4); }
     });
@@ -91,7 +91,7 @@ export function stalenessMap() {
   });
   const note = h("p", { class: "quiet" });
   return {
-    node: h("div", { class: "card" }, h("h2", {}, "Staleness ", h("span", { class: "quiet" }, "(versions, share of each stretch's tokens)")), canvas, note),
+    node: h("div", { class: "card" }, h("h2", {}, "Staleness ", h("span", { class: "quiet" }, "(versions, share of tokens)")), canvas, note),
     set(staleness) {
       known = staleness;
       const sums = staleness.tokens.map((row) => row.reduce((a, b) => a + b, 0));

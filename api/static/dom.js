@@ -23,7 +23,8 @@ export function fill(node, ...children) {
 
 /** A table whose header cells are [label, isNumber]; cells may be text or elements. */
 export function table(header, rows, caption) {
-  return h("div", { class: "scroll" }, h("table", {},
+  // Focusable, so that a table wider than a phone can be scrolled by keys.
+  return h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": caption ?? "table" }, h("table", {},
     caption && h("caption", { class: "quiet" }, caption),
     h("thead", {}, h("tr", {}, header.map(([label, numeric]) => h("th", { class: numeric ? "n" : "", scope: "col" }, label)))),
     h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell, i) => h("td", { class: header[i]?.[1] ? "n" : "" }, cell ?? "–")))))));

@@ -1,13 +1,16 @@
 // @ts-check
 // Who works and who waits, for what: a lane per worker. Wheel or +/− zooms, dragging or arrow keys move.
 import { picture } from "./charts.js";
-import { css, h } from "./dom.js";
+import { css, fill, h, table } from "./dom.js";
+import { pct } from "./format.js";
 
+const ORDER = ["pretrain", "rollout", "score", "learn", "evaluate"];
 const LANE = 26, LEFT = 88, TOP = 18;
 
 export function timeline(onWindow) {
   let known = null, from = 0, to = 1;
-  const detail = h("p", { class: "quiet", "aria-live": "polite" }, "Point at a span to see what it is.");
+  const detail = h("p", { class: "quiet phase" }, "Point at a span to see what it is.");
+  const shares = h("div");
   const legend = h("div", { class: "legend" });
   const holder = h("div");
   let view = null;
@@ -22,7 +25,8 @@ export function timeline(onWindow) {
     const step = niceStep((to - from) / Math.max(2, Math.floor((width - LEFT) / 90)));
     for (let s = Math.ceil(from / step) * step; s <= to; s += step) {
       ctx.fillRect(px(s), TOP - 4, 1, 4);
-      ctx.fillText(`${+s.toFixed(3)} s`, px(s) + 2, TOP - 6);
+      const label = `${+s.toFixed(3)} s`;
+      if (px(s) + 2 + ctx.measureText(label).width < width) ctx.fillText(label, px(s) + 2, TOP - 6);
     }
     known.lanes.forEach((lane, i) => {
       const y = TOP + i * LANE;
@@ -83,24 +87,38 @@ export function timeline(onWindow) {
     h("button", { type: "button", onclick: () => known && zoom(1e9) }, "All"),
     h("span", { class: "quiet" }, "Shift + wheel zooms, drag moves; keys + − ← → 0"));
   return {
-    node: h("div", { class: "card" }, h("h2", {}, "Roles"), buttons, holder, detail, legend),
+    node: h("div", { class: "card" }, h("h2", {}, "Roles"), buttons, holder, detail, legend, shares),
     set(next) {
       const whole = !known || to - from >= known.duration_s * 0.999;
       const lanes = known?.lanes.length;
-      known = next;
+      known = { ...next, lanes: next.lanes.toSorted((a, b) => ORDER.indexOf(a.role) - ORDER.indexOf(b.role) || a.worker.localeCompare(b.worker)) };
       if (whole) { from = 0; to = Math.max(next.duration_s, 0.05); }
       if (!view || lanes !== next.lanes.length) {
         view = picture(TOP + LANE * Math.max(1, next.lanes.length) + 4, "Timeline of the roles", draw);
         attach(view.canvas);
         holder.replaceChildren(view.canvas);
-        legend.replaceChildren(...[...new Set(next.lanes.map((l) => l.role))].map((role) => entry(`--${role}`, role)), entry("--warn", "orchestration"), entry("--wait", "waiting"));
+        legend.replaceChildren(...[...new Set(known.lanes.map((l) => l.role))].map((role) => entry(`--${role}`, role)), entry("--warn", "orchestration"), entry("--wait", "waiting"));
       }
       view.redraw();
+      fill(shares, table([["role", 0], ["works", 1], ["overhead", 1], ["waits for (may run beside work)", 0]], known.lanes.map(sharesOf)));
     },
   };
 }
 
 const entry = (variable, label) => h("span", {}, h("i", { style: `background:var(${variable})` }), label);
+
+/** A lane in words: shares of the time from its first to its last span. Waits may run beside work. */
+function sharesOf(lane) {
+  const whole = Math.max(...lane.ends) - Math.min(...lane.starts) || 1;
+  const seconds = new Map();
+  lane.activities.forEach((activity, j) => {
+    const kind = activity.startsWith("orchestrate:") ? "overhead" : activity.startsWith("wait:") ? activity.slice(5) : "work";
+    seconds.set(kind, (seconds.get(kind) ?? 0) + lane.ends[j] - lane.starts[j]);
+  });
+  const share = (kind) => pct(Math.min(1, (seconds.get(kind) ?? 0) / whole));
+  const waits = [...seconds.keys()].filter((kind) => kind !== "work" && kind !== "overhead");
+  return [h("span", { title: lane.worker }, lane.role), share("work"), share("overhead"), waits.map((kind) => `${kind} ${share(kind)}`).join(", ") || "nothing"];
+}
 
 function niceStep(raw) {
   const power = 10 ** Math.floor(Math.log10(raw || 1));

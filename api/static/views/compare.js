@@ -26,16 +26,18 @@ export async function compare(node, _parts, signal) {
 
   function draw() {
     const axis = x.value, charts = [];
-    for (const [title, unit, [key]] of CURVES) {
-      const chart = lineChart({ title, unit, x: axis, series: ids.map((label) => ({ label })) });
+    for (const [title, unit, [first, middle]] of CURVES) {
+      // Of percentiles the median, of mean and maximum the mean: one curve a run.
+      const key = middle?.endsWith("_p50") ? middle : first;
+      const chart = lineChart({ title, unit: middle ? key.split("_").at(-1) : unit, x: axis, series: ids.map((label) => ({ label })) });
       charts.push([chart, ...merged(loaded.map((l) => [l.metrics[axis], l.metrics.series[key] ?? []]))]);
     }
     const quality = lineChart({ title: "Held-out accuracy", x: "version", series: ids.map((label) => ({ label, points: true })), min: 0 });
     charts.unshift([quality, ...merged(loaded.map((l) => [l.evals.map((e) => e.version), l.evals.map((e) => e.accuracy)]))]);
     const paired = pairedDifference(loaded);
-    if (paired) charts.unshift(paired);
+    charts.unshift(...paired);
     fill(place,
-      h("section", {}, table([["run", 0], ["state", 0], ["steps", 1], ["tokens", 1], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["tokens/s", 1], ["", 0]],
+      h("section", {}, table([["run", 0], ["state", 0], ["steps", 1], ["tokens", 1], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["tokens/s", 1], [h("span", { class: "sr" }, "action"), 0]],
         loaded.map(({ run }) => [h("a", { href: `/runs/${run.id}`, "data-link": "" }, run.id), run.status, int(run.progress.steps), int(run.progress.tokens), num(run.latest.loss_nats), num(run.latest.kl_nats), pct(run.latest.accuracy), int(run.latest.tokens_per_s),
           h("button", { type: "button", "aria-label": `Remove ${run.id}`, onclick: () => drop(run.id) }, "remove")]))),
       h("section", { class: "grid" }, charts.map(([chart]) => chart.node)),
@@ -57,14 +59,15 @@ function merged(curves) {
   })];
 }
 
-/** Replays of one parent trained the same rollouts: their differences are paired, step by step. */
+/** Replays of one log trained the same rollouts: their differences to the first run are paired, step by step. */
 function pairedDifference(loaded) {
-  if (loaded.length !== 2) return null;
-  const source = (l) => l.run.parent?.run_id ?? l.run.parent?.run ?? l.run.id;
-  if (source(loaded[0]) !== source(loaded[1])) return null;
-  const [xs, a, b] = merged(loaded.map((l) => [l.metrics.steps, l.metrics.series["train/kl_nats"] ?? []]));
-  const chart = lineChart({ title: "Paired difference of KL on the same rollouts", unit: "nats, second − first", series: [{ label: "difference" }] });
-  return [chart, xs, a.map((v, i) => (v === null || b[i] === null ? null : b[i] - v))];
+  const source = (l) => l.run.parent?.run_id ?? l.run.id;
+  const [first, ...others] = loaded;
+  const paired = others.filter((l) => source(l) === source(first));
+  if (!paired.length) return [];
+  const [xs, base, ...ys] = merged([first, ...paired].map((l) => [l.metrics.steps, l.metrics.series["train/loss_nats"] ?? []]));
+  const chart = lineChart({ title: `Paired difference of loss: same rollouts as ${first.run.id}`, unit: "nats", series: paired.map((l) => ({ label: l.run.id })) });
+  return [[chart, xs, ...ys.map((y) => y.map((v, i) => (v === null || base[i] === null ? null : v - base[i])))]];
 }
 
 function differences(loaded) {

@@ -3,7 +3,8 @@
 import { lineChart, stalenessMap } from "../charts.js";
 import { follow, get, post } from "../client.js";
 import { fill, h, table, toast } from "../dom.js";
-import { ago, int, num, pct, time } from "../format.js";
+import { ago, int, num, pct } from "../format.js";
+import { lineage } from "../lineage.js";
 import { timeline } from "../timeline.js";
 import { badge } from "./runs.js";
 
@@ -15,31 +16,36 @@ export const CURVES = [
   ["Drift", "nats per token", ["train/drift_nats"]],
   ["Effective sample size", "fraction", ["train/ess_fraction"]],
   ["Gradient norm", "", ["train/grad_norm"]],
-  ["Entropy", "nats", ["train/entropy_nats"]],
+  ["Entropy", "nats per token", ["train/entropy_nats"]],
+  ["Importance ratio", "p_θ / p_old, percentiles", ["train/ratio_p01", "train/ratio_p50", "train/ratio_p99"]],
+  ["Training accuracy", "fraction", ["rollout/accuracy"]],
   ["Response length", "tokens", ["rollout/response_tokens_mean", "rollout/response_tokens_max"]],
 ];
 
 export async function run(node, [id], signal) {
   const path = `/v1/runs/${encodeURIComponent(id)}`;
   const head = h("div"), facts = h("dl", { class: "facts" }), actions = h("div", { class: "row" });
-  const curves = CURVES.map(([title, unit, keys]) => ({ keys, chart: lineChart({ title, unit, series: keys.map((label) => ({ label: label.split("/")[1] })) }) }));
-  const quality = lineChart({ title: "Held-out quality", x: "version", series: [{ label: "accuracy", points: true }, { label: "KL, nats", points: true }], min: 0 });
+  const curves = CURVES.map(([title, unit, keys]) => ({ keys, chart: lineChart({ title, unit, series: keys.map((key) => ({ label: key.split(/[_/]/).at(-1).replace(/^nats$|^fraction$/, "value") })) }) }));
+  const quality = lineChart({ title: "Held-out accuracy", unit: "fraction", x: "version", series: [{ label: "accuracy", points: true }], min: 0 });
+  const distance = lineChart({ title: "Held-out KL to the teacher", unit: "nats per token", x: "version", series: [{ label: "KL", points: true }], min: 0 });
   const speed = lineChart({ title: "Throughput", unit: "tokens per second", series: [{ label: "trained" }, { label: "generated" }, { label: "scored" }], x: "seconds", min: 0 });
   const stale = stalenessMap();
   const roles = timeline();
-  const policies = h("div"), events = h("div"), responses = h("div");
-  fill(node, head, h("div", { class: "card" }, actions, facts),
-    h("section", { class: "grid", "aria-label": "Curves" }, curves[0].chart.node, curves[1].chart.node, quality.node, speed.node, stale.node, ...curves.slice(2).map((c) => c.chart.node)),
+  const policies = lineage(), events = h("div", { class: "events" }), filter = responseFilter(id, signal);
+  const place = () => fill(node, head, h("div", { class: "card" }, actions, facts),
+    h("section", { class: "grid", "aria-label": "Curves" }, curves[0].chart.node, curves[1].chart.node, quality.node, distance.node, speed.node, stale.node, ...curves.slice(2).map((c) => c.chart.node)),
     h("section", {}, roles.node),
-    h("section", {}, h("h2", {}, "Responses"), responses),
-    h("section", { class: "grid" }, h("div", { class: "card" }, h("h2", {}, "Policy versions"), policies), h("div", { class: "card" }, h("h2", {}, "Events"), events)));
+    h("section", {}, policies.node),
+    h("section", {}, h("h2", {}, "Responses"), filter.node),
+    h("section", {}, h("div", { class: "card" }, h("h2", {}, "Events"), events)));
 
   let state = null;
   async function header() {
     state = await get(path, signal);
     const { progress, latest } = state;
-    fill(head, h("div", { class: "row spread" }, h("div", { class: "row" }, h("h1", {}, state.id), badge(state.status), h("span", { class: "quiet" }, state.phase)),
-      h("a", { href: `/compare?run=${state.id}`, "data-link": "" }, "Compare with …")));
+    fill(head, h("div", { class: "row spread" }, h("div", { class: "row" }, h("h1", {}, state.id), badge(state.status)),
+      h("a", { href: `/compare?run=${state.id}`, "data-link": "" }, "Compare with …")),
+      h("p", { class: "quiet phase", title: state.phase }, state.phase));
     fill(facts, [["step", `${int(progress.steps)} of ${int(progress.total_steps)}`], ["tokens trained", int(progress.tokens)], ["tokens/s", int(latest.tokens_per_s)], ["loss, nats", num(latest.loss_nats)], ["KL, nats", num(latest.kl_nats)],
       ["accuracy", pct(latest.accuracy)], ["staleness, mean", num(latest.staleness_mean_versions)], ["created", ago(state.created)]].map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", {}, value))));
     const button = (label, verb, when) => h("button", { type: "button", disabled: !when, onclick: () => act(verb) }, label);
@@ -53,40 +59,46 @@ export async function run(node, [id], signal) {
     if (verb === "resume") watch();
   }
   async function charts() {
-    if (state.status === "queued") return;
+    if (!isCreated(state)) return () => undefined;
     const [metrics, staleness, evals, lanes, throughput] = await Promise.all(
-      ["metrics?max_points=300", "staleness?max_points=120", "evals", "timeline", "throughput"].map((part) => get(`${path}/${part}`, signal)));
-    for (const { keys, chart } of curves) chart.set(metrics.steps, ...keys.map((key) => metrics.series[key] ?? metrics.steps.map(() => null)));
-    quality.set(evals.data.map((e) => e.version), evals.data.map((e) => e.accuracy), evals.data.map((e) => e.kl_nats));
-    speed.set(throughput.seconds, throughput.trained, throughput.generated, throughput.scored);
-    stale.set(staleness);
-    roles.set(lanes);
+      ["metrics?max_points=300", "staleness?max_points=120", "evals", "timeline", "throughput?max_points=40"].map((part) => get(`${path}/${part}`, signal)));
+    return () => {
+      for (const { keys, chart } of curves) chart.set(metrics.steps, ...keys.map((key) => metrics.series[key] ?? metrics.steps.map(() => null)));
+      quality.set(evals.data.map((e) => e.version), evals.data.map((e) => e.accuracy));
+      distance.set(evals.data.map((e) => e.version), evals.data.map((e) => e.kl_nats));
+      speed.set(throughput.seconds, throughput.trained, throughput.generated, throughput.scored);
+      stale.set(staleness);
+      roles.set(lanes);
+    };
   }
   async function lists() {
-    if (state.status === "queued") return;
-    const [versions, rows] = await Promise.all([get(`${path}/policies`, signal), get(`${path}/trajectories?limit=25`, signal)]);
-    const recent = versions.data.slice(-12).reverse();
-    fill(policies, versions.rewinds.length > 0 && h("p", {}, `The learner went back ${versions.rewinds.length} times: ${versions.rewinds.map((r) => `to step ${r.to_step}`).join(", ")}.`),
-      table([["version", 1], ["rewind", 1], ["published", 0], ["accuracy", 1], ["KL, nats", 1]], recent.map((p) => [p.number, p.rewind, time(p.created), pct(p.accuracy), num(p.kl_nats)])));
-    fill(responses, responseTable(state.id, rows.data), responseFilter(state.id, signal, responses));
+    if (!isCreated(state)) return () => undefined;
+    const [versions, rows] = await Promise.all([get(`${path}/policies`, signal), filter.read()]);
+    return () => { policies.set(versions); filter.show(rows); };
   }
+  // Read first, then show in one go: nothing that is already on the page may move.
+  const update = async (...parts) => { for (const show of await Promise.all(parts.map((part) => part()))) show(); };
   const seen = [];
-  const show = () => fill(events, h("ul", { style: "padding-left:1rem;margin:0" }, seen.slice(-14).reverse().map((e) => h("li", {}, h("span", { class: "quiet" }, new Date(1000 * e.time).toLocaleTimeString(), " "), e.message))));
+  const show = () => fill(events, h("ul", {}, seen.slice(-14).reverse().map((e) => h("li", {}, h("span", { class: "quiet" }, new Date(1000 * e.time).toLocaleTimeString(), " "), e.message))));
   function watch() {
     let due = 0;
     follow(id, (kind, event) => {
       if (kind !== "end") { if (kind !== "step" || seen.at(-1)?.kind !== "step") seen.push({ ...event, kind }); else seen[seen.length - 1] = { ...event, kind }; show(); }
       const now = performance.now();
-      if (now > due || kind === "end") { due = now + 1500; header().then(charts).catch(() => undefined); }
-      if (kind === "end") lists();
+      if (now > due || kind === "end") { due = now + 1500; header().then(() => update(...(kind === "end" ? [charts, lists] : [charts]))).catch(() => undefined); }
     }, signal);
   }
   await header();
-  await Promise.all([charts(), lists()]);
+  const shows = await Promise.all([charts(), lists()]);
+  place();
+  for (const now of shows) now();
   watch();
-  const timer = setInterval(() => LIVE.includes(state.status) && header().then(lists).catch(() => undefined), 5000);
+  const timer = setInterval(() => LIVE.includes(state.status) && header().then(() => update(lists)).catch(() => undefined), 5000);
   signal.addEventListener("abort", () => clearInterval(timer));
 }
+
+/** Has the flow created the run? Before, there is nothing but its launch. */
+const isCreated = (state) => state.config_hash !== null;
 
 function responseTable(id, rows) {
   if (!rows.length) return h("p", { class: "quiet" }, "None yet.");
@@ -95,16 +107,25 @@ function responseTable(id, rows) {
       t.version_first === t.version_last ? String(t.version_first) : `${t.version_first}–${t.version_last}`, num(t.kl_nats)]));
 }
 
-function responseFilter(id, signal, place) {
-  const after = h("input", { type: "number", min: "0", value: "0", "aria-label": "From index", style: "width:7rem" });
+/** The first responses that fit a filter; read again and shown when the run goes on. */
+function responseFilter(id, signal) {
+  const after = h("input", { type: "number", min: "0", value: "0" });
   const right = h("select", { "aria-label": "Right or wrong" }, h("option", { value: "" }, "right and wrong"), h("option", { value: "true" }, "right"), h("option", { value: "false" }, "wrong"));
-  const long = h("input", { type: "number", min: "1", value: "1", "aria-label": "At least so many tokens", style: "width:6rem" });
-  const form = h("form", { class: "row", onsubmit: async (e) => {
-    e.preventDefault();
-    const query = new URLSearchParams({ after: String(Number(after.value) - 1), limit: "25", min_tokens: long.value || "1" });
+  const long = h("input", { type: "number", min: "1", value: "1" });
+  const place = h("div", { class: "responses" }, h("p", { class: "quiet" }, "None yet."));
+  let shown = "";
+  async function read() {
+    const query = new URLSearchParams({ after: String(Number(after.value) - 1), limit: "15", min_tokens: long.value || "1" });
     if (right.value) query.set("correct", right.value);
-    const page = await get(`/v1/runs/${id}/trajectories?${query}`, signal);
-    fill(place, responseTable(id, page.data), form);
-  } }, h("label", {}, "from index ", after), right, h("label", {}, "at least ", long, " tokens"), h("button", {}, "Show"));
-  return form;
+    return (await get(`/v1/runs/${encodeURIComponent(id)}/trajectories?${query}`, signal)).data;
+  }
+  function show(rows) {
+    // Only when something changed: a row in focus stays in focus.
+    const now = JSON.stringify(rows);
+    if (now !== shown) fill(place, responseTable(id, rows));
+    shown = now;
+  }
+  const form = h("form", { class: "row", onsubmit: async (e) => { e.preventDefault(); show(await read()); } },
+    h("label", {}, "from index ", after), right, h("label", {}, "at least ", long, " tokens"), h("button", {}, "Show"));
+  return { node: h("div", {}, form, place), read, show };
 }

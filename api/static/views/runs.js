@@ -41,7 +41,7 @@ export async function runs(node, _parts, signal) {
     if (list.contains(document.activeElement) && document.activeElement?.tagName === "INPUT") return;
     more.hidden = !page.next_cursor;
     fill(list, page.data.length
-      ? table([["", 0], ["run", 0], ["state", 0], ["steps", 0], ["loss", 0], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["staleness", 1], ["tokens/s", 1], ["created", 0]], page.data.map(row))
+      ? table([["pick", 0], ["run", 0], ["state", 0], ["steps", 0], ["loss", 0], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["staleness", 1], ["tokens/s", 1], ["created", 0]], page.data.map(row))
       : h("p", { class: "quiet" }, "No run yet. Launch one here, or with `asyncopd train`."));
   }
   const again = () => look().catch(() => undefined);

@@ -7,7 +7,14 @@ import { num } from "../format.js";
 
 export async function sql(node, _parts, signal) {
   const asked = new URLSearchParams(location.search);
-  const stored = (await get("/v1/sql/questions", signal)).data;
+  const stored = await get("/v1/sql/questions", signal).then((page) => page.data, (error) => {
+    if (error.problem?.status === 404) return null;
+    throw error;
+  });
+  if (!stored) {
+    fill(node, h("h1", {}, "SQL"), h("p", { role: "alert" }, "This service does not answer SQL: it has no /v1/sql. The same questions are answered on its machine by ", h("code", {}, "asyncopd sql"), "."));
+    return;
+  }
   const text = h("textarea", { class: "sql", id: "query", spellcheck: "false" });
   text.value = asked.get("sql") ?? "SELECT run, count(*) AS trajectories, sum(num_tokens) AS tokens\nFROM trajectories GROUP BY run ORDER BY run";
   const runs = (await get("/v1/runs?limit=100", signal)).data;

@@ -10,11 +10,11 @@ const FULL_COLOUR_NATS = 3;
 export async function trajectory(node, [id, index], signal) {
   const found = await get(`/v1/runs/${encodeURIComponent(id)}/trajectories/${index}`, signal);
   const { summary, tokens } = found;
-  const detail = h("div", { class: "card detail", "aria-live": "polite" }, h("p", { class: "quiet" }, "Point at a token, or move between them with the arrow keys."));
+  const detail = h("div", { class: "card detail", "aria-live": "off" }, h("p", { class: "quiet" }, "Point at a token, or move between them with the arrow keys."));
   const colour = (token) => {
     if (token.teacher_logprob === null) return "transparent";
     const gap = token.teacher_logprob - token.behaviour_logprob;
-    return `rgba(${css(gap > 0 ? "--blue" : "--orange")}, ${Math.min(0.85, (0.85 * Math.abs(gap)) / FULL_COLOUR_NATS)})`;
+    return `rgba(${css(gap > 0 ? "--blue" : "--orange")}, ${Number(css("--full")) * Math.min(1, Math.abs(gap) / FULL_COLOUR_NATS)})`;
   };
   const buttons = tokens.map((token, t) => h("button", { type: "button", class: "token", "aria-pressed": "false", tabindex: t ? "-1" : "0", onmouseenter: () => pick(t), onfocus: () => pick(t),
     "aria-label": `token ${t}: ${token.text}, log q minus log p ${token.teacher_logprob === null ? "unknown" : logprob(token.teacher_logprob - token.behaviour_logprob)}` }, token.text));
@@ -28,13 +28,13 @@ export async function trajectory(node, [id, index], signal) {
     const gap = token.teacher_logprob === null ? null : token.teacher_logprob - token.behaviour_logprob;
     const side = (title, list) => h("div", {}, h("h2", {}, title), list.length ? table([["token", 0], ["id", 1], ["log-prob", 1], ["prob", 1]], list.map((a) => [a.text, a.id, logprob(a.logprob), a.logprob === null ? "–" : pct(Math.exp(a.logprob))])) : h("p", { class: "quiet" }, "not recorded"));
     fill(detail, h("p", {}, h("strong", {}, `“${token.text}”`), ` position ${t}, id ${token.id}, policy version ${token.version}`),
-      h("p", {}, `log p when sampled ${logprob(token.behaviour_logprob)}, log q ${logprob(token.teacher_logprob)}, log q − log p ${logprob(gap)} nats`),
+      h("p", {}, `log p when sampled (v${token.version}) ${logprob(token.behaviour_logprob)}, log q ${logprob(token.teacher_logprob)}, log q − log p ${logprob(gap)} nats`),
       h("div", { class: "grid" }, side("Teacher's likeliest", token.teacher_top), side("Sampling student's likeliest", token.student_top)));
   }
   const text = h("div", { class: "tokens card", role: "group", "aria-label": "Response" });
   let version = null;
   tokens.forEach((token, t) => {
-    if (token.version !== version) text.append(h("span", { class: "boundary", title: "policy version from here on" }, `v${token.version}`));
+    if (token.version !== version) text.append(h("span", { class: "boundary", title: `policy version ${token.version} from here on` }, `v${token.version}`));
     version = token.version;
     text.append(buttons[t]);
   });
@@ -57,7 +57,7 @@ export async function trajectory(node, [id, index], signal) {
       found.trained_at_step === null ? "not trained yet" : `trained at step ${found.trained_at_step}, staleness ${found.staleness}`, `mean log p − log q ${num(summary.kl_nats)}`].filter(Boolean).join(" · ")),
     h("section", {}, h("h2", {}, "Prompt"), h("pre", {}, found.prompt)),
     h("section", {}, h("div", { class: "row spread" }, h("h2", {}, "Response"),
-      h("div", { class: "legend" }, h("span", {}, h("i", { style: "background:rgb(var(--blue))" }), "teacher likes it more"), h("span", {}, h("i", { style: "background:rgb(var(--orange))" }), "teacher likes it less"), h("span", {}, `full colour at ${FULL_COLOUR_NATS} nats`))), text),
+      h("div", { class: "legend" }, h("span", {}, h("i", { style: "background:rgba(var(--blue), var(--full))" }), "teacher likes it more"), h("span", {}, h("i", { style: "background:rgba(var(--orange), var(--full))" }), "teacher likes it less"), h("span", {}, `full colour at ${FULL_COLOUR_NATS} nats`))), text),
     h("section", {}, detail));
   if (tokens.length) pick(0);
 }

@@ -1,0 +1,238 @@
+"""The page in a real browser (Debian's chromium) on a real stack: launch, watch, look at tokens, compare, cancel.
+
+The tests share one stack, one service and one browser context, and follow one story in order. Whatever the page
+prints to the console as an error, asks of another host or moves while loading fails the test that did it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, expect, sync_playwright
+from test_deployment import Stack, stack, until
+
+__all__ = ["stack"]
+# Slow: the stack alone took 90 s to come up at load 8.
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+ROOT = Path(__file__).parent.parent
+SHOTS = ROOT / "build" / "screenshots"
+AXE = ROOT / "tests" / "vendor" / "axe-4.14.1.min.js"
+PHONE = {"width": 390, "height": 844}
+DESKTOP = {"width": 1280, "height": 860}
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+WATCH_SHIFTS = """
+window.shifts = [];
+new PerformanceObserver((list) => {
+  for (const shift of list.getEntries()) if (!shift.hadRecentInput)
+    window.shifts.push([shift.value, shift.sources.map((s) => (s.node?.outerHTML ?? "").slice(0, 100))]);
+}).observe({ type: "layout-shift", buffered: true });
+"""
+
+
+@dataclass
+class Visit:
+    """A tab, and everything in it that should not happen."""
+
+    page: Page
+    origin: str
+    faults: list[str] = field(default_factory=list)
+
+    def open(self, path: str) -> Page:
+        self.page.goto(self.origin + path)
+        return self.page
+
+    def check(self, name: str) -> None:
+        """Nothing went wrong so far, nothing moved, axe finds nothing serious; and a screenshot to look at."""
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+        assert self.faults == []
+        shifts = self.page.evaluate("window.shifts")
+        assert sum(value for value, _ in shifts) < 0.01, shifts
+        assert self.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, "the page scrolls sideways"
+        self.page.evaluate(AXE.read_text())
+        found = self.page.evaluate("axe.run({ resultTypes: ['violations'] })")["violations"]
+        assert [
+            (v["id"], [node["target"] for node in v["nodes"]][:4])
+            for v in found
+            if v["impact"] in ("serious", "critical")
+        ] == []
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    assert chromium, "chromium is missing, and the page is tested in it: apt-get install --yes chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def origin(stack: Stack) -> Iterator[str]:
+    """A service over the stack's root that launches one small configuration."""
+    configs = stack.config.parent / "configs"
+    configs.mkdir()
+    small = yaml.safe_load(stack.config.read_text())
+    (configs / "small.yaml").write_text("# A run of seconds.\n" + yaml.safe_dump(small))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["-m", "api", "--host", "127.0.0.1", "--port", str(port), "--root", str(stack.root), "--configs"]
+    with subprocess.Popen([sys.executable, *command, str(configs)], env=stack.environment, cwd=ROOT) as service:
+        try:
+            until(lambda: _answers(f"http://127.0.0.1:{port}/healthz"), 60, "the service to answer")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            service.terminate()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture
+def visit(browser: Browser, origin: str) -> Iterator[Visit]:
+    with browser.new_context(viewport=DESKTOP) as context:  # type: ignore[arg-type]
+        visit = Visit(context.new_page(), origin)
+
+        def say(message: ConsoleMessage) -> None:
+            if message.type == "error":
+                visit.faults.append(f"console: {message.text} ({message.location})")
+
+        def keep_home(route: Route, request: Request) -> None:
+            if request.url.startswith((origin, "data:", "blob:")):
+                route.continue_()
+            else:
+                visit.faults.append(f"asked another host: {request.url}")
+                route.abort()
+
+        visit.page.on("console", say)
+        visit.page.on("pageerror", lambda error: visit.faults.append(f"uncaught: {error}"))
+        context.add_init_script(WATCH_SHIFTS)
+        context.route("**/*", keep_home)
+        yield visit
+
+
+def test_a_run_launched_from_the_form_is_seen_live_to_its_end(visit: Visit, stack: Stack) -> None:
+    page = visit.open("/launch")
+    expect(page.get_by_role("button", name="Launch")).to_be_visible()
+    visit.check("launch")
+    # Another estimator is another set of fields, sent whole.
+    page.locator("[id='field-loss.name']").select_option("dense_reverse_kl")
+    expect(page.locator("[id='field-loss.head']")).to_have_count(0)
+    page.get_by_label("run id").fill("seen")
+    page.locator("[id='field-learner.num_steps']").fill("6")
+    page.get_by_role("button", name="Launch").click()
+
+    expect(page.get_by_role("heading", name="seen")).to_be_visible(timeout=30_000)
+    expect(page.locator(".badge")).to_have_text("succeeded", timeout=180_000)
+    expect(page.locator(".facts")).to_contain_text("6 of 6")
+    assert stack.log("seen").config()["loss"]["name"] == "dense_reverse_kl"
+    assert visit.faults == []
+
+
+def test_the_page_of_a_run_shows_every_part_of_it(visit: Visit, stack: Stack) -> None:
+    page = visit.open("/runs/seen")
+    for chart in ("Loss by step", "KL to the teacher by step", "Held-out accuracy by version", "Drift by step",
+                  "Throughput by seconds", "Effective sample size by step"):  # fmt: skip
+        expect(page.get_by_role("img", name=chart, exact=True).locator("canvas")).to_be_visible()
+    expect(page.get_by_role("img", name="Tokens by staleness and step")).to_be_visible()
+    expect(
+        page.get_by_text("Newest version 6; green dots were evaluated. The learner never went back.")
+    ).to_be_visible()
+    roles = page.locator(".card", has=page.get_by_role("heading", name="Roles")).locator("tbody tr")
+    assert {row.split()[0] for row in roles.all_inner_texts()} >= {"rollout", "score", "learn"}
+    expect(page.get_by_text("step 5 trained")).to_be_visible()
+    visit.check("run")
+
+
+def test_a_response_is_shown_token_by_token_and_walked_by_keys(visit: Visit, stack: Stack) -> None:
+    visit.open("/runs/seen").get_by_role("link", name="3", exact=True).click()
+    page = visit.page
+    tokens = page.locator(".token")
+    expect(tokens.first).to_be_visible()
+    trajectory = next(t for t in stack.log("seen").read_trajectories(
+        next(s for s in stack.log("seen").trajectory_shards() if 3 in s.indices)) if t.index == 3)  # fmt: skip
+    assert tokens.count() == len(trajectory.response_ids)
+    assert page.locator(".boundary").count() == len(trajectory.version_runs)
+    tokens.first.focus()
+    page.keyboard.press("End")
+    detail = page.locator(".detail")
+    expect(detail).to_contain_text(f"position {len(trajectory.response_ids) - 1}, id {trajectory.response_ids[-1]}")
+    expect(detail).to_contain_text(
+        f"log p when sampled (v{trajectory.version_last}) {trajectory.behaviour_logprobs_T[-1]:.3f}"
+    )
+    visit.check("trajectory")
+    page.keyboard.press("j")
+    expect(page.get_by_role("heading", name="index 4")).to_be_visible()
+
+
+def test_a_run_is_cancelled_from_its_page(visit: Visit, stack: Stack) -> None:
+    body = {"config_name": "small", "run_id": "long", "overrides": {"learner.num_steps": 2000, "evaluate.every": 0}}
+    assert httpx.post(f"{visit.origin}/v1/runs", json=body, timeout=60).status_code == 201
+    until(lambda: _steps(stack, "long") >= 2, 120, "two steps of the long run")
+    page = visit.open("/runs/long")
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator(".badge")).to_have_text("cancelled", timeout=60_000)
+    until(lambda: not stack.roles(), 20, "its roles to end")
+    assert visit.faults == []
+
+
+def _steps(stack: Stack, run_id: str) -> int:
+    return len(list((stack.root / "runs" / run_id / "steps").glob("*.json")))
+
+
+def test_runs_are_picked_and_compared_on_the_same_axes(visit: Visit) -> None:
+    page = visit.open("/")
+    expect(page.get_by_role("row", name="seen")).to_contain_text("succeeded")
+    expect(page.get_by_role("row", name="long")).to_contain_text("cancelled")
+    visit.check("runs")
+    for run_id in ("seen", "long"):
+        page.get_by_label(f"Compare {run_id}").check()
+    page.get_by_role("button", name="Compare").click()
+    expect(page.get_by_role("img", name="Loss by steps").locator("canvas")).to_be_visible()
+    expect(page.get_by_role("row", name="learner.num_steps")).to_contain_text("2000")
+    visit.check("compare")
+
+
+def test_sql_answers_a_question_or_says_that_there_is_none_to_ask(visit: Visit) -> None:
+    if httpx.get(f"{visit.origin}/v1/sql/questions", timeout=30).status_code == 404:
+        page = visit.open("/sql")
+        expect(page.get_by_role("alert")).to_contain_text("has no /v1/sql")
+        return
+    page = visit.open("/sql")
+    page.get_by_label("SQL", exact=True).fill("SELECT step, num_tokens FROM steps WHERE run = 'seen' ORDER BY step")
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_text("6 rows in")).to_be_visible(timeout=60_000)
+    expect(page.get_by_role("img", name="num_tokens by step")).to_be_visible()
+    visit.check("sql")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("path", ["/", "/runs/seen", "/runs/seen/trajectories/3", "/compare?run=seen", "/launch"])
+def test_every_view_fits_a_phone_in_light_and_dark(visit: Visit, path: str, scheme: str) -> None:
+    visit.page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    visit.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    page = visit.open(path)
+    expect(page.locator("h1")).to_be_visible()
+    page.wait_for_load_state("load")
+    time.sleep(0.5)
+    visit.check(f"phone-{scheme}{path.replace('/', '-').replace('?', '-')}")
