@@ -66,10 +66,14 @@ def test_a_learner_that_slept_through_its_replacement_cannot_publish_any_more(tm
     run = paced_run(tmp_path, learner__num_steps=30, staleness__max_staleness=0)
     log = run.log
     with roles_of(run, tmp_path / "logs") as roles:
-        asleep, _, _ = (roles.start(role) for role in ("learn", "score", "rollout"))
-        until(lambda: len(log.steps()) >= 10, 90, "ten steps")
+        asleep = roles.start("learn")
+        until(lambda: roles.name(asleep), 60, "the first learner to join")
+        # Nothing trains before it waits behind the first: a process takes longer to import torch than 30 steps take.
         standby = roles.start("learn")
         until(lambda: roles.name(standby), 60, "the second learner to join")
+        roles.start("score")
+        roles.start("rollout")
+        until(lambda: len(log.steps()) >= 10, 90, "ten steps")
         assert log.current_rewind() == 0, "it waits for the first"
         asleep.send_signal(signal.SIGSTOP)
         until(lambda: log.current_rewind() == 1, 20, "the second learner to take over after a lease")
