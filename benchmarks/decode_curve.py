@@ -8,6 +8,7 @@ options for `asyncopd plan`: --decode, --prefill-token-s, and --speeds from 1, 2
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import time
@@ -107,6 +108,7 @@ def speeds() -> list[float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     seconds, rebuilt = curve()
     shared = speeds()
     shape = ",".join(f"{active}:{value:.5f}" for active, value in zip(ACTIVE, seconds, strict=True))

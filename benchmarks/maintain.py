@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +102,9 @@ def parquet_bytes(log: StoredRunLog) -> tuple[int, int]:
 
 
 def main() -> None:
-    root = str(Path(sys.argv[1]) / "maintain-benchmark")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path, help="where the runs are made, in maintain-benchmark/")
+    root = str(parser.parse_args().directory / "maintain-benchmark")
     for shard_size in (8, 64):
         log = make_run(root, f"s{shard_size}-{time.time_ns()}", num_steps=100, batch_size=64, shard_size=shard_size)
         store, run_id = log.store, log.run_id

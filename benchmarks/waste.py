@@ -31,7 +31,7 @@ from asyncopd.config import load_config
 from asyncopd.evaluate.stage import versions_to_evaluate
 from asyncopd.report import summarise
 from asyncopd.worker import run_lanes, work_on_shards
-from flows.pretrain import make_model
+from flows.work import make_model
 from flows.wiring import (
     OpenRun,
     evaluate_stage,
