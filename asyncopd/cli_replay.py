@@ -42,7 +42,7 @@ def _replay_options(parser: argparse.ArgumentParser) -> None:
         "ends with version 100 (default: all it trained)",
     )  # fmt: skip
     parser.add_argument(
-        "--from-version", type=int, metavar="N", help="fork at policy version N, which is N steps old: same as --steps N:"
+        "--from-version", type=int, metavar="N", help="fork at policy version N: the same as --steps N:"
     )
     parser.add_argument(
         "--start", choices=("checkpoint", "weights"), default="checkpoint",
@@ -68,7 +68,8 @@ def _replay_options(parser: argparse.ArgumentParser) -> None:
 def _backfill_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher", action="append", default=[], metavar="KEY=VALUE",
-        help="a changed setting of the run's teacher, for example name=hard, smoothing=1e-4 or model.path=…",
+        help="a changed setting of the run's teacher; another teacher has another name and something else that "
+        "differs: --teacher name=hard --teacher smoothing=1e-4",
     )  # fmt: skip
     parser.add_argument("--top-k", type=_top_k, default=0, metavar="K", help="most likely ids per token, or `all`")
     parser.add_argument("--teacher-draws", type=int, default=0, metavar="M", help="ids per token drawn by the teacher")
