@@ -266,11 +266,11 @@ def test_wider_scores_of_the_same_teacher_do_not_multiply_tokens_either(tmp_path
     catalog = Catalog(log.store)
     num_tokens = sum(len(t.response_ids) for t in make_trajectories(FIRST))
     assert ask(catalog, "SELECT count(*), count(teacher_logprob) FROM tokens") == [(num_tokens, num_tokens)]
-    columns = "folder, is_own, candidates_from, teacher, count(*)"
+    columns = "folder, origin, candidates_from, teacher, count(*)"
     assert ask(catalog, f"SELECT {columns} FROM scores GROUP BY ALL ORDER BY folder") == [
-        ("oracle", True, "trajectories", "oracle", 4),
-        ("oracle@head2", False, "head2", "oracle", 4),
-        ("oracle@top8", False, "trajectories", "oracle", 4),
+        ("oracle", "run", "trajectories", "oracle", 4),
+        ("oracle@head2", "backfill", "head2", "oracle", 4),
+        ("oracle@top8", "backfill", "trajectories", "oracle", 4),
     ]
     # Scores of back-filled candidates speak of other ids than those the trajectory has, so they are not paired.
     found = ask(catalog, "SELECT source, folder, count(*) FROM candidates GROUP BY ALL ORDER BY source, folder")
@@ -279,6 +279,10 @@ def test_wider_scores_of_the_same_teacher_do_not_multiply_tokens_either(tmp_path
         ("topk", "oracle"), ("topk", "oracle@head2"), ("topk", "oracle@top8"),
     }  # fmt: skip
     assert len({count for source, _, count in found if source == "head"}) == 1
+    # What a question about the run's own scores does not need is not opened: here it is gone.
+    (gone,) = log.find_scores("oracle@top8", FIRST).objects
+    log.store.delete(gone)
+    assert ask(catalog, "SELECT count(*), count(teacher_logprob) FROM tokens") == [(num_tokens, num_tokens)]
 
 
 def test_each_token_has_its_own_version_however_often_weights_changed(tmp_path: Path) -> None:

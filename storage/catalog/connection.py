@@ -112,7 +112,7 @@ def _dataset(relation: Relation, files: Sequence[DataFile], place: Place) -> Any
     return ds.FileSystemDataset(fragments, relation.schema, layout, filesystem)
 
 
-def _constants(file: DataFile) -> dict[str, str | bool]:
+def _constants(file: DataFile) -> dict[str, str]:
     return {"run": file.run, "shard": file.shard, **file.labels}
 
 

@@ -97,7 +97,7 @@ def _with_provenance(sql: str, columns: list[str], style: ExportFormat) -> str:
         t.run, t.index, t.version_first, t.version_last, s.teacher, s.teacher_digest {kept}
     FROM {_inner(sql)} AS selected
     JOIN trajectories AS t ON t.run = selected.run AND t.index = selected.index
-    LEFT JOIN (FROM scores WHERE is_own) AS s ON s.run = t.run AND s.index = t.index
+    LEFT JOIN (FROM scores WHERE origin = 'run') AS s ON s.run = t.run AND s.index = t.index
     """
 
 

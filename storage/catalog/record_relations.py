@@ -20,9 +20,7 @@ _WORKER = Field("worker", "Name of the process that did it.", _TEXT)
 FOLDER = Field(
     "folder", "Folder of the scores: the teacher's name, then after an @ what a back-fill asked for.", _TEXT
 )
-IS_OWN = Field(
-    "is_own", "Did the run's own teacher give them while it ran? `tokens` shows those.", pa.bool_()
-)
+ORIGIN = Field("origin", "`run`: what the run itself asked its teacher, which `tokens` shows; or `backfill`.", _TEXT)
 CANDIDATES_FROM = Field(
     "candidates_from", "Which candidates were scored: `trajectories`, or the name of a back-filled set.", _TEXT
 )
@@ -156,6 +154,6 @@ ROWS = (
     ),
     Relation(
         "score_rows", "Teacher scores exactly as stored, flat lists included.",
-        _rows("scores", FOLDER, IS_OWN, CANDIDATES_FROM),
+        _rows("scores", FOLDER, ORIGIN, CANDIDATES_FROM),
     ),
 )

@@ -239,9 +239,9 @@ def _state(step: TrainStep) -> PolicyVersion:
     return PolicyVersion(step.step + 1, step.rewind)
 
 
-def _labels(folder: str, own: str | None, manifest: Manifest) -> dict[str, str | bool]:
+def _labels(folder: str, own: str | None, manifest: Manifest) -> dict[str, str]:
     """What every row of a file of scores has in common; nothing for trajectories."""
     if not folder:
         return {}
     candidates = manifest.facts.get("candidates") or "trajectories"
-    return {"folder": folder, "is_own": folder == own, "candidates_from": candidates}
+    return {"folder": folder, "origin": "run" if folder == own else "backfill", "candidates_from": candidates}

@@ -6,7 +6,7 @@ list (or NULL) is filled up with NULL. A flat list of T·K numbers has entry i a
 
 from __future__ import annotations
 
-from storage.catalog.record_relations import CANDIDATES_FROM, FOLDER, IS_OWN
+from storage.catalog.record_relations import CANDIDATES_FROM, FOLDER, ORIGIN
 from storage.catalog.relation import Field, Relation
 
 _FLAT = "head_ids, head_logprobs, tail_logmass, draw_ids, draw_logprobs"
@@ -67,7 +67,7 @@ SCORES = Relation(
         Field("run", "Run id."),
         Field("shard", "Name of its shard: first and last index, both inclusive."),
         FOLDER,
-        IS_OWN,
+        ORIGIN,
         CANDIDATES_FROM,
         Field("index", "Trajectory index in the run."),
         Field("teacher", "The teacher's name."),
@@ -108,7 +108,7 @@ TOKENS = Relation(
     # for, so that a query pays for the columns it names only.
     """
     WITH own AS (
-        SELECT run, index, sampled_logprobs FROM score_rows WHERE is_own
+        SELECT run, index, sampled_logprobs FROM score_rows WHERE origin = 'run'
     ), version_runs AS (
         SELECT t.run, t.index, t.prompt_group, t.num_tokens, t.correct, trained.step, t.response_ids,
             t.behaviour_logprobs, own.sampled_logprobs, t.version_run_lengths AS lengths,
