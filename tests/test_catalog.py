@@ -276,6 +276,7 @@ def test_wider_scores_of_the_same_teacher_do_not_multiply_tokens_either(tmp_path
     found = ask(catalog, "SELECT source, folder, count(*) FROM candidates GROUP BY ALL ORDER BY source, folder")
     assert {(source, folder) for source, folder, _ in found} == {
         ("draw", "oracle"), ("draw", "oracle@top8"), ("head", "oracle"), ("head", "oracle@top8"),
+        ("teacher_draw", "oracle"), ("teacher_draw", "oracle@head2"), ("teacher_draw", "oracle@top8"),
         ("topk", "oracle"), ("topk", "oracle@head2"), ("topk", "oracle@top8"),
     }  # fmt: skip
     assert len({count for source, _, count in found if source == "head"}) == 1
