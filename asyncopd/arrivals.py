@@ -47,6 +47,11 @@ class Arrival:
         """Trajectories taken by this and all earlier arrivals."""
         return self.num_taken_before + len(self.shard) - len(self.dropped) - len(self.held)
 
+    def taken_by(self, step: int, batch_size: int) -> tuple[int, ...]:
+        """Those of the indices it takes that `step` trains."""
+        first = step * batch_size - self.num_taken_before
+        return self.taken[max(0, first) : max(0, first + batch_size)]
+
     def steps(self, batch_size: int) -> Iterator[tuple[int, int]]:
         """(index, step that decided about it) of the whole shard, in index order."""
         position = self.num_taken_before

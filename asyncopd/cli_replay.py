@@ -36,8 +36,14 @@ def add_replay(commands: Any) -> None:
 
 
 def _replay_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", default=":", metavar="FIRST:LAST", help="steps of the run (default: all it trained)")
-    parser.add_argument("--from-version", type=int, metavar="N", help="fork at this version: same as --steps N:")
+    parser.add_argument(
+        "--steps", default=":", metavar="FIRST:LAST",
+        help="optimizer steps of the run, counted from 0, LAST not included: 40:100 starts from policy version 40 and "
+        "ends with version 100 (default: all it trained)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--from-version", type=int, metavar="N", help="fork at policy version N: the same as --steps N:"
+    )
     parser.add_argument(
         "--start", choices=("checkpoint", "weights"), default="checkpoint",
         help="checkpoint: the run's exact state, optimizer included (steps after the checkpoint before it are trained "
@@ -52,14 +58,18 @@ def _replay_options(parser: argparse.ArgumentParser) -> None:
         help="one arm of a comparison on identical rollouts; give at least two",
     )  # fmt: skip
     parser.add_argument("--evaluate", action="store_true", help="evaluate the first and last version after training")
-    parser.add_argument("--prompts", type=int, default=0, help="held-out prompts of a comparison (default: the run's)")
+    parser.add_argument(
+        "--prompts", type=int, default=0, metavar="N",
+        help="how many held-out prompts each arm of a comparison answers (default: the run's evaluate.num_prompts)",
+    )  # fmt: skip
     parser.add_argument("--out", help="folder of a comparison's table (default: beside the run's reports)")
 
 
 def _backfill_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher", action="append", default=[], metavar="KEY=VALUE",
-        help="a changed setting of the run's teacher, for example name=hard, smoothing=1e-4 or model.path=…",
+        help="a changed setting of the run's teacher; another teacher has another name and something else that "
+        "differs: --teacher name=hard --teacher smoothing=1e-4",
     )  # fmt: skip
     parser.add_argument("--top-k", type=_top_k, default=0, metavar="K", help="most likely ids per token, or `all`")
     parser.add_argument("--teacher-draws", type=int, default=0, metavar="M", help="ids per token drawn by the teacher")
@@ -73,13 +83,17 @@ def _backfill_options(parser: argparse.ArgumentParser) -> None:
 def _counterfactual_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--staleness", type=staleness_list, default="0:64", metavar="LIST",
-        help="bounds: 0,2,8, or 0:64 for 0, 1, 2, 4 … 64 (the default)",
+        help="bounds in policy versions: 0,2,8, or 0:64 for 0, 1, 2, 4 … 64 (the default)",
     )  # fmt: skip
     orders, policies = _some_of("index", "arrival"), _some_of("train", "drop", "hold")
     parser.add_argument("--order", type=orders, default="index,arrival", help="default: %(default)s")
     parser.add_argument("--on-stale", type=policies, default="train,drop,hold", help="default: %(default)s")
-    parser.add_argument("--lag", type=int, help="steps of delay for all bounds (default: as much as each bound allows)")
-    parser.add_argument("--from-version", type=int, metavar="N", help="start of every setting (default: largest lag)")
+    parser.add_argument(
+        "--lag", type=int, metavar="N", help="optimizer steps of delay for all bounds (default: as much as each allows)"
+    )
+    parser.add_argument(
+        "--from-version", type=int, metavar="N", help="policy version every setting starts from (default: largest lag)"
+    )
     parser.add_argument("--out", help="folder of tables and cells (default: beside the run's reports)")
 
 

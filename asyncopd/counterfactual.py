@@ -3,17 +3,21 @@
     parent's clock j --(+ lag)--> deliverable at clock j + lag --order--> step k = clock k takes up to B of them
                                                                   `-- over the bound: train | drop | hold
 
-The clock counts learner versions. In index order a rollout is there at its own step; in arrival order at the first step
-of the parent that began after its scores had appeared. Consumed d steps later than in the parent, it is d versions
-staler. Generation cannot be re-ordered: the rollouts are those that the parent's policies made.
+The clock counts learner versions. A rollout is there at the first step of the parent that began after its scores had
+appeared. Arrival order takes the first that are there; index order takes batch after batch, one per clock, and waits
+until all of the next one is there. Consumed d steps later than in the parent, a rollout is d versions staler.
+Generation cannot be re-ordered: the rollouts are those that the parent's policies made.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count, takewhile
 from typing import Any, Literal
+
+from asyncopd.errors import ConfigError
 
 Order = Literal["index", "arrival"]
 OnStale = Literal["train", "drop", "hold"]
@@ -25,14 +29,44 @@ class Rollout:
 
     index: int
     step: int
-    """The parent's step that trained it."""
+    """The parent's step that trained it, or, in order arrival, found it too stale."""
     arrived_step: int
     """The parent's first step that began after its scores had appeared; at most `step`."""
     arrival: float
-    """When its scores appeared; any unit, compared with other rollouts of the log only."""
-    version_first: int
+    """Its place among the rollouts of the log in the order in which the parent came to them, or would have come."""
+    version_oldest: int
     """The oldest version that produced a token of it."""
     num_tokens: int
+    is_trained: bool = True
+    """False for what the parent dropped or held as too stale."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a counterfactual needs of a log that was trained."""
+
+    run_id: str
+    order: Order
+    """In which the parent consumed it."""
+    batch_size: int
+    num_clocks: int
+    """Steps that the parent trained."""
+    rollouts: Sequence[Rollout]
+    """Every scored rollout that the parent's steps decided about."""
+    num_batches: int
+    """Whole batches of consecutive indices, from index 0 on, that are among them."""
+    num_filtered: int = 0
+    """Indices that they decided about and that have no scores, because a stage dropped them."""
+
+    @property
+    def recorded_staleness(self) -> int:
+        """The largest that the parent trained, in versions."""
+        return max(r.step - r.version_oldest for r in self.rollouts if r.is_trained)
+
+    @property
+    def num_stale(self) -> int:
+        """Rollouts that the parent dropped or held as too stale."""
+        return sum(not rollout.is_trained for rollout in self.rollouts)
 
 
 @dataclass(frozen=True)
@@ -119,23 +153,46 @@ def settings_of(
     ]
 
 
-def consume(rollouts: Sequence[Rollout], setting: Setting, *, batch_size: int, num_clocks: int) -> Consumption:
+def check_defined(settings: Sequence[Setting], log: Log) -> None:
+    """Refuse settings that no bound describes on this log.
+
+    A log of order arrival in which something was left untrained holds more than a batch per step, because later
+    rollouts made up for it. A learner that takes one batch per step and leaves nothing out falls behind such a log for
+    ever: its staleness grows with the length of the log, which no admission rule would have let happen.
+
+    Raises:
+        ConfigError: names the setting, how much was left untrained, and what can be asked.
+    """
+    if log.order == "index":
+        return
+    left = f"run {log.run_id} consumed its log in order arrival and left {log.num_stale} stale and {log.num_filtered} "
+    left += "filtered rollouts untrained, which later ones made up for"
+    if log.num_stale + log.num_filtered and any(setting.order == "index" for setting in settings):
+        raise ConfigError(
+            f"order index: {left}. Index order makes up for nothing, so it would fall further behind this log with "
+            "every step, whatever the bound. Ask for --order arrival, or about a run with on_stale train and no filter."
+        )
+    if log.num_stale and any(setting.on_stale == "train" for setting in settings):
+        raise ConfigError(
+            f"on stale train: {left}. A learner that trained those too would fall further behind this log with every "
+            "step, whatever the bound. Ask for --on-stale drop,hold."
+        )
+
+
+def consume(log: Log, setting: Setting) -> Consumption:
     """Run the learner's side of the log under another setting, from clock 0.
 
-    In index order clock k's step trains what is admissible of one batch of the parent; in arrival order it takes the
-    first `batch_size` admissible rollouts that were delivered, and does not train while there are fewer.
+    In index order clock k's step trains what is admissible of the next batch, once all of it is there; in arrival order
+    it takes the first `batch_size` admissible rollouts that are there. Until then it does not train.
     """
-    waiting = _in_order(rollouts, setting.order)
+    waiting = _in_order(log, setting.order)
     steps: list[tuple[int, ...]] = []
     stale: list[tuple[int, ...]] = []
-    for clock in range(num_clocks):
-        if setting.order == "index":
-            turn = [r for r in waiting if r.step + setting.lag == clock]
-        else:
-            turn = _delivered(waiting, setting, clock, batch_size)
+    for clock in range(log.num_clocks):
+        turn = (_batch if setting.order == "index" else _delivered)(waiting, setting, clock, log.batch_size)
         taken = [r for r in turn if _is_admissible(r, setting, clock)]
         refused = [r for r in turn if not _is_admissible(r, setting, clock)]
-        if setting.order == "arrival" and len(taken) < batch_size:
+        if setting.order == "arrival" and len(taken) < log.batch_size:
             taken = []
         done = {r.index for r in (*taken, *refused)}
         waiting = [r for r in waiting if r.index not in done]
@@ -144,8 +201,17 @@ def consume(rollouts: Sequence[Rollout], setting: Setting, *, batch_size: int, n
     return Consumption(tuple(steps), tuple(stale))
 
 
-def _in_order(rollouts: Sequence[Rollout], order: Order) -> list[Rollout]:
-    return sorted(rollouts, key=lambda r: (r.arrival, r.index) if order == "arrival" else (r.index, r.index))
+def _in_order(log: Log, order: Order) -> list[Rollout]:
+    if order == "arrival":
+        return sorted(log.rollouts, key=lambda r: (r.arrival, r.index))
+    # A batch of which the log has only a part is never all there.
+    return sorted((r for r in log.rollouts if r.index < log.num_batches * log.batch_size), key=lambda r: r.index)
+
+
+def _batch(waiting: Sequence[Rollout], setting: Setting, clock: int, batch_size: int) -> list[Rollout]:
+    """The next batch in index order; nothing until all of it is there."""
+    batch = list(takewhile(lambda r: r.index // batch_size == waiting[0].index // batch_size, waiting))
+    return batch if all(r.arrived_step + setting.lag <= clock for r in batch) else []
 
 
 def _delivered(waiting: Sequence[Rollout], setting: Setting, clock: int, batch_size: int) -> list[Rollout]:
@@ -162,9 +228,15 @@ def _delivered(waiting: Sequence[Rollout], setting: Setting, clock: int, batch_s
 
 
 def _is_admissible(rollout: Rollout, setting: Setting, clock: int) -> bool:
-    return setting.on_stale == "train" or clock - rollout.version_first <= setting.max_staleness
+    return setting.on_stale == "train" or clock - rollout.version_oldest <= setting.max_staleness
 
 
 def arrived_steps(arrivals: Sequence[float], step_starts: Sequence[float]) -> list[int]:
     """For each arrival the first step that began at or after it; `step_starts` ascend, in the same unit."""
     return [bisect_left(step_starts, arrival) for arrival in arrivals]
+
+
+def whole_batches(indices: Collection[int], batch_size: int) -> int:
+    """How many batches of consecutive indices, from index 0 on, `indices` holds every index of."""
+    known = set(indices)
+    return next(k for k in count() if not known.issuperset(range(k * batch_size, (k + 1) * batch_size)))

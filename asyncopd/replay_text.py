@@ -24,8 +24,10 @@ COUNTERFACTUAL_NOTE = (
     "log-probs. Approximate: the closed loop. The rollouts were made by the original run's policies at its own "
     "staleness, not by the replayed learner's, so lag acts as a delay line between production and consumption. Every "
     "setting starts from version {first} of the run, which had trained the first {lag} batches of the most delayed "
-    "setting already; the figures are therefore of clocks {measured} to {last} only. In arrival order whole shards "
-    "arrive, at the times at which the original run's scores appeared."
+    "setting already; the figures are therefore of clocks {measured} to {last} only. Under another order than "
+    "the run's, rollouts that overtook each other may come a few clocks earlier or later than that. In arrival order "
+    "whole shards arrive, at the times at which the original run's scores appeared; in index order a batch waits until "
+    "all of it is there (idle)."
 )
 
 

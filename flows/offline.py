@@ -25,7 +25,7 @@ from rich.console import Console
 from asyncopd.config import parse_override
 from asyncopd.config.backfill import Backfill
 from asyncopd.config.replay import Replay, first_step, parse_settings, parse_steps, split_arm, with_settings
-from asyncopd.counterfactual import Cell, settings_of
+from asyncopd.counterfactual import Cell, check_defined, settings_of
 from asyncopd.errors import AsyncOPDError, ConfigError
 from asyncopd.replay_text import (
     comparison_markdown,
@@ -147,14 +147,14 @@ async def counterfactual(arguments: argparse.Namespace, console: Console) -> Non
     """`asyncopd counterfactual`: the log under other bounds, orders and policies."""
     run = open_stored_run(arguments.root, arguments.run_id)
     log = log_of(run)
-    recorded = max(r.step - r.version_first for r in log.rollouts)
     settings = settings_of(
         arguments.staleness,
         arguments.order,
         arguments.on_stale,
-        recorded_staleness=recorded,
+        recorded_staleness=log.recorded_staleness,
         lag=arguments.lag,
     )
+    check_defined(settings, log)
     first, measured_from = start_version(settings, log, arguments.from_version)
     out = _out(arguments, "counterfactual", [run.config.digest(), str(first), str(measured_from), str(log.num_clocks)])
     store = open_store(str(out))
@@ -177,7 +177,9 @@ async def counterfactual(arguments: argparse.Namespace, console: Console) -> Non
         "counterfactual.md", counterfactual_markdown(f"Counterfactuals of {run.log.run_id}", cells, note).encode()
     )
     store.put("counterfactual.parquet", _parquet(cells))
-    console.print(f"recorded at staleness up to {recorded} versions", highlight=False)
+    console.print(
+        f"recorded in order {log.order} at staleness up to {log.recorded_staleness} versions", highlight=False
+    )
     console.print(counterfactual_table(cells))
     console.print(note, highlight=False)
     console.print(f"written to {out}", highlight=False, soft_wrap=True)

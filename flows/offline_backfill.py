@@ -20,7 +20,7 @@ from asyncopd.sampling import CandidateRule
 from asyncopd.teacher.backfill import Backfilled, BackfillStage
 from asyncopd.teacher.cached import NoCache
 from asyncopd.types import IndexRange, Trajectory
-from flows.offline_replay import source_of
+from flows.offline_log import source_of
 from flows.wiring import OpenRun, missing_models, open_stored_run, scorer_of, student_skeleton
 from flows.work import make_model
 from storage.candidates import find_candidates, publish_candidates, with_candidates
@@ -73,6 +73,13 @@ async def run_backfill(root: str, backfill: Backfill, *, console: Console, use_c
             console.print(f"making the {role}, which is a tiny model that no run has made yet", highlight=False)
             make_model(asked, worker, role, model)
         scorer = scorer_of(asked)
+        _check_name(run.log, teacher.name, scorer.digest)
+        if teacher != config.teacher == teacher.model_copy(update={"name": config.teacher.name}):
+            console.print(
+                f"{teacher.name} differs from the run's own teacher {config.teacher.name} by its name only: the same "
+                "model is asked, unless what is behind it has changed.",
+                highlight=False,
+            )
         with bar(console, f"{run.log.run_id} scores/{folder}", sum(map(len, shards)), "trajectories") as advance:
             stage = BackfillStage(
                 run.log,
@@ -87,6 +94,33 @@ async def run_backfill(root: str, backfill: Backfill, *, console: Console, use_c
                 on_shard=advance,
             )
             return await stage.run(shards)
+
+
+def _check_name(log: StoredRunLog, name: str, digest: str) -> None:
+    """Within a run one teacher has one name, so that a mistyped one never has the same teacher asked all over again.
+
+    Raises:
+        ConfigError: the name stands for another teacher there, or the teacher has another name there.
+    """
+    for folder in sorted(log.teachers(), key=lambda folder: _teacher_in(folder) != name):
+        manifests = (log.find_scores(folder, shard) for shard in log.score_shards(folder))
+        digests = next((found for m in manifests if m is not None and (found := m.facts.get("teacher_digests"))), [])
+        if _teacher_in(folder) == name and digests and digest not in digests:
+            raise ConfigError(
+                f"run {log.run_id}: scores/{folder} holds answers of another teacher (digest {digests[0][:12]}, this "
+                f"one has {digest[:12]}). Give it another name with --teacher name=…."
+            )
+        if _teacher_in(folder) != name and digest in digests:
+            raise ConfigError(
+                f"run {log.run_id}: {name} is the teacher whose answers are in scores/{folder}, under another name "
+                f"(digest {digest[:12]} both). Use --teacher name={_teacher_in(folder)}, or give a setting that makes "
+                "it another teacher, for example smoothing=1e-4 or model.path=…."
+            )
+
+
+def _teacher_in(folder: str) -> str:
+    """The teacher's name in that of a folder of scores: `oracle` in `oracle@top16`."""
+    return folder.partition("@")[0]
 
 
 def _candidates(run: OpenRun, wanted: CandidateRequest, worker: str) -> StoredCandidates:

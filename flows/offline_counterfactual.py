@@ -10,7 +10,7 @@ when it published f.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -18,12 +18,21 @@ import numpy as np
 from rich.console import Console
 
 from asyncopd.bars import bar
-from asyncopd.counterfactual import Cell, Consumption, Rollout, Setting, arrived_steps, consume
+from asyncopd.counterfactual import (
+    Cell,
+    Consumption,
+    Log,
+    Rollout,
+    Setting,
+    arrived_steps,
+    consume,
+    whole_batches,
+)
 from asyncopd.errors import ConfigError
 from asyncopd.learner.counterfactual import StepFigures, train_in_order
 from asyncopd.learner.replay import train_to
 from asyncopd.types import IndexRange, ScoredTrajectory
-from flows.offline_replay import check_index_order, check_log, read_shard, read_step, scores_view
+from flows.offline_log import check_log, read_shard, read_step, scores_view
 from flows.wiring import OpenRun, student_of, student_skeleton
 from storage.replay_log import ReplayLog, ScoresView
 
@@ -31,55 +40,81 @@ MIN_MEASURED = 8
 """Clocks that must be left to measure; fewer would be mostly noise."""
 
 
-@dataclass(frozen=True)
-class Log:
-    """What a counterfactual needs of a log that was trained."""
-
-    rollouts: Sequence[Rollout]
-    num_clocks: int
-    batch_size: int
-
-
 def log_of(run: OpenRun) -> Log:
-    """Every rollout that the run trained, with when its scores appeared on the learner's clock.
+    """Every scored rollout that the run's steps decided about, with when its scores appeared on the learner's clock.
 
     Raises:
-        ConfigError: the run trained nothing, lacks scores, or did not train in index order.
+        ConfigError: the run trained nothing, lacks scores, or is a replay.
     """
     if isinstance(run.log, ReplayLog):
         raise ConfigError(
             f"run {run.log.run_id} is a replay: nothing arrived while it trained. Ask about {run.log.source.run_id}."
         )
-    check_index_order(run)
     steps = run.log.steps()
     if not steps:
         raise ConfigError(f"run {run.log.run_id} has not trained a step yet; there is nothing to re-order.")
     plan, view = run.config.plan, scores_view(run)
-    shards = [shard for step in steps for shard in plan.shards_of_step(step.step)]
+    decided = _decided(run, len(steps))
+    shards = [of_shard.shard for of_shard in decided]
     required = run.config.loss.requirements()
     check_log(view.log, view.weights, required, shards, vocab_size=run.task.tokenizer.vocab_size)
-    arrivals = [_arrival(view, shard) for shard in shards]
+    scored_at = [_scored_at(view, shard) for shard in shards]
     # From the shard logs alone: a step began when its optimizer step did, which its record tells.
-    starts = [step.finished - step.metrics["train/seconds"] for step in steps]
-    arrived = dict(zip(shards, zip(arrivals, arrived_steps(arrivals, starts), strict=True), strict=True))
-    rollouts = []
-    for step in steps:
-        for shard in plan.shards_of_step(step.step):
-            arrival, arrived_step = arrived[shard]
-            for trajectory in view.log.read_trajectories(shard):
-                rollouts.append(
-                    Rollout(
-                        index=trajectory.index,
-                        step=step.step,
-                        # Clocks tick in milliseconds, but a rollout is never there before the version that ended it,
-                        # nor later than the step that trained it.
-                        arrived_step=min(step.step, max(arrived_step, trajectory.version_last)),
-                        arrival=arrival,
-                        version_first=trajectory.version_first,
-                        num_tokens=len(trajectory.response_ids),
-                    )
-                )
-    return Log(rollouts, len(steps), plan.batch_size)
+    appeared = arrived_steps(scored_at, [step.finished - step.metrics["train/seconds"] for step in steps])
+    rollouts = [
+        Rollout(
+            index=trajectory.index,
+            step=of_shard.steps[trajectory.index],
+            # Clocks tick in milliseconds, but a rollout is never there before the version that ended it, nor later
+            # than the step that decided about it.
+            arrived_step=min(of_shard.steps[trajectory.index], max(appeared[number], trajectory.version_last)),
+            # Recorded arrivals are the order itself; learners look at a folder now and then, so times may differ.
+            arrival=scored_at[number] if plan.order == "index" else float(number),
+            version_oldest=trajectory.version_oldest,
+            num_tokens=len(trajectory.response_ids),
+            is_trained=trajectory.index not in of_shard.untrained,
+        )
+        for number, of_shard in enumerate(decided)
+        for trajectory in view.log.read_trajectories(of_shard.shard)
+        if trajectory.index in of_shard.steps
+    ]
+    indices = {index for of_shard in decided for index in of_shard.steps}
+    return Log(
+        run_id=run.log.run_id,
+        order=plan.order,
+        batch_size=plan.batch_size,
+        num_clocks=len(steps),
+        rollouts=rollouts,
+        num_batches=whole_batches(indices, plan.batch_size),
+        num_filtered=len(indices) - len(rollouts),
+    )
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What the run's steps decided about one shard."""
+
+    shard: IndexRange
+    steps: Mapping[int, int]
+    """Index -> the step that decided about it; without those that no trained step came to."""
+    untrained: Collection[int]
+    """Those dropped or held."""
+
+
+def _decided(run: OpenRun, num_steps: int) -> list[_Decided]:
+    plan = run.config.plan
+    if plan.order == "index":
+        return [
+            _Decided(shard, dict.fromkeys(shard.indices, step), ())
+            for step in range(num_steps)
+            for shard in plan.shards_of_step(step)
+        ]
+    found = []
+    for arrival in run.log.arrivals():
+        steps = {index: step for index, step in arrival.steps(plan.batch_size) if step < num_steps}
+        if steps:
+            found.append(_Decided(arrival.shard, steps, {*arrival.dropped, *arrival.held}))
+    return found
 
 
 def start_version(settings: Sequence[Setting], log: Log, asked: int | None) -> tuple[int, int]:
@@ -114,10 +149,12 @@ async def run_cells(
 ) -> list[Cell]:
     """Train and measure every setting that is not `known` yet; settings that consume alike are trained once.
 
+    `asyncopd.counterfactual.check_defined` tells which settings mean something on this log.
+
     Args:
         keep: called with each new cell, so that a stopped call loses at most one.
     """
-    consumptions = {s: consume(log.rollouts, s, batch_size=log.batch_size, num_clocks=log.num_clocks) for s in settings}
+    consumptions = {setting: consume(log, setting) for setting in settings}
     read = _reader(run, log)
     state: Mapping[str, bytes] | None = None
     figures: dict[tuple[tuple[int, ...], ...], list[StepFigures]] = {}
@@ -200,7 +237,7 @@ def _reader(run: OpenRun, log: Log) -> Callable[[int], ScoredTrajectory]:
     return lambda index: shard(index // size)[index]
 
 
-def _arrival(view: ScoresView, shard: IndexRange) -> float:
+def _scored_at(view: ScoresView, shard: IndexRange) -> float:
     manifest = view.find(shard)
     assert manifest is not None  # check_log looked
     return manifest.created

@@ -93,7 +93,7 @@ async def counterfactual(
     """One log under other staleness bounds and orders: loss, drift, ESS and waste.
 
     Args:
-        run_id: of a run trained in index order.
+        run_id: of the run that was sampled, not of a replay.
         root: its storage root.
         staleness: bounds in versions; 0, 1, 2, 4, … 64 by default.
         order: some of `index`, `arrival`; both by default.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,7 @@ from asyncopd.evaluate.stage import EvaluateStage
 from asyncopd.learner.stage import LearnStage
 from asyncopd.learner.student import Student
 from asyncopd.losses.estimators import build_estimator
-from asyncopd.modeling import architecture_of_size, build_causal_lm, load_causal_lm, load_safetensors
+from asyncopd.modeling import build_causal_lm, load_causal_lm, load_safetensors
 from asyncopd.ports import Sampler, Scorer, ScoreRequest, Task
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.rollout.stage import RolloutStage
@@ -87,21 +87,6 @@ def task_of(config: RunConfig, seed: int) -> Task:
 
 
 # -- models -------------------------------------------------------------------------------------------------------
-def architecture_of(model: ModelConfig, task: Task) -> dict[str, Any]:
-    """The transformers configuration of a tiny model for the vocabulary of `task`."""
-    assert isinstance(model, TinyModel)
-    return architecture_of_size(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_heads=model.num_heads,
-        vocab_size=task.tokenizer.vocab_size,
-        max_positions=model.max_context,
-        eos_id=task.tokenizer.eos_id,
-        pad_id=task.tokenizer.pad_id,
-        model_type=model.architecture,
-    )
-
-
 def load_model(run: OpenRun, model: ModelConfig) -> PreTrainedModel:
     """A model with its weights, float32: from the cache of pre-trained ones, or from its own directory."""
     if not isinstance(model, TinyModel):

@@ -8,18 +8,14 @@ flows/join.py --------------------- +                              the same lane
 from __future__ import annotations
 
 import asyncio
-import json
-import time
 from collections.abc import Awaitable, Callable
 
 from asyncopd.config import TinyModel
 from asyncopd.evaluate.stage import versions_to_evaluate
-from asyncopd.learner.pretrain import pretrain as train_on_demonstrations
-from asyncopd.modeling import build_causal_lm, to_safetensors
+from asyncopd.learner.pretrain import make_tiny_model
 from asyncopd.worker import ShardStage, Worker, run_lanes, work_on_shards
 from flows.wiring import (
     OpenRun,
-    architecture_of,
     evaluate_stage,
     learn_stage,
     missing_models,
@@ -104,32 +100,13 @@ async def pretrain(run: OpenRun) -> None:
 def make_model(run: OpenRun, worker: Worker, role: str, model: TinyModel) -> None:
     """Train one tiny model and publish it under its digest. Repeating it is harmless: the first one is kept."""
     settings = model.pretrain
-    architecture = architecture_of(model, run.task)
-    causal_lm = build_causal_lm(architecture, seed=settings.seed)
     worker.status.update(model=role, step=0, num_steps=settings.num_steps)
-    started = time.time()
 
     def on_step(step: int, loss: float) -> None:
         worker.status.update(step=step, loss_nats=loss)
 
     with worker.span("pretrain", role):
-        loss = train_on_demonstrations(
-            causal_lm,
-            # The model's own seed, not the run's: the product is shared by all runs with the same settings.
-            task_of(run.config, settings.seed),
-            num_steps=settings.num_steps,
-            batch_size=settings.batch_size,
-            lr=settings.lr,
-            warmup_steps=settings.warmup_steps,
-            row_capacity=run.config.learner.row_capacity,
-            on_step=on_step,
+        made = make_tiny_model(
+            model, task_of(run.config, settings.seed), row_capacity=run.config.learner.row_capacity, on_step=on_step
         )
-    publish_model(
-        run.store,
-        run.config.model_digest(model),
-        {
-            "config.json": json.dumps(causal_lm.config.to_dict()).encode(),
-            "model.safetensors": to_safetensors(causal_lm),
-        },
-        facts={"settings": model.model_dump(mode="json"), "loss_nats": loss, "seconds": time.time() - started},
-    )
+    publish_model(run.store, run.config.model_digest(model), made.objects, made.facts)

@@ -101,6 +101,12 @@ class ReplayLog(StoredRunLog):
         """The source's: a replay trains what its source trained, in that order."""
         return self.source.arrivals()
 
+    def record_arrival(self, arrival: Arrival) -> NoReturn:
+        raise StorageError(
+            f"run {self.run_id} is a replay and trains what {self.source.run_id} took as it arrived; that run has come "
+            f"to {arrival.number} shards only. Train {self.source.run_id} further, or replay fewer steps."
+        )
+
     def trajectory_shards(self) -> list[IndexRange]:
         return self.source.trajectory_shards()
 

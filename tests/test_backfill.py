@@ -180,7 +180,7 @@ def _parsed(command: str) -> Any:
 
 
 def test_a_replay_trains_on_a_mixture_of_two_teachers(run: OpenRun) -> None:
-    backfill(run, teacher={"name": "sharp", "smoothing": 1e-4})
+    backfill(run, teacher={"name": "sharp", "smoothing": 2e-4})
     child = replayed(run, "scores={oracle: 1, sharp: 3}", last=2)
     (shard, *_) = run.log.trajectory_shards()
     view = child.log.view
@@ -194,9 +194,9 @@ def test_a_replay_trains_on_a_mixture_of_two_teachers(run: OpenRun) -> None:
 
 
 def test_teachers_that_scored_different_candidates_are_not_mixed(run: OpenRun) -> None:
-    backfill(run, teacher={"name": "sharp2", "smoothing": 1e-4}, candidates="head=2,num_draws=2,law=tail")
+    backfill(run, teacher={"name": "sharp", "smoothing": 2e-4}, candidates="head=2,num_draws=2,law=tail")
     with pytest.raises(ConfigError, match="different candidates"):
-        opened(run, "scores={oracle: 1, sharp2@head2-draws2-tail: 1}", "loss.name=cross_entropy", last=2)
+        opened(run, "scores={oracle: 1, sharp@head2-draws2-tail: 1}", "loss.name=cross_entropy", last=2)
 
 
 def test_requests_that_cannot_work_are_refused(run: OpenRun) -> None:
@@ -211,6 +211,20 @@ def test_requests_that_cannot_work_are_refused(run: OpenRun) -> None:
     backfill(run, teacher={"name": "one", "smoothing": 1e-3})
     with pytest.raises(ConfigError, match="holds answers of another teacher"):
         backfill(run, teacher={"name": "one", "smoothing": 1e-4})
+
+
+def test_a_teacher_under_a_second_name_is_refused_before_it_is_asked(run: OpenRun) -> None:
+    # A mistyped name used to have the run's own teacher asked all over again, into a folder of its own.
+    backfill(run, teacher={"name": "third", "smoothing": 3e-4})
+    before = objects(run.config.storage.root, f"runs/{run.log.run_id}/scores")
+    for teacher, known_as in (({"name": "orcale"}, "oracle"), ({"name": "thrid", "smoothing": 3e-4}, "third")):
+        for width in (0, 6):
+            with pytest.raises(ConfigError, match=rf"scores/{known_as}.* --teacher name={known_as}, or give a setting"):
+                backfill(run, teacher=teacher, top_k=width)
+    # The same slip with a setting forgotten: `third` is not the run's own teacher.
+    with pytest.raises(ConfigError, match="scores/third holds answers of another teacher"):
+        backfill(run, teacher={"name": "third"}, top_k=6)
+    assert objects(run.config.storage.root, f"runs/{run.log.run_id}/scores") == before
 
 
 # -- the cache ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from storage_builders import (
 )
 
 from asyncopd.errors import ObjectMissingError, StorageError
-from asyncopd.types import IndexRange
+from asyncopd.types import IndexRange, VersionRun
 from storage.catalog.cut import AsOf
 from storage.catalog.relations import RELATIONS, closure, mentioned
 from storage.catalog.snapshot import Catalog
@@ -254,6 +254,50 @@ def test_scores_of_a_second_teacher_do_not_multiply_tokens(tmp_path: Path) -> No
     num_tokens = sum(len(t.response_ids) for t in make_trajectories(FIRST))
     assert ask(catalog, "SELECT count(*) FROM tokens") == [(num_tokens,)]
     assert ask(catalog, "SELECT teacher, count(*) FROM scores GROUP BY 1 ORDER BY 1") == [("oracle", 4), ("zweiter", 4)]
+
+
+def test_wider_scores_of_the_same_teacher_do_not_multiply_tokens_either(tmp_path: Path) -> None:
+    # A back-fill of top-k or candidates keeps the teacher's name in its rows; `tokens` once had every token twice.
+    log = fresh_log("file", tmp_path)
+    publish_shard(log, FIRST)
+    again = [make_scores(t) for t in make_trajectories(FIRST)]
+    log.publish_scores("oracle@top8", FIRST, again, worker="w", facts={})
+    log.publish_scores("oracle@head2", FIRST, again, worker="w", facts={"candidates": "head2"})
+    catalog = Catalog(log.store)
+    num_tokens = sum(len(t.response_ids) for t in make_trajectories(FIRST))
+    assert ask(catalog, "SELECT count(*), count(teacher_logprob) FROM tokens") == [(num_tokens, num_tokens)]
+    columns = "folder, origin, candidates_from, teacher, count(*)"
+    assert ask(catalog, f"SELECT {columns} FROM scores GROUP BY ALL ORDER BY folder") == [
+        ("oracle", "run", "trajectories", "oracle", 4),
+        ("oracle@head2", "backfill", "head2", "oracle", 4),
+        ("oracle@top8", "backfill", "trajectories", "oracle", 4),
+    ]
+    # Scores of back-filled candidates speak of other ids than those the trajectory has, so they are not paired.
+    found = ask(catalog, "SELECT source, folder, count(*) FROM candidates GROUP BY ALL ORDER BY source, folder")
+    assert {(source, folder) for source, folder, _ in found} == {
+        ("draw", "oracle"), ("draw", "oracle@top8"), ("head", "oracle"), ("head", "oracle@top8"),
+        ("teacher_draw", "oracle"), ("teacher_draw", "oracle@head2"), ("teacher_draw", "oracle@top8"),
+        ("topk", "oracle"), ("topk", "oracle@head2"), ("topk", "oracle@top8"),
+    }  # fmt: skip
+    assert len({count for source, _, count in found if source == "head"}) == 1
+    # What a question about the run's own scores does not need is not opened: here it is gone.
+    (gone,) = log.find_scores("oracle@top8", FIRST).objects
+    log.store.delete(gone)
+    assert ask(catalog, "SELECT count(*), count(teacher_logprob) FROM tokens") == [(num_tokens, num_tokens)]
+
+
+def test_each_token_has_its_own_version_however_often_weights_changed(tmp_path: Path) -> None:
+    log = fresh_log("file", tmp_path)
+    trajectory = max(make_trajectories(FIRST), key=lambda t: len(t.response_ids))
+    num_tokens = len(trajectory.response_ids)
+    assert num_tokens >= 4
+    runs = (VersionRun(3, 1), VersionRun(5, 1), VersionRun(6, num_tokens - 3), VersionRun(9, 1))
+    dropped = {index: "test" for index in FIRST.indices if index != trajectory.index}
+    replaced = dataclasses.replace(trajectory, version_runs=runs)
+    log.publish_trajectories(FIRST, [replaced], worker="w", facts={"dropped": dropped})
+    found = ask(Catalog(log.store), "SELECT position, version, token_id, teacher_logprob FROM tokens ORDER BY position")
+    versions = [3, 5, *[6] * (num_tokens - 3), 9]
+    assert found == [(i, versions[i], int(trajectory.response_ids[i]), None) for i in range(num_tokens)]
 
 
 def test_only_what_a_query_names_is_read() -> None:

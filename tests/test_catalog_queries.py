@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from catalog_builders import SIZE, scored, written_log
-from storage_builders import fresh_log, make_step, make_trajectories
+from query_log import write_log
+from storage_builders import fresh_log, fresh_store, make_step, make_trajectories
 
 from asyncopd.errors import QueryError
 from asyncopd.types import IndexRange, Span
@@ -81,6 +82,21 @@ def test_covered_masses_agree_with_numpy() -> None:
     teacher = np.concatenate([np.exp(pair.scores.head_logprobs_TK).sum(1) for pair in pairs])
     assert (row["student_mass"], row["teacher_mass"]) == pytest.approx((student.mean(), teacher.mean()), abs=1e-5)
     assert row["num_tokens"] == len(student)
+
+
+def test_a_back_fill_changes_no_answer_about_the_runs_own_teacher(tmp_path: Path) -> None:
+    log = write_log(fresh_store("file", tmp_path), "first", SIZE, seed=1)
+    asked = ("kl_by_position", "kl_by_length", "kl_by_version", "student_mass_in_head", "largest_disagreements")
+    before = {name: answers(name, log) for name in asked}
+    (masses, own) = answers("teacher_mass_in_topk", log), scored(log)
+    for shard in log.trajectory_shards():
+        rows = [pair.scores for pair in own if pair.trajectory.index in shard.indices]
+        wider = [dataclasses.replace(row, sampled_logprobs_T=row.sampled_logprobs_T - 1) for row in rows]
+        log.publish_scores("oracle@top8", shard, wider, worker="w", facts={})
+    assert {name: answers(name, log) for name in asked} == before
+    again = answers("teacher_mass_in_topk", log)
+    assert [row for row in again if row["folder"] == "oracle"] == masses
+    assert {row["folder"] for row in again} == {"oracle", "oracle@top8"}
 
 
 def test_the_largest_disagreement_is_shown_with_the_text_around_it() -> None:

@@ -15,7 +15,19 @@ from offline_builders import QUIET, make_run
 from rich.console import Console
 
 from asyncopd.cli_replay import staleness_list
-from asyncopd.counterfactual import Cell, Rollout, Setting, arrived_steps, consume, settings_of
+from asyncopd.counterfactual import (
+    Cell,
+    Log,
+    OnStale,
+    Order,
+    Rollout,
+    Setting,
+    arrived_steps,
+    check_defined,
+    consume,
+    settings_of,
+    whole_batches,
+)
 from asyncopd.errors import ConfigError
 from flows.offline import counterfactual
 from flows.offline_counterfactual import log_of, run_cells, start_version
@@ -42,12 +54,18 @@ def rollout(index: int, old: int = 0, early: int = 0, jitter: float = 0.0) -> Ro
     return Rollout(index, step, arrived, arrived + jitter, version, 10)
 
 
+def log_with(rollouts: list[Rollout], order: Order = "index", num_clocks: int | None = None, **facts: int) -> Log:
+    """A log of whole batches, whose parent trained as many steps as there are."""
+    num_batches = max(r.index for r in rollouts) // B + 1
+    clocks = max(r.step for r in rollouts) + 1 if num_clocks is None else num_clocks
+    return Log("parent", order, B, clocks, rollouts, **{"num_batches": num_batches, **facts})
+
+
 @given(LOGS, SETTINGS)
 def test_each_rollout_has_at_most_one_fate_and_none_is_trained_before_it_was_there(
     log: list[Rollout], setting: Setting
 ) -> None:
-    num_clocks = log[-1].step + 1
-    found = consume(log, setting, batch_size=B, num_clocks=num_clocks)
+    found = consume(log_with(log), setting)
     fates = [index for clock in (*found.steps, *found.stale) for index in clock]
     assert len(fates) == len(set(fates))
     for clock, indices in enumerate(found.steps):
@@ -56,23 +74,23 @@ def test_each_rollout_has_at_most_one_fate_and_none_is_trained_before_it_was_the
             there = log[index].arrived_step if setting.order == "arrival" else log[index].step
             assert clock >= there + setting.lag
             if setting.on_stale != "train":
-                assert clock - log[index].version_first <= setting.max_staleness
+                assert clock - log[index].version_oldest <= setting.max_staleness
     if setting.on_stale == "train":
         assert not any(found.stale)
 
 
 @given(LOGS, st.integers(0, 6))
 def test_a_lag_adds_itself_to_the_recorded_staleness(log: list[Rollout], lag: int) -> None:
-    found = consume(log, Setting(99, lag, "index", "train"), batch_size=B, num_clocks=log[-1].step + 1)
+    found = consume(log_with(log), Setting(99, lag, "index", "train"))
     for clock, indices in enumerate(found.steps):
         for index in indices:
-            recorded = log[index].step - log[index].version_first
-            assert clock - log[index].version_first == recorded + lag
+            recorded = log[index].step - log[index].version_oldest
+            assert clock - log[index].version_oldest == recorded + lag
 
 
 def test_without_lag_index_order_is_the_parents_own() -> None:
     log = [rollout(index, old=2) for index in range(24)]
-    found = consume(log, Setting(2, 0, "index", "drop"), batch_size=B, num_clocks=6)
+    found = consume(log_with(log), Setting(2, 0, "index", "drop"))
     assert found.steps == tuple(tuple(range(B * s, B * s + B)) for s in range(6))
     assert not any(found.stale)
 
@@ -83,19 +101,53 @@ def test_arrival_order_trains_what_was_there_first_and_drops_what_is_too_old_by_
     log += [Rollout(i, 1, 1, 1.9, 0, 10) for i in range(4, 8)]
     log += [Rollout(i, 2, 1, 1.1, 1, 10) for i in range(8, 12)]
     bound = Setting(1, 0, "arrival", "drop")
-    found = consume(log, bound, batch_size=B, num_clocks=3)
+    found = consume(log_with(log), bound)
     assert found.steps == ((0, 1, 2, 3), (8, 9, 10, 11), ())
     assert found.stale == ((), (), (4, 5, 6, 7))
-    trained = consume(log, Setting(1, 0, "arrival", "train"), batch_size=B, num_clocks=3)
+    trained = consume(log_with(log), Setting(1, 0, "arrival", "train"))
     assert trained.steps[2] == (4, 5, 6, 7)
 
 
 def test_index_order_trains_the_survivors_of_a_batch() -> None:
     log = [rollout(0, old=1), rollout(1), rollout(2), rollout(3)]
     log += [Rollout(i, 1, 1, 1.0, i % 2, 10) for i in range(4, 8)]
-    found = consume(log, Setting(0, 0, "index", "drop"), batch_size=B, num_clocks=2)
+    found = consume(log_with(log), Setting(0, 0, "index", "drop"))
     assert found.steps == ((0, 1, 2, 3), (5, 7))
     assert found.stale == ((), (4, 6))
+
+
+def test_index_order_waits_until_all_of_a_batch_is_there_and_goes_on_a_batch_per_clock() -> None:
+    # A log of order arrival: 4..7 came after 8..11, at clock 3, so index order stands still at clocks 1 and 2.
+    log = [Rollout(i, 0, 0, 0.0, 0, 10) for i in range(4)]
+    log += [Rollout(i, 2, 2, 3.0, 1, 10) for i in range(4, 7)] + [Rollout(7, 3, 3, 3.0, 1, 10)]
+    log += [Rollout(i, 1, 1, 1.0, 1, 10) for i in range(8, 12)]
+    recorded = log_with(log, "arrival", num_clocks=6)
+    found = consume(recorded, Setting(9, 0, "index", "train"))
+    assert found.steps == ((0, 1, 2, 3), (), (), (4, 5, 6, 7), (8, 9, 10, 11), ())
+    later = consume(recorded, Setting(9, 1, "index", "train"))
+    assert later.steps == ((), (0, 1, 2, 3), (), (), (4, 5, 6, 7), (8, 9, 10, 11))
+    # Batch 1 is not all in the log, so nothing from it on can be trained in index order.
+    part = log_with([r for r in log if r.index != 7], "arrival", num_clocks=6, num_batches=1)
+    assert consume(part, Setting(9, 0, "index", "train")).steps == ((0, 1, 2, 3), (), (), (), (), ())
+    assert whole_batches([*range(7), *range(8, 12)], B) == 1
+
+
+def test_settings_that_fall_behind_a_log_for_ever_are_refused() -> None:
+    trained = [Rollout(i, i // B, i // B, i, i // B, 10) for i in range(8)]
+    stale = [Rollout(8, 1, 1, 8, 0, 10, is_trained=False)]
+    index, train = Setting(2, 0, "index", "drop"), Setting(2, 0, "arrival", "train")
+    check_defined([index, train], log_with(trained, "arrival"))
+    check_defined([Setting(2, 0, "arrival", "drop")], log_with(trained + stale, "arrival", num_filtered=1))
+    # In index order nothing is made up for, so what was filtered does not matter.
+    check_defined([index, train], log_with(trained, "index", num_filtered=1))
+    with pytest.raises(ConfigError, match=r"order index: run parent .* left 1 stale and 0 filtered .*--order arrival"):
+        check_defined([index], log_with(trained + stale, "arrival"))
+    with pytest.raises(ConfigError, match=r"order index: .* left 0 stale and 3 filtered"):
+        check_defined([index], log_with(trained, "arrival", num_filtered=3))
+    with pytest.raises(ConfigError, match=r"on stale train: .*--on-stale drop,hold"):
+        check_defined([train], log_with(trained + stale, "arrival"))
+    check_defined([train], log_with(trained, "arrival", num_filtered=3))
+    assert log_with(trained + stale, "arrival").recorded_staleness == 0
 
 
 def test_arrivals_are_placed_on_the_learners_clock() -> None:
@@ -159,6 +211,41 @@ def test_a_bound_below_the_recorded_staleness_wastes_what_is_older(run: OpenRun)
     assert drop.num_tokens_wasted == hold.num_tokens_wasted > 0
     assert drop.num_tokens + drop.num_tokens_wasted == train.num_tokens
     assert drop.staleness_max <= 1 < train.staleness_max
+
+
+@pytest.mark.parametrize("on_stale", ["drop", "hold", "train"])
+def test_a_log_of_order_arrival_is_consumed_as_it_was_if_nothing_is_changed(tmp_path: Path, on_stale: OnStale) -> None:
+    run = make_run(
+        tmp_path, staleness__order="arrival", staleness__on_stale=on_stale, staleness__max_staleness=0,
+        learner__num_steps=8,
+    )  # fmt: skip
+    steps, log = run.log.steps(), log_of(run)
+    same = Setting(0, 0, "arrival", on_stale)
+    found = consume(log, same)
+    assert found.steps == tuple(step.trained for step in steps)
+    assert found.stale == tuple((*step.dropped, *step.held) for step in steps)
+    assert log.recorded_staleness == max(step.metrics["train/staleness_max_versions"] for step in steps)
+    (cell,) = cells_of(run, [same])
+    num_tokens = sum(step.num_tokens for step in steps)
+    for figure, key in ((cell.loss_nats, "train/loss_nats"), (cell.drift_nats, "train/drift_nats")):
+        expected = sum(step.metrics[key] * step.num_tokens for step in steps) / num_tokens
+        assert figure == pytest.approx(expected, rel=1e-12)
+    assert (cell.num_steps, cell.num_idle, cell.num_tokens) == (8, 0, num_tokens)
+    index = Setting(9, 0, "index", "train")
+    if on_stale != "train":
+        assert log.num_stale > 0
+        assert cell.num_tokens_wasted > 0
+        with pytest.raises(ConfigError, match="order index: run parent"):
+            check_defined([index], log)
+        return
+    # The same rollouts in index order: every batch after the first of its rollouts, none twice.
+    check_defined([index], log)
+    (in_index_order,) = cells_of(run, [index])
+    trained = [index for step in consume(log, index).steps for index in step]
+    assert trained == sorted(trained)
+    assert len(trained) == in_index_order.num_steps * run.config.learner.batch_size
+    assert in_index_order.num_steps + in_index_order.num_idle == 8
+    assert in_index_order.num_steps >= 6
 
 
 def test_a_log_too_short_for_the_lag_is_refused(run: OpenRun) -> None:

@@ -11,12 +11,14 @@ import pytest
 from offline_builders import NUM_STEPS, make_run, objects, opened, replayed, weights
 
 from asyncopd import cli
+from asyncopd.arrivals import Arrival
 from asyncopd.config.replay import Replay, parse_settings, parse_steps, split_arm
 from asyncopd.errors import ConfigError, StorageError
 from asyncopd.types import IndexRange, TrainStep
 from flows import offline
 from flows.offline_replay import train_replay
 from flows.wiring import OpenRun
+from storage.ledger import ledger_of
 from storage.replay_log import ReplayLog
 
 
@@ -101,6 +103,57 @@ def test_a_replay_of_a_replay_reads_the_run_that_was_sampled(parent: OpenRun) ->
     assert isinstance(again.log, ReplayLog)
     assert again.log.source.run_id == "parent"
     assert weights(again) == weights(first)
+
+
+@pytest.fixture(scope="module", params=["drop", "train"])
+def as_arrived(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenRun:
+    """A run of order arrival; at τ = 0 whatever was generated ahead is too stale for the step it reaches."""
+    return make_run(
+        tmp_path_factory.mktemp("arrival"), staleness__order="arrival", staleness__on_stale=request.param,
+        staleness__max_staleness=0,
+    )  # fmt: skip
+
+
+def test_a_run_of_order_arrival_is_replayed_bit_for_bit_and_so_is_its_replay(as_arrived: OpenRun) -> None:
+    root, parent_id = as_arrived.config.storage.root, as_arrived.log.run_id
+    before = objects(root, f"runs/{parent_id}")
+    child = replayed(as_arrived)
+    assert weights(child) == weights(as_arrived)
+    assert list(weights(child)) == list(range(NUM_STEPS + 1))
+    for own, theirs in zip(child.log.steps(), as_arrived.log.steps(), strict=True):
+        assert (own.indices, own.dropped, own.held) == (theirs.indices, theirs.dropped, theirs.held)
+        assert (own.staleness_tokens, own.num_tokens) == (theirs.staleness_tokens, theirs.num_tokens)
+    assert weights(replayed(child)) == weights(as_arrived)
+    assert ledger_of(child.log).violations() == []
+    assert objects(root, f"runs/{parent_id}") == before
+    # The order was its own: not one that index order would have taken.
+    if as_arrived.config.staleness.on_stale == "drop":
+        assert any(step.dropped for step in child.log.steps())
+
+
+@pytest.mark.parametrize("first", [3, 5])
+def test_a_fork_of_a_run_of_order_arrival_has_the_parents_optimizer_too(as_arrived: OpenRun, first: int) -> None:
+    # Version 3 is trained again from the start, 5 from checkpoint 4, both from the batches as they arrived.
+    child = replayed(as_arrived, first=first)
+    assert weights(child) == {number: sha for number, sha in weights(as_arrived).items() if number >= first}
+
+
+def test_another_batch_size_takes_the_same_trajectories_in_the_order_of_their_arrival(as_arrived: OpenRun) -> None:
+    child = replayed(as_arrived, "learner.batch_size=16")
+    taken = [index for step in as_arrived.log.steps() for index in step.trained]
+    assert [list(step.trained) for step in child.log.steps()] == [taken[:16], taken[16:32], taken[32:]]
+    for step, (first, second) in zip(child.log.steps(), _pairs(as_arrived.log.steps()), strict=True):
+        assert _total(step) == _total(first) + first.num_tokens + _total(second)
+
+
+def test_more_than_a_run_of_order_arrival_came_to_is_refused_and_never_decided_by_a_replay(as_arrived: OpenRun) -> None:
+    with pytest.raises(ConfigError, match=r"took \d+ trajectories as they arrived; 10 steps of 8 need 80"):
+        opened(as_arrived, last=10)
+    child = replayed(as_arrived, first=5)
+    num_arrivals = len(as_arrived.log.arrivals())
+    with pytest.raises(StorageError, match="is a replay and trains what"):
+        child.log.record_arrival(Arrival(num_arrivals, IndexRange(800, 804), 0))
+    assert len(child.log.arrivals()) == num_arrivals
 
 
 def test_a_stopped_replay_goes_on_to_the_same_weights(parent: OpenRun) -> None:

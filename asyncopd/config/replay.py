@@ -31,7 +31,8 @@ class Replay:
     run_id: str
     """Of the parent, whose trajectories and scores are read."""
     first_version: int
-    """The parent's version that the replay starts from: its first index is first_version · (parent's batch size)."""
+    """The parent's version that the replay starts from: its first index (in order arrival: its first position, see
+    asyncopd/arrivals.py) is first_version · (parent's batch size)."""
     last_version: int
     """The parent's steps [first_version, last_version) are trained."""
     start: Start = "checkpoint"

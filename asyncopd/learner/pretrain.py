@@ -2,16 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from asyncopd.config import TinyModel
 from asyncopd.learner.optimize import LogprobModel
 from asyncopd.learner.student import learning_rate
 from asyncopd.losses.cross_entropy import cross_entropy
+from asyncopd.modeling import architecture_of_size, build_causal_lm, to_safetensors
 from asyncopd.packing import pack
 from asyncopd.ports import Task
+
+
+@dataclass(frozen=True)
+class MadeModel:
+    """A tiny model as the model cache stores it."""
+
+    objects: Mapping[str, bytes]
+    """`config.json` and `model.safetensors`."""
+    facts: Mapping[str, Any]
+    """Settings, last loss and the seconds it took."""
+
+
+def make_tiny_model(
+    model: TinyModel, task: Task, *, row_capacity: int, on_step: Callable[[int, float], None]
+) -> MadeModel:
+    """Build a tiny model for the vocabulary of `task` and pre-train it as its settings say.
+
+    Args:
+        task: with the model's own seed, not a run's: the product is shared by all runs with the same settings.
+        on_step: as in `pretrain`.
+    """
+    settings = model.pretrain
+    architecture = architecture_of_size(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_heads=model.num_heads,
+        vocab_size=task.tokenizer.vocab_size,
+        max_positions=model.max_context,
+        eos_id=task.tokenizer.eos_id,
+        pad_id=task.tokenizer.pad_id,
+        model_type=model.architecture,
+    )
+    causal_lm = build_causal_lm(architecture, seed=settings.seed)
+    started = time.time()
+    loss = pretrain(
+        causal_lm,
+        task,
+        num_steps=settings.num_steps,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        warmup_steps=settings.warmup_steps,
+        row_capacity=row_capacity,
+        on_step=on_step,
+    )
+    objects = {
+        "config.json": json.dumps(causal_lm.config.to_dict()).encode(),
+        "model.safetensors": to_safetensors(causal_lm),
+    }
+    facts = {"settings": model.model_dump(mode="json"), "loss_nats": loss, "seconds": time.time() - started}
+    return MadeModel(objects, facts)
 
 
 def pretrain(

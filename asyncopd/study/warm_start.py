@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
 from asyncopd.config import OracleTeacher, RunConfig, TinyModel
-from asyncopd.learner.pretrain import pretrain
-from asyncopd.modeling import architecture_of_size, build_causal_lm, load_safetensors, to_safetensors
+from asyncopd.learner.pretrain import make_tiny_model
+from asyncopd.modeling import build_causal_lm, load_safetensors
 from asyncopd.tasks.build import build_task
 from asyncopd.tasks.walk import WalkTask
 from asyncopd.teacher.oracle import OracleScorer
@@ -55,41 +54,13 @@ def warm_start(config: RunConfig, models: ObjectStore, on_step: Callable[[int, i
     assert isinstance(model, TinyModel)
     key = config.model_digest(model)
     if find_model(models, key) is None:
-        _make(config, model, models, key, on_step)
+        num_steps = model.pretrain.num_steps
+        made = make_tiny_model(
+            model,
+            build_task(config.task, seed=model.pretrain.seed),
+            row_capacity=config.learner.row_capacity,
+            on_step=lambda step, _: on_step(step, num_steps),
+        )
+        publish_model(models, key, made.objects, made.facts)
     objects = read_model(models, key)
     return WarmStart(config, objects["config.json"].decode(), objects["model.safetensors"])
-
-
-def _make(
-    config: RunConfig, model: TinyModel, models: ObjectStore, key: str, on_step: Callable[[int, int], None]
-) -> None:
-    settings = model.pretrain
-    task = build_task(config.task, seed=settings.seed)
-    architecture = architecture_of_size(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_heads=model.num_heads,
-        vocab_size=task.tokenizer.vocab_size,
-        max_positions=model.max_context,
-        eos_id=task.tokenizer.eos_id,
-        pad_id=task.tokenizer.pad_id,
-        model_type=model.architecture,
-    )
-    causal_lm = build_causal_lm(architecture, seed=settings.seed)
-    started = time.time()
-    loss = pretrain(
-        causal_lm,
-        task,
-        num_steps=settings.num_steps,
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        warmup_steps=settings.warmup_steps,
-        row_capacity=config.learner.row_capacity,
-        on_step=lambda step, _: on_step(step, settings.num_steps),
-    )
-    objects = {
-        "config.json": json.dumps(causal_lm.config.to_dict()).encode(),
-        "model.safetensors": to_safetensors(causal_lm),
-    }
-    facts = {"settings": model.model_dump(mode="json"), "loss_nats": loss, "seconds": time.time() - started}
-    publish_model(models, key, objects, facts=facts)

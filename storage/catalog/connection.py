@@ -5,6 +5,8 @@ people goes through sandbox.py, whose child process opens it with `locked=True`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import and_
 from typing import Any
 
 import duckdb
@@ -93,7 +95,7 @@ def _comment(connection: duckdb.DuckDBPyConnection, relations: Sequence[Relation
 
 
 def _dataset(relation: Relation, files: Sequence[DataFile], place: Place) -> Any:
-    """The files as one dataset, whose `run` and `shard` come from where a file belongs, not from its content."""
+    """The files as one dataset, whose `run`, `shard` and labels come from where a file lies, not from its content."""
     if not files:
         return relation.schema.empty_table()
     verified = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
@@ -102,12 +104,16 @@ def _dataset(relation: Relation, files: Sequence[DataFile], place: Place) -> Any
         layout.make_fragment(
             place.path(file.key),
             filesystem,
-            partition_expression=(ds.field("run") == file.run) & (ds.field("shard") == file.shard),
+            partition_expression=reduce(and_, (ds.field(name) == value for name, value in _constants(file).items())),
             row_groups=None if file.row_group is None else [file.row_group],
         )
         for file in files
     ]
     return ds.FileSystemDataset(fragments, relation.schema, layout, filesystem)
+
+
+def _constants(file: DataFile) -> dict[str, str]:
+    return {"run": file.run, "shard": file.shard, **file.labels}
 
 
 def _decoders(token_texts: Mapping[str, TokenTexts]) -> Callable[[str], Decoder]:

@@ -97,8 +97,7 @@ def _with_provenance(sql: str, columns: list[str], style: ExportFormat) -> str:
         t.run, t.index, t.version_first, t.version_last, s.teacher, s.teacher_digest {kept}
     FROM {_inner(sql)} AS selected
     JOIN trajectories AS t ON t.run = selected.run AND t.index = selected.index
-    JOIN runs ON runs.run = t.run
-    LEFT JOIN scores AS s ON s.run = t.run AND s.index = t.index AND s.teacher = runs.teacher
+    LEFT JOIN (FROM scores WHERE origin = 'run') AS s ON s.run = t.run AND s.index = t.index
     """
 
 

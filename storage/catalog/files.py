@@ -19,6 +19,8 @@ class DataFile:
     shard: str
     row_group: int | None = None
     """The shard's rows where one object holds several shards; None for the whole object."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Column -> its value in every row: what the folder says of scores, and their rows do not."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,17 @@ _STOP = Field("index_stop", "One beyond the last index.", _BIG)
 _WORKER = Field("worker", "Name of the process that did it.", _TEXT)
 
 
-def _rows(kind: str) -> tuple[Field, ...]:
-    return (_RUN, _SHARD, *(Field(column.name, column.doc, column.type) for column in schema.columns(kind)))
+FOLDER = Field(
+    "folder", "Folder of the scores: the teacher's name, then after an @ what a back-fill asked for.", _TEXT
+)
+ORIGIN = Field("origin", "`run`: what the run itself asked its teacher, which `tokens` shows; or `backfill`.", _TEXT)
+CANDIDATES_FROM = Field(
+    "candidates_from", "Which candidates were scored: `trajectories`, or the name of a back-filled set.", _TEXT
+)
+
+
+def _rows(kind: str, *labels: Field) -> tuple[Field, ...]:
+    return (_RUN, _SHARD, *labels, *(Field(column.name, column.doc, column.type) for column in schema.columns(kind)))
 
 
 _STEPS = (
@@ -143,5 +152,8 @@ ROWS = (
     Relation(
         "trajectory_rows", "Trajectories exactly as stored, flat candidate lists included.", _rows("trajectories")
     ),
-    Relation("score_rows", "Teacher scores exactly as stored, flat lists included.", _rows("scores")),
+    Relation(
+        "score_rows", "Teacher scores exactly as stored, flat lists included.",
+        _rows("scores", FOLDER, ORIGIN, CANDIDATES_FROM),
+    ),
 )

@@ -178,10 +178,13 @@ class RunRecords:
         ]
 
     def _files(self, shards: Iterable[tuple[str, IndexRange, Manifest]], stage: str) -> list[DataFile]:
+        own = self._teacher(self._log.record.get("config") or {})
         return [
-            DataFile(key, self.run_id, shard.name, manifest.facts.get("row_group"))
-            for teacher, shard, manifest in shards
-            if bool(teacher) == (stage == "score")
+            DataFile(
+                key, self.run_id, shard.name, manifest.facts.get("row_group"), _labels(folder, own, manifest)
+            )
+            for folder, shard, manifest in shards
+            if bool(folder) == (stage == "score")
             for key in manifest.objects
         ]
 
@@ -234,3 +237,11 @@ class RunRecords:
 
 def _state(step: TrainStep) -> PolicyVersion:
     return PolicyVersion(step.step + 1, step.rewind)
+
+
+def _labels(folder: str, own: str | None, manifest: Manifest) -> dict[str, str]:
+    """What every row of a file of scores has in common; nothing for trajectories."""
+    if not folder:
+        return {}
+    candidates = manifest.facts.get("candidates") or "trajectories"
+    return {"folder": folder, "origin": "run" if folder == own else "backfill", "candidates_from": candidates}

@@ -136,7 +136,7 @@ def _request(snapshot: Snapshot, sql: str, parameters: Mapping[str, Any], limits
         "sql": sql,
         "parameters": dict(parameters),
         "files": {
-            name: [(file.key, file.run, file.shard, file.row_group) for file in files]
+            name: [(file.key, file.run, file.shard, file.row_group, file.labels) for file in files]
             for name, files in snapshot.files.items()
         },
         "place": asdict(snapshot.place),

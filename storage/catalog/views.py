@@ -6,6 +6,7 @@ list (or NULL) is filled up with NULL. A flat list of T·K numbers has entry i a
 
 from __future__ import annotations
 
+from storage.catalog.record_relations import CANDIDATES_FROM, FOLDER, ORIGIN
 from storage.catalog.relation import Field, Relation
 
 _FLAT = "head_ids, head_logprobs, tail_logmass, draw_ids, draw_logprobs"
@@ -61,10 +62,13 @@ TRAJECTORIES = Relation(
 
 SCORES = Relation(
     "scores",
-    "One row per trajectory and teacher that scored it, without the flat lists.",
+    "One row per trajectory and folder of scores that has it, without the flat lists.",
     (
         Field("run", "Run id."),
         Field("shard", "Name of its shard: first and last index, both inclusive."),
+        FOLDER,
+        ORIGIN,
+        CANDIDATES_FROM,
         Field("index", "Trajectory index in the run."),
         Field("teacher", "The teacher's name."),
         Field("teacher_digest", "Hash of everything that decides the numbers."),
@@ -100,29 +104,30 @@ TOKENS = Relation(
         Field("num_tokens", "T, length of its response, tokens."),
         Field("correct", "Verdict on its response; null without a verifier."),
     ),
-    # One version run is the rule, so the general case is not paid for by everybody.
+    # Runs of one version are taken apart first, then the positions in them. Lists stay whole until an entry is asked
+    # for, so that a query pays for the columns it names only.
     """
     WITH own AS (
-        SELECT s.run, s.index, s.sampled_logprobs FROM score_rows AS s JOIN runs USING (run)
-        WHERE s.teacher = runs.teacher
-    ), expanded AS (
-        SELECT t.run, t.index, t.prompt_group, t.num_tokens, t.correct, trained.step,
-            generate_subscripts(t.response_ids, 1) - 1 AS position,
-            unnest(t.response_ids) AS token_id,
-            unnest(t.behaviour_logprobs) AS behaviour_logprob,
-            unnest(own.sampled_logprobs) AS teacher_logprob,
-            unnest(CASE WHEN len(t.version_run_versions) = 1 THEN repeat([t.version_first], t.num_tokens)
-                   ELSE flatten(list_transform(list_zip(t.version_run_versions, t.version_run_lengths),
-                                               lambda run_: repeat([run_[1]], run_[2]))) END) AS version
+        SELECT run, index, sampled_logprobs FROM score_rows WHERE origin = 'run'
+    ), version_runs AS (
+        SELECT t.run, t.index, t.prompt_group, t.num_tokens, t.correct, trained.step, t.response_ids,
+            t.behaviour_logprobs, own.sampled_logprobs, t.version_run_lengths AS lengths,
+            unnest(t.version_run_versions) AS version, generate_subscripts(t.version_run_lengths, 1) AS number
         FROM trajectory_rows AS t LEFT JOIN own USING (run, index)
         LEFT JOIN trained_indices AS trained USING (run, index)
+    ), placed AS (
+        SELECT *, coalesce(list_sum(lengths[:number - 1]), 0)::BIGINT AS first, lengths[number] AS length
+        FROM version_runs
+    ), expanded AS (
+        SELECT *, unnest(range(first, first + length)) AS position FROM placed
     )
-    SELECT run, index, position, token_id, version, behaviour_logprob, teacher_logprob,
+    SELECT run, index, position, response_ids[position + 1] AS token_id, version,
+        behaviour_logprobs[position + 1] AS behaviour_logprob, sampled_logprobs[position + 1] AS teacher_logprob,
         behaviour_logprob - teacher_logprob AS kl_nats, step, step - version AS staleness,
         prompt_group, num_tokens, correct
     FROM expanded
     """,
-    ("trajectory_rows", "score_rows", "trained_indices", "runs"),
+    ("trajectory_rows", "score_rows", "trained_indices"),
 )
 
 _CANDIDATE_FIELDS = (
@@ -135,18 +140,22 @@ _CANDIDATE_FIELDS = (
     Field("student_logprob", "log p_old of the id, nats; null for ids that came from the teacher."),
     Field("teacher_logprob", "log q of the id, nats; null while unscored."),
     Field("teacher", "The teacher; null while unscored."),
+    Field("folder", "Folder of the scores; null while unscored."),
 )
 
 
-_SAMPLED = "trajectory_rows AS t LEFT JOIN score_rows AS s USING (run, index)"
+# Back-filled candidates have ids of their own: scores of those speak of other ids than the trajectories'.
+_SAMPLED = (
+    "trajectory_rows AS t LEFT JOIN (FROM score_rows WHERE candidates_from = 'trajectories') AS s USING (run, index)"
+)
 _NO_LIST = "NULL::FLOAT[]"
 
 
 def _candidates(source: str, ids: str, student: str, teacher: str, width: str, tables: str) -> str:
     return f"""
     SELECT run, index, i // width AS position, '{source}' AS source, i % width AS rank,
-        token_id, student_logprob, teacher_logprob, teacher
-    FROM (SELECT run, index, s.teacher, {width} AS width, generate_subscripts({ids}, 1) - 1 AS i,
+        token_id, student_logprob, teacher_logprob, teacher, folder
+    FROM (SELECT run, index, s.teacher, s.folder, {width} AS width, generate_subscripts({ids}, 1) - 1 AS i,
               unnest({ids}) AS token_id, unnest({student}) AS student_logprob, unnest({teacher}) AS teacher_logprob
           FROM {tables} WHERE {width} > 0)
     """
@@ -154,7 +163,8 @@ def _candidates(source: str, ids: str, student: str, teacher: str, width: str, t
 
 CANDIDATES = Relation(
     "candidates",
-    "One row per extra token id whose log-prob was asked for, for every teacher that scored it.",
+    "One row per extra token id whose log-prob was asked for, for every folder of scores that has it; the ids of "
+    "back-filled candidates are not among them.",
     _CANDIDATE_FIELDS,
     " UNION ALL ".join(
         (

@@ -8,7 +8,7 @@ WITH sampled AS (
     SELECT run, index, num_tokens, correct, list_sum(behaviour_logprobs) AS student FROM trajectories
 ), scored AS (
     SELECT run, index, list_sum(sampled_logprobs) AS teacher_logprob
-    FROM scores JOIN (SELECT run, teacher FROM runs) USING (run, teacher)
+    FROM scores WHERE origin = 'run'
 ), per_response AS (
     SELECT run, num_tokens, correct, student - teacher_logprob AS kl FROM sampled JOIN scored USING (run, index)
 )

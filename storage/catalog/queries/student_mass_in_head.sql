@@ -12,7 +12,7 @@ WITH student AS (
     SELECT run, head_k, avg(exp(logprob)) * head_k AS mass
     FROM (
         SELECT run, head_k, unnest(head_logprobs) AS logprob
-        FROM score_rows JOIN (SELECT run, teacher FROM runs) USING (run, teacher) WHERE head_k > 0
+        FROM score_rows WHERE head_k > 0 AND origin = 'run'
     )
     GROUP BY run, head_k
 )

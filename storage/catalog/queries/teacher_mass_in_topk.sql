@@ -1,16 +1,16 @@
 -- question: How much of the teacher's probability do its k most likely ids cover?
 -- column run: run id
--- column teacher: the teacher
+-- column folder: whose scores: the teacher, and after an @ what a back-fill asked for
 -- column k: number of ids
 -- column mass: mean probability of the k most likely ids together, fraction
 -- column mass_of_kth: mean probability of the k-th alone, fraction
 -- column num_tokens: positions with so many stored ids
 WITH ids AS (
-    SELECT run, teacher, topk_k, generate_subscripts(topk_logprobs, 1) - 1 AS i, unnest(topk_logprobs) AS logprob
+    SELECT run, folder, topk_k, generate_subscripts(topk_logprobs, 1) - 1 AS i, unnest(topk_logprobs) AS logprob
     FROM score_rows WHERE topk_k > 0
 ), by_rank AS (
-    SELECT run, teacher, i % topk_k + 1 AS k, avg(exp(logprob)) AS mass, count(*) AS num_tokens FROM ids GROUP BY ALL
+    SELECT run, folder, i % topk_k + 1 AS k, avg(exp(logprob)) AS mass, count(*) AS num_tokens FROM ids GROUP BY ALL
 )
-SELECT run, teacher, k, sum(mass) OVER (PARTITION BY run, teacher ORDER BY k) AS mass, mass AS mass_of_kth, num_tokens
+SELECT run, folder, k, sum(mass) OVER (PARTITION BY run, folder ORDER BY k) AS mass, mass AS mass_of_kth, num_tokens
 FROM by_rank
-ORDER BY run, teacher, k
+ORDER BY run, folder, k
