@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header
 
+from api.fold import RunFold
 from api.problems import ProblemError, responses
-from api.reader import RunFold
 from api.schemas import BackfillRequest, ReplayRequest, Work
 from api.security import Launcher
 from api.state import Fold, Runs

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path, Query, Response
 
+from api.answers import Answered
+from api.fold import RunFold
 from api.problems import ProblemError, responses
-from api.reader import RunFold
 from api.schemas import Alternative, Token, TrajectoryOut, TrajectoryPage, TrajectorySummary
 from api.security import Reader
-from api.state import Fold
 from asyncopd.config import RunConfig
 from asyncopd.ports import Task, Tokenizer
 from asyncopd.tasks.build import build_task
@@ -26,9 +27,28 @@ MAX_SHARDS_READ = 50
 _building = threading.Lock()
 
 
-@router.get("", operation_id="list_trajectories", responses=responses(404))
-def list_trajectories(
-    fold: Fold,
+@dataclass(frozen=True)
+class Filter:
+    """Which trajectories are shown; None shows all."""
+
+    version: int | None
+    correct: bool | None
+    group: str | None
+    min_tokens: int
+
+    def shows(self, trajectory: Trajectory) -> bool:
+        """Is it one of them?"""
+        return (
+            len(trajectory.response_ids) >= self.min_tokens
+            and (self.version is None or any(run.version == self.version for run in trajectory.version_runs))
+            and (self.correct is None or trajectory.correct is self.correct)
+            and (not self.group or trajectory.group == self.group)
+        )
+
+
+@router.get("", operation_id="list_trajectories", response_model=TrajectoryPage, responses=responses(404))
+async def list_trajectories(
+    answer: Answered,
     after: Annotated[int, Query(ge=-1, description="`next_cursor` of the page before.", examples=[-1])] = -1,
     limit: Annotated[int, Query(ge=1, le=500, description="Trajectories per page.", examples=[50])] = 50,
     version: Annotated[
@@ -39,18 +59,27 @@ def list_trajectories(
         str | None, Query(max_length=100, description="Only this difficulty.", examples=["noise 0.35"])
     ] = None,
     min_tokens: Annotated[int, Query(ge=1, description="Only responses at least this long.", examples=[1])] = 1,
-) -> TrajectoryPage:
+) -> Response:
     """Responses in index order, filtered."""
+    return await answer(lambda fold: page_of(fold, after, limit, Filter(version, correct, group, min_tokens)))
+
+
+@router.get("/{index}", operation_id="get_trajectory", response_model=TrajectoryOut, responses=responses(404))
+async def get_trajectory(
+    answer: Answered, index: Annotated[int, Path(ge=0, description="Address in the run.", examples=[128])]
+) -> Response:
+    """A response token by token, with what teacher and student thought at each."""
+    return await answer(lambda fold: trajectory_of(fold, index))
+
+
+def page_of(fold: RunFold, after: int, limit: int, shown: Filter) -> TrajectoryPage:
+    """At most `limit` trajectories above index `after`, in index order."""
     found: list[TrajectorySummary] = []
     shards = [shard for shard in fold.log.trajectory_shards() if shard.stop > after + 1]
     for number, shard in enumerate(shards):
         scores = _scores_of(fold, shard)
         for trajectory in fold.log.read_trajectories(shard):
-            if trajectory.index <= after or len(trajectory.response_ids) < min_tokens:
-                continue
-            if version is not None and all(run.version != version for run in trajectory.version_runs):
-                continue
-            if (correct is not None and trajectory.correct is not correct) or (group and trajectory.group != group):
+            if trajectory.index <= after or not shown.shows(trajectory):
                 continue
             found.append(_summary(trajectory, scores.get(trajectory.index)))
             if len(found) == limit:
@@ -60,11 +89,8 @@ def list_trajectories(
     return TrajectoryPage(data=found)
 
 
-@router.get("/{index}", operation_id="get_trajectory", responses=responses(404))
-def get_trajectory(
-    fold: Fold, index: Annotated[int, Path(ge=0, description="Address in the run.", examples=[128])]
-) -> TrajectoryOut:
-    """A response token by token, with what teacher and student thought at each."""
+def trajectory_of(fold: RunFold, index: int) -> TrajectoryOut:
+    """One trajectory. Raises ProblemError 404."""
     shard = next((shard for shard in fold.log.trajectory_shards() if index in shard.indices), None)
     trajectory = None
     if shard is not None:
