@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -113,7 +113,7 @@ def _hash(token: str) -> str:
 _bearer = HTTPBearer(auto_error=False, description="A token made by `asyncopd token create`.")
 
 
-def needs(scope: Scope) -> Callable[..., Client]:
+def needs(scope: Scope) -> Callable[..., Awaitable[Client]]:
     """A dependency that lets only clients with `scope` through."""
 
     async def client(
