@@ -52,6 +52,11 @@ class ProblemError(Exception):
         self.status, self.kind, self.detail, self.headers = status, kind, detail, headers or {}
 
 
+def no_run(run_id: str, why: str = "") -> ProblemError:
+    """The refusal of an id that no run has. As the command line says it, which can name the storage root, too."""
+    return ProblemError(404, "no-such-run", f"There is no run {run_id}{why}. GET /v1/runs lists those there are.")
+
+
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI entries for problems a route may answer with; every route also may with 400, 401, 403, 422 and 429."""
     return {

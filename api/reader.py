@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from api.columns import NUM_TOKENS
 from api.fold import History, RunFold
-from api.problems import ProblemError
+from api.problems import no_run
 from api.schemas import Latest, Progress, Run, RunStatus
 from asyncopd.errors import StorageError
 from asyncopd.types import TrainStep
@@ -54,8 +54,7 @@ class RunReader:
         """A run that exists in storage, read up to now. Raises ProblemError 404 otherwise."""
         fold = self.find_fold(run_id)
         if fold is None:
-            state = "is queued; its flow has not created it yet" if self.exists(run_id) else "does not exist"
-            raise ProblemError(404, "no-such-run", f"Run {run_id!r} {state}. GET /v1/runs lists runs.")
+            raise no_run(run_id, " yet: it is queued, and its flow creates it" if self.exists(run_id) else "")
         return fold.refresh()
 
     def held(self, run_id: str) -> RunFold | None:
@@ -118,7 +117,7 @@ class RunReader:
     def _queued(self, run_id: str) -> Run:
         launch = self.launches.find_launch(run_id)
         if launch is None:
-            raise ProblemError(404, "no-such-run", f"Run {run_id!r} does not exist. GET /v1/runs lists runs.")
+            raise no_run(run_id)
         wish = self.launches.find_wish(run_id)
         cancelled = wish is not None and wish.wish == "cancelled"
         return Run(

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from api.fold import RunFold
 from api.hub import Hub
 from api.launcher import RunLauncher
-from api.problems import ProblemError
+from api.problems import ProblemError, no_run
 from api.reader import RunReader
 from api.schemas import RUN_ID_PATTERN
 
@@ -43,7 +43,7 @@ async def fold(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> Ru
 async def known_run(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> str:
     """The id of the path; 404 when neither a run nor a launch has it. A stream must know before it begins."""
     if runs.held(run_id) is None and not await run_in_threadpool(runs.exists, run_id):
-        raise ProblemError(404, "no-such-run", f"Run {run_id!r} does not exist. GET /v1/runs lists runs.")
+        raise no_run(run_id)
     return run_id
 
 

@@ -22,10 +22,11 @@ from asyncopd.counterfactual import Cell, Consumption, Rollout, Setting, arrived
 from asyncopd.errors import ConfigError
 from asyncopd.learner.counterfactual import StepFigures, train_in_order
 from asyncopd.learner.replay import train_to
+from asyncopd.offline_checks import check_counterfactual
 from asyncopd.types import IndexRange, ScoredTrajectory
-from flows.offline_replay import check_index_order, check_log, read_shard, read_step, scores_view
+from flows.offline_replay import check_log, read_shard, read_step, scores_view
 from flows.wiring import OpenRun, student_of, student_skeleton
-from storage.replay_log import ReplayLog, ScoresView
+from storage.replay_log import ScoresView
 
 MIN_MEASURED = 8
 """Clocks that must be left to measure; fewer would be mostly noise."""
@@ -46,14 +47,8 @@ def log_of(run: OpenRun) -> Log:
     Raises:
         ConfigError: the run trained nothing, lacks scores, or did not train in index order.
     """
-    if isinstance(run.log, ReplayLog):
-        raise ConfigError(
-            f"run {run.log.run_id} is a replay: nothing arrived while it trained. Ask about {run.log.source.run_id}."
-        )
-    check_index_order(run)
+    check_counterfactual(run.log, run.config)
     steps = run.log.steps()
-    if not steps:
-        raise ConfigError(f"run {run.log.run_id} has not trained a step yet; there is nothing to re-order.")
     plan, view = run.config.plan, scores_view(run)
     shards = [shard for step in steps for shard in plan.shards_of_step(step.step)]
     required = run.config.loss.requirements()

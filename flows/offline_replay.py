@@ -25,6 +25,7 @@ from asyncopd.evaluate.paired import Outcome, outcome_of
 from asyncopd.evaluate.stage import versions_to_evaluate
 from asyncopd.learner.replay import find_version, publish_start, train_to
 from asyncopd.learner.stage import LearnStage
+from asyncopd.offline_checks import check_index_order, check_scores
 from asyncopd.types import IndexRange, ScoredTrajectory
 from asyncopd.worker import Worker
 from flows.wiring import OpenRun, evaluate_stage, open_stored_run, student_of, student_skeleton
@@ -73,18 +74,9 @@ def read_step(run: OpenRun, step: int) -> list[ScoredTrajectory]:
     Raises:
         ConfigError: the run did not consume its log in index order.
     """
-    check_index_order(run)
+    check_index_order(run.log.run_id, run.config)
     view = scores_view(run)
     return [scored for shard in run.config.plan.shards_of_step(step) for scored in read_shard(view, shard)]
-
-
-def check_index_order(run: OpenRun) -> None:
-    # A string: other orders may be added to the configuration.
-    order = str(run.config.staleness.order)
-    if order != "index":
-        raise ConfigError(
-            f"run {run.log.run_id} consumed its rollouts in order {order!r}; only runs in index order can be replayed."
-        )
 
 
 def choose_scores(
@@ -98,12 +90,7 @@ def choose_scores(
     """
     source = source_of(run)
     known = source.teachers()
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise ConfigError(
-            f"run {source.run_id} has no scores {', '.join(unknown)}; it has {', '.join(known) or 'none'}. "
-            f"Make them with `asyncopd backfill {source.run_id}`."
-        )
+    check_scores(source.run_id, wanted, known)
     own = dict(wanted) or dict(scores_view(run).weights)
     vocab_size = run.task.tokenizer.vocab_size
     try:
@@ -164,7 +151,7 @@ def open_replay(parent: OpenRun, replay: Replay, *, root: str) -> tuple[OpenRun,
     Raises:
         ConfigError: settings or a log that the replay cannot work with; nothing is created then.
     """
-    check_index_order(parent)
+    check_index_order(parent.log.run_id, parent.config)
     find_version(parent.log, replay.first_version)
     config = replay_config(parent.config, replay)
     shards = list(config.plan.shards(first_step(parent.config, config, replay)))
