@@ -46,7 +46,7 @@ def write_result(rows: Any, style: str, output: Path | None) -> None:
     if output is None:
         if sys.stdout.isatty():
             raise QueryError(
-                "Parquet is not for the screen. Name a file with --output rows.parquet, or redirect with > rows.parquet."
+                "Parquet is not for the screen. Name a file with --output rows.parquet, or redirect it."
             )
         sys.stdout.buffer.write(body.getvalue())
         return
