@@ -24,6 +24,7 @@ from asyncopd.config.replay import Replay, parse_settings, split_arm
 from asyncopd.errors import ConfigError
 from asyncopd.flow_runs import create_flow_run
 from asyncopd.offline_checks import check_backfill, check_scores, replay_of
+from asyncopd.replay_scores import resolved_replay, vocab_size_of
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["replays"], dependencies=[Launcher])
 IdempotencyKey = Annotated[
@@ -46,9 +47,9 @@ def replay_run(asked: ReplayRequest, fold: Fold, runs: Runs, idempotency_key: Id
         "evaluate": asked.evaluate,
         "prompts": asked.num_prompts,
     }
-    child = None if arms else replay.child_id
+    child = None if arms else _child_id(replay, fold)
     flow_run = create_flow_run(
-        "replay/run", parameters, name=child or f"compare-{replay.run_id}",
+        "replay/run", parameters, name=child or f"{'compare' if arms else 'replay'}-{replay.run_id}",
         idempotency_key=_key("replay", replay.run_id, idempotency_key),
     )  # fmt: skip
     if child is not None:
@@ -94,6 +95,19 @@ def _replay_of(asked: ReplayRequest, fold: RunFold) -> tuple[Replay, list[str]]:
     )  # fmt: skip
     check_scores(fold.log.run_id, replay.scores, fold.log.teachers())
     return replay, arms
+
+
+def _child_id(replay: Replay, fold: RunFold) -> str | None:
+    """The id of the run that the flow will make; None where that takes a tokenizer the service does not load.
+
+    Raises:
+        ConfigError: the log does not hold what the replay's loss needs.
+    """
+    # The scores that it trains on are part of the id.
+    vocab_size = vocab_size_of(fold.config)
+    if vocab_size is None:
+        return None
+    return resolved_replay(fold.log, fold.config, replay, vocab_size=vocab_size)[0].child_id
 
 
 def _assignments(settings: Mapping[str, Any], scores: Mapping[str, float]) -> list[str]:

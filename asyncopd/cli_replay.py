@@ -23,6 +23,7 @@ from asyncopd.offline_checks import (
     replay_of,
     steps_from,
 )
+from asyncopd.replay_scores import resolved_replay, vocab_size_of
 from storage.open import open_store
 from storage.runs import open_run
 
@@ -162,8 +163,11 @@ def _check(arguments: argparse.Namespace) -> None:
             steps=steps_from(arguments.steps, arguments.from_version), start=arguments.start,
             overrides=arguments.overrides, compare=arguments.compare,
         )  # fmt: skip
-        for asked in (replay, *arms):
+        vocab_size = vocab_size_of(config)
+        for asked in arms or [replay]:
             check_scores(arguments.run_id, asked.scores, log.teachers())
+            if vocab_size is not None:
+                resolved_replay(log, config, asked, vocab_size=vocab_size)
     elif arguments.command == "backfill":
         teacher = dict(parse_override(text) for text in arguments.teacher)
         check_backfill(config, Backfill(

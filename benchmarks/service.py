@@ -81,7 +81,10 @@ class Service:
             except httpx.TransportError:
                 time.sleep(0.1)
 
-    def stop(self) -> None:
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._process.join()
 
@@ -140,8 +143,7 @@ def main() -> None:
         changes = {"storage.root": f"{folder}/runs", "learner.num_steps": num_steps}
         run = pipeline.new_run(load_config("configs/quickstart.yaml", changes), "growing")
         run.log.record_state("running", by="benchmark")
-        service = Service(f"{folder}/runs", asked.nice)
-        with roles_of(run, Path(folder) / "logs") as roles:
+        with Service(f"{folder}/runs", asked.nice) as service, roles_of(run, Path(folder) / "logs") as roles:
             for role in ("rollout", "score", "learn", "evaluate"):
                 roles.start(role)
             _wait_for_step(run, 10)
@@ -150,9 +152,8 @@ def main() -> None:
                 for is_loaded in (False, True) if number % 2 == 0 else (True, False):
                     clients = Clients(service.port, "growing", asked.clients, asked.rate) if is_loaded else None
                     found[is_loaded].append(stretch(run, roles, service, asked.steps, clients))
-            events = _newest(run)
-        service.stop()
-    report(found[False], found[True], asked, events)
+            num_steps = _newest(run) + 1
+    report(found[False], found[True], asked, num_steps)
 
 
 def report(alone: list[Stretch], loaded: list[Stretch], asked: argparse.Namespace, num_steps: int) -> None:

@@ -23,8 +23,9 @@ from asyncopd.errors import ConfigError
 from asyncopd.learner.counterfactual import StepFigures, train_in_order
 from asyncopd.learner.replay import train_to
 from asyncopd.offline_checks import check_counterfactual
+from asyncopd.replay_scores import check_log, read_shard, scores_view
 from asyncopd.types import IndexRange, ScoredTrajectory
-from flows.offline_replay import check_log, read_shard, read_step, scores_view
+from flows.offline_replay import read_step
 from flows.wiring import OpenRun, student_of, student_skeleton
 from storage.replay_log import ScoresView
 
@@ -49,7 +50,7 @@ def log_of(run: OpenRun) -> Log:
     """
     check_counterfactual(run.log, run.config)
     steps = run.log.steps()
-    plan, view = run.config.plan, scores_view(run)
+    plan, view = run.config.plan, scores_view(run.log, run.config)
     shards = [shard for step in steps for shard in plan.shards_of_step(step.step)]
     required = run.config.loss.requirements()
     check_log(view.log, view.weights, required, shards, vocab_size=run.task.tokenizer.vocab_size)
@@ -185,7 +186,7 @@ async def _train(
 
 def _reader(run: OpenRun, log: Log) -> Callable[[int], ScoredTrajectory]:
     """Index -> scored trajectory; the shards between the earliest and the latest index in use stay decoded."""
-    view, size = scores_view(run), run.config.plan.shard_size
+    view, size = scores_view(run.log, run.config), run.config.plan.shard_size
 
     @lru_cache(maxsize=256)
     def shard(number: int) -> dict[int, ScoredTrajectory]:

@@ -18,23 +18,18 @@ from rich.console import Console
 
 from asyncopd import __version__
 from asyncopd.bars import Advance, bar
-from asyncopd.config.cache import CacheRequirements, check_cache
-from asyncopd.config.replay import Replay, first_step, parent_version, replay_config
-from asyncopd.errors import ConfigError
+from asyncopd.config.replay import Replay, first_step, parent_version
 from asyncopd.evaluate.paired import Outcome, outcome_of
 from asyncopd.evaluate.stage import versions_to_evaluate
 from asyncopd.learner.replay import find_version, publish_start, train_to
 from asyncopd.learner.stage import LearnStage
-from asyncopd.offline_checks import check_index_order, check_scores
-from asyncopd.types import IndexRange, ScoredTrajectory
+from asyncopd.offline_checks import check_index_order
+from asyncopd.replay_scores import read_shard, resolved_replay, scores_view
+from asyncopd.types import ScoredTrajectory
 from asyncopd.worker import Worker
 from flows.wiring import OpenRun, evaluate_stage, open_stored_run, student_of, student_skeleton
-from storage.replay_log import ReplayLog, ScoresView
-from storage.run_log import StoredRunLog
+from storage.replay_log import ReplayLog
 from storage.runs import create_run, list_runs
-
-SHARDS_CHECKED = 8
-"""Shards of which one row is compared with what the loss needs before training; the learner compares every batch."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +45,6 @@ class Replayed:
     seconds: float
 
 
-# -- the log that is read ----------------------------------------------------------------------------------------
-def source_of(run: OpenRun) -> StoredRunLog:
-    """The log with the shards of a run: its own, or that of the run it replays."""
-    return run.log.source if isinstance(run.log, ReplayLog) else run.log
-
-
-def scores_view(run: OpenRun) -> ScoresView:
-    """What the run itself trained on."""
-    if isinstance(run.log, ReplayLog):
-        return run.log.view
-    return ScoresView(run.log, {run.config.teacher.name: 1.0}, needs_top_k=False)
-
-
-def read_shard(view: ScoresView, shard: IndexRange) -> list[ScoredTrajectory]:
-    pairs = zip(view.read_trajectories(shard), view.read_scores(shard), strict=True)
-    return [ScoredTrajectory(trajectory, scores) for trajectory, scores in pairs]
-
-
 def read_step(run: OpenRun, step: int) -> list[ScoredTrajectory]:
     """The batch that a run trained in a step.
 
@@ -75,73 +52,8 @@ def read_step(run: OpenRun, step: int) -> list[ScoredTrajectory]:
         ConfigError: the run did not consume its log in index order.
     """
     check_index_order(run.log.run_id, run.config)
-    view = scores_view(run)
+    view = scores_view(run.log, run.config)
     return [scored for shard in run.config.plan.shards_of_step(step) for scored in read_shard(view, shard)]
-
-
-def choose_scores(
-    run: OpenRun, wanted: Mapping[str, float], required: CacheRequirements, shards: Sequence[IndexRange]
-) -> dict[str, float]:
-    """The folders of scores to train on: those asked for, else the run's own, else a back-fill by its own teacher.
-
-    Raises:
-        ConfigError: a folder that is not there or lacks shards, or none that holds what the loss needs; names the
-            missing columns and the back-fill command.
-    """
-    source = source_of(run)
-    known = source.teachers()
-    check_scores(source.run_id, wanted, known)
-    own = dict(wanted) or dict(scores_view(run).weights)
-    vocab_size = run.task.tokenizer.vocab_size
-    try:
-        check_log(source, own, required, shards, vocab_size=vocab_size)
-    except ConfigError:
-        (teacher, *others) = own
-        variants = [name for name in known if name.startswith(f"{teacher.partition('@')[0]}@") and name != teacher]
-        for name in variants if not wanted and not others else []:
-            if _serves(source, {name: 1.0}, required, shards, vocab_size=vocab_size):
-                return {name: 1.0}
-        raise
-    return own
-
-
-def check_log(
-    source: StoredRunLog,
-    weights: Mapping[str, float],
-    required: CacheRequirements,
-    shards: Sequence[IndexRange],
-    *,
-    vocab_size: int,
-) -> None:
-    """Refuse a log that lacks shards or columns, before anything is trained."""
-    needs_top_k = required.top_k > 0 or required.full_vocabulary
-    view = ScoresView(source, weights, needs_top_k=needs_top_k)
-    missing = [shard.name for shard in shards if view.find(shard) is None]
-    if missing:
-        raise ConfigError(
-            f"run {source.run_id}: {len(missing)} of {len(shards)} shards have no scores {view.name}, the first is "
-            f"{missing[0]}. Train the run further (`asyncopd train --run-id {source.run_id}`), back-fill the rest "
-            f"(`asyncopd backfill {source.run_id}`), or replay fewer steps (--steps)."
-        )
-    every = max(1, len(shards) // SHARDS_CHECKED)
-    for shard in {*shards[::every], shards[-1]}:
-        for scored in read_shard(view, shard)[:1]:
-            check_cache(required, CacheRequirements.held_by(scored, vocab_size=vocab_size), run_id=source.run_id)
-
-
-def _serves(
-    source: StoredRunLog,
-    weights: Mapping[str, float],
-    required: CacheRequirements,
-    shards: Sequence[IndexRange],
-    *,
-    vocab_size: int,
-) -> bool:
-    try:
-        check_log(source, weights, required, shards, vocab_size=vocab_size)
-    except ConfigError:
-        return False
-    return True
 
 
 # -- one replay ---------------------------------------------------------------------------------------------------
@@ -153,10 +65,9 @@ def open_replay(parent: OpenRun, replay: Replay, *, root: str) -> tuple[OpenRun,
     """
     check_index_order(parent.log.run_id, parent.config)
     find_version(parent.log, replay.first_version)
-    config = replay_config(parent.config, replay)
-    shards = list(config.plan.shards(first_step(parent.config, config, replay)))
-    scores = choose_scores(parent, replay.scores, config.loss.requirements(), shards)
-    resolved = Replay(**{**replay.to_record(), "scores": scores})
+    resolved, config = resolved_replay(
+        parent.log, parent.config, replay, vocab_size=parent.task.tokenizer.vocab_size
+    )
     if resolved.child_id in list_runs(parent.store):
         # With the configuration it was made with, whatever defaults have changed since.
         return open_stored_run(root, resolved.child_id), resolved

@@ -23,6 +23,7 @@ LAYERS = [
     ("asyncopd.summary_text", 1), ("asyncopd.progress", 1), ("asyncopd.progress_text", 1),
     ("asyncopd.bars", 1), ("asyncopd.mixture", 1), ("asyncopd.counterfactual", 1),
     ("asyncopd.cli_replay", 4), ("asyncopd.replay_text", 2), ("asyncopd.offline_checks", 2),
+    ("asyncopd.replay_scores", 2),
     ("asyncopd.rollout", 2), ("asyncopd.teacher", 2), ("asyncopd.learner", 2), ("asyncopd.evaluate", 2),
     ("asyncopd.report", 2), ("asyncopd.follow", 2), ("asyncopd.roles", 2), ("storage", 2),
     ("asyncopd.study", 2), ("asyncopd.chaos", 2), ("asyncopd.plan", 2),

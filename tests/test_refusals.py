@@ -188,6 +188,7 @@ def test_a_run_that_does_not_exist(capsys: pytest.CaptureFixture[str], tmp_path:
         ("replay --steps 5:3", "expected FIRST:LAST with 0 <= FIRST < LAST <= 12"),
         ("replay --set rollout.slots=4", "the log was made with it"),
         ("replay --set scores=nobody", "run parent has no scores nobody; it has oracle"),
+        ("replay --set loss.name=forward_kl", "asyncopd backfill parent --top-k"),
         ("replay --compare loss.name=reverse_kl", "at least two arms"),
         ("replay --compare loss.nome=a --compare loss.name=b", "loss.nome"),
         ("backfill", "there is nothing to back-fill"),
