@@ -190,7 +190,7 @@ def test_a_run_that_does_not_exist(capsys: pytest.CaptureFixture[str], tmp_path:
         ("replay --set scores=nobody", "run parent has no scores nobody; it has oracle"),
         ("replay --set loss.name=forward_kl", "asyncopd backfill parent --top-k"),
         ("replay --compare loss.name=reverse_kl", "at least two arms"),
-        ("replay --compare loss.nome=a --compare loss.name=b", "loss.nome"),
+        ("replay --compare loss.nome=a --compare loss.name=b", "has no option 'nome'"),
         ("backfill", "there is nothing to back-fill"),
         ("backfill --teacher smoothing=0.5", "Give it a name"),
         ("backfill --candidates heads=4", "head=K"),

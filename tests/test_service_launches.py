@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -117,6 +118,21 @@ def test_a_launch_while_prefect_is_down_is_stored_and_a_repeat_goes_on(
         again = launch(client_of(settings_of(root, tmp_path)), "k4")
         assert (again.status_code, again.json()["id"]) == (200, run_id)
         assert [run["parameters"]["run_id"] for run in found.flow_runs.values()] == [run_id]
+
+
+def test_a_launch_without_a_key_that_came_to_nothing_is_started_by_asking_again(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    refused = launch(client)
+    assert refused.status_code == 503
+    (run_id,) = re.findall(r'repeat the request with "run_id": "([^"]+)"', refused.json()["detail"])
+    with prefect_stand_in() as found:
+        monkeypatch.setenv("PREFECT_API_URL", found.url)
+        assert launch(client, run_id=run_id, overrides={"learner.num_steps": 4}).status_code == 409
+        assert launch(client, run_id=run_id).status_code == 200
+        assert launch(client, run_id=run_id).status_code == 409  # it is started now
+        assert len(found.flow_runs) == 1
 
 
 def test_a_service_killed_between_storing_and_starting_goes_on_with_the_repeat(
