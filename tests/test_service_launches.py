@@ -232,14 +232,14 @@ def test_a_configuration_in_full_lands_in_the_services_root(client: TestClient, 
 
 
 def test_a_replay_starts_its_deployment_with_settings_that_arrive_as_sent(client: TestClient, prefect: Prefect) -> None:
-    body = {"steps": ":4", "overrides": {"learner.lr": 1e-05, "loss.name": "reverse_kl"}}
+    body = {"steps": ":4", "overrides": {"learner.lr": 1e-05, "loss.name": "cross_entropy"}}
     work = client.post(f"/v1/runs/{DONE}/replay", json=body, headers={"Idempotency-Key": "r"})
     assert work.status_code == 202, work.text
     assert client.post(f"/v1/runs/{DONE}/replay", json=body, headers={"Idempotency-Key": "r"}).json() == work.json()
     (asked,) = prefect.flow_runs.values()
     assert asked["deployment"] == "replay-run"
     assert asked["parameters"]["steps"] == "0:4"
-    assert asked["parameters"]["overrides"] == ["learner.lr=1.0e-05", 'loss.name="reverse_kl"']
+    assert asked["parameters"]["overrides"] == ["learner.lr=1.0e-05", 'loss.name="cross_entropy"']
     assert work.json()["run_id"].startswith(f"{DONE}-replay-")
 
 
