@@ -16,7 +16,7 @@ import pytest
 from service_world import DONE, LIVE, client_of, make_root, served, settings_of
 from synthetic_run import config_of, evaluation, new_log, train_step
 
-from api import reader, views
+from api import hub, reader, views
 from api.answers import Answers
 from api.columns import NUM_TOKENS, Columns, means, stretches
 from api.feed import Cursor, Feed
@@ -159,10 +159,10 @@ async def test_a_client_misses_and_repeats_nothing_when_its_run_is_read_anew(
     log: StoredRunLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = RunReader(log.store)
-    hub, seen = Hub(runs, poll_s=0.01), []
+    watching, seen = Hub(runs, poll_s=0.01), []
 
     async def follow() -> None:
-        async for frames in hub.stream(log.run_id, Cursor()):
+        async for frames in watching.stream(log.run_id, Cursor()):
             seen.extend(line for line in frames.split(b"\n") if line.startswith(b"id: "))
 
     client = asyncio.create_task(follow())
@@ -183,8 +183,8 @@ async def test_a_client_misses_and_repeats_nothing_when_its_run_is_read_anew(
 
 async def test_a_client_that_does_not_read_is_only_behind(log: StoredRunLog) -> None:
     # It must neither hold up the others nor make the service remember for it.
-    hub = Hub(RunReader(log.store), poll_s=0.01)
-    sleeper, reading = hub.stream(log.run_id, Cursor()), hub.stream(log.run_id, Cursor())
+    watching = Hub(RunReader(log.store), poll_s=0.01)
+    sleeper, reading = watching.stream(log.run_id, Cursor()), watching.stream(log.run_id, Cursor())
     await anext(sleeper)
     for number in range(600):
         log.publish_step(train_step(number, finished=float(number)))
@@ -193,6 +193,42 @@ async def test_a_client_that_does_not_read_is_only_behind(log: StoredRunLog) -> 
     late = [frames async for frames in sleeper]
     assert b"".join(late).count(b"event: step") == b"".join(quick).count(b"event: step") == 600
     assert max(frames.count(b"\nid: ") for frames in (*quick, *late)) <= 256
+
+
+async def test_a_silent_stream_says_that_it_lives(log: StoredRunLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "KEEP_ALIVE_S", 0.05)
+    stream = Hub(RunReader(log.store), poll_s=0.01).stream(log.run_id, Cursor(state=1))
+    assert [await anext(stream) for _ in range(3)] == [b": nothing new\n\n"] * 3
+    await stream.aclose()
+
+
+async def test_the_last_client_that_leaves_ends_the_looking(log: StoredRunLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    monkeypatch.setattr(RunFold, "refresh", lambda fold: looks.append(fold) or fold)
+    watching = Hub(RunReader(log.store), poll_s=0.01)
+    first, second = (watching.stream(log.run_id, Cursor()) for _ in range(2))
+    for stream in (first, second):
+        await anext(stream)
+    await first.aclose()
+    await asyncio.sleep(0.1)
+    assert looks
+    await second.aclose()
+    await asyncio.sleep(0.1)
+    num_looks = len(looks)
+    await asyncio.sleep(0.1)
+    assert len(looks) == num_looks
+
+
+async def test_a_stream_of_a_launch_that_nobody_started_ends_when_it_is_cancelled(log: StoredRunLog) -> None:
+    runs = RunReader(log.store)
+    launch = {"config": config_of().model_dump(mode="json"), "body_sha256": "x"}
+    runs.launches.record_launch("waiting", launch)
+    stream = Hub(runs, poll_s=0.01).stream("waiting", Cursor())
+    assert await anext(stream) == b": nothing new\n\n"
+    runs.launches.record_wish("waiting", "cancelled")
+    (last,) = [frames async for frames in stream]
+    assert last.startswith(b"event: end\n")
+    assert b'"status":"cancelled"' in last
 
 
 def test_the_event_loop_goes_on_while_answers_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
