@@ -118,12 +118,13 @@ class RunLauncher:
         run = self._reader.run(run_id)
         if run.status not in ("paused", "cancelled", "failed"):
             raise ProblemError(409, "run-not-stopped", f"Run {run_id} is {run.status}; only a stopped run is resumed.")
-        self._launches.record_wish(run_id, "running")
         launch = self._launches.find_launch(run_id)
         known = self._reader.find_fold(run_id) is not None
         # A run that its flow never came to create is created now.
         config = {} if known or launch is None else {"config": launch["config"]}
         self._start(run_id, {"run_id": run_id, **config})
+        # Last: a run that Prefect did not hear of is not on its way, and may be resumed again.
+        self._launches.record_wish(run_id, "running")
         return self._reader.run(run_id)
 
     def _resolve(self, asked: RunCreate) -> RunConfig:

@@ -170,6 +170,8 @@ def status_of(history: History, num_steps: int, wish: WishRecord | None) -> RunS
         return "running" if history.steps else "queued"
     if state.state == "completed":
         return "succeeded"
+    if state.ended and wish is not None and wish.wish == "running" and wish.recorded > state.recorded:
+        return "queued"  # resumed, and its flow has not begun
     if state.state == "failed":
         return "failed"
     if state.state == "stopped":
@@ -181,10 +183,12 @@ def status_of(history: History, num_steps: int, wish: WishRecord | None) -> RunS
 
 def _phase(history: History, status: RunStatus) -> str:
     if status != "running":
-        return {"succeeded": "finished", "queued": "created, not started"}.get(status, status)
+        return {"succeeded": "finished", "queued": "waiting for a worker to start the flow"}.get(status, status)
     beats = [beat for beat in history.beats.values() if not beat.retired]
     if not beats:
         return "starting its roles"
+    if all(beat.status.get("role") == "pretrain" for beat in beats):
+        return "making its models"
     silent_s = time.time() - max(beat.beaten for beat in beats)
     if silent_s > SILENT_S:
         return f"silent for {silent_s:.0f} s: its processes may be gone; resume goes on with it"

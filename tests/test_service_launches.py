@@ -19,8 +19,10 @@ import pytest
 from fastapi.testclient import TestClient
 from service_world import DONE, LIVE, Prefect, client_of, make_root, prefect_stand_in, settings_of
 
+from api.fold import FRESH_S
 from storage.launches import LaunchLog
 from storage.open import open_store
+from storage.runs import open_run
 
 BODY = {"config_name": "quickstart", "overrides": {"learner.num_steps": 3}}
 
@@ -205,6 +207,25 @@ def test_cancel_and_pause_tell_prefect_and_resume_starts_again(client: TestClien
     assert client.post(f"/v1/runs/{LIVE}/resume").status_code == 409
     assert client.post(f"/v1/runs/{DONE}/cancel").status_code == 409
     assert client.post("/v1/runs/nobody/resume").status_code == 404
+
+
+def test_a_resumed_run_is_queued_until_its_flow_begins(
+    client: TestClient, prefect: Prefect, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It was still called cancelled, and a stream of its events ended at once.
+    log = open_run(open_store(root), LIVE)
+    client.post(f"/v1/runs/{LIVE}/cancel")
+    log.record_state("stopped", by="flow-2", reason="cancelled")
+    time.sleep(FRESH_S)
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    assert client.post(f"/v1/runs/{LIVE}/resume").status_code == 503
+    assert client.get(f"/v1/runs/{LIVE}").json()["status"] == "cancelled"  # nobody is on the way
+    monkeypatch.setenv("PREFECT_API_URL", prefect.url)
+    assert client.post(f"/v1/runs/{LIVE}/resume").json()["status"] == "queued"
+    assert client.post(f"/v1/runs/{LIVE}/resume").status_code == 409
+    log.record_state("running", by="flow-3")
+    time.sleep(FRESH_S)
+    assert client.get(f"/v1/runs/{LIVE}").json()["status"] == "running"
 
 
 def test_mistakes_in_a_configuration_are_refused_before_anything_is_stored(
