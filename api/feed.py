@@ -67,11 +67,11 @@ class Feed:
         """Does it hold everything that `history` knows?"""
         return self._counters == history.counters
 
-    def extend(self, history: History) -> int:
-        """Append what is new in `history`; returns how many events that were. Blocks: it encodes them."""
+    def extend(self, history: History) -> None:
+        """Append what is new in `history`. Blocks: it encodes."""
         with self._lock:
             if self.is_at(history):
-                return 0
+                return
             found = [*self._states(history), *self._steps(history), *self._rewinds(history)]
             found += [*self._evaluations(history), *self._failures(history)]
             for place, event in sorted(found, key=lambda item: item[1].time):
@@ -82,7 +82,6 @@ class Feed:
                 # Last: whoever sees the frame finds the rest.
                 self._frames.append(frame_of(event.model_copy(update={"id": number})))
             self._counters = history.counters
-            return len(found)
 
     def start(self, cursor: Cursor) -> int:
         """A place before which `cursor` has seen everything: right behind its event, or 0 where it is not known."""

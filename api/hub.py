@@ -31,6 +31,8 @@ class _Tail:
         self.feed = Feed()
         self.news = asyncio.Event()
         """Set once, when there is news; then another takes its place."""
+        self.num_told = 0
+        """Events in the feed when the clients were woken last."""
         self.num_clients = 0
         self.task: asyncio.Task[None] | None = None
         self.end = b""
@@ -114,14 +116,16 @@ class Hub:
             history, feed = History(), tail.feed
         else:
             history, feed = fold.refresh().history, self._feed_of(fold)
-        num_new = feed.extend(history)
-        is_other, tail.feed = feed is not tail.feed, feed
+        feed.extend(history)
+        tail.feed = feed
         # From the same history as the events: they are complete up to an end.
         status = self._reader.status(run_id, history)
         if status in TERMINAL:
             last = history.steps[-1].finished if history.steps else self._reader.created(run_id)
             tail.end = end_frame(last, status)
-        return bool(num_new or tail.end or (is_other and len(feed)))
+        # By length, not by what this look added: a list of events may have added it before.
+        is_news, tail.num_told = len(feed) != tail.num_told, len(feed)
+        return is_news or bool(tail.end)
 
     def _feed_of(self, fold: RunFold) -> Feed:
         return self._feeds.setdefault(fold, Feed())

@@ -181,6 +181,22 @@ async def test_a_client_misses_and_repeats_nothing_when_its_run_is_read_anew(
     assert len(seen) == len(set(seen)) == 10  # 8 steps, 2 states
 
 
+async def test_an_event_that_a_list_found_first_reaches_the_streams_too(log: StoredRunLog) -> None:
+    # A look that added nothing itself woke nobody.
+    runs = RunReader(log.store)
+    watching = Hub(runs, poll_s=1.0)
+    stream = watching.stream(log.run_id, Cursor())
+    while b"event: state" not in await anext(stream):
+        pass
+    log.publish_step(train_step(0))
+    await asyncio.sleep(FRESH_S)
+    fold = runs.held(log.run_id)
+    assert fold is not None
+    await watching.feed(await asyncio.to_thread(fold.refresh))  # between two looks of the stream's own
+    assert b"event: step" in await asyncio.wait_for(anext(stream), 5)
+    await stream.aclose()
+
+
 async def test_a_client_that_does_not_read_is_only_behind(log: StoredRunLog) -> None:
     # It must neither hold up the others nor make the service remember for it.
     watching = Hub(RunReader(log.store), poll_s=0.01)
