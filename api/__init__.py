@@ -3,7 +3,10 @@
 main      create_app: settings -> FastAPI                    security  tokens, scopes, who may ask
 schemas   every request and answer, with examples            limits    sizes, rates, origins, headers
 problems  errors as RFC 9457 problem details                 launcher  runs start and stop through Prefect
-runs, observe, trajectories, offline, queries, configs, health            reader, feed   runs read from storage
+runs, observe, trajectories, offline, queries, configs, health, pages     the routes
+
+    storage --RunFold: one look serves all--> History --> views, once a moment: Answers --> JSON
+                                                      --> Feed, once an event: Hub --> every stream
 
 It reads storage and starts deployments by name; it imports neither flows nor torch. Killing it loses nothing.
 """

@@ -1,18 +1,18 @@
-"""What happened to a run, as a numbered feed that any number of clients follow for the cost of one look at storage.
+"""What happened to a run, as a list of numbered events that only grows.
 
-    RunFold --new events--> Feed --wakes--> each client's stream        cursor = how far each kind of event was seen
+    History --Feed.extend--> frames, as they are streamed        cursor = how far a client has seen each kind of event
 
 A cursor counts storage's own records (state 2, step 41 of rewind 0, ...), so it stays valid when the service restarts.
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from api.reader import TERMINAL, RunFold, RunReader
+from api.fold import History
 from api.schemas import Event, EventKind
 from asyncopd.types import Evaluation, TrainStep
 
@@ -43,66 +43,108 @@ class Cursor:
         return cls((e0, e1), f, r, (s0, s1), t)
 
 
-KEEP_ALIVE_S = 15.0
-"""A silent stream says so this often: proxies close silent connections."""
 Place = tuple[str, tuple[int, int] | int]
 """Field of the cursor that an event moves, and to where."""
+_DATA = b"\ndata: "
 
 
 class Feed:
-    """The events of one run, in the order this service saw them."""
+    """The events of one run, in the order this service saw them; each is encoded once, for all clients."""
 
-    def __init__(self, fold: RunFold) -> None:
-        self._fold = fold
+    def __init__(self) -> None:
         self._cursor = Cursor()
-        self.events: list[tuple[Place, Event]] = []
-        self.frames: list[bytes] = []
-        """Each event as it is streamed, encoded once for all clients."""
+        self._counters: tuple[int, ...] = ()
+        self._places: list[Place] = []
+        self._frames: list[bytes] = []
+        self._stops: dict[str, int] = {}
+        """Id of each event -> the place after it."""
+        self._lock = threading.Lock()
 
-    def extend(self) -> int:
-        """Look, and append what is new; returns how many events that were."""
-        fold = self._fold.refresh()
-        found = [*self._states(fold), *self._steps(fold), *self._rewinds(fold), *self._evaluations(fold)]
-        found += self._failures(fold)
-        for place, event in sorted(found, key=lambda item: item[1].time):
-            self._cursor = replace(self._cursor, **{place[0]: place[1]})  # type: ignore[arg-type]
-            numbered = event.model_copy(update={"id": str(self._cursor)})
-            self.frames.append(frame_of(numbered))
-            self.events.append((place, numbered))
-        return len(found)
+    def __len__(self) -> int:
+        return len(self._frames)
 
-    def after(self, cursor: Cursor) -> list[Event]:
-        """The events that a client with `cursor` has not seen."""
-        return [event for (kind, place), event in self.events if place > getattr(cursor, kind)]
+    def is_at(self, history: History) -> bool:
+        """Does it hold everything that `history` knows?"""
+        return self._counters == history.counters
 
-    def _states(self, fold: RunFold) -> list[tuple[Place, Event]]:
+    def extend(self, history: History) -> None:
+        """Append what is new in `history`. Blocks: it encodes."""
+        with self._lock:
+            if self.is_at(history):
+                return
+            found = [*self._states(history), *self._steps(history), *self._rewinds(history)]
+            found += [*self._evaluations(history), *self._failures(history)]
+            for place, event in sorted(found, key=lambda item: item[1].time):
+                self._cursor = replace(self._cursor, **{place[0]: place[1]})  # type: ignore[arg-type]
+                number = str(self._cursor)
+                self._places.append(place)
+                self._stops[number] = len(self._places)
+                # Last: whoever sees the frame finds the rest.
+                self._frames.append(frame_of(event.model_copy(update={"id": number})))
+            self._counters = history.counters
+
+    def start(self, cursor: Cursor) -> int:
+        """A place before which `cursor` has seen everything: right behind its event, or 0 where it is not known."""
+        return self._stops.get(str(cursor), 0)
+
+    def after(self, cursor: Cursor, start: int, limit: int) -> tuple[list[bytes], int]:
+        """Frames from place `start` on that a client with `cursor` has not seen, and the place to go on from.
+
+        Looks at `limit` events at most, so an empty list is the end only where that place is `len(feed)`.
+        """
+        frames = self._frames[start : start + limit]
+        places = self._places[start : start + len(frames)]
+        pairs = zip(places, frames, strict=True)
+        return [frame for (kind, place), frame in pairs if place > getattr(cursor, kind)], start + len(frames)
+
+    def seen(self, cursor: Cursor, stop: int) -> Cursor:
+        """The cursor of a client that had `cursor` and then saw everything before place `stop`."""
+        # Places of one kind only grow, so the last of each kind is what counts.
+        latest = dict(self._places[:stop]).items()
+        return replace(cursor, **{kind: max(place, getattr(cursor, kind)) for kind, place in latest})
+
+    def page(self, cursor: Cursor, limit: int) -> tuple[list[bytes], bool]:
+        """At most `limit` events after `cursor`, as JSON, and whether there are more."""
+        found: list[bytes] = []
+        place = self.start(cursor)
+        while len(found) <= limit and place < len(self):
+            frames, place = self.after(cursor, place, limit + 1)
+            found += frames
+        return [frame[frame.index(_DATA) + len(_DATA) : -2] for frame in found[:limit]], len(found) > limit
+
+    def _states(self, history: History) -> list[tuple[Place, Event]]:
         return [
             (("state", s.number), _event("state", s.recorded, s.state + (f": {s.reason}" if s.reason else ""),
                                          {"state": s.state, "reason": s.reason}))
-            for s in fold.states if s.number > self._cursor.state
+            for s in history.states if s.number > self._cursor.state
         ]  # fmt: skip
 
-    def _steps(self, fold: RunFold) -> list[tuple[Place, Event]]:
-        new = [s for s in fold.steps if (s.rewind, s.step + 1) > self._cursor.step]
+    def _steps(self, history: History) -> list[tuple[Place, Event]]:
+        new = [s for s in history.steps if (s.rewind, s.step + 1) > self._cursor.step]
         return [(("step", (s.rewind, s.step + 1)), _step_event(s)) for s in new]
 
-    def _rewinds(self, fold: RunFold) -> list[tuple[Place, Event]]:
+    def _rewinds(self, history: History) -> list[tuple[Place, Event]]:
         return [
             (("rewind", r.number), _event("rewind", r.recorded, f"the learner went back to step {r.to_step}",
                                           {"to_step": r.to_step, "rewind": r.number}))
-            for r in fold.log.rewinds() if r.number > self._cursor.rewind
+            for r in history.rewinds if r.number > self._cursor.rewind
         ]  # fmt: skip
 
-    def _evaluations(self, fold: RunFold) -> list[tuple[Place, Event]]:
+    def _evaluations(self, history: History) -> list[tuple[Place, Event]]:
         # By time, because several evaluators need not end in the order of the versions.
-        places = [((int(e.finished * 1000), e.version.number), e) for e in fold.evaluations]
+        places = [((int(e.finished * 1000), e.version.number), e) for e in history.evaluations]
         return [(("evaluation", place), _evaluation_event(e)) for place, e in places if place > self._cursor.evaluation]
 
-    def _failures(self, fold: RunFold) -> list[tuple[Place, Event]]:
+    def _failures(self, history: History) -> list[tuple[Place, Event]]:
         return [
             (("failure", number), _event("failure", f.failed, f"{f.role}: {f.reason}", {"role": f.role}))
-            for number, f in enumerate(fold.failures, start=1) if number > self._cursor.failure
+            for number, f in enumerate(history.failures, start=1) if number > self._cursor.failure
         ]  # fmt: skip
+
+
+def end_frame(time: float, status: str) -> bytes:
+    """The event that closes a stream. It has no id: nothing comes after it."""
+    return frame_of(_event("end", time, status, {"status": status}))
 
 
 def _event(kind: EventKind, time: float, message: str, data: Mapping[str, object]) -> Event:
@@ -130,79 +172,3 @@ def frame_of(event: Event) -> bytes:
     """An event on the wire; JSON holds no line break."""
     number = f"id: {event.id}\n" if event.id else ""
     return f"event: {event.kind}\n{number}data: {event.model_dump_json()}\n\n".encode()
-
-
-class _Channel:
-    """One run's feed with those who wait for its next event."""
-
-    def __init__(self) -> None:
-        self.feed: Feed | None = None
-        self.ended = False
-        self.news = asyncio.Condition()
-        self.num_clients = 0
-        self.task: asyncio.Task[None] | None = None
-        self.error: Exception | None = None
-
-
-class Hub:
-    """Streams of all watched runs; one task per run looks at storage, whatever the number of clients."""
-
-    def __init__(self, reader: RunReader, poll_s: float) -> None:
-        self._reader, self._poll_s = reader, poll_s
-        self._channels: dict[str, _Channel] = {}
-
-    async def stream(self, run_id: str, cursor: Cursor) -> AsyncIterator[bytes]:
-        """Frames of events after `cursor`, as they happen; an `end` event closes it when no flow works on the run."""
-        channel = self._channels.setdefault(run_id, _Channel())
-        channel.num_clients += 1
-        if channel.task is None:
-            channel.task = asyncio.create_task(self._watch(run_id, channel))
-        seen = 0
-        try:
-            while True:
-                try:
-                    async with asyncio.timeout(KEEP_ALIVE_S), channel.news:
-                        while not (channel.ended or (channel.feed is not None and len(channel.feed.events) > seen)):
-                            await channel.news.wait()
-                except TimeoutError:
-                    yield b": nothing new\n\n"
-                    continue
-                ended = channel.ended
-                batch = channel.feed.events[seen:] if channel.feed else []
-                frames = channel.feed.frames[seen : seen + len(batch)] if channel.feed else []
-                seen += len(batch)
-                # One write for all of them.
-                pairs = zip(batch, frames, strict=True)
-                if new := [frame for ((kind, place), _), frame in pairs if place > getattr(cursor, kind)]:
-                    yield b"".join(new)
-                if ended:
-                    if channel.error is not None:
-                        raise channel.error
-                    run = await asyncio.to_thread(self._reader.run, run_id)
-                    yield frame_of(_event("end", run.updated or run.created, run.status, {"status": run.status}))
-                    return
-        finally:
-            channel.num_clients -= 1
-            if channel.num_clients == 0:
-                channel.task.cancel()
-                self._channels.pop(run_id, None)
-
-    async def _watch(self, run_id: str, channel: _Channel) -> None:
-        try:
-            while not channel.ended:
-                # The state first: what is read after it then includes everything up to the end.
-                run = await asyncio.to_thread(self._reader.run, run_id)
-                fold = await asyncio.to_thread(self._reader.find_fold, run_id)
-                if channel.feed is None and fold is not None:
-                    channel.feed = Feed(fold)
-                num_new = await asyncio.to_thread(channel.feed.extend) if channel.feed else 0
-                channel.ended = run.status in TERMINAL
-                if num_new or channel.ended:
-                    async with channel.news:
-                        channel.news.notify_all()
-                await asyncio.sleep(self._poll_s)
-        except Exception as error:
-            # Whoever listens gets it; a task's own exception would reach nobody.
-            channel.error, channel.ended = error, True
-            async with channel.news:
-                channel.news.notify_all()

@@ -19,7 +19,7 @@ from api.problems import ProblemError
 from api.reader import TERMINAL, RunReader
 from api.schemas import Run, RunCreate
 from asyncopd.config import RunConfig, load_config
-from asyncopd.errors import ConfigError
+from asyncopd.errors import ConfigError, ServerAwayError
 from asyncopd.flow_runs import FlowRun, create_flow_run
 from storage.launches import LaunchLog, Wish
 
@@ -82,11 +82,15 @@ class RunLauncher:
         launch = {"config": config.model_dump(mode="json"), "body_sha256": digest}
         replayed = not self._launches.record_launch(run_id, launch)
         if replayed:
-            self._check_same(run_id, digest, idempotency_key)
+            self._check_same(run_id, launch, idempotency_key)
         elif self._reader.find_fold(run_id) is not None:
             raise ProblemError(409, "run-exists", f"Run {run_id} exists. Choose another run_id, or resume it.")
         if self._launches.find_flow_run(run_id) is None:
-            self._start(run_id, {"config": launch["config"], "run_id": run_id}, idempotency_key=run_id)
+            try:
+                self._start(run_id, {"config": launch["config"], "run_id": run_id}, idempotency_key=run_id)
+            except ServerAwayError as error:
+                again = "with its Idempotency-Key" if idempotency_key else f'with "run_id": "{run_id}"'
+                raise ServerAwayError(f"{error} The launch is stored; repeat the request {again}.") from error
         return Launched(self._reader.run(run_id), replayed)
 
     def stop(self, run_id: str, wish: Wish) -> Run:
@@ -114,12 +118,13 @@ class RunLauncher:
         run = self._reader.run(run_id)
         if run.status not in ("paused", "cancelled", "failed"):
             raise ProblemError(409, "run-not-stopped", f"Run {run_id} is {run.status}; only a stopped run is resumed.")
-        self._launches.record_wish(run_id, "running")
         launch = self._launches.find_launch(run_id)
         known = self._reader.find_fold(run_id) is not None
         # A run that its flow never came to create is created now.
         config = {} if known or launch is None else {"config": launch["config"]}
         self._start(run_id, {"run_id": run_id, **config})
+        # Last: a run that Prefect did not hear of is not on its way, and may be resumed again.
+        self._launches.record_wish(run_id, "running")
         return self._reader.run(run_id)
 
     def _resolve(self, asked: RunCreate) -> RunConfig:
@@ -131,9 +136,15 @@ class RunLauncher:
         overrides = {**asked.overrides, "storage.root": self._root}
         return load_config(asked.config, overrides) if asked.config else self.config(str(asked.config_name), overrides)
 
-    def _check_same(self, run_id: str, digest: str, idempotency_key: str | None) -> None:
+    def _check_same(self, run_id: str, body: Mapping[str, Any], idempotency_key: str | None) -> None:
         launch = self._launches.find_launch(run_id)
-        if idempotency_key is None or launch is None or launch["body_sha256"] != digest:
+        if idempotency_key is not None:
+            is_repeat = launch is not None and launch["body_sha256"] == body["body_sha256"]
+        else:
+            # Without a key, a repeat is told from a second wish by this: the first came to nothing.
+            is_started = self._launches.find_flow_run(run_id) is not None
+            is_repeat = launch is not None and not is_started and launch["config"] == body["config"]
+        if not is_repeat:
             raise ProblemError(
                 409, "run-exists",
                 f"Run {run_id} was launched before. Choose another run_id; an Idempotency-Key makes repeats safe.",

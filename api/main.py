@@ -6,8 +6,9 @@ from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
 
 from api import configs, health, observe, offline, pages, problems, queries, runs, trajectories
-from api.feed import Hub
+from api.answers import Answers
 from api.health import RequestMeter, RunCollector
+from api.hub import Hub
 from api.launcher import RunLauncher
 from api.limits import Limits
 from api.queries import QueryDesk
@@ -42,6 +43,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.settings, app.state.tokens, app.state.reader, app.state.registry = settings, tokens, reader, registry
     app.state.launcher = RunLauncher(reader, root=settings.root, configs=settings.configs)
     app.state.hub = Hub(reader, settings.poll_s)
+    app.state.answers = Answers(settings.answer_age_s)
     app.state.desk = QueryDesk(reader.store)
     for module in (runs, observe, trajectories, offline, queries, configs, health):
         app.include_router(module.router, dependencies=[Depends(known_query)])

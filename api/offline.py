@@ -13,16 +13,18 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header
 
+from api.fold import RunFold
 from api.problems import ProblemError, responses
-from api.reader import RunFold
 from api.schemas import BackfillRequest, ReplayRequest, Work
 from api.security import Launcher
 from api.state import Fold, Runs
 from asyncopd.config import parse_override
-from asyncopd.config.backfill import Backfill, candidates_of, folder_of, teacher_of
-from asyncopd.config.replay import Replay, parse_settings, parse_steps, replay_config, split_arm, with_settings
+from asyncopd.config.backfill import Backfill
+from asyncopd.config.replay import Replay, parse_settings, split_arm
 from asyncopd.errors import ConfigError
 from asyncopd.flow_runs import create_flow_run
+from asyncopd.offline_checks import check_backfill, check_scores, replay_of
+from asyncopd.replay_scores import resolved_replay, vocab_size_of
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["replays"], dependencies=[Launcher])
 IdempotencyKey = Annotated[
@@ -45,9 +47,9 @@ def replay_run(asked: ReplayRequest, fold: Fold, runs: Runs, idempotency_key: Id
         "evaluate": asked.evaluate,
         "prompts": asked.num_prompts,
     }
-    child = None if arms else replay.child_id
+    child = None if arms else _child_id(replay, fold)
     flow_run = create_flow_run(
-        "replay/run", parameters, name=child or f"compare-{replay.run_id}",
+        "replay/run", parameters, name=child or f"{'compare' if arms else 'replay'}-{replay.run_id}",
         idempotency_key=_key("replay", replay.run_id, idempotency_key),
     )  # fmt: skip
     if child is not None:
@@ -62,7 +64,7 @@ def backfill_run(asked: BackfillRequest, fold: Fold, runs: Runs, idempotency_key
     run_id = fold.log.run_id
     candidates = asked.candidates
     text = f"head={candidates.head},num_draws={candidates.num_draws},law={candidates.law}" if candidates else ""
-    _check_backfill(fold, Backfill(run_id, asked.teacher, asked.top_k, asked.num_teacher_draws, text))
+    check_backfill(fold.config, Backfill(run_id, asked.teacher, asked.top_k, asked.num_teacher_draws, text))
     parameters = {
         "run_id": run_id,
         "root": runs.store.url,
@@ -83,35 +85,29 @@ def _replay_of(asked: ReplayRequest, fold: RunFold) -> tuple[Replay, list[str]]:
     """The replay and the arms of its comparison. Raises ConfigError, or ProblemError 409 before the first step."""
     if not fold.steps:
         raise ProblemError(409, "nothing-to-replay", f"Run {fold.log.run_id} has trained no step yet.")
-    if str(fold.config.staleness.order) != "index":
-        raise ConfigError(
-            f"run {fold.log.run_id} consumed its rollouts in order {fold.config.staleness.order!r}; only runs in index "
-            "order can be replayed."
-        )
-    if len(asked.compare) == 1:
-        raise ConfigError("compare: one arm compares nothing. Give at least two, or none for a single replay.")
-    first, last = parse_steps(asked.steps, num_steps=fold.steps[-1].step + 1)
-    settings, scores = parse_settings(_assignments(asked.overrides, asked.scores))
-    replay = Replay(fold.log.run_id, first, last, asked.start, settings, scores)
-    replay_config(fold.config, replay)
     arms = [" ".join(_assignments(arm, {})) for arm in asked.compare]
     for arm, text in zip(asked.compare, arms, strict=True):
         if parse_settings(split_arm(text))[0] != arm:
             raise ConfigError(f"compare: {arm} cannot be written as settings. Use numbers, names, lists or objects.")
-        replay_config(fold.config, with_settings(replay, arm, {}))
+    replay, _ = replay_of(
+        fold.log.run_id, fold.config, num_steps=fold.steps[-1].step + 1, steps=asked.steps, start=asked.start,
+        overrides=_assignments(asked.overrides, asked.scores), compare=arms,
+    )  # fmt: skip
+    check_scores(fold.log.run_id, replay.scores, fold.log.teachers())
     return replay, arms
 
 
-def _check_backfill(fold: RunFold, backfill: Backfill) -> None:
-    """Raise ConfigError for what the flow would refuse; the vocabulary's size is known only there."""
-    cached = fold.config.cached()
-    is_all = backfill.top_k == "all"
-    folder_of(
-        fold.config, teacher_of(fold.config, backfill),
-        top_k=cached.top_k + 1 if is_all else max(cached.top_k, int(backfill.top_k)),
-        num_teacher_draws=max(cached.num_teacher_draws, backfill.num_teacher_draws),
-        candidates=candidates_of(fold.config, backfill),
-    )  # fmt: skip
+def _child_id(replay: Replay, fold: RunFold) -> str | None:
+    """The id of the run that the flow will make; None where that takes a tokenizer the service does not load.
+
+    Raises:
+        ConfigError: the log does not hold what the replay's loss needs.
+    """
+    # The scores that it trains on are part of the id.
+    vocab_size = vocab_size_of(fold.config)
+    if vocab_size is None:
+        return None
+    return resolved_replay(fold.log, fold.config, replay, vocab_size=vocab_size)[0].child_id
 
 
 def _assignments(settings: Mapping[str, Any], scores: Mapping[str, float]) -> list[str]:

@@ -52,6 +52,11 @@ class ProblemError(Exception):
         self.status, self.kind, self.detail, self.headers = status, kind, detail, headers or {}
 
 
+def no_run(run_id: str, why: str = "") -> ProblemError:
+    """The refusal of an id that no run has. As the command line says it, which can name the storage root, too."""
+    return ProblemError(404, "no-such-run", f"There is no run {run_id}{why}. GET /v1/runs lists those there are.")
+
+
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI entries for problems a route may answer with; every route also may with 400, 401, 403, 422 and 429."""
     return {
@@ -109,7 +114,7 @@ async def _of_ours(_: Request, error: AsyncOPDError) -> JSONResponse:
     return problem_response(status, kind, str(error))
 
 
-async def _of_validation(_: Request, error: RequestValidationError) -> JSONResponse:
+async def _of_validation(request: Request, error: RequestValidationError) -> JSONResponse:
     errors = [
         {"where": "/".join(str(part) for part in problem["loc"]), "message": problem["msg"]}
         for problem in error.errors()
@@ -117,6 +122,10 @@ async def _of_validation(_: Request, error: RequestValidationError) -> JSONRespo
     # A body that is no JSON at all is the client's syntax, not its values.
     is_syntax = any(problem["type"] == "json_invalid" for problem in error.errors())
     detail = "; ".join(f"{entry['where']}: {entry['message']}" for entry in errors[:5])
+    if any(problem["loc"] == ("body",) for problem in error.errors()) and "json" not in request.headers.get(
+        "content-type", ""
+    ):
+        detail += ". Send a JSON object with the header Content-Type: application/json."
     return problem_response(
         400 if is_syntax else 422, "not-json" if is_syntax else "not-valid", f"The request cannot be used. {detail}",
         errors=errors,

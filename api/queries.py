@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from api.problems import ProblemError, responses
+from api.problems import ProblemError, no_run, responses
 from api.schemas import Question, QuestionList, QuestionParameter, SqlRequest, SqlResult
 from api.security import Reader
 from asyncopd.errors import QueryError
@@ -25,6 +25,7 @@ from storage.catalog.query_process import FileGoneError, QueryLimits, RunningQue
 from storage.catalog.sandbox import Sandbox
 from storage.catalog.snapshot import Catalog
 from storage.catalog.stored_queries import StoredQuery, stored_queries
+from storage.layout import RunLayout
 from storage.objects import ObjectStore
 
 router = APIRouter(prefix="/v1/sql", tags=["queries"], dependencies=[Reader])
@@ -64,6 +65,7 @@ class QueryDesk:
     """Answers queries without blocking the event loop."""
 
     def __init__(self, store: ObjectStore, *, timeout_s: float = TIMEOUT_S) -> None:
+        self._store = store
         self._sandbox = Sandbox(Catalog(store), max_concurrent=MAX_CONCURRENT)
         self._threads = ThreadPoolExecutor(MAX_CONCURRENT, thread_name_prefix="sql")
         self._timeout_s = timeout_s
@@ -97,6 +99,9 @@ class QueryDesk:
             self._num_inside -= 1
 
     def _run(self, asked: SqlRequest, state: _Asked) -> bytes:
+        for run_id in asked.runs or ():
+            if not self._store.exists(RunLayout(run_id).record):
+                raise no_run(run_id)
         try:
             return self._query(asked, state)
         except FileGoneError:

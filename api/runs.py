@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
 
+from api.answers import json_response
 from api.problems import responses
 from api.schemas import RUN_ID_PATTERN, Run, RunConfigOut, RunCreate, RunPage, RunStatus
 from api.security import Launcher, Reader
@@ -36,7 +37,7 @@ def create_run(
     return launched.run
 
 
-@router.get("", dependencies=[Reader], operation_id="list_runs", responses=responses())
+@router.get("", dependencies=[Reader], operation_id="list_runs", response_model=RunPage, responses=responses())
 def list_runs(
     runs: Runs,
     status: Annotated[
@@ -49,7 +50,7 @@ def list_runs(
         str | None, Query(description="`next_cursor` of the page before.", examples=["walk-7"], pattern=RUN_ID_PATTERN)
     ] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Runs per page.", examples=[20])] = 20,
-) -> RunPage:
+) -> Response:
     """Runs, newest first by creation."""
     ids = runs.newest(name or "")
     if after is not None:
@@ -58,13 +59,13 @@ def list_runs(
     # One by one: without a filter, what is not on the page is not read.
     shown = (run for run in map(runs.run, ids) if status is None or run.status in status)
     page = list(islice(shown, limit + 1))
-    return RunPage(data=page[:limit], next_cursor=page[limit - 1].id if len(page) > limit else None)
+    return json_response(RunPage(data=page[:limit], next_cursor=page[limit - 1].id if len(page) > limit else None))
 
 
-@router.get("/{run_id}", dependencies=[Reader], operation_id="get_run", responses=responses(404))
-def get_run(run_id: RunId, runs: Runs) -> Run:
+@router.get("/{run_id}", dependencies=[Reader], operation_id="get_run", response_model=Run, responses=responses(404))
+def get_run(run_id: RunId, runs: Runs) -> Response:
     """One run."""
-    return runs.run(run_id)
+    return json_response(runs.run(run_id))
 
 
 @router.get("/{run_id}/config", dependencies=[Reader], operation_id="get_run_config", responses=responses(404))

@@ -131,7 +131,7 @@ class ConfigList(Schema):
 class Event(Schema):
     """Something that happened to a run."""
 
-    id: str = field("Cursor: send as `after` or `Last-Event-ID` to get what came later.", "e2.f0.r0.s0-41.t1")
+    id: str = field("Cursor: send as `after` or `Last-Event-ID` to get what came later.", "e0-0.f0.r0.s0-41.t1")
     kind: EventKind = field("What happened.", "step")
     time: float = field("When.", 1_795_000_000.0)
     message: str = field("In words.", "step 40 trained 2,411 tokens, loss 0.31 nats")

@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
 from api.problems import ProblemError
 from asyncopd.errors import ConfigError
@@ -112,13 +113,13 @@ def _hash(token: str) -> str:
 _bearer = HTTPBearer(auto_error=False, description="A token made by `asyncopd token create`.")
 
 
-def needs(scope: Scope) -> Callable[..., Client]:
+def needs(scope: Scope) -> Callable[..., Awaitable[Client]]:
     """A dependency that lets only clients with `scope` through."""
 
-    def client(
+    async def client(
         request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None
     ) -> Client:
-        found = _authenticated(request, credentials.credentials if credentials else None)
+        found = await _authenticated(request, credentials.credentials if credentials else None)
         if scope not in found.scope.included:
             raise ProblemError(
                 403, "scope-missing",
@@ -130,7 +131,7 @@ def needs(scope: Scope) -> Callable[..., Client]:
     return client
 
 
-def _authenticated(request: Request, token: str | None) -> Client:
+async def _authenticated(request: Request, token: str | None) -> Client:
     if token is None:
         if request.app.state.settings.is_loopback:
             return Client("local", Scope.ADMIN)
@@ -138,7 +139,7 @@ def _authenticated(request: Request, token: str | None) -> Client:
             401, "token-missing", "Send `Authorization: Bearer TOKEN`; make one with `asyncopd token create NAME`.",
             {"WWW-Authenticate": "Bearer"},
         )  # fmt: skip
-    found: Client | None = request.app.state.tokens.client_of(token)
+    found: Client | None = await run_in_threadpool(request.app.state.tokens.client_of, token)
     if found is None:
         raise ProblemError(
             401, "token-unknown", "This token is not known, or was revoked.",

@@ -6,45 +6,51 @@ from typing import Annotated
 
 from fastapi import Depends, Path, Request
 from fastapi.dependencies.utils import get_flat_dependant
+from starlette.concurrency import run_in_threadpool
 
-from api.feed import Hub
+from api.fold import RunFold
+from api.hub import Hub
 from api.launcher import RunLauncher
-from api.problems import ProblemError
-from api.reader import RunFold, RunReader
+from api.problems import ProblemError, no_run
+from api.reader import RunReader
 from api.schemas import RUN_ID_PATTERN
 
 RunId = Annotated[str, Path(pattern=RUN_ID_PATTERN, description="Id of a run.", examples=["walk-7"])]
 
 
-def reader(request: Request) -> RunReader:
+# The trivial ones are coroutines: FastAPI calls plain functions in a thread each.
+async def reader(request: Request) -> RunReader:
     found: RunReader = request.app.state.reader
     return found
 
 
-def launcher(request: Request) -> RunLauncher:
+async def launcher(request: Request) -> RunLauncher:
     found: RunLauncher = request.app.state.launcher
     return found
 
 
-def hub(request: Request) -> Hub:
+async def hub(request: Request) -> Hub:
     found: Hub = request.app.state.hub
     return found
 
 
-def fold(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> RunFold:
+async def fold(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> RunFold:
     """The run of the path, read up to now; 404 while it does not exist in storage."""
-    return runs.fold(run_id)
+    held = runs.held(run_id)
+    return held if held is not None and held.is_fresh else await run_in_threadpool(runs.fold, run_id)
 
 
-def known_run(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> str:
+async def known_run(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> str:
     """The id of the path; 404 when neither a run nor a launch has it. A stream must know before it begins."""
-    if not runs.exists(run_id):
-        raise ProblemError(404, "no-such-run", f"Run {run_id!r} does not exist. GET /v1/runs lists runs.")
+    if runs.held(run_id) is None and not await run_in_threadpool(runs.exists, run_id):
+        raise no_run(run_id)
     return run_id
 
 
-def known_query(request: Request) -> None:
+async def known_query(request: Request) -> None:
     """Refuse query parameters that the resource does not have: a mistyped filter would silently match everything."""
+    if not request.url.query:
+        return
     route = request.scope["route"]
     known = {parameter.alias for parameter in get_flat_dependant(route.dependant).query_params}
     unknown = [name for name in request.query_params if name not in known]

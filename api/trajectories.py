@@ -3,32 +3,71 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated
+from weakref import WeakKeyDictionary
 
 import numpy as np
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path, Query, Response
 
+from api.answers import Answered
+from api.fold import RunFold
 from api.problems import ProblemError, responses
-from api.reader import RunFold
 from api.schemas import Alternative, Token, TrajectoryOut, TrajectoryPage, TrajectorySummary
 from api.security import Reader
-from api.state import Fold
 from asyncopd.config import RunConfig
 from asyncopd.ports import Task, Tokenizer
 from asyncopd.tasks.build import build_task
-from asyncopd.types import IndexRange, TeacherScores, Trajectory
+from asyncopd.types import IndexRange, Manifest, TeacherScores, Trajectory
 
 router = APIRouter(prefix="/v1/runs/{run_id}/trajectories", tags=["trajectories"], dependencies=[Reader])
 MAX_SHARDS_READ = 50
 """A page whose filter matches nothing ends after so many shards, with a cursor to go on from."""
+MAX_ROWS = 2_000
+"""Rows of a run that stay decoded: what pages show first; about 2 MB."""
 _building = threading.Lock()
 
 
-@router.get("", operation_id="list_trajectories", responses=responses(404))
-def list_trajectories(
-    fold: Fold,
+
+@dataclass(frozen=True)
+class Row:
+    """A trajectory as lists show it."""
+
+    summary: TrajectorySummary
+    versions: frozenset[int]
+    """That produced tokens of it."""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which trajectories are shown; None shows all."""
+
+    version: int | None
+    correct: bool | None
+    group: str | None
+    min_tokens: int
+
+    def shows(self, row: Row) -> bool:
+        """Is it one of them?"""
+        summary = row.summary
+        return (
+            summary.num_tokens >= self.min_tokens
+            and (self.version is None or self.version in row.versions)
+            and (self.correct is None or summary.correct is self.correct)
+            and (not self.group or summary.group == self.group)
+        )
+
+
+_Known = OrderedDict[IndexRange, tuple[tuple[Manifest | None, Manifest | None], Sequence[Row]]]
+_rows: WeakKeyDictionary[RunFold, _Known] = WeakKeyDictionary()
+
+
+@router.get("", operation_id="list_trajectories", response_model=TrajectoryPage, responses=responses(404))
+async def list_trajectories(
+    answer: Answered,
     after: Annotated[int, Query(ge=-1, description="`next_cursor` of the page before.", examples=[-1])] = -1,
     limit: Annotated[int, Query(ge=1, le=500, description="Trajectories per page.", examples=[50])] = 50,
     version: Annotated[
@@ -39,32 +78,37 @@ def list_trajectories(
         str | None, Query(max_length=100, description="Only this difficulty.", examples=["noise 0.35"])
     ] = None,
     min_tokens: Annotated[int, Query(ge=1, description="Only responses at least this long.", examples=[1])] = 1,
-) -> TrajectoryPage:
+) -> Response:
     """Responses in index order, filtered."""
+    return await answer(lambda fold: page_of(fold, after, limit, Filter(version, correct, group, min_tokens)))
+
+
+@router.get("/{index}", operation_id="get_trajectory", response_model=TrajectoryOut, responses=responses(404))
+async def get_trajectory(
+    answer: Answered, index: Annotated[int, Path(ge=0, description="Address in the run.", examples=[128])]
+) -> Response:
+    """A response token by token, with what teacher and student thought at each."""
+    return await answer(lambda fold: trajectory_of(fold, index))
+
+
+def page_of(fold: RunFold, after: int, limit: int, shown: Filter) -> TrajectoryPage:
+    """At most `limit` trajectories above index `after`, in index order."""
     found: list[TrajectorySummary] = []
     shards = [shard for shard in fold.log.trajectory_shards() if shard.stop > after + 1]
     for number, shard in enumerate(shards):
-        scores = _scores_of(fold, shard)
-        for trajectory in fold.log.read_trajectories(shard):
-            if trajectory.index <= after or len(trajectory.response_ids) < min_tokens:
+        for row in _rows_of(fold, shard):
+            if row.summary.index <= after or not shown.shows(row):
                 continue
-            if version is not None and all(run.version != version for run in trajectory.version_runs):
-                continue
-            if (correct is not None and trajectory.correct is not correct) or (group and trajectory.group != group):
-                continue
-            found.append(_summary(trajectory, scores.get(trajectory.index)))
+            found.append(row.summary)
             if len(found) == limit:
-                return TrajectoryPage(data=found, next_cursor=trajectory.index)
+                return TrajectoryPage(data=found, next_cursor=row.summary.index)
         if number + 1 == MAX_SHARDS_READ and number + 1 < len(shards):
             return TrajectoryPage(data=found, next_cursor=shard.stop - 1)
     return TrajectoryPage(data=found)
 
 
-@router.get("/{index}", operation_id="get_trajectory", responses=responses(404))
-def get_trajectory(
-    fold: Fold, index: Annotated[int, Path(ge=0, description="Address in the run.", examples=[128])]
-) -> TrajectoryOut:
-    """A response token by token, with what teacher and student thought at each."""
+def trajectory_of(fold: RunFold, index: int) -> TrajectoryOut:
+    """One trajectory. Raises ProblemError 404."""
     shard = next((shard for shard in fold.log.trajectory_shards() if index in shard.indices), None)
     trajectory = None
     if shard is not None:
@@ -102,6 +146,26 @@ def _task_of(task: str, seed: int) -> Task:
             f"The service loads no Hugging Face tokenizer ({config.tokenizer}); read ids through /v1/sql instead.",
         )  # fmt: skip
     return build_task(config, seed=seed, tokenizer=None)
+
+
+def _rows_of(fold: RunFold, shard: IndexRange) -> Sequence[Row]:
+    """The rows of a shard, decoded once: its manifests say whether it is still the same."""
+    manifests = (fold.log.find_trajectories(shard), fold.log.find_scores(fold.config.teacher.name, shard))
+    known = _rows.setdefault(fold, OrderedDict())
+    with _building:
+        if shard in known and known[shard][0] == manifests:
+            known.move_to_end(shard)
+            return known[shard][1]
+    scores = _scores_of(fold, shard)
+    rows = [
+        Row(_summary(trajectory, scores.get(trajectory.index)), frozenset(r.version for r in trajectory.version_runs))
+        for trajectory in fold.log.read_trajectories(shard)
+    ]
+    with _building:
+        known[shard] = (manifests, rows)
+        while sum(len(rows) for _, rows in known.values()) > MAX_ROWS:
+            known.popitem(last=False)
+    return rows
 
 
 def _scores_of(fold: RunFold, shard: IndexRange) -> dict[int, TeacherScores]:

@@ -37,7 +37,7 @@ from asyncopd.supervise import home
 from flows.preflight import preflight
 from storage.open import open_store
 from storage.run_log import StoredRunLog
-from storage.runs import list_runs, open_run
+from storage.runs import list_runs, missing_run, open_run
 
 STOPPED_BY_USER = 130
 CANCEL_S = 30.0
@@ -281,10 +281,7 @@ def _config(arguments: argparse.Namespace) -> int:
 def _stored_config(root: str, run_id: str) -> RunConfig:
     store = open_store(root)
     if run_id not in list_runs(store):
-        raise StackError(
-            f"there is no run {run_id} in {root}. Existing runs: {', '.join(list_runs(store)[-5:]) or 'none'}. "
-            "Name another storage root with --root."
-        )
+        raise missing_run(store, run_id)
     return RunConfig.model_validate(open_run(store, run_id).config())
 
 

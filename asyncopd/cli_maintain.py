@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from asyncopd.errors import StackError
 from storage.audit import GRACE_S, audit_run
 from storage.collect import CollectReport, collect_run
 from storage.compact import MAX_ROWS, compact_run
@@ -18,7 +17,7 @@ from storage.layout import RunLayout, run_of
 from storage.objects import ObjectStore
 from storage.open import open_store
 from storage.quarantine import set_aside
-from storage.runs import list_runs
+from storage.runs import missing_run
 
 FOUND_PROBLEMS = 1
 
@@ -45,12 +44,9 @@ def add_maintain(commands: Any) -> None:
 
 
 def find_run(store: ObjectStore, run_id: str) -> str:
-    """`run_id` itself. Raises StackError when the root has no object of such a run."""
+    """`run_id` itself. Raises RunMissingError when the root has no object of such a run."""
     if not store.list(RunLayout(run_id).root):
-        raise StackError(
-            f"there is no run {run_id} in {store.url}. Existing runs: {', '.join(list_runs(store)[-5:]) or 'none'}. "
-            "Name another storage root with --root."
-        )
+        raise missing_run(store, run_id)
     return run_id
 
 

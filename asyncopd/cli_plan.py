@@ -121,9 +121,8 @@ def _inputs(arguments: argparse.Namespace) -> tuple[Workload, Costs]:
     }
     if arguments.speeds:
         given["speeds"] = _speeds(arguments.speeds)
-    shape = DecodeCurve.parse(arguments.decode) if arguments.decode else None
-    if shape is None:
-        raise ConfigError("--decode is needed: seconds of a decode step by active slots, for example 1:0.006,512:0.02.")
+    _check_given(arguments)
+    shape = DecodeCurve.parse(arguments.decode)
     sizes = {
         "batch_size": arguments.batch_size, "shard_size": arguments.shard_size, "num_slots": arguments.slots,
         "num_steps": arguments.steps,
@@ -136,17 +135,29 @@ def _inputs(arguments: argparse.Namespace) -> tuple[Workload, Costs]:
                "num_steps": work.num_steps}  # fmt: skip
         chosen = {name: own[name] if value is None else value for name, value in sizes.items()}
         return Workload(lengths, **chosen, seed=arguments.seed), Costs(**{**vars(costs), **given})
-    for name in ("score_tokens_per_s", "train_tokens_per_s"):
-        if name not in given:
-            raise ConfigError(f"--{name.replace('_', '-')} is needed, or --costs-of a run to read the costs from.")
     defaults = {"batch_size": 256, "shard_size": 64, "num_slots": 256, "num_steps": 40}
     chosen = {name: defaults[name] if value is None else value for name, value in sizes.items()}
     return Workload(_lengths(arguments), **chosen, seed=arguments.seed), Costs(decode=shape, **given)
 
 
+NEEDED = {
+    "decode": "--decode N:S,…: seconds of a decode step by active slots, for example 1:0.006,512:0.02",
+    "lengths": "--lengths: a run id, or for example lognormal:mean=3000,p99=16000,max=16384",
+    "score_tokens_per_s": "--score-tokens-per-s X, of one teacher GPU",
+    "train_tokens_per_s": "--train-tokens-per-s X, of one learner GPU",
+}
+
+
+def _check_given(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError that names everything that is missing, so that nobody finds out one by one."""
+    needed = ["decode"] if arguments.costs_of else list(NEEDED)
+    missing = [NEEDED[name] for name in needed if getattr(arguments, name) is None]
+    if missing:
+        else_ = "" if arguments.costs_of else " All but --decode can be read from a synchronous run: --costs-of RUN_ID."
+        raise ConfigError(f"the forecast needs {'; '.join(missing)}.{else_}")
+
+
 def _lengths(arguments: argparse.Namespace) -> Lengths:
-    if arguments.lengths is None:
-        raise ConfigError("--lengths is needed: a run id, or for example lognormal:mean=3000,p99=16000,max=16384.")
     if arguments.lengths.startswith("lognormal:"):
         return Lognormal.parse(arguments.lengths)
     log, config = _stored(arguments.root, arguments.lengths)

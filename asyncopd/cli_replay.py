@@ -6,13 +6,26 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from asyncopd.config import RunConfig, parse_override
-from asyncopd.config.replay import parse_settings, split_arm
+from asyncopd.config.backfill import Backfill
+from asyncopd.errors import ConfigError
+from asyncopd.offline_checks import (
+    check_backfill,
+    check_counterfactual,
+    check_scores,
+    num_trained,
+    replay_of,
+    steps_from,
+)
+from asyncopd.replay_scores import resolved_replay, vocab_size_of
+from storage.open import open_store
+from storage.runs import open_run
 
 COMMANDS = {
     "replay": "train again from a run's log, with no sampler and no teacher, into a run of its own (docs/replay.md)",
@@ -98,14 +111,20 @@ def _counterfactual_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _top_k(text: str) -> int | str:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of ids, or all")
     return text if text == "all" else int(text)
 
 
 def staleness_list(text: str) -> list[int]:
     """`0,2,8` as it stands; `0:64` as 0, 1, 2, 4, … 64."""
+    if not re.fullmatch(r"\d+:\d+|\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected bounds in versions, like 0,2,8, or FIRST:LAST, like 0:64")
     first, colon, last = text.partition(":")
     if not colon:
         return [int(part) for part in text.split(",")]
+    if int(first) > int(last):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected FIRST:LAST with FIRST <= LAST")
     powers = [2**n for n in range(int(last).bit_length())]
     return sorted({int(first), *(p for p in powers if int(first) <= p <= int(last)), int(last)})
 
@@ -135,13 +154,7 @@ def offline_command(command: str, options: Mapping[str, Any], *, watch_parent: b
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    # Mistyped settings are refused here, before torch is loaded.
-    if arguments.command == "replay":
-        for texts in (arguments.overrides, *map(split_arm, arguments.compare)):
-            parse_settings(texts)
-    elif arguments.command == "backfill":
-        for text in arguments.teacher:
-            parse_override(text)
+    _check(arguments)
     command = offline_command(arguments.command, vars(arguments))
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
@@ -152,3 +165,29 @@ def _run(arguments: argparse.Namespace) -> int:
             return process.wait(STOP_S)
         process.kill()
         return STOPPED_BY_USER
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse here what needs no model: the child loads torch, which takes seconds, before it can say so."""
+    log = open_run(open_store(arguments.root), arguments.run_id)
+    config = RunConfig.model_validate(log.config())
+    if arguments.command == "replay":
+        replay, arms = replay_of(
+            arguments.run_id, config, num_steps=num_trained(log),
+            steps=steps_from(arguments.steps, arguments.from_version), start=arguments.start,
+            overrides=arguments.overrides, compare=arguments.compare,
+        )  # fmt: skip
+        vocab_size = vocab_size_of(config)
+        for asked in arms or [replay]:
+            check_scores(arguments.run_id, asked.scores, log.teachers())
+            if vocab_size is not None:
+                resolved_replay(log, config, asked, vocab_size=vocab_size)
+    elif arguments.command == "backfill":
+        teacher = dict(parse_override(text) for text in arguments.teacher)
+        check_backfill(config, Backfill(
+            arguments.run_id, teacher, arguments.top_k, arguments.teacher_draws, arguments.candidates
+        ))  # fmt: skip
+        if not log.trajectory_shards():
+            raise ConfigError(f"run {arguments.run_id} has no trajectories yet; train it before back-filling.")
+    else:
+        check_counterfactual(log)

@@ -96,6 +96,10 @@ def _run(arguments: argparse.Namespace) -> int:
         result = sandbox.query(sql, parameters, as_of=as_of)
     if output is not None or style == "parquet":
         write_result(result.table, style, output)
+        if output is not None:
+            rows = f"{result.table.num_rows:,} row{'' if result.table.num_rows == 1 else 's'}"
+            written = f"{rows} written to {output} ({style})"
+            Console(stderr=True).print(written, highlight=False, soft_wrap=True)
     else:
         print(text_of_result(result.table, style, width=console.width if console.is_terminal else None), end="")
     if result.truncated:

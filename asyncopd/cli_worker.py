@@ -7,9 +7,8 @@ import os
 import sys
 from typing import Any
 
-from asyncopd.errors import StackError
 from storage.open import open_store
-from storage.runs import list_runs
+from storage.runs import list_runs, missing_run
 
 ROLES = ("rollout", "score", "learn", "evaluate")
 
@@ -33,12 +32,9 @@ def worker_command(role: str, run_id: str, root: str) -> list[str]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    known = list_runs(open_store(arguments.root))
-    if arguments.run_id not in known:
-        raise StackError(
-            f"there is no run {arguments.run_id} in {arguments.root}. Existing runs: "
-            f"{', '.join(known[-5:]) or 'none'}. Name another storage root with --root."
-        )
+    store = open_store(arguments.root)
+    if arguments.run_id not in list_runs(store):
+        raise missing_run(store, arguments.run_id)
     # Replaces this process: signals reach the worker itself, and nothing is left to look after.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.execve(sys.executable, worker_command(arguments.role, arguments.run_id, arguments.root), environment)

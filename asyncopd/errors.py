@@ -12,6 +12,7 @@ class AsyncOPDError(Exception):
         ├── StorageError         the object store refused or lost something
         │   ├── StoreUnusableError   the root cannot be written, or lacks put-if-absent
         │   ├── ObjectMissingError   a key that a manifest promises does not exist
+        │   │   └── RunMissingError      no run of that id is in the storage root
         │   └── ShardCorruptError    bytes differ from what the manifest promises
         ├── QueryError           SQL that is wrong, or not allowed
         │   └── QueryLimitError      a query needs more time, memory or room for its result than it may use
@@ -47,6 +48,10 @@ class StoreUnusableError(StorageError):
 
 class ObjectMissingError(StorageError):
     """A key that a manifest or a caller relies on does not exist."""
+
+
+class RunMissingError(ObjectMissingError):
+    """No run of that id is in the storage root."""
 
 
 class ShardCorruptError(StorageError):

@@ -45,7 +45,9 @@ def write_result(rows: Any, style: str, output: Path | None) -> None:
         body.write(text_of_result(rows, style).encode())
     if output is None:
         if sys.stdout.isatty():
-            raise QueryError("Parquet is not for the screen: name a file with --output, or redirect.")
+            raise QueryError(
+                "Parquet is not for the screen. Name a file with --output rows.parquet, or redirect it."
+            )
         sys.stdout.buffer.write(body.getvalue())
         return
     temporary = output.with_name(f".{output.name}.{os.getpid()}")

@@ -1,9 +1,9 @@
-"""The service under load: SSE clients and mixed reads on a run that grows; latency and the event loop's largest gap.
+"""The service under load while a real run trains: SSE clients and mixed reads; latency, loop gaps, training slowed by.
 
-The run is written by a process of its own, four steps a second, so that what is measured is the service. In one run:
-the writer alone, then the writer with the load; its pace with and without the load is printed beside the latencies.
+Roles of the quickstart train in processes of their own, without Prefect. The service runs all the time; stretches of
+`--steps` learner steps with clients alternate with stretches without, in the order ABBA, and each pair gives a ratio.
 
-    python benchmarks/service.py --clients 200 --rate 50 --seconds 30
+    python benchmarks/service.py --clients 200 --rate 50 --steps 50 --pairs 3
 """
 
 from __future__ import annotations
@@ -11,58 +11,46 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
-import random
+import os
 import socket
+import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import uvicorn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from synthetic_run import config_of, new_log, publish_run, train_step
+import pipeline
+from role_processes import RoleStarter, roles_of
+from service_load import Clients, Load
 
 from api.main import create_app
 from api.settings import ServiceSettings
-from storage.open import open_store
-from storage.run_log import StoredRunLog
+from asyncopd.config import load_config
+from flows.wiring import OpenRun
 
-RUN, STEPS_PER_S = "growing", 4.0
-PATHS = ("/v1/runs", "/v1/runs/{}", "/v1/runs/{}/metrics", "/v1/runs/{}/staleness", "/v1/runs/{}/timeline",
-         "/v1/runs/{}/throughput", "/v1/runs/{}/events", "/v1/runs/{}/trajectories", "/v1/runs/{}/evals")  # fmt: skip
-
-
-def write(root: str, seconds: float, first: int, busy_s: Any) -> None:
-    """Publish steps at their pace; `busy_s` gets the seconds that one step's work took, on average."""
-    log = StoredRunLog(open_store(root), RUN)
-    spent, number, end = 0.0, first, time.monotonic() + seconds
-    while time.monotonic() < end:
-        began = time.perf_counter()
-        np.linalg.norm(np.random.default_rng(number).normal(size=(600, 600)) @ np.ones((600, 600)))
-        log.publish_step(train_step(number, finished=time.time()))
-        spent += time.perf_counter() - began
-        number += 1
-        time.sleep(1 / STEPS_PER_S)
-    busy_s.value = spent / (number - first)
-    print(f"writer: {number - first} steps, {1000 * busy_s.value:.1f} ms of work each", flush=True)
+SETTLE_S = 3.0
+"""Between a stretch's clients coming and its first step that counts: the burst of connecting is not its pace."""
 
 
-def serve(root: str, port: int, stop: Any, gap_s: Any) -> None:
+def serve(root: str, port: int, stop: Any, gap_s: Any, niceness: int) -> None:
     """The service with a 10 ms ticker in its event loop, in a process of its own."""
+    os.nice(niceness)
 
     async def main() -> None:
-        folder = Path(root).parent
-        settings = ServiceSettings(root=root, tokens=folder / "tokens.json", requests_per_s=10_000)
+        settings = ServiceSettings(root=root, tokens=Path(root).parent / "tokens.json", requests_per_s=10_000)
         config = uvicorn.Config(create_app(settings), port=port, log_level="warning", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
         last = time.perf_counter()
         while not stop.is_set():
             await asyncio.sleep(0.01)
@@ -74,78 +62,129 @@ def serve(root: str, port: int, stop: Any, gap_s: Any) -> None:
     asyncio.run(main())
 
 
-async def load(url: str, num_clients: int, rate: float, seconds: float) -> tuple[list[float], int]:
-    """Latencies of the reads, seconds, and the number of events that all the streams received."""
-    latencies: list[float] = []
-    num_events = 0
-    limits = httpx.Limits(max_connections=None)
+class Service:
+    """That process."""
 
-    async def follow(client: httpx.AsyncClient) -> None:
-        nonlocal num_events
-        async with client.stream("GET", f"{url}/v1/runs/{RUN}/events/stream", timeout=None) as response:
-            assert response.status_code == 200
-            async for line in response.aiter_lines():
-                num_events += line.startswith("id: ")
+    def __init__(self, root: str, niceness: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.gap_s, self._stop = spawn.Value("d", 0.0), spawn.Event()
+        self._process = spawn.Process(target=serve, args=(root, self.port, self._stop, self.gap_s, niceness))
+        self._process.start()
+        self.pid: int = self._process.pid or 0
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{self.port}/healthz")
+                return
+            except httpx.TransportError:
+                time.sleep(0.1)
 
-    async def read(client: httpx.AsyncClient) -> None:
-        began = time.perf_counter()
-        response = await client.get(url + random.choice(PATHS).format(RUN), timeout=60)
-        assert response.status_code == 200, response.text
-        latencies.append(time.perf_counter() - began)
+    def __enter__(self) -> Service:
+        return self
 
-    async with httpx.AsyncClient(limits=limits) as client:
-        streams = [asyncio.create_task(follow(client)) for _ in range(num_clients)]
-        await asyncio.sleep(3)
-        reads, end = [], time.monotonic() + seconds
-        while time.monotonic() < end:
-            reads.append(asyncio.create_task(read(client)))
-            await asyncio.sleep(1 / rate)
-        await asyncio.gather(*reads)
-        for stream in streams:
-            stream.cancel()
-        await asyncio.gather(*streams, return_exceptions=True)
-    return latencies, num_events
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._process.join()
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Some steps of training."""
+
+    seconds: float
+    service_cpu: float
+    """Cores used, on average."""
+    training_cpu: float
+    load: Load | None
+    gap_s: float
+
+
+def stretch(run: OpenRun, roles: RoleStarter, service: Service, num_steps: int, clients: Clients | None) -> Stretch:
+    """Wait for `num_steps` steps, and look at what they took."""
+    service.gap_s.value = 0.0
+    time.sleep(SETTLE_S)
+    first = _wait_for_step(run, _newest(run) + 1)
+    began, used = time.monotonic(), (_cpu_s([service.pid]), _cpu_s([role.pid for role in roles.processes]))
+    last = _wait_for_step(run, first.step + num_steps)
+    seconds = time.monotonic() - began
+    cpu = (_cpu_s([service.pid]) - used[0], _cpu_s([role.pid for role in roles.processes]) - used[1])
+    load = None if clients is None else clients.stop()
+    return Stretch(last.finished - first.finished, cpu[0] / seconds, cpu[1] / seconds, load, service.gap_s.value)
+
+
+def _newest(run: OpenRun) -> int:
+    return max((int(key.rsplit("/", 1)[1][:6]) for key in run.log.store.folder(run.log.layout.steps).keys), default=0)
+
+
+def _wait_for_step(run: OpenRun, number: int) -> Any:
+    deadline = time.monotonic() + 300
+    while (step := run.log.find_step(number)) is None:
+        assert time.monotonic() < deadline, f"step {number} was not trained within 300 s"
+        time.sleep(0.1)
+    return step
+
+
+def _cpu_s(pids: list[int]) -> float:
+    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--rate", type=float, default=50.0)
-    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--rate", type=float, default=50.0, help="reads a second")
+    parser.add_argument("--steps", type=int, default=50, help="learner steps of a stretch")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--nice", type=int, default=0, help="niceness of the service")
     asked = parser.parse_args()
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        root = f"{folder}/runs"
-        config = config_of(learner={"num_steps": 10_000, "batch_size": 8})
-        log = new_log(open_store(root), config, RUN)
-        log.record_state("running", by="flow")
-        publish_run(log, config, num_steps=60)
-        alone, loaded, gap, stop = (spawn.Value("d", 0.0), spawn.Value("d", 0.0), spawn.Value("d", 0.0), spawn.Event())
-        writer = spawn.Process(target=write, args=(root, asked.seconds, 60, alone))
-        writer.start()
-        writer.join()
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        service = spawn.Process(target=serve, args=(root, port, stop, gap))
-        service.start()
-        while True:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/healthz")
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        first = len(log.steps())
-        writer = spawn.Process(target=write, args=(root, asked.seconds + 3, first, loaded))
-        writer.start()
-        latencies, num_events = asyncio.run(load(f"http://127.0.0.1:{port}", asked.clients, asked.rate, asked.seconds))
-        writer.join()
-        stop.set()
-        service.join()
+    with tempfile.TemporaryDirectory() as folder:
+        num_steps = (2 * asked.pairs + 1) * (asked.steps + 60)
+        changes = {"storage.root": f"{folder}/runs", "learner.num_steps": num_steps}
+        run = pipeline.new_run(load_config("configs/quickstart.yaml", changes), "growing")
+        run.log.record_state("running", by="benchmark")
+        with Service(f"{folder}/runs", asked.nice) as service, roles_of(run, Path(folder) / "logs") as roles:
+            for role in ("rollout", "score", "learn", "evaluate"):
+                roles.start(role)
+            _wait_for_step(run, 10)
+            found: dict[bool, list[Stretch]] = {True: [], False: []}
+            for number in range(asked.pairs):
+                for is_loaded in (False, True) if number % 2 == 0 else (True, False):
+                    clients = Clients(service.port, "growing", asked.clients, asked.rate) if is_loaded else None
+                    found[is_loaded].append(stretch(run, roles, service, asked.steps, clients))
+            num_steps = _newest(run) + 1
+    report(found[False], found[True], asked, num_steps)
+
+
+def report(alone: list[Stretch], loaded: list[Stretch], asked: argparse.Namespace, num_steps: int) -> None:
+    loads = [part.load for part in loaded if part.load is not None]
+    latencies = [latency for load in loads for latency in load.latencies_s]
+    ratios = [b.seconds / a.seconds for a, b in zip(alone, loaded, strict=True)]
     p50, p99 = np.percentile(latencies, [50, 99]) * 1000
-    print(f"{len(latencies)} reads: p50 {p50:.0f} ms, p99 {p99:.0f} ms; {num_events} events to {asked.clients} clients")
-    print(f"largest gap of a 10 ms ticker in the service's event loop: {gap.value * 1000:.0f} ms")
-    print(f"writer's work per step: {loaded.value / alone.value:.2f} times that without the service")
+    seconds = sum(load.seconds for load in loads)
+    print(f"{len(latencies)} reads in {seconds:.0f} s: p50 {p50:.0f} ms, p99 {p99:.0f} ms")
+    by_path = defaultdict(list)
+    for load in loads:
+        for path, latency in zip(load.paths, load.latencies_s, strict=True):
+            by_path[path].append(1000 * latency)
+    for path, found in sorted(by_path.items()):
+        print(f"  {path:34} p50 {np.median(found):5.0f}  p99 {np.percentile(found, 99):5.0f} ms")
+    num_events = sum(sum(load.events) for load in loads)
+    spread = max(max(load.events) - min(load.events) for load in loads)
+    num_bytes = sum(load.num_bytes for load in loads)
+    print(f"{num_events} events ({num_bytes / 2**20:.0f} MiB) to {asked.clients} streams, each within {spread} of the "
+          f"others; the run has {num_steps} steps")  # fmt: skip
+    print(f"largest gap of a 10 ms ticker in the service's event loop: {1000 * max(p.gap_s for p in loaded):.0f} ms")
+    print(f"training with clients takes {statistics.median(ratios):.3f} times as long as without "
+          f"(pairs: {', '.join(f'{ratio:.3f}' for ratio in ratios)})")  # fmt: skip
+
+    for name, parts in (("with", loaded), ("without", alone)):
+        training = statistics.mean(part.training_cpu for part in parts)
+        service = statistics.mean(part.service_cpu for part in parts)
+        print(f"cores used {name} clients: training {training:.2f}, service {service:.2f}")
+    print(f"cores used by the clients themselves: {sum(load.cpu_s for load in loads) / seconds:.2f}")
+    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; failures: "
+          f"{sorted({f for load in loads for f in load.failures}) or 'none'}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from rich.console import Console
 
 from asyncopd.config import parse_override
 from asyncopd.config.backfill import Backfill
-from asyncopd.config.replay import Replay, first_step, parse_settings, parse_steps, split_arm, with_settings
+from asyncopd.config.replay import Replay, first_step
 from asyncopd.counterfactual import Cell, check_defined, settings_of
-from asyncopd.errors import AsyncOPDError, ConfigError
+from asyncopd.errors import AsyncOPDError
+from asyncopd.offline_checks import num_trained, replay_of, steps_from
 from asyncopd.replay_text import (
     comparison_markdown,
     comparison_table,
@@ -89,30 +90,21 @@ async def _run(command: str, arguments: argparse.Namespace) -> int:
 async def replay(arguments: argparse.Namespace, console: Console) -> None:
     """`asyncopd replay`: one replay, or one per arm of a comparison."""
     parent = open_stored_run(arguments.root, arguments.run_id)
-    num_trained = len(parent.log.steps())
-    latest = parent.log.latest_policy()
-    if not num_trained or latest is None:
-        raise ConfigError(f"run {arguments.run_id} has not trained a step yet; there is nothing to replay.")
-    first, last = parse_steps(arguments.steps, num_steps=latest.number)
-    if arguments.from_version is not None:
-        first, last = parse_steps(f"{arguments.from_version}:{last}", num_steps=latest.number)
-    settings, scores = parse_settings(arguments.overrides)
-    base = Replay(arguments.run_id, first, last, arguments.start, settings, scores)
-    if not arguments.compare:
+    base, arms = replay_of(
+        arguments.run_id, parent.config, num_steps=num_trained(parent.log),
+        steps=steps_from(arguments.steps, arguments.from_version), start=arguments.start,
+        overrides=arguments.overrides, compare=arguments.compare,
+    )  # fmt: skip
+    if not arms:
         await _one(parent, base, arguments, console)
         return
     names = list(arguments.compare)
-    if len(names) < 2:
-        raise ConfigError(
-            f"--compare {names[0]!r}: a comparison needs at least two arms; give --compare once for each."
-        )
-    arms = [with_settings(base, *parse_settings(split_arm(name))) for name in names]
     # All are checked and created before the first is trained.
     opened = [open_replay(parent, arm, root=arguments.root) for arm in arms]
     for child, arm in opened:
         _say(await train_replay(parent, child, arm, console=console), arm, console)
     measured = await outcomes([child for child, _ in opened], num_prompts=arguments.prompts, console=console)
-    title = f"{arguments.run_id}, steps {first} to {last}, from {_start(base)}"
+    title = f"{arguments.run_id}, steps {base.first_version} to {base.last_version}, from {_start(base)}"
     out = _out(arguments, "compare", [child.log.run_id for child, _ in opened])
     text = comparison_markdown(title, names, measured)
     open_store(str(out)).put("compare.md", text.encode())

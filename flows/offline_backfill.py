@@ -15,12 +15,12 @@ from asyncopd.config.backfill import Backfill, CandidateRequest, candidates_of, 
 from asyncopd.errors import ConfigError
 from asyncopd.learner.replay import find_version
 from asyncopd.ports import ScoreRequest
+from asyncopd.replay_scores import source_of
 from asyncopd.rollout.candidates import CandidateSource
 from asyncopd.sampling import CandidateRule
 from asyncopd.teacher.backfill import Backfilled, BackfillStage
 from asyncopd.teacher.cached import NoCache
 from asyncopd.types import IndexRange, Trajectory
-from flows.offline_log import source_of
 from flows.wiring import OpenRun, missing_models, open_stored_run, scorer_of, student_skeleton
 from flows.work import make_model
 from storage.candidates import find_candidates, publish_candidates, with_candidates
@@ -54,7 +54,7 @@ async def run_backfill(root: str, backfill: Backfill, *, console: Console, use_c
         EngineError: the teacher or the student that sampled cannot serve a shard.
     """
     run = open_stored_run(root, backfill.run_id)
-    source = source_of(run)
+    source = source_of(run.log)
     if source is not run.log:
         run = open_stored_run(root, source.run_id)
     config = run.config

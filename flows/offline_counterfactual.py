@@ -31,10 +31,11 @@ from asyncopd.counterfactual import (
 from asyncopd.errors import ConfigError
 from asyncopd.learner.counterfactual import StepFigures, train_in_order
 from asyncopd.learner.replay import train_to
+from asyncopd.offline_checks import check_counterfactual
+from asyncopd.replay_scores import check_log, read_shard, read_step, scores_view
 from asyncopd.types import IndexRange, ScoredTrajectory
-from flows.offline_log import check_log, read_shard, read_step, scores_view
 from flows.wiring import OpenRun, student_of, student_skeleton
-from storage.replay_log import ReplayLog, ScoresView
+from storage.replay_log import ScoresView
 
 MIN_MEASURED = 8
 """Clocks that must be left to measure; fewer would be mostly noise."""
@@ -46,14 +47,9 @@ def log_of(run: OpenRun) -> Log:
     Raises:
         ConfigError: the run trained nothing, lacks scores, or is a replay.
     """
-    if isinstance(run.log, ReplayLog):
-        raise ConfigError(
-            f"run {run.log.run_id} is a replay: nothing arrived while it trained. Ask about {run.log.source.run_id}."
-        )
+    check_counterfactual(run.log)
     steps = run.log.steps()
-    if not steps:
-        raise ConfigError(f"run {run.log.run_id} has not trained a step yet; there is nothing to re-order.")
-    plan, view = run.config.plan, scores_view(run)
+    plan, view = run.config.plan, scores_view(run.log, run.config)
     decided = _decided(run, len(steps))
     shards = [of_shard.shard for of_shard in decided]
     required = run.config.loss.requirements()
@@ -207,7 +203,7 @@ def measure(
 
 async def _state(run: OpenRun, version: int) -> Mapping[str, bytes]:
     student = student_of(run.config, student_skeleton(run))
-    await train_to(run.log, student, version, read_step=partial(read_step, run))
+    await train_to(run.log, student, version, read_step=partial(read_step, run.log, run.config))
     return student.checkpoint()
 
 
@@ -227,7 +223,7 @@ async def _train(
 
 def _reader(run: OpenRun, log: Log) -> Callable[[int], ScoredTrajectory]:
     """Index -> scored trajectory; the shards between the earliest and the latest index in use stay decoded."""
-    view, size = scores_view(run), run.config.plan.shard_size
+    view, size = scores_view(run.log, run.config), run.config.plan.shard_size
 
     @lru_cache(maxsize=256)
     def shard(number: int) -> dict[int, ScoredTrajectory]:

@@ -18,13 +18,13 @@ from rich.console import Console
 
 from asyncopd import __version__
 from asyncopd.bars import Advance, bar
-from asyncopd.config.replay import Replay, first_step, parent_version, replay_config
+from asyncopd.config.replay import Replay, first_step, parent_version
 from asyncopd.evaluate.paired import Outcome, outcome_of
 from asyncopd.evaluate.stage import versions_to_evaluate
 from asyncopd.learner.replay import find_version, publish_start, train_to
 from asyncopd.learner.stage import LearnStage
+from asyncopd.replay_scores import read_step, resolved_replay
 from asyncopd.worker import Worker
-from flows.offline_log import choose_scores, read_step, shards_of_plan
 from flows.wiring import OpenRun, evaluate_stage, open_stored_run, student_of, student_skeleton
 from storage.replay_log import ReplayLog
 from storage.runs import create_run, list_runs
@@ -51,10 +51,9 @@ def open_replay(parent: OpenRun, replay: Replay, *, root: str) -> tuple[OpenRun,
         ConfigError: settings or a log that the replay cannot work with; nothing is created then.
     """
     find_version(parent.log, replay.first_version)
-    config = replay_config(parent.config, replay)
-    shards = shards_of_plan(parent, config.plan, first_step(parent.config, config, replay))
-    scores = choose_scores(parent, replay.scores, config.loss.requirements(), shards)
-    resolved = Replay(**{**replay.to_record(), "scores": scores})
+    resolved, config = resolved_replay(
+        parent.log, parent.config, replay, vocab_size=parent.task.tokenizer.vocab_size
+    )
     if resolved.child_id in list_runs(parent.store):
         # With the configuration it was made with, whatever defaults have changed since.
         return open_stored_run(root, resolved.child_id), resolved
@@ -174,7 +173,7 @@ async def _restore_parent_state(
             parent.log,
             student,
             replay.first_version,
-            read_step=partial(read_step, parent),
+            read_step=partial(read_step, parent.log, parent.config),
             on_step=lambda step: advance(1),
         )
     restore(student.checkpoint())

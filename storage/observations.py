@@ -34,10 +34,17 @@ class ObservationLog:
 
     def evaluations(self) -> list[Evaluation]:
         """Evaluations of the surviving lineage, by version."""
+        return [self.read_evaluation(key) for key in self.evaluation_keys()]
+
+    def evaluation_keys(self) -> list[str]:
+        """Keys of the evaluations of the surviving lineage, by version. What is stored under one never changes."""
         keys = self.store.folder(self.layout.evaluations).keys
         found = [version for key in keys if (version := parse_version(key)) is not None]
-        kept = [self.layout.evaluation(version) for version in surviving(found, self.lineage.rewinds())]
-        return [from_json(self.store.get(key), key, evaluation_from_json) for key in kept]
+        return [self.layout.evaluation(version) for version in surviving(found, self.lineage.rewinds())]
+
+    def read_evaluation(self, key: str) -> Evaluation:
+        """One evaluation. Raises ObjectMissingError or ShardCorruptError."""
+        return from_json(self.store.get(key), key, evaluation_from_json)
 
     def publish_spans(self, worker: str, sequence: int, spans: Sequence[Span]) -> None:
         """Write the `sequence`-th batch of a worker's spans; writing it again replaces it."""
@@ -64,6 +71,12 @@ class ObservationLog:
 
     def failures(self) -> list[Failure]:
         """All failures, oldest first."""
-        return [
-            from_json(self.store.get(key), key, failure_from_json) for key in self.store.list(self.layout.failures)
-        ]
+        return [self.read_failure(key) for key in self.failure_keys()]
+
+    def failure_keys(self) -> list[str]:
+        """Keys of all failures, oldest first. What is stored under one never changes."""
+        return self.store.list(self.layout.failures)
+
+    def read_failure(self, key: str) -> Failure:
+        """One failure. Raises ObjectMissingError or ShardCorruptError."""
+        return from_json(self.store.get(key), key, failure_from_json)

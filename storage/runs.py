@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from asyncopd.errors import StorageError
+from asyncopd.errors import RunMissingError, StorageError
 from asyncopd.types import Manifest
 from storage.layout import RUNS, RunLayout, model_manifest, model_object, new_attempt
 from storage.manifests import find_manifest, publish, read_manifest, read_objects
@@ -38,17 +38,26 @@ def create_run(
 
 
 def open_run(store: ObjectStore, run_id: str, *, topk_precision: TopkPrecision = "float32") -> StoredRunLog:
-    """The run's log. Raises StorageError (ObjectMissingError) when there is no such run.
+    """The run's log. Raises StorageError (RunMissingError) when there is no such run.
 
     A replay's log reads the shards of the run that was sampled, however many replays lie between.
     """
     log = StoredRunLog(store, run_id, topk_precision=topk_precision)
     if not store.exists(log.layout.record):
-        raise store.missing(log.layout.record)
+        raise missing_run(store, run_id)
     source = log
     while source.record.get("parent"):
         source = StoredRunLog(store, source.record["parent"]["run_id"], topk_precision=topk_precision)
     return log if source is log else ReplayLog(store, run_id, source, topk_precision=topk_precision)
+
+
+def missing_run(store: ObjectStore, run_id: str) -> RunMissingError:
+    """The error that says there is no such run, for the caller to raise: one message wherever a run is named."""
+    known = list_runs(store)
+    newest = ", ".join(known[-5:]) or "none"
+    return RunMissingError(
+        f"there is no run {run_id} in {store.url}. Existing runs: {newest}. Name another storage root with --root."
+    )
 
 
 def list_runs(store: ObjectStore) -> list[str]:

@@ -55,7 +55,9 @@ def test_every_format_holds_the_same_rows(root: str, tmp_path: Path, capsys: pyt
     query = "SELECT index, num_tokens FROM trajectories ORDER BY index"
     for name in ("rows.csv", "rows.json", "rows.parquet"):
         assert run("sql", query, "--root", root, "--limit", "5", "--output", str(tmp_path / name)) == 0
-    assert "only the first 5 rows" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "only the first 5 rows" in said
+    assert f"5 rows written to {tmp_path / 'rows.csv'} (csv)" in said
     read: list[Any] = [
         pa.csv.read_csv(tmp_path / "rows.csv").to_pylist(),
         [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()],
@@ -73,6 +75,8 @@ def test_stored_queries_are_listed_and_run_by_name(root: str, capsys: pytest.Cap
     assert "largest_disagreements" in capsys.readouterr().out
     assert run("sql", "made-version", "-p", "version=2", "--root", root, "--format", "csv") == 0
     assert capsys.readouterr().out.splitlines()[1].startswith("first,8,walk-8,")
+    assert run("sql", "made-version", "-p", "version=abc", "--root", root) == 2
+    assert "version=abc is no INTEGER. It means the version; the default is 1." in capsys.readouterr().err
     assert run("sql", "nothing_like_it", "--root", root) == 2
     assert "--list" in capsys.readouterr().err
 

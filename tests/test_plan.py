@@ -286,10 +286,15 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
     assert "Taken as free" in shown
 
 
-@pytest.mark.parametrize("missing", ["--lengths", "--decode", "--train-tokens-per-s"])
-def test_the_command_says_what_is_missing(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
-    at = COMMAND.index(missing)
+@pytest.mark.parametrize("missing", [["--lengths"], ["--decode"], ["--lengths", "--decode", "--train-tokens-per-s"]])
+def test_the_command_says_everything_that_is_missing(missing: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command = list(COMMAND)
+    for option in missing:
+        at = command.index(option)
+        del command[at : at + 2]
     with pytest.raises(SystemExit) as ended:
-        main([*COMMAND[:at], *COMMAND[at + 2 :]])
+        main(command)
     assert ended.value.code == 2
-    assert f"{missing} is needed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert all(option in said.partition("All but")[0] for option in missing)
+    assert "--score-tokens-per-s" not in said

@@ -15,11 +15,13 @@ from typing import Any
 import pipeline
 import pytest
 import yaml
+from synthetic_run import config_of, new_log, publish_run, weights_of
 
 from asyncopd import cli, stack
 from asyncopd.config import load_config
 from asyncopd.errors import StoreUnusableError
 from flows.preflight import preflight
+from storage.open import open_store
 
 QUESTION = json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n"
 
@@ -172,10 +174,41 @@ def test_a_disk_that_is_full(tmp_path: Path, full_disk: Path) -> None:
         preflight(config)
 
 
-@pytest.mark.parametrize("command", ["train --run-id", "status"])
+@pytest.mark.parametrize(
+    "command", ["train --run-id", "status", "worker rollout", "replay", "backfill", "counterfactual"]
+)
 def test_a_run_that_does_not_exist(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
     message = refusal(capsys, *command.split(), "no-such-run", "--root", str(tmp_path / "runs"))
     assert f"there is no run no-such-run in {tmp_path / 'runs'}. Existing runs: none." in message
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("replay --steps 5:3", "expected FIRST:LAST with 0 <= FIRST < LAST <= 12"),
+        ("replay --set rollout.slots=4", "the log was made with it"),
+        ("replay --set scores=nobody", "run parent has no scores nobody; it has oracle"),
+        ("replay --set loss.name=forward_kl", "asyncopd backfill parent --top-k"),
+        ("replay --compare loss.name=reverse_kl", "at least two arms"),
+        ("replay --compare loss.nome=a --compare loss.name=b", "has no option 'nome'"),
+        ("backfill", "there is nothing to back-fill"),
+        ("backfill --teacher smoothing=0.5", "Give it a name"),
+        ("backfill --candidates heads=4", "head=K"),
+        ("backfill --top-k many", "expected a number of ids, or all"),
+        ("counterfactual --staleness 0,x", "'0,x': expected bounds in versions, like 0,2,8"),
+        ("counterfactual --staleness 8:2", "expected FIRST:LAST with FIRST <= LAST"),
+    ],
+)
+def test_work_on_a_log_is_refused_before_a_model_could_be_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    log = new_log(open_store(str(tmp_path / "runs")), config_of(), "parent")
+    publish_run(log, config_of())
+    log.publish_policy(weights_of(12), worker="learn-0", facts={})
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("the process that loads torch was started"))
+    name, *options = command.split(" ", 1)
+    message = refusal(capsys, name, "parent", "--root", str(tmp_path / "runs"), *" ".join(options).split())
+    assert said in " ".join(message.split())
 
 
 def test_a_hub_name_that_is_neither_cached_nor_reachable(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import offline_builders as builders
 import pytest
 from offline_builders import NUM_STEPS, make_run, objects, opened, replayed, weights
+from service_world import client_of, prefect_stand_in, settings_of
 
 from asyncopd import cli
 from asyncopd.arrivals import Arrival
@@ -42,6 +43,21 @@ def test_a_replay_with_nothing_changed_makes_every_version_bit_for_bit_and_copie
         assert own.metrics["train/loss_nats"] == theirs.metrics["train/loss_nats"]
     assert not [key for key in objects(root, f"runs/{child.log.run_id}") if key.startswith(("traj", "scores"))]
     assert objects(root, "runs/parent") == before
+
+
+def test_the_service_names_the_run_that_the_flow_will_make(
+    parent: OpenRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its id was the digest of what was asked, the flow's that of what it trains on: nobody found the run.
+    client = client_of(settings_of(parent.config.storage.root, tmp_path))
+    with prefect_stand_in() as prefect:
+        monkeypatch.setenv("PREFECT_API_URL", prefect.url)
+        asked = client.post("/v1/runs/parent/replay", json={"steps": "2:4", "overrides": {"learner.lr": 0.001}})
+        lacks = client.post("/v1/runs/parent/replay", json={"overrides": {"loss.name": "forward_kl"}})
+    child, _ = opened(parent, "learner.lr=0.001", first=2, last=4)
+    assert asked.json()["run_id"] == child.log.run_id
+    assert (lacks.status_code, len(prefect.flow_runs)) == (422, 1)
+    assert "asyncopd backfill parent --top-k" in lacks.json()["detail"]
 
 
 def test_a_replay_records_its_parent_steps_and_changed_settings(parent: OpenRun) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,8 +19,10 @@ import pytest
 from fastapi.testclient import TestClient
 from service_world import DONE, LIVE, Prefect, client_of, make_root, prefect_stand_in, settings_of
 
+from api.fold import FRESH_S
 from storage.launches import LaunchLog
 from storage.open import open_store
+from storage.runs import open_run
 
 BODY = {"config_name": "quickstart", "overrides": {"learner.num_steps": 3}}
 
@@ -119,6 +122,21 @@ def test_a_launch_while_prefect_is_down_is_stored_and_a_repeat_goes_on(
         assert [run["parameters"]["run_id"] for run in found.flow_runs.values()] == [run_id]
 
 
+def test_a_launch_without_a_key_that_came_to_nothing_is_started_by_asking_again(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    refused = launch(client)
+    assert refused.status_code == 503
+    (run_id,) = re.findall(r'repeat the request with "run_id": "([^"]+)"', refused.json()["detail"])
+    with prefect_stand_in() as found:
+        monkeypatch.setenv("PREFECT_API_URL", found.url)
+        assert launch(client, run_id=run_id, overrides={"learner.num_steps": 4}).status_code == 409
+        assert launch(client, run_id=run_id).status_code == 200
+        assert launch(client, run_id=run_id).status_code == 409  # it is started now
+        assert len(found.flow_runs) == 1
+
+
 def test_a_service_killed_between_storing_and_starting_goes_on_with_the_repeat(
     root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +209,25 @@ def test_cancel_and_pause_tell_prefect_and_resume_starts_again(client: TestClien
     assert client.post("/v1/runs/nobody/resume").status_code == 404
 
 
+def test_a_resumed_run_is_queued_until_its_flow_begins(
+    client: TestClient, prefect: Prefect, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It was still called cancelled, and a stream of its events ended at once.
+    log = open_run(open_store(root), LIVE)
+    client.post(f"/v1/runs/{LIVE}/cancel")
+    log.record_state("stopped", by="flow-2", reason="cancelled")
+    time.sleep(FRESH_S)
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    assert client.post(f"/v1/runs/{LIVE}/resume").status_code == 503
+    assert client.get(f"/v1/runs/{LIVE}").json()["status"] == "cancelled"  # nobody is on the way
+    monkeypatch.setenv("PREFECT_API_URL", prefect.url)
+    assert client.post(f"/v1/runs/{LIVE}/resume").json()["status"] == "queued"
+    assert client.post(f"/v1/runs/{LIVE}/resume").status_code == 409
+    log.record_state("running", by="flow-3")
+    time.sleep(FRESH_S)
+    assert client.get(f"/v1/runs/{LIVE}").json()["status"] == "running"
+
+
 def test_mistakes_in_a_configuration_are_refused_before_anything_is_stored(
     client: TestClient, prefect: Prefect, root: str
 ) -> None:
@@ -216,14 +253,14 @@ def test_a_configuration_in_full_lands_in_the_services_root(client: TestClient, 
 
 
 def test_a_replay_starts_its_deployment_with_settings_that_arrive_as_sent(client: TestClient, prefect: Prefect) -> None:
-    body = {"steps": ":4", "overrides": {"learner.lr": 1e-05, "loss.name": "reverse_kl"}}
+    body = {"steps": ":4", "overrides": {"learner.lr": 1e-05, "loss.name": "cross_entropy"}}
     work = client.post(f"/v1/runs/{DONE}/replay", json=body, headers={"Idempotency-Key": "r"})
     assert work.status_code == 202, work.text
     assert client.post(f"/v1/runs/{DONE}/replay", json=body, headers={"Idempotency-Key": "r"}).json() == work.json()
     (asked,) = prefect.flow_runs.values()
     assert asked["deployment"] == "replay-run"
     assert asked["parameters"]["steps"] == "0:4"
-    assert asked["parameters"]["overrides"] == ["learner.lr=1.0e-05", 'loss.name="reverse_kl"']
+    assert asked["parameters"]["overrides"] == ["learner.lr=1.0e-05", 'loss.name="cross_entropy"']
     assert work.json()["run_id"].startswith(f"{DONE}-replay-")
 
 

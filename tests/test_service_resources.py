@@ -156,7 +156,8 @@ def test_policies_checkpoints_and_evaluations_are_the_surviving_ones(client: Tes
     evals = got(client, f"/v1/runs/{DONE}/evals")["data"]
     assert [e["version"] for e in evals] == [0, 4, 8, 12]
     assert got(client, f"/v1/runs/{LIVE}/checkpoints")["data"] == [{"step": 4, "rewind": 0}]
-    assert got(client, f"/v1/runs/{DONE}/policies") == {"data": [], "rewinds": []}  # the synthetic run keeps no weights
+    # The synthetic run keeps no weights.
+    assert got(client, f"/v1/runs/{DONE}/policies") == {"data": [], "superseded": [], "rewinds": []}
 
 
 def test_the_timeline_has_a_lane_per_worker_and_grows_with_the_run(tmp_path: Path) -> None:

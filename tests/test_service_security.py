@@ -55,6 +55,9 @@ def test_every_error_is_a_problem_document(client: TestClient, folder: Path) -> 
     is_problem(client.get("/v1/runs", params={"statuss": "failed"}), 422, "unknown-parameter")
     is_problem(client.get("/v1/runs", params={"limit": 0}), 422, "not-valid")
     is_problem(client.post("/v1/runs", json={"unknown": 1}), 422, "not-valid")
+    unlabelled = client.post("/v1/runs", content=b'{"config_name": "quickstart"}')  # as `curl -d` sends it
+    is_problem(unlabelled, 422, "not-valid")
+    assert "Content-Type: application/json" in unlabelled.json()["detail"]
     is_problem(client.post("/v1/sql", content=b"{", headers={"content-type": "application/json"}), 400, "not-json")
     is_problem(
         client.post("/v1/sql", content=b"\xff\xfe", headers={"content-type": "application/json"}), 400, "not-json"

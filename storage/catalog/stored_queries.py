@@ -45,13 +45,20 @@ class StoredQuery:
     sql: str
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Values of all parameters. Raises QueryError on a name the query does not have."""
+        """Values of all parameters. Raises QueryError on a name the query does not have, or a value of another type."""
         defaults = {parameter.name: parameter.default for parameter in self.parameters}
         unknown = sorted(given.keys() - defaults.keys())
         if unknown:
             raise QueryError(
                 f"query {self.name} has no parameter {unknown[0]}; it has {', '.join(defaults) or 'none at all'}."
             )
+        for parameter in self.parameters:
+            value = given.get(parameter.name, parameter.default)
+            if type(value) is not type(parameter.default) and (type(value), type(parameter.default)) != (int, float):
+                raise QueryError(
+                    f"query {self.name}: {parameter.name}={value} is no {parameter.type}. It means {parameter.doc}; "
+                    f"the default is {parameter.default}."
+                )
         return {**defaults, **given}
 
 
