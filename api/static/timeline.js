@@ -7,8 +7,9 @@ import { pct } from "./format.js";
 const ORDER = ["pretrain", "rollout", "score", "learn", "evaluate"];
 const LANE = 26, LEFT = 88, TOP = 18;
 
-export function timeline(onWindow) {
-  let known = null, from = 0, to = 1;
+/** @param {(from: number, to: number) => Promise<any>} read the same answer for a window, in which more spans are apart */
+export function timeline(read) {
+  let known = null, close = null, from = 0, to = 1, timer = 0;
   const detail = h("p", { class: "quiet phase" }, "Point at a span to see what it is.");
   const shares = h("div");
   const legend = h("div", { class: "legend" });
@@ -28,7 +29,7 @@ export function timeline(onWindow) {
       const label = `${+s.toFixed(3)} s`;
       if (px(s) + 2 + ctx.measureText(label).width < width) ctx.fillText(label, px(s) + 2, TOP - 6);
     }
-    known.lanes.forEach((lane, i) => {
+    shown().forEach((lane, i) => {
       const y = TOP + i * LANE;
       ctx.fillStyle = css("--text");
       ctx.fillText(lane.role, 2, y + 15);
@@ -46,20 +47,26 @@ export function timeline(onWindow) {
     });
   }
 
+  /** The lanes to draw: of the window read last while it holds what is looked at. */
+  const shown = () => known.lanes.map((lane) => (close && close.from <= from && to <= close.to ? close.lanes.get(lane.worker) ?? { ...lane, starts: [] } : lane));
+
+  function look(start, span) {
+    from = Math.max(0, Math.min(known.duration_s - span, start));
+    to = from + span;
+    view.redraw();
+    clearTimeout(timer);
+    if (span < known.duration_s / 2) timer = setTimeout(async () => {
+      const window = { from: Math.max(0, from - span / 2), to: to + span / 2 };
+      const found = await read(window.from, window.to);
+      close = { ...window, lanes: new Map(found.lanes.map((lane) => [lane.worker, lane])) };
+      view.redraw();
+    }, 250);
+  }
   function zoom(factor, centre = (from + to) / 2) {
     const span = Math.min(known.duration_s, Math.max(0.05, (to - from) * factor));
-    from = Math.max(0, Math.min(known.duration_s - span, centre - (centre - from) * (span / (to - from))));
-    to = from + span;
-    view.redraw();
-    onWindow?.(from, to);
+    look(centre - (centre - from) * (span / (to - from)), span);
   }
-  function move(seconds) {
-    const span = to - from;
-    from = Math.max(0, Math.min(known.duration_s - span, from + seconds));
-    to = from + span;
-    view.redraw();
-    onWindow?.(from, to);
-  }
+  const move = (seconds) => look(from + seconds, to - from);
   const secondsAt = (event, canvas) => from + ((event.offsetX - LEFT) / (canvas.clientWidth - LEFT)) * (to - from);
 
   function attach(canvas) {
@@ -70,7 +77,7 @@ export function timeline(onWindow) {
     canvas.addEventListener("pointerup", () => { dragged = null; });
     canvas.addEventListener("pointermove", (e) => {
       if (dragged !== null) { move(((dragged - e.offsetX) / (canvas.clientWidth - LEFT)) * (to - from)); dragged = e.offsetX; return; }
-      const lane = known.lanes[Math.floor((e.offsetY - TOP) / LANE)], s = secondsAt(e, canvas);
+      const lane = shown()[Math.floor((e.offsetY - TOP) / LANE)], s = secondsAt(e, canvas);
       const found = lane?.starts.map((start, j) => j).filter((j) => lane.starts[j] <= s && s <= lane.ends[j]) ?? [];
       const best = found.sort((a, b) => lane.ends[a] - lane.starts[a] - (lane.ends[b] - lane.starts[b]))[0];
       if (best !== undefined) detail.textContent = `${lane.worker}: ${lane.activities[best].replace("wait:", "waits for ")} ${lane.details[best]} · ${lane.starts[best].toFixed(2)}–${lane.ends[best].toFixed(2)} s`;
