@@ -294,9 +294,8 @@ class TrajectoryOut(Schema):
     tokens: list[Token] = field("In order.", [])
     teacher: str = field("Whose scores these are.", "oracle")
     teacher_top_of: Literal["topk", "head"] = field(
-        "What `teacher_top` ranks: the teacher's recorded top-k, or the student's head where none was recorded.", "topk",
-        "topk",
-    )  # fmt: skip
+        "`teacher_top` ranks its recorded top-k or, where none was recorded, the student's head.", "topk", "topk"
+    )
     trained_at_step: int | None = field("The step that trained it; null before.", 2, None)
     staleness: int | None = field("Learner version then − version_first.", 1, None)
 
