@@ -4,6 +4,7 @@
 import { css, h } from "./dom.js";
 import { num } from "./format.js";
 
+const HEIGHT = 165;
 const INK = ["--rollout", "--learn", "--score", "--evaluate", "--pretrain", "--bad", "--good", "--warn"];
 export const ink = (i) => css(INK[i % INK.length]);
 
@@ -20,8 +21,9 @@ export function lineChart({ title, unit = "", x = "step", series, min }) {
   function options() {
     const axis = { stroke: css("--quiet"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") }, size: 52, font: "11px system-ui" };
     return {
-      width: place.clientWidth || 340, height: 160, cursor: { sync: { key: x }, points: { size: 6 } },
+      width: place.clientWidth || 340, height: HEIGHT, cursor: { sync: { key: x }, points: { size: 6 } },
       legend: { show: true, live: true },
+      hooks: { setCursor: [showLast] },
       scales: { x: { time: false }, y: min === undefined ? {} : { range: (_, lo, hi) => [Math.min(min, lo ?? min), hi > min ? hi * 1.05 : min + 1] } },
       axes: [{ ...axis, size: 30 }, { ...axis, values: (_, ticks) => ticks.map((v) => (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? (Math.abs(v) >= 1e4 && Math.abs(v) < 1e7 ? `${+(v / 1000).toPrecision(4)}k` : v.toExponential(0)) : String(+v.toPrecision(4)))) }],
       series: [{ label: x }, ...series.map((s, i) => ({
@@ -33,13 +35,19 @@ export function lineChart({ title, unit = "", x = "step", series, min }) {
 
   function draw() {
     if (!data || !data[0].length || !place.isConnected) return;
-    if (plot) { plot.setData(data); return; }
+    if (plot) { plot.setData(data); showLast(); return; }
     place.replaceChildren();
     plot = new uPlot(options(), data, place);
+    showLast();
+  }
+
+  /** Where nothing is pointed at, the legend tells the newest values. */
+  function showLast() {
+    if (plot && plot.cursor.idx == null) plot.setLegend({ idx: data[0].length - 1 }, false);
   }
 
   addEventListener("theme", () => { plot?.destroy(); plot = null; draw(); });
-  new ResizeObserver(() => plot?.setSize({ width: place.clientWidth, height: 160 })).observe(place);
+  new ResizeObserver(() => plot?.setSize({ width: place.clientWidth, height: HEIGHT })).observe(place);
   return {
     node: h("div", { class: "card" }, heading, place),
     /** @param {number[]} xs @param {...(number|null)[]} ys */

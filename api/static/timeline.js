@@ -16,7 +16,7 @@ export function timeline(read) {
   const holder = h("div");
   let view = null;
 
-  const colourOf = (lane, activity) => (activity.startsWith("wait:") ? css("--wait") : activity.startsWith("orchestrate:") ? css("--warn") : css(`--${lane.role}`) || css("--accent"));
+  const colourOf = (lane, activity) => (activity.startsWith("wait:") ? css("--wait") : activity.startsWith("orchestrate:") ? css("--overhead") : css(`--${lane.role}`) || css("--accent"));
 
   function draw(ctx, width) {
     if (!known) return;
@@ -32,7 +32,7 @@ export function timeline(read) {
     shown().forEach((lane, i) => {
       const y = TOP + i * LANE;
       ctx.fillStyle = css("--text");
-      ctx.fillText(lane.role, 2, y + 15);
+      ctx.fillText(known.lanes[i].label, 2, y + 15);
       ctx.save();
       ctx.beginPath(); ctx.rect(LEFT, y, width - LEFT, LANE); ctx.clip();
       for (const waits of [true, false]) {
@@ -98,19 +98,25 @@ export function timeline(read) {
     set(next) {
       const whole = !known || to - from >= known.duration_s * 0.999;
       const lanes = known?.lanes.length;
-      known = { ...next, lanes: next.lanes.toSorted((a, b) => ORDER.indexOf(a.role) - ORDER.indexOf(b.role) || a.worker.localeCompare(b.worker)) };
+      known = { ...next, lanes: labelled(next.lanes.toSorted((a, b) => ORDER.indexOf(a.role) - ORDER.indexOf(b.role) || a.worker.localeCompare(b.worker))) };
       if (whole) { from = 0; to = Math.max(next.duration_s, 0.05); }
       if (!view || lanes !== next.lanes.length) {
         view = picture(TOP + LANE * Math.max(1, next.lanes.length) + 4, "Timeline of the roles", draw);
         attach(view.canvas);
         holder.replaceChildren(view.canvas);
-        legend.replaceChildren(...[...new Set(known.lanes.map((l) => l.role))].map((role) => entry(`--${role}`, role)), entry("--warn", "orchestration"), entry("--wait", "waiting"));
+        legend.replaceChildren(...[...new Set(known.lanes.map((l) => l.role))].map((role) => entry(`--${role}`, role)), entry("--overhead", "overhead: reads, writes, Prefect"), entry("--wait", "waiting"));
       }
       view.redraw();
       fill(shares, table([["role", 0], ["works", 1], ["overhead", 1], ["waits for (may run beside work)", 0]], known.lanes.map(sharesOf)));
     },
   };
 }
+
+/** Lanes in order with a name each: the role, numbered where it has several workers. */
+const labelled = (lanes) => lanes.map((lane, i) => {
+  const alike = lanes.filter((other) => other.role === lane.role);
+  return { ...lane, label: alike.length > 1 ? `${lane.role} ${alike.indexOf(lane) + 1}` : lane.role };
+});
 
 const entry = (variable, label) => h("span", {}, h("i", { style: `background:var(${variable})` }), label);
 
@@ -124,7 +130,7 @@ function sharesOf(lane) {
   });
   const share = (kind) => pct(Math.min(1, (seconds.get(kind) ?? 0) / whole));
   const waits = [...seconds.keys()].filter((kind) => kind !== "work" && kind !== "overhead");
-  return [h("span", { title: lane.worker }, lane.role), share("work"), share("overhead"), waits.map((kind) => `${kind} ${share(kind)}`).join(", ") || "nothing"];
+  return [h("span", { title: lane.worker }, lane.label), share("work"), share("overhead"), waits.map((kind) => `${kind} ${share(kind)}`).join(", ") || "nothing"];
 }
 
 function niceStep(raw) {

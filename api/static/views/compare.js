@@ -5,7 +5,7 @@ import { lineChart } from "../charts.js";
 import { get } from "../client.js";
 import { fill, h, table } from "../dom.js";
 import { int, num, pct } from "../format.js";
-import { CURVES } from "./run.js";
+import { CURVES, KEYS } from "./run.js";
 
 export async function compare(node, _parts, signal) {
   const ids = [...new Set(new URLSearchParams(location.search).getAll("run"))];
@@ -19,7 +19,7 @@ export async function compare(node, _parts, signal) {
 
   const loaded = await Promise.all(ids.map(async (id) => {
     const path = `/v1/runs/${encodeURIComponent(id)}`;
-    const [run, metrics, evals, config] = await Promise.all([get(path, signal), get(`${path}/metrics?max_points=300`, signal), get(`${path}/evals`, signal), get(`${path}/config`, signal)]);
+    const [run, metrics, evals, config] = await Promise.all([get(path, signal), get(`${path}/metrics?max_points=300&${KEYS}`, signal), get(`${path}/evals`, signal), get(`${path}/config`, signal)]);
     return { run, metrics, evals: evals.data, config: flat(config.config) };
   }));
   const drop = (id) => go(`/compare?${ids.filter((i) => i !== id).map((i) => `run=${i}`).join("&")}`);

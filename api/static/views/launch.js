@@ -10,7 +10,7 @@ export async function launch(node, _parts, signal) {
   const base = h("select", { id: "base" }, configs.map((c) => h("option", { value: c.name, selected: c === start }, c.name)));
   const about = h("p", { class: "quiet" }), fields = h("div"), wrong = h("div", { role: "alert" });
   const runId = h("input", { id: "run-id", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]{0,99}", placeholder: "made from name and time", autocomplete: "off" });
-  const button = h("button", { class: "primary" }, "Launch");
+  const button = h("button", { class: "primary" }, "Launch"), changes = h("span", { class: "quiet", role: "status" });
   let chosen = start, inputs = new Map(), unions = new Map();
 
   function build() {
@@ -35,7 +35,8 @@ export async function launch(node, _parts, signal) {
       for (const known of [...inputs.keys()]) if (known.startsWith(`${path}.`)) inputs.delete(known);
       unions.delete(path);
       const union = unionAt(path);
-      const rows = Object.entries(now).map(([name, v]) => {
+      // What chooses the variant stands first.
+      const rows = Object.entries(now).toSorted(([a], [b]) => Number(b === union?.tag) - Number(a === union?.tag)).map(([name, v]) => {
         if (name === union?.tag && union.variants.size > 1) return tagField(path, union, now, original, show);
         return isSection(v) ? section(`${path}.${name}`, v) : field(`${path}.${name}`, v, describe(path, name, now));
       });
@@ -120,7 +121,8 @@ export async function launch(node, _parts, signal) {
     } finally { button.disabled = false; }
   } },
     h("div", { class: "field" }, h("label", { for: "base" }, "configuration"), base), about,
-    h("div", { class: "field" }, h("label", { for: "run-id" }, "run id"), runId), fields, wrong, h("div", { class: "foot" }, button));
+    h("div", { class: "field" }, h("label", { for: "run-id" }, "run id"), runId), fields, wrong, h("div", { class: "foot row" }, button, changes));
+  form.addEventListener("input", () => { const n = fields.querySelectorAll(".field.changed").length; changes.textContent = n ? `${n} changed` : ""; });
   base.addEventListener("change", build);
   fill(node, h("h1", {}, "Launch a run"), h("section", {}, form));
   build();

@@ -18,10 +18,13 @@ export const CURVES = [
   ["Importance ratio", "p_θ / p_old, percentiles", ["train/ratio_p01", "train/ratio_p50", "train/ratio_p99"]],
   ["Training accuracy", "fraction", ["rollout/accuracy"]],
   ["Response length", "tokens", ["rollout/response_tokens_mean", "rollout/response_tokens_max"]],
+  ["Step time", "seconds", ["train/seconds"]],
+  ["Learning rate", "", ["train/lr"]],
 ];
 
-const MAX_SPANS = 800;
-/* per worker: about one for each pixel of the widest timeline */
+export const KEYS = CURVES.flatMap(([, , keys]) => keys).map((key) => `key=${encodeURIComponent(key)}`).join("&");
+const NUM_RESPONSES = 15;
+const MAX_SPANS = 800;  // per worker: about one for each pixel of the widest timeline
 
 export async function run(node, [id], signal) {
   const path = `/v1/runs/${encodeURIComponent(id)}`;
@@ -64,7 +67,7 @@ export async function run(node, [id], signal) {
   const parts = {
     async curves() {
       const [metrics, staleness, throughput] = await Promise.all(
-        ["metrics?max_points=300", "staleness?max_points=120", "throughput?max_points=40"].map((part) => get(`${path}/${part}`, signal)));
+        [`metrics?max_points=300&${KEYS}`, "staleness?max_points=120", "throughput?max_points=40"].map((part) => get(`${path}/${part}`, signal)));
       return () => {
         for (const { keys, chart } of curves) chart.set(metrics.steps, ...keys.map((key) => metrics.series[key] ?? metrics.steps.map(() => null)));
         speed.set(throughput.seconds, throughput.trained, throughput.generated, throughput.scored);
@@ -146,9 +149,10 @@ function responseFilter(id, signal) {
   const right = h("select", { "aria-label": "Right or wrong" }, h("option", { value: "" }, "right and wrong"), h("option", { value: "true" }, "right"), h("option", { value: "false" }, "wrong"));
   const long = h("input", { type: "number", min: "1", value: "1" });
   const place = h("div", { class: "responses" }, h("p", { class: "quiet" }, "None yet."));
-  let shown = "";
+  let shown = "", newest = -1;
+  const next = h("button", { type: "button", disabled: true, onclick: async () => { after.value = String(newest + 1); show(await read()); } }, "Next");
   async function read() {
-    const query = new URLSearchParams({ after: String(Number(after.value) - 1), limit: "15", min_tokens: long.value || "1" });
+    const query = new URLSearchParams({ after: String(Number(after.value) - 1), limit: String(NUM_RESPONSES), min_tokens: long.value || "1" });
     if (right.value) query.set("correct", right.value);
     return (await get(`/v1/runs/${encodeURIComponent(id)}/trajectories?${query}`, signal)).data;
   }
@@ -157,8 +161,10 @@ function responseFilter(id, signal) {
     const now = JSON.stringify(rows);
     if (now !== shown) fill(place, responseTable(id, rows));
     shown = now;
+    newest = rows.at(-1)?.index ?? -1;
+    next.disabled = rows.length < NUM_RESPONSES;
   }
   const form = h("form", { class: "row", onsubmit: async (e) => { e.preventDefault(); show(await read()); } },
-    h("label", {}, "from index ", after), right, h("label", {}, "at least ", long, " tokens"), h("button", {}, "Show"));
+    h("label", {}, "from index ", after), right, h("label", {}, "at least ", long, " tokens"), h("button", {}, "Show"), next);
   return { node: h("div", {}, form, place), read, show };
 }
