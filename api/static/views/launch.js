@@ -16,6 +16,7 @@ export async function launch(node, _parts, signal) {
   function build() {
     chosen = configs.find((c) => c.name === base.value);
     about.textContent = chosen.about;
+    changes.textContent = "";
     inputs = new Map();
     unions = new Map();
     const top = [], sections = [];
