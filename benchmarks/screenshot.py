@@ -10,9 +10,11 @@ import argparse
 import shutil
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
+COLOURS = 128
 SETTLED_MS = 2500
 """Long enough for the charts of a finished run on two busy cores."""
 
@@ -29,7 +31,7 @@ def main() -> None:
     if chromium is None:
         parser.error("chromium is missing: apt-get install --yes chromium")
     views = {
-        "page_run": (f"/runs/{asked.run_id}", 1010),
+        "page_run": (f"/runs/{asked.run_id}", 1490),
         "page_trajectory": (f"/runs/{asked.run_id}/trajectories/{asked.index}", 760),
     }
     asked.into.mkdir(parents=True, exist_ok=True)
@@ -40,8 +42,13 @@ def main() -> None:
             page.goto(asked.origin + path)
             page.locator("h1").wait_for()
             page.wait_for_timeout(SETTLED_MS)
-            page.screenshot(path=asked.into / f"{name}.png")
-            print(asked.into / f"{name}.png")
+            target = asked.into / f"{name}.png"
+            page.screenshot(path=target)
+            # A page has few colours; a palette makes the file a third of its size.
+            with Image.open(target) as shot:
+                small = shot.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+            small.save(target, optimize=True)
+            print(f"{target}: {target.stat().st_size:,} bytes")
         browser.close()
 
 

@@ -13,9 +13,9 @@ export const CURVES = [
   ["KL to the teacher", "nats per token", ["train/kl_nats"]],
   ["Drift", "nats per token", ["train/drift_nats"]],
   ["Effective sample size", "fraction", ["train/ess_fraction"]],
+  ["Importance ratio", "p_θ / p_old, percentiles", ["train/ratio_p01", "train/ratio_p50", "train/ratio_p99"]],
   ["Gradient norm", "", ["train/grad_norm"]],
   ["Entropy", "nats per token", ["train/entropy_nats"]],
-  ["Importance ratio", "p_θ / p_old, percentiles", ["train/ratio_p01", "train/ratio_p50", "train/ratio_p99"]],
   ["Training accuracy", "fraction", ["rollout/accuracy"]],
   ["Response length", "tokens", ["rollout/response_tokens_mean", "rollout/response_tokens_max"]],
   ["Step time", "seconds", ["train/seconds"]],
@@ -23,6 +23,7 @@ export const CURVES = [
 ];
 
 export const KEYS = CURVES.flatMap(([, , keys]) => keys).map((key) => `key=${encodeURIComponent(key)}`).join("&");
+const NUM_FIRST = 5;  // of CURVES, above the roles
 const NUM_RESPONSES = 15;
 const MAX_SPANS = 800;  // per worker: about one for each pixel of the widest timeline
 
@@ -37,9 +38,10 @@ export async function run(node, [id], signal) {
   const roles = timeline((from, to) => get(`${path}/timeline?start_s=${from}&stop_s=${to}&max_spans=${MAX_SPANS}`, signal));
   const policies = lineage(), events = h("div", { class: "events" }), filter = responseFilter(id, signal);
   const place = () => fill(node, head, h("div", { class: "card" }, actions, facts),
-    h("section", { class: "grid", "aria-label": "Curves" }, curves[0].chart.node, curves[1].chart.node, quality.node, distance.node, speed.node, stale.node, ...curves.slice(2).map((c) => c.chart.node)),
+    h("section", { class: "grid", "aria-label": "Curves" }, curves[0].chart.node, curves[1].chart.node, quality.node, distance.node, speed.node, stale.node, ...curves.slice(2, NUM_FIRST).map((c) => c.chart.node)),
     h("section", {}, roles.node),
     h("section", {}, policies.node),
+    h("section", { class: "grid", "aria-label": "More curves" }, curves.slice(NUM_FIRST).map((c) => c.chart.node)),
     h("section", {}, h("h2", {}, "Responses"), filter.node),
     h("section", {}, h("div", { class: "card" }, h("h2", {}, "Events"), events)));
 

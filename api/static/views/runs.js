@@ -12,6 +12,8 @@ export const LIVE = ["queued", "running", "pausing", "cancelling"];
 
 export const badge = (status) => h("span", { class: `badge ${status}` }, status);
 
+const nameOf = (node) => node.getAttribute("href") ?? node.getAttribute("aria-label");
+
 export async function runs(node, _parts, signal) {
   const chosen = new Set();
   const status = h("select", { "aria-label": "State" }, h("option", { value: "" }, "every state"), STATES.map((s) => h("option", { value: s }, s)));
@@ -42,12 +44,14 @@ export async function runs(node, _parts, signal) {
     const mine = ++asked;
     const page = await get(`/v1/runs?${query}`, signal);
     if (mine !== asked) return;  // an older question's answer
-    if (list.contains(document.activeElement) && document.activeElement?.tagName === "INPUT") return;
+    const held = list.contains(document.activeElement) ? nameOf(document.activeElement) : null;
     more.hidden = !page.next_cursor;
     isLive = page.data.some((run) => LIVE.includes(run.status));
     fill(list, page.data.length
       ? table([["pick", 0], ["run", 0], ["state", 0], ["steps", 0], ["loss", 0], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["staleness", 1], ["tokens/s", 1], ["created", 0]], page.data.map(row))
       : h("p", { class: "quiet" }, "No run yet. Launch one here, or with `asyncopd train`."));
+    // What had the focus has it still.
+    if (held) [...list.querySelectorAll("a,input")].find((node) => nameOf(node) === held)?.focus({ preventScroll: true });
   }
   const again = () => look().catch(() => undefined);
   status.addEventListener("change", again);
