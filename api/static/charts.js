@@ -2,7 +2,7 @@
 // Line charts (uPlot) and the staleness heat map, in the page's colours; redrawn when the theme changes.
 /* global uPlot */
 import { css, h } from "./dom.js";
-import { num } from "./format.js";
+import { int, num } from "./format.js";
 
 const HEIGHT = 165;
 const INK = ["--rollout", "--learn", "--score", "--evaluate", "--pretrain", "--bad", "--good", "--warn"];
@@ -10,7 +10,7 @@ export const ink = (i) => css(INK[i % INK.length]);
 
 /**
  * A chart that is made once and then given data.
- * @param {{title: string, unit?: string, x?: string, series: {label: string, dash?: number[], points?: boolean}[], min?: number}} options
+ * @param {{title: string, unit?: string, x?: string, series: {label: string, ink?: string, dash?: number[], points?: boolean}[], min?: number}} options
  */
 export function lineChart({ title, unit = "", x = "step", series, min }) {
   const place = h("div", { class: "chart", role: "img", "aria-label": `${title} by ${x}` }, h("p", { class: "empty" }, "no data yet"));
@@ -27,8 +27,8 @@ export function lineChart({ title, unit = "", x = "step", series, min }) {
       scales: { x: { time: false }, y: min === undefined ? {} : { range: (_, lo, hi) => [Math.min(min, lo ?? min), hi > min ? hi * 1.05 : min + 1] } },
       axes: [{ ...axis, size: 30 }, { ...axis, values: (_, ticks) => ticks.map((v) => (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? (Math.abs(v) >= 1e4 && Math.abs(v) < 1e7 ? `${+(v / 1000).toPrecision(4)}k` : v.toExponential(0)) : String(+v.toPrecision(4)))) }],
       series: [{ label: x }, ...series.map((s, i) => ({
-        label: s.label, stroke: ink(i), width: 1.6, dash: s.dash, spanGaps: true,
-        points: { show: s.points ?? undefined, size: 5 }, value: (_, v) => num(v, 4),
+        label: s.label, stroke: s.ink ? css(s.ink) : ink(i), width: 1.6, dash: s.dash, spanGaps: true,
+        points: { show: s.points ?? undefined, size: 5 }, value: (_, v) => (Math.abs(v ?? 0) >= 1000 ? int(v) : num(v, 4)),
       }))],
     };
   }

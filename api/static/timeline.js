@@ -40,7 +40,7 @@ export function timeline(read) {
           const activity = lane.activities[j], end = lane.ends[j];
           if (activity.startsWith("wait:") !== waits || end < from || start > to) return;
           ctx.fillStyle = colourOf(lane, activity);
-          ctx.fillRect(px(start), y + (waits ? 8 : 3), Math.max(px(end) - px(start), 0.7), waits ? LANE - 16 : LANE - 7);
+          ctx.fillRect(px(start), y + (waits ? 8 : 3), Math.max(px(end) - px(start), 0.3), waits ? LANE - 16 : LANE - 7);
         });
       }
       ctx.restore();
@@ -73,15 +73,21 @@ export function timeline(read) {
     canvas.tabIndex = 0;
     let dragged = null;
     canvas.addEventListener("wheel", (e) => { if (e.ctrlKey || e.shiftKey) { e.preventDefault(); zoom(e.deltaY > 0 ? 1.25 : 0.8, secondsAt(e, canvas)); } }, { passive: false });
-    canvas.addEventListener("pointerdown", (e) => { dragged = e.offsetX; canvas.setPointerCapture(e.pointerId); });
+    canvas.addEventListener("pointerdown", (e) => { dragged = e.offsetX; canvas.setPointerCapture(e.pointerId); tell(e); });
     canvas.addEventListener("pointerup", () => { dragged = null; });
+    canvas.addEventListener("pointercancel", () => { dragged = null; });
     canvas.addEventListener("pointermove", (e) => {
-      if (dragged !== null) { move(((dragged - e.offsetX) / (canvas.clientWidth - LEFT)) * (to - from)); dragged = e.offsetX; return; }
+      if (dragged === null) { tell(e); return; }
+      move(((dragged - e.offsetX) / (canvas.clientWidth - LEFT)) * (to - from));
+      dragged = e.offsetX;
+    });
+    /** The shortest span under the pointer, in words. */
+    function tell(e) {
       const lane = shown()[Math.floor((e.offsetY - TOP) / LANE)], s = secondsAt(e, canvas);
       const found = lane?.starts.map((start, j) => j).filter((j) => lane.starts[j] <= s && s <= lane.ends[j]) ?? [];
       const best = found.sort((a, b) => lane.ends[a] - lane.starts[a] - (lane.ends[b] - lane.starts[b]))[0];
       if (best !== undefined) detail.textContent = `${lane.worker}: ${lane.activities[best].replace("wait:", "waits for ")} ${lane.details[best]} · ${lane.starts[best].toFixed(2)}–${lane.ends[best].toFixed(2)} s`;
-    });
+    }
     canvas.addEventListener("keydown", (e) => {
       const act = { "+": () => zoom(0.7), "=": () => zoom(0.7), "-": () => zoom(1.4), ArrowLeft: () => move((from - to) / 5), ArrowRight: () => move((to - from) / 5), 0: () => zoom(1e9) }[e.key];
       if (act) { e.preventDefault(); act(); }
@@ -94,7 +100,7 @@ export function timeline(read) {
     h("button", { type: "button", onclick: () => known && zoom(1e9) }, "All"),
     h("span", { class: "quiet" }, "Shift + wheel zooms, drag moves; keys + − ← → 0"));
   return {
-    node: h("div", { class: "card" }, h("h2", {}, "Roles"), buttons, holder, detail, legend, shares),
+    node: h("div", { class: "card roles" }, h("h2", {}, "Roles"), buttons, holder, detail, legend, shares),
     set(next) {
       const whole = !known || to - from >= known.duration_s * 0.999;
       const lanes = known?.lanes.length;

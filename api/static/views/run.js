@@ -33,7 +33,7 @@ export async function run(node, [id], signal) {
   const curves = CURVES.map(([title, unit, keys]) => ({ keys, chart: lineChart({ title, unit, series: keys.map((key) => ({ label: key.split(/[_/]/).at(-1).replace(/^nats$|^fraction$/, "value") })) }) }));
   const quality = lineChart({ title: "Held-out accuracy", unit: "fraction", x: "version", series: [{ label: "accuracy", points: true }], min: 0 });
   const distance = lineChart({ title: "Held-out KL to the teacher", unit: "nats per token", x: "version", series: [{ label: "KL", points: true }], min: 0 });
-  const speed = lineChart({ title: "Throughput", unit: "tokens per second", series: [{ label: "trained" }, { label: "generated" }, { label: "scored" }], x: "seconds", min: 0 });
+  const speed = lineChart({ title: "Throughput", unit: "tokens per second", series: [{ label: "generated", ink: "--rollout" }, { label: "scored", ink: "--score" }, { label: "trained", ink: "--learn" }], x: "seconds", min: 0 });
   const stale = stalenessMap();
   const roles = timeline((from, to) => get(`${path}/timeline?start_s=${from}&stop_s=${to}&max_spans=${MAX_SPANS}`, signal));
   const policies = lineage(), events = h("div", { class: "events" }), filter = responseFilter(id, signal);
@@ -72,7 +72,7 @@ export async function run(node, [id], signal) {
         [`metrics?max_points=300&${KEYS}`, "staleness?max_points=120", "throughput?max_points=40"].map((part) => get(`${path}/${part}`, signal)));
       return () => {
         for (const { keys, chart } of curves) chart.set(metrics.steps, ...keys.map((key) => metrics.series[key] ?? metrics.steps.map(() => null)));
-        speed.set(throughput.seconds, throughput.trained, throughput.generated, throughput.scored);
+        speed.set(throughput.seconds, throughput.generated, throughput.scored, throughput.trained);
         stale.set(staleness);
       };
     },
