@@ -4,16 +4,16 @@
 import { css, h } from "./dom.js";
 import { int, num } from "./format.js";
 
-const HEIGHT = 165;
-const INK = ["--rollout", "--learn", "--score", "--evaluate", "--pretrain", "--bad", "--good", "--warn"];
+export const INK = ["--rollout", "--learn", "--score", "--evaluate", "--pretrain", "--bad", "--good", "--warn"];
 export const ink = (i) => css(INK[i % INK.length]);
 
 /**
  * A chart that is made once and then given data.
- * @param {{title: string, unit?: string, x?: string, series: {label: string, ink?: string, dash?: number[], points?: boolean}[], min?: number}} options
+ * @param {{title: string, unit?: string, x?: string, series: {label: string, ink?: string, dash?: number[], points?: boolean}[], min?: number, height?: number}} options
  */
-export function lineChart({ title, unit = "", x = "step", series, min }) {
+export function lineChart({ title, unit = "", x = "step", series, min, height = 165 }) {
   const place = h("div", { class: "chart", role: "img", "aria-label": `${title} by ${x}` }, h("p", { class: "empty" }, "no data yet"));
+  place.style.height = `${height + 40}px`;  // two lines of legend
   const heading = h("h2", {}, title, unit && h("span", { class: "quiet" }, ` (${unit})`));
   let plot = null;
   let data = null;
@@ -21,7 +21,7 @@ export function lineChart({ title, unit = "", x = "step", series, min }) {
   function options() {
     const axis = { stroke: css("--quiet"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") }, size: 52, font: "11px system-ui" };
     return {
-      width: place.clientWidth || 340, height: HEIGHT, cursor: { sync: { key: x }, points: { size: 6 } },
+      width: place.clientWidth || 340, height, cursor: { sync: { key: x }, points: { size: 6 } },
       legend: { show: true, live: true },
       hooks: { setCursor: [showLast] },
       scales: { x: { time: false }, y: min === undefined ? {} : { range: (_, lo, hi) => [Math.min(min, lo ?? min), hi > min ? hi * 1.05 : min + 1] } },
@@ -41,13 +41,14 @@ export function lineChart({ title, unit = "", x = "step", series, min }) {
     showLast();
   }
 
-  /** Where nothing is pointed at, the legend tells the newest values. */
+  /** Where nothing is pointed at, the legend tells the newest value of each curve. */
   function showLast() {
-    if (plot && plot.cursor.idx == null) plot.setLegend({ idx: data[0].length - 1 }, false);
+    if (!plot || plot.cursor.idx != null) return;
+    plot.setLegend({ idxs: data.map((values) => Math.max(0, values.findLastIndex((v) => v != null))) }, false);
   }
 
   addEventListener("theme", () => { plot?.destroy(); plot = null; draw(); });
-  new ResizeObserver(() => plot?.setSize({ width: place.clientWidth, height: HEIGHT })).observe(place);
+  new ResizeObserver(() => plot?.setSize({ width: place.clientWidth, height })).observe(place);
   return {
     node: h("div", { class: "card" }, heading, place),
     /** @param {number[]} xs @param {...(number|null)[]} ys */

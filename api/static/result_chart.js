@@ -36,7 +36,7 @@ export function resultChart(columns, rows) {
       const found = new Map(rows.filter((row) => by < 0 || String(row[by]) === name).map((row) => [row[x], row[y]]));
       return at.map((v) => found.get(v) ?? null);
     });
-    const chart = lineChart({ title: columns[y], x: columns[x], series: names.map((name) => ({ label: by < 0 ? name : `${columns[by]} ${name}`, points: true })) });
+    const chart = lineChart({ title: columns[y], x: columns[x], height: 240, series: names.map((name) => ({ label: by < 0 ? name : `${columns[by]} ${name}`, points: true })) });
     fill(node, chart.node);
     chart.set(at, ...series);
   }
