@@ -24,7 +24,7 @@ export function lineChart({ title, unit = "", x = "step", series, min, height = 
       width: place.clientWidth || 340, height, cursor: { sync: { key: x }, points: { size: 6 } },
       legend: { show: true, live: true },
       hooks: { setCursor: [showLast] },
-      scales: { x: { time: false }, y: min === undefined ? {} : { range: (_, lo, hi) => [Math.min(min, lo ?? min), hi > min ? hi * 1.05 : min + 1] } },
+      scales: { x: { time: false }, y: { range: (_, lo, hi) => rangeOf(lo, hi, min) } },
       axes: [{ ...axis, size: 30 }, { ...axis, values: (_, ticks) => ticks.map((v) => (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? (Math.abs(v) >= 1e4 && Math.abs(v) < 1e7 ? `${+(v / 1000).toPrecision(4)}k` : v.toExponential(0)) : String(+v.toPrecision(4)))) }],
       series: [{ label: x }, ...series.map((s, i) => ({
         label: s.label, stroke: s.ink ? css(s.ink) : ink(i), width: 1.6, dash: s.dash, spanGaps: true,
@@ -54,6 +54,13 @@ export function lineChart({ title, unit = "", x = "step", series, min, height = 
     /** @param {number[]} xs @param {...(number|null)[]} ys */
     set(xs, ...ys) { data = [xs, ...ys]; draw(); },
   };
+}
+
+/** The vertical range of values from `lo` to `hi` (null where there are none), from `min` on if it is given. */
+function rangeOf(lo, hi, min) {
+  if (min !== undefined) return [Math.min(min, lo ?? min), hi > min ? hi * 1.05 : min + 1];
+  const room = Math.abs(lo) / 10 || 1;
+  return lo === hi ? [lo - room, lo + room] : uPlot.rangeNum(lo, hi, 0.1, true);
 }
 
 /** A canvas of a fixed height that redraws itself when its width, the device or the theme changes. */

@@ -39,9 +39,9 @@ export async function trajectory(node, [id, index], signal) {
   paint();
   addEventListener("theme", paint, { signal });
 
-  const side = (title, list, token) => h("div", {}, h("h2", {}, title), list.length
+  const side = (title, setting, list, token) => h("div", {}, h("h2", {}, title), list.length
     ? table([["token", 0], ["id", 1], ["log-prob", 1], ["prob", 1]], list.map((a) => [a.id === token.id ? h("strong", {}, a.text) : a.text, a.id, logprob(a.logprob), a.logprob === null ? "–" : pct(Math.exp(a.logprob))]), title)
-    : h("p", { class: "quiet" }, "not recorded (recording.top_k, recording.head)"));
+    : h("p", { class: "quiet" }, `Not recorded; a run keeps it with ${setting}.`));
   let picked = 0;
   function pick(t) {
     for (const [i, is] of /** @type {[number, boolean][]} */ ([[picked, false], [t, true]])) { buttons[i].setAttribute("aria-pressed", String(is)); buttons[i].tabIndex = is ? 0 : -1; }
@@ -52,7 +52,7 @@ export async function trajectory(node, [id, index], signal) {
     fill(detail, h("p", {}, h("strong", { class: "picked" }, token.text)),
       h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))),
       h("p", { class: "quiet" }, `log p under later weights is not recorded: ${later}.`),
-      h("div", { class: "sides" }, side(found.teacher_top_of === "topk" ? "Teacher's likeliest" : "The student's likeliest, to the teacher", token.teacher_top, token), side("Sampling student's likeliest", token.student_top, token)));
+      h("div", { class: "sides" }, side(found.teacher_top_of === "topk" ? "Teacher's likeliest" : "The student's likeliest, to the teacher", "recording.top_k", token.teacher_top, token), side("Sampling student's likeliest", "recording.head", token.student_top, token)));
   }
   const text = h("div", { class: "tokens card", role: "group", "aria-label": "Response" });
   let version = null;
