@@ -146,9 +146,13 @@ def test_a_run_launched_from_the_form_is_seen_live_to_its_end(visit: Visit, stac
     expect(page.locator("[id='field-loss.head']")).to_have_count(0)
     page.get_by_label("run id").fill("seen")
     page.locator("[id='field-learner.num_steps']").fill("6")
-    page.get_by_role("button", name="Launch").click()
-
-    expect(page.get_by_role("heading", name="seen")).to_be_visible(timeout=1000 * stretched(30))
+    heading = page.get_by_role("heading", name="seen")
+    for _ in range(4):  # Prefect's server may be too busy for its 30 s; the same form sent again launches once
+        page.get_by_role("button", name="Launch").click()
+        expect(heading.or_(page.get_by_text("Prefect")).first).to_be_visible(timeout=1000 * stretched(40))
+        if heading.is_visible():
+            break
+    expect(heading).to_be_visible()
     expect(page.locator(".badge")).to_have_text("succeeded", timeout=1000 * stretched(120))
     expect(page.locator(".facts")).to_contain_text("6 of 6")
     assert stack.log("seen").config()["loss"]["name"] == "dense_reverse_kl"
@@ -198,7 +202,8 @@ def test_a_response_is_shown_token_by_token_and_walked_by_keys(visit: Visit, sta
 
 def test_a_run_is_cancelled_from_its_page_and_a_hidden_tab_asks_nothing(visit: Visit, stack: Stack) -> None:
     body = {"config_name": "small", "run_id": "long", "overrides": {"learner.num_steps": 2000, "evaluate.every": 0}}
-    assert httpx.post(f"{visit.origin}/v1/runs", json=body, timeout=60).status_code == 201
+    headers = {"Idempotency-Key": "long"}
+    until(lambda: httpx.post(f"{visit.origin}/v1/runs", json=body, headers=headers, timeout=60).is_success, 60, "a launch")
     until(lambda: _steps(stack, "long") >= 2, 120, "two steps of the long run")
     page = visit.open("/runs/long")
     shown = page.locator(".facts dd").first
@@ -206,12 +211,16 @@ def test_a_run_is_cancelled_from_its_page_and_a_hidden_tab_asks_nothing(visit: V
 
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
-    page.evaluate(HIDE, True)
-    page.wait_for_timeout(1000)  # what was under way
-    asked.clear()
-    before = shown.inner_text()
     page.wait_for_timeout(6000)
+    assert asked, "a run in progress is read again every few seconds"
+    page.evaluate(HIDE, True)
+    for _ in range(10):  # what was under way may take a while on a busy machine
+        asked.clear()
+        page.wait_for_timeout(6000)
+        if not asked:
+            break
     assert asked == []
+    before = shown.inner_text()
     page.evaluate(HIDE, False)
     expect(shown).not_to_have_text(before)
     assert any(url.endswith("/events/stream") for url in asked)
@@ -240,13 +249,13 @@ def test_runs_are_picked_and_compared_on_the_same_axes(visit: Visit) -> None:
 
 
 def test_a_replay_is_compared_step_by_step_with_the_run_it_repeats(visit: Visit, stack: Stack) -> None:
-    asked = {"overrides": {"loss.name": "reverse_kl"}, "evaluate": False}
+    asked = {"overrides": {"loss.name": "reverse_kl"}, "scores": {"oracle": 1.0}, "evaluate": False}
     answer = httpx.post(f"{visit.origin}/v1/runs/seen/replay", json=asked, timeout=60)
     assert answer.status_code == 202, answer.text
     replay = answer.json()["run_id"]
     until(lambda: _steps(stack, replay) == 6, 120, "the replay to train its six steps")
     page = visit.open(f"/compare?run=seen&run={replay}")
-    expect(page.get_by_role("img", name="Paired difference of loss by steps").locator("canvas")).to_be_visible()
+    expect(page.get_by_role("img", name="Paired difference of loss by step").locator("canvas")).to_be_visible()
     expect(page.get_by_role("row", name="loss.name")).to_contain_text("reverse_kl")
     visit.check("compare-replay")
 

@@ -11,7 +11,7 @@ export async function launch(node, _parts, signal) {
   const about = h("p", { class: "quiet" }), fields = h("div"), wrong = h("div", { role: "alert" });
   const runId = h("input", { id: "run-id", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]{0,99}", placeholder: "made from name and time", autocomplete: "off" });
   const button = h("button", { class: "primary" }, "Launch"), changes = h("span", { class: "quiet", role: "status" });
-  let chosen = start, inputs = new Map(), unions = new Map();
+  let chosen = start, inputs = new Map(), unions = new Map(), sent = { body: "", key: "" };
 
   function build() {
     chosen = configs.find((c) => c.name === base.value);
@@ -114,7 +114,10 @@ export async function launch(node, _parts, signal) {
     button.disabled = true;
     fill(wrong);
     try {
-      const run = await post("/v1/runs", { config_name: chosen.name, overrides, ...(runId.value ? { run_id: runId.value } : {}) }, { "Idempotency-Key": crypto.randomUUID() });
+      const body = { config_name: chosen.name, overrides, ...(runId.value ? { run_id: runId.value } : {}) };
+      // The same form sent again, after Prefect or the network failed, goes on with the launch it began.
+      if (sent.body !== JSON.stringify(body)) sent = { body: JSON.stringify(body), key: newKey() };
+      const run = await post("/v1/runs", body, { "Idempotency-Key": sent.key });
       await go(`/runs/${run.id}`);
     } catch (error) {
       fill(wrong, h("pre", {}, error.message));
@@ -129,6 +132,8 @@ export async function launch(node, _parts, signal) {
   build();
 }
 
+/** Random hexadecimal; crypto.randomUUID is missing where the page comes over http from another machine. */
+const newKey = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 const OPEN = ["staleness", "learner", "loss"];
 const put = (object, [name, ...rest], value) => { if (rest.length) put(object[name] ??= {}, rest, value); else object[name] = value; };
 /** `code` of a description as code. */

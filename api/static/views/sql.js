@@ -14,7 +14,7 @@ export async function sql(node, _parts, signal) {
   const text = /** @type {HTMLTextAreaElement} */ (h("textarea", { class: "sql", id: "query", spellcheck: "false" }));
   text.value = new URLSearchParams(location.search).get("sql") ?? START;
   const run = h("select", { "aria-label": "Run" }, h("option", { value: "" }, "every run"), runs.map((r) => h("option", { value: r.id }, r.id)));
-  const about = h("p", { class: "quiet about" }, "Ask one of the stored questions, or your own."), settings = h("div", { class: "row" });
+  const about = h("p", { class: "quiet about" }, "Ask one of the stored questions, or your own."), settings = h("div", { class: "row settings" });
   const answer = h("section", { "aria-live": "polite", style: "min-height:40vh" });
   const button = h("button", { class: "primary" }, "Run (Ctrl + Enter)");
   let inputs = new Map(), meanings = new Map();
