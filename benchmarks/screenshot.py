@@ -1,7 +1,9 @@
-"""Pictures of the page for the README, from a real run in Debian's chromium.
+"""Pictures of the page for the README, from real runs in Debian's chromium.
 
     asyncopd serve --root runs &
-    python benchmarks/screenshot.py http://127.0.0.1:8321 RUN INDEX    -> docs/images/page_run.png, page_trajectory.png
+    python benchmarks/screenshot.py http://127.0.0.1:8321 RUN RUN/INDEX
+
+writes docs/images/page_run.png and page_trajectory.png. The second run may be another one, with recording.top_k.
 """
 
 from __future__ import annotations
@@ -24,15 +26,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("origin")
     parser.add_argument("run_id")
-    parser.add_argument("index", type=int, help="of the trajectory to show")
+    parser.add_argument("trajectory", metavar="RUN/INDEX", help="the response to show")
     parser.add_argument("--into", type=Path, default=IMAGES)
     asked = parser.parse_args()
     chromium = shutil.which("chromium")
     if chromium is None:
         parser.error("chromium is missing: apt-get install --yes chromium")
     views = {
-        "page_run": (f"/runs/{asked.run_id}", 1490),
-        "page_trajectory": (f"/runs/{asked.run_id}/trajectories/{asked.index}", 760),
+        "page_run": (f"/runs/{asked.run_id}", 1835),
+        "page_trajectory": ("/runs/{}/trajectories/{}".format(*asked.trajectory.split("/")), 640),
     }
     asked.into.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:

@@ -73,7 +73,9 @@ export async function trajectory(node, [id, index], signal) {
       h("div", {}, h("h2", {}, "Prompt"), h("pre", {}, found.prompt),
         h("div", { class: "row spread" }, h("h2", {}, "Response"), h("div", { class: "legend" }, legend("--blue", "teacher likes it more"), legend("--orange", "less"), h("span", {}, `full colour at ${FULL_COLOUR_NATS} nats`))), text),
       detail));
-  if (tokens.length) pick(0);
+  // What one came for: where student and teacher differ most.
+  const gaps = tokens.map((token) => Math.abs((token.teacher_logprob ?? token.behaviour_logprob) - token.behaviour_logprob));
+  if (tokens.length) pick(gaps.indexOf(Math.max(...gaps)));
 }
 
 const legend = (colour, label) => h("span", {}, h("i", { style: `background:rgba(var(${colour}), var(--full))` }), label);
