@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
 
-.PHONY: train test test-slow test-s3 test-vllm vllm-cpu lint up down status clean
+.PHONY: train test test-slow test-page test-s3 test-vllm vllm-cpu lint up down status clean
 
 train: $(VENV)/installed
 	@$(BIN)/asyncopd train $(CONFIG)
@@ -12,11 +12,15 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not processes and not slow and not radosgw and not vllm"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "processes and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not processes and not slow and not radosgw and not vllm and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "processes and not slow and not browser"
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
+
+# The page in Debian's chromium, on a stack of its own; leaves screenshots in build/screenshots/.
+test-page: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser tests/test_page.py
 
 # Against a real Ceph gateway, downloaded from Debian into build/ and not installed; fails where it cannot start.
 test-s3: $(VENV)/installed

@@ -153,7 +153,7 @@ def list_questions() -> QuestionList:
 def _questions() -> QuestionList:
     return QuestionList(data=[
         Question(
-            name=query.name, question=query.question, sql=_with_defaults(query),
+            name=query.name, question=query.question, sql=_with_defaults(query), template=query.sql,
             parameters=[
                 QuestionParameter(name=p.name, type=p.type, default=plain(p.default), about=p.doc)
                 for p in query.parameters

@@ -293,6 +293,9 @@ class TrajectoryOut(Schema):
     response: str = field("The response's text.", "+1 5 ×2 10 …")
     tokens: list[Token] = field("In order.", [])
     teacher: str = field("Whose scores these are.", "oracle")
+    teacher_top_of: Literal["topk", "head"] = field(
+        "`teacher_top` ranks its recorded top-k or, where none was recorded, the student's head.", "topk", "topk"
+    )
     trained_at_step: int | None = field("The step that trained it; null before.", 2, None)
     staleness: int | None = field("Learner version then − version_first.", 1, None)
 
@@ -334,6 +337,7 @@ class Question(Schema):
     name: str = field("Name, as in `asyncopd sql NAME`.", "kl_by_position")
     question: str = field("What it answers.", "Where in a response do student and teacher differ?")
     sql: str = field("Ready to send: the defaults of its parameters are written in.", "SELECT run FROM runs")
+    template: str = field("The same with its $names; send `parameters` with it.", "SELECT run FROM runs")
     parameters: list[QuestionParameter] = field("What those are.", [])
 
 

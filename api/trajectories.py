@@ -126,6 +126,7 @@ def trajectory_of(fold: RunFold, index: int) -> TrajectoryOut:
         response=tokenizer.decode(trajectory.response_ids.tolist()),
         tokens=list(_tokens(trajectory, scores, tokenizer)),
         teacher=fold.config.teacher.name,
+        teacher_top_of="head" if scores is not None and not scores.topk_ids_TK.size else "topk",
         trained_at_step=step.step if step else None,
         staleness=step.step - trajectory.version_first if step else None,
     )

@@ -10,20 +10,20 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
+from patience import stretched
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, expect, sync_playwright
 from test_deployment import Stack, stack, until
 
 __all__ = ["stack"]
-# Slow: the stack alone took 90 s to come up at load 8.
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parent.parent
 SHOTS = ROOT / "build" / "screenshots"
@@ -40,6 +40,12 @@ new PerformanceObserver((list) => {
   for (const shift of list.getEntries()) if (!shift.hadRecentInput)
     window.shifts.push([shift.value, shift.sources.map((s) => (s.node?.outerHTML ?? "").slice(0, 100))]);
 }).observe({ type: "layout-shift", buffered: true });
+"""
+HIDE = """
+(hidden) => {
+  Object.defineProperty(document, "hidden", { configurable: true, get: () => hidden });
+  document.dispatchEvent(new Event("visibilitychange"));
+}
 """
 
 
@@ -77,6 +83,7 @@ def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium")
     assert chromium, "chromium is missing, and the page is tested in it: apt-get install --yes chromium"
     with sync_playwright() as playwright:
+        expect.set_options(timeout=1000 * stretched(15))
         browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
         yield browser
         browser.close()
@@ -140,10 +147,14 @@ def test_a_run_launched_from_the_form_is_seen_live_to_its_end(visit: Visit, stac
     expect(page.locator("[id='field-loss.head']")).to_have_count(0)
     page.get_by_label("run id").fill("seen")
     page.locator("[id='field-learner.num_steps']").fill("6")
-    page.get_by_role("button", name="Launch").click()
-
-    expect(page.get_by_role("heading", name="seen")).to_be_visible(timeout=30_000)
-    expect(page.locator(".badge")).to_have_text("succeeded", timeout=180_000)
+    heading = page.get_by_role("heading", name="seen")
+    for _ in range(4):  # Prefect's server may be too busy for its 30 s; the same form sent again launches once
+        page.get_by_role("button", name="Launch").click()
+        expect(heading.or_(page.locator("[role=alert] pre"))).to_be_visible(timeout=1000 * stretched(40))
+        if heading.is_visible():
+            break
+    expect(heading).to_be_visible()
+    expect(page.locator(".badge")).to_have_text("succeeded", timeout=1000 * stretched(120))
     expect(page.locator(".facts")).to_contain_text("6 of 6")
     assert stack.log("seen").config()["loss"]["name"] == "dense_reverse_kl"
     assert visit.faults == []
@@ -175,23 +186,49 @@ def test_a_response_is_shown_token_by_token_and_walked_by_keys(visit: Visit, sta
     assert page.locator(".boundary").count() == len(trajectory.version_runs)
     tokens.first.focus()
     page.keyboard.press("End")
-    detail = page.locator(".detail")
-    expect(detail).to_contain_text(f"position {len(trajectory.response_ids) - 1}, id {trajectory.response_ids[-1]}")
-    expect(detail).to_contain_text(
-        f"log p when sampled (v{trajectory.version_last}) {trajectory.behaviour_logprobs_T[-1]:.3f}"
-    )
+    last = {
+        "position": str(len(trajectory.response_ids) - 1),
+        "id": str(trajectory.response_ids[-1]),
+        "policy version": str(trajectory.version_last),
+        "log p when sampled": f"{trajectory.behaviour_logprobs_T[-1]:.3f}",
+    }
+    facts = page.locator(".detail .facts div")
+    for name, value in last.items():
+        expect(facts.filter(has=page.get_by_text(name, exact=True)).locator("dd")).to_have_text(value)
+    expect(page.locator(".detail")).to_contain_text("log p under later weights is not recorded")
     visit.check("trajectory")
     page.keyboard.press("j")
     expect(page.get_by_role("heading", name="index 4")).to_be_visible()
 
 
-def test_a_run_is_cancelled_from_its_page(visit: Visit, stack: Stack) -> None:
+def test_a_run_is_cancelled_from_its_page_and_a_hidden_tab_asks_nothing(visit: Visit, stack: Stack) -> None:
     body = {"config_name": "small", "run_id": "long", "overrides": {"learner.num_steps": 2000, "evaluate.every": 0}}
-    assert httpx.post(f"{visit.origin}/v1/runs", json=body, timeout=60).status_code == 201
+    headers = {"Idempotency-Key": "long"}
+    launch = partial(httpx.post, f"{visit.origin}/v1/runs", json=body, headers=headers, timeout=60)
+    until(lambda: launch().is_success, 60, "Prefect to take the launch")
     until(lambda: _steps(stack, "long") >= 2, 120, "two steps of the long run")
     page = visit.open("/runs/long")
+    shown = page.locator(".facts dd").first
+    expect(shown).to_contain_text("of 2,000")
+
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.wait_for_timeout(6000)
+    assert asked, "a run in progress is read again every few seconds"
+    page.evaluate(HIDE, True)
+    for _ in range(10):  # what was under way may take a while on a busy machine
+        asked.clear()
+        page.wait_for_timeout(6000)
+        if not asked:
+            break
+    assert asked == []
+    before = shown.inner_text()
+    page.evaluate(HIDE, False)
+    expect(shown).not_to_have_text(before)
+    assert any(url.endswith("/events/stream") for url in asked)
+
     page.get_by_role("button", name="Cancel").click()
-    expect(page.locator(".badge")).to_have_text("cancelled", timeout=60_000)
+    expect(page.locator(".badge")).to_have_text("cancelled", timeout=1000 * stretched(60))
     until(lambda: not stack.roles(), 20, "its roles to end")
     assert visit.faults == []
 
@@ -213,26 +250,55 @@ def test_runs_are_picked_and_compared_on_the_same_axes(visit: Visit) -> None:
     visit.check("compare")
 
 
-def test_sql_answers_a_question_or_says_that_there_is_none_to_ask(visit: Visit) -> None:
-    if httpx.get(f"{visit.origin}/v1/sql/questions", timeout=30).status_code == 404:
-        page = visit.open("/sql")
-        expect(page.get_by_role("alert")).to_contain_text("has no /v1/sql")
-        return
+def test_a_replay_is_compared_step_by_step_with_the_run_it_repeats(visit: Visit, stack: Stack) -> None:
+    asked = {"overrides": {"loss.name": "reverse_kl"}, "scores": {"oracle": 1.0}, "evaluate": False}
+    answer = httpx.post(f"{visit.origin}/v1/runs/seen/replay", json=asked, timeout=60)
+    assert answer.status_code == 202, answer.text
+    replay = answer.json()["run_id"]
+    until(lambda: _steps(stack, replay) == 6, 120, "the replay to train its six steps")
+    page = visit.open(f"/compare?run=seen&run={replay}")
+    expect(page.get_by_role("img", name="Paired difference of loss by step").locator("canvas")).to_be_visible()
+    expect(page.get_by_role("row", name="loss.name")).to_contain_text("reverse_kl")
+    visit.check("compare-replay")
+
+
+def test_sql_answers_stored_questions_with_parameters_and_ones_own(visit: Visit) -> None:
     page = visit.open("/sql")
-    page.get_by_label("SQL", exact=True).fill("SELECT step, num_tokens FROM steps WHERE run = 'seen' ORDER BY step")
-    page.keyboard.press("Control+Enter")
-    expect(page.get_by_text("6 rows in")).to_be_visible(timeout=60_000)
-    expect(page.get_by_role("img", name="num_tokens by step")).to_be_visible()
+    page.get_by_label("Stored question").select_option("staleness_by_step")
+    expect(page.get_by_text("How stale are the tokens each stretch of steps trains on?")).to_be_visible()
+    page.get_by_label("Run", exact=True).select_option("seen")
+    page.get_by_label("$every").fill("3")
+    page.get_by_role("button", name="Run (Ctrl + Enter)").click()
+    rows = page.get_by_role("group", name="Result").locator("tbody tr")
+    expect(rows.first).to_be_visible(timeout=1000 * stretched(30))
+    assert {row.split("\t")[1] for row in rows.all_inner_texts()} == {"0", "3"}
+    expect(page.get_by_role("img", name="share by step").locator("canvas")).to_be_visible()
     visit.check("sql")
+
+    text = page.get_by_label("SQL", exact=True)
+    text.fill("SELECT step, num_tokens, 'a, \"b\"' AS odd FROM steps WHERE run = 'seen' ORDER BY step")
+    text.press("Control+Enter")
+    expect(page.get_by_text("6 rows in")).to_be_visible(timeout=1000 * stretched(30))
+    with page.expect_download() as download:
+        page.get_by_role("button", name="CSV").click()
+    lines = download.value.path().read_bytes().decode().split("\r\n")
+    assert [lines[0], lines[7:]] == ["step,num_tokens,odd", [""]]
+    assert all(line.endswith(',"a, ""b"""') for line in lines[1:7])
+
+    assert visit.faults == []
+    text.fill("SELECT stepp FROM steps")
+    text.press("Control+Enter")
+    expect(page.get_by_role("alert")).to_contain_text("stepp", timeout=1000 * stretched(30))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("path", ["/", "/runs/seen", "/runs/seen/trajectories/3", "/compare?run=seen", "/launch"])
+@pytest.mark.parametrize(
+    "path", ["/", "/runs/seen", "/runs/seen/trajectories/3", "/compare?run=seen", "/sql", "/launch"]
+)
 def test_every_view_fits_a_phone_in_light_and_dark(visit: Visit, path: str, scheme: str) -> None:
     visit.page.set_viewport_size(PHONE)  # type: ignore[arg-type]
     visit.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
     page = visit.open(path)
     expect(page.locator("h1")).to_be_visible()
-    page.wait_for_load_state("load")
-    time.sleep(0.5)
+    page.wait_for_load_state("networkidle")
     visit.check(f"phone-{scheme}{path.replace('/', '-').replace('?', '-')}")

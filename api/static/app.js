@@ -54,7 +54,11 @@ document.addEventListener("click", (event) => {
   go(link.getAttribute("href")).then(() => document.getElementById("view")?.focus({ preventScroll: true }));
 });
 addEventListener("popstate", show);
-addEventListener("unhandledrejection", (event) => toast(String(event.reason?.message ?? event.reason)));
+addEventListener("unhandledrejection", (event) => {
+  // A view that is left stops its requests.
+  if (event.reason?.name === "AbortError") event.preventDefault();
+  else toast(String(event.reason?.message ?? event.reason));
+});
 
 const theme = localStorage.getItem("theme");
 if (theme) document.documentElement.dataset.theme = theme;
@@ -65,5 +69,6 @@ document.getElementById("theme")?.addEventListener("click", () => {
   localStorage.setItem("theme", document.documentElement.dataset.theme);
   dispatchEvent(new Event("theme"));
 });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => dispatchEvent(new Event("theme")));
 
 show();

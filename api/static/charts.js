@@ -2,17 +2,18 @@
 // Line charts (uPlot) and the staleness heat map, in the page's colours; redrawn when the theme changes.
 /* global uPlot */
 import { css, h } from "./dom.js";
-import { num } from "./format.js";
+import { int, num } from "./format.js";
 
-const INK = ["--rollout", "--learn", "--score", "--evaluate", "--pretrain", "--bad", "--good", "--warn"];
+export const INK = ["--rollout", "--learn", "--score", "--evaluate", "--pretrain", "--bad", "--good", "--warn"];
 export const ink = (i) => css(INK[i % INK.length]);
 
 /**
  * A chart that is made once and then given data.
- * @param {{title: string, unit?: string, x?: string, series: {label: string, dash?: number[], points?: boolean}[], min?: number}} options
+ * @param {{title: string, unit?: string, x?: string, series: {label: string, ink?: string, dash?: number[], points?: boolean}[], min?: number, height?: number}} options
  */
-export function lineChart({ title, unit = "", x = "step", series, min }) {
+export function lineChart({ title, unit = "", x = "step", series, min, height = 165 }) {
   const place = h("div", { class: "chart", role: "img", "aria-label": `${title} by ${x}` }, h("p", { class: "empty" }, "no data yet"));
+  place.style.height = `${height + 40}px`;  // two lines of legend
   const heading = h("h2", {}, title, unit && h("span", { class: "quiet" }, ` (${unit})`));
   let plot = null;
   let data = null;
@@ -20,31 +21,46 @@ export function lineChart({ title, unit = "", x = "step", series, min }) {
   function options() {
     const axis = { stroke: css("--quiet"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") }, size: 52, font: "11px system-ui" };
     return {
-      width: place.clientWidth || 340, height: 160, cursor: { sync: { key: x }, points: { size: 6 } },
+      width: place.clientWidth || 340, height, cursor: { sync: { key: x }, points: { size: 6 } },
       legend: { show: true, live: true },
-      scales: { x: { time: false }, y: min === undefined ? {} : { range: (_, lo, hi) => [Math.min(min, lo ?? min), hi > min ? hi * 1.05 : min + 1] } },
+      hooks: { setCursor: [showLast] },
+      scales: { x: { time: false }, y: { range: (_, lo, hi) => rangeOf(lo, hi, min) } },
       axes: [{ ...axis, size: 30 }, { ...axis, values: (_, ticks) => ticks.map((v) => (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? (Math.abs(v) >= 1e4 && Math.abs(v) < 1e7 ? `${+(v / 1000).toPrecision(4)}k` : v.toExponential(0)) : String(+v.toPrecision(4)))) }],
       series: [{ label: x }, ...series.map((s, i) => ({
-        label: s.label, stroke: ink(i), width: 1.6, dash: s.dash, spanGaps: true,
-        points: { show: s.points ?? undefined, size: 5 }, value: (_, v) => num(v, 4),
+        label: s.label, stroke: s.ink ? css(s.ink) : ink(i), width: 1.6, dash: s.dash, spanGaps: true,
+        points: { show: s.points ?? undefined, size: 5 }, value: (_, v) => (Math.abs(v ?? 0) >= 1000 ? int(v) : num(v, 4)),
       }))],
     };
   }
 
   function draw() {
     if (!data || !data[0].length || !place.isConnected) return;
-    if (plot) { plot.setData(data); return; }
+    if (plot) { plot.setData(data); showLast(); return; }
     place.replaceChildren();
     plot = new uPlot(options(), data, place);
+    showLast();
+  }
+
+  /** Where nothing is pointed at, the legend tells the newest value of each curve. */
+  function showLast() {
+    if (!plot || plot.cursor.idx != null) return;
+    plot.setLegend({ idxs: data.map((values) => Math.max(0, values.findLastIndex((v) => v != null))) }, false);
   }
 
   addEventListener("theme", () => { plot?.destroy(); plot = null; draw(); });
-  new ResizeObserver(() => plot?.setSize({ width: place.clientWidth, height: 160 })).observe(place);
+  new ResizeObserver(() => plot?.setSize({ width: place.clientWidth, height })).observe(place);
   return {
     node: h("div", { class: "card" }, heading, place),
     /** @param {number[]} xs @param {...(number|null)[]} ys */
     set(xs, ...ys) { data = [xs, ...ys]; draw(); },
   };
+}
+
+/** The vertical range of values from `lo` to `hi` (null where there are none), from `min` on if it is given. */
+function rangeOf(lo, hi, min) {
+  if (min !== undefined) return [Math.min(min, lo ?? min), hi > min ? hi * 1.05 : min + 1];
+  const room = Math.abs(lo) / 10 || 1;
+  return lo === hi ? [lo - room, lo + room] : uPlot.rangeNum(lo, hi, 0.1, true);
 }
 
 /** A canvas of a fixed height that redraws itself when its width, the device or the theme changes. */

@@ -21,11 +21,10 @@ export function fill(node, ...children) {
   return node;
 }
 
-/** A table whose header cells are [label, isNumber]; cells may be text or elements. */
-export function table(header, rows, caption) {
+/** A table whose header cells are [label, isNumber]; cells may be text or elements. `name` is for those who hear it. */
+export function table(header, rows, name = "table") {
   // Focusable, so that a table wider than a phone can be scrolled by keys.
-  return h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": caption ?? "table" }, h("table", {},
-    caption && h("caption", { class: "quiet" }, caption),
+  return h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": name }, h("table", {},
     h("thead", {}, h("tr", {}, header.map(([label, numeric]) => h("th", { class: numeric ? "n" : "", scope: "col" }, label)))),
     h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell, i) => h("td", { class: header[i]?.[1] ? "n" : "" }, cell ?? "–")))))));
 }

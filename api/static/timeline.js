@@ -7,15 +7,16 @@ import { pct } from "./format.js";
 const ORDER = ["pretrain", "rollout", "score", "learn", "evaluate"];
 const LANE = 26, LEFT = 88, TOP = 18;
 
-export function timeline(onWindow) {
-  let known = null, from = 0, to = 1;
+/** @param {(from: number, to: number) => Promise<any>} read the same answer for a window, in which more spans are apart */
+export function timeline(read) {
+  let known = null, close = null, from = 0, to = 1, timer = 0;
   const detail = h("p", { class: "quiet phase" }, "Point at a span to see what it is.");
   const shares = h("div");
   const legend = h("div", { class: "legend" });
   const holder = h("div");
   let view = null;
 
-  const colourOf = (lane, activity) => (activity.startsWith("wait:") ? css("--wait") : activity.startsWith("orchestrate:") ? css("--warn") : css(`--${lane.role}`) || css("--accent"));
+  const colourOf = (lane, activity) => (activity.startsWith("wait:") ? css("--wait") : activity.startsWith("orchestrate:") ? css("--overhead") : css(`--${lane.role}`) || css("--accent"));
 
   function draw(ctx, width) {
     if (!known) return;
@@ -28,10 +29,10 @@ export function timeline(onWindow) {
       const label = `${+s.toFixed(3)} s`;
       if (px(s) + 2 + ctx.measureText(label).width < width) ctx.fillText(label, px(s) + 2, TOP - 6);
     }
-    known.lanes.forEach((lane, i) => {
+    shown().forEach((lane, i) => {
       const y = TOP + i * LANE;
       ctx.fillStyle = css("--text");
-      ctx.fillText(lane.role, 2, y + 15);
+      ctx.fillText(known.lanes[i].label, 2, y + 15);
       ctx.save();
       ctx.beginPath(); ctx.rect(LEFT, y, width - LEFT, LANE); ctx.clip();
       for (const waits of [true, false]) {
@@ -39,42 +40,54 @@ export function timeline(onWindow) {
           const activity = lane.activities[j], end = lane.ends[j];
           if (activity.startsWith("wait:") !== waits || end < from || start > to) return;
           ctx.fillStyle = colourOf(lane, activity);
-          ctx.fillRect(px(start), y + (waits ? 8 : 3), Math.max(px(end) - px(start), 0.7), waits ? LANE - 16 : LANE - 7);
+          ctx.fillRect(px(start), y + (waits ? 8 : 3), Math.max(px(end) - px(start), 0.3), waits ? LANE - 16 : LANE - 7);
         });
       }
       ctx.restore();
     });
   }
 
+  /** The lanes to draw: of the window read last while it holds what is looked at. */
+  const shown = () => known.lanes.map((lane) => (close && close.from <= from && to <= close.to ? close.lanes.get(lane.worker) ?? { ...lane, starts: [] } : lane));
+
+  function look(start, span) {
+    from = Math.max(0, Math.min(known.duration_s - span, start));
+    to = from + span;
+    view.redraw();
+    clearTimeout(timer);
+    if (span < known.duration_s / 2) timer = setTimeout(async () => {
+      const window = { from: Math.max(0, from - span / 2), to: to + span / 2 };
+      const found = await read(window.from, window.to);
+      close = { ...window, lanes: new Map(found.lanes.map((lane) => [lane.worker, lane])) };
+      view.redraw();
+    }, 250);
+  }
   function zoom(factor, centre = (from + to) / 2) {
     const span = Math.min(known.duration_s, Math.max(0.05, (to - from) * factor));
-    from = Math.max(0, Math.min(known.duration_s - span, centre - (centre - from) * (span / (to - from))));
-    to = from + span;
-    view.redraw();
-    onWindow?.(from, to);
+    look(centre - (centre - from) * (span / (to - from)), span);
   }
-  function move(seconds) {
-    const span = to - from;
-    from = Math.max(0, Math.min(known.duration_s - span, from + seconds));
-    to = from + span;
-    view.redraw();
-    onWindow?.(from, to);
-  }
+  const move = (seconds) => look(from + seconds, to - from);
   const secondsAt = (event, canvas) => from + ((event.offsetX - LEFT) / (canvas.clientWidth - LEFT)) * (to - from);
 
   function attach(canvas) {
     canvas.tabIndex = 0;
     let dragged = null;
     canvas.addEventListener("wheel", (e) => { if (e.ctrlKey || e.shiftKey) { e.preventDefault(); zoom(e.deltaY > 0 ? 1.25 : 0.8, secondsAt(e, canvas)); } }, { passive: false });
-    canvas.addEventListener("pointerdown", (e) => { dragged = e.offsetX; canvas.setPointerCapture(e.pointerId); });
+    canvas.addEventListener("pointerdown", (e) => { dragged = e.offsetX; canvas.setPointerCapture(e.pointerId); tell(e); });
     canvas.addEventListener("pointerup", () => { dragged = null; });
+    canvas.addEventListener("pointercancel", () => { dragged = null; });
     canvas.addEventListener("pointermove", (e) => {
-      if (dragged !== null) { move(((dragged - e.offsetX) / (canvas.clientWidth - LEFT)) * (to - from)); dragged = e.offsetX; return; }
-      const lane = known.lanes[Math.floor((e.offsetY - TOP) / LANE)], s = secondsAt(e, canvas);
+      if (dragged === null) { tell(e); return; }
+      move(((dragged - e.offsetX) / (canvas.clientWidth - LEFT)) * (to - from));
+      dragged = e.offsetX;
+    });
+    /** The shortest span under the pointer, in words. */
+    function tell(e) {
+      const lane = shown()[Math.floor((e.offsetY - TOP) / LANE)], s = secondsAt(e, canvas);
       const found = lane?.starts.map((start, j) => j).filter((j) => lane.starts[j] <= s && s <= lane.ends[j]) ?? [];
       const best = found.sort((a, b) => lane.ends[a] - lane.starts[a] - (lane.ends[b] - lane.starts[b]))[0];
       if (best !== undefined) detail.textContent = `${lane.worker}: ${lane.activities[best].replace("wait:", "waits for ")} ${lane.details[best]} · ${lane.starts[best].toFixed(2)}–${lane.ends[best].toFixed(2)} s`;
-    });
+    }
     canvas.addEventListener("keydown", (e) => {
       const act = { "+": () => zoom(0.7), "=": () => zoom(0.7), "-": () => zoom(1.4), ArrowLeft: () => move((from - to) / 5), ArrowRight: () => move((to - from) / 5), 0: () => zoom(1e9) }[e.key];
       if (act) { e.preventDefault(); act(); }
@@ -87,23 +100,29 @@ export function timeline(onWindow) {
     h("button", { type: "button", onclick: () => known && zoom(1e9) }, "All"),
     h("span", { class: "quiet" }, "Shift + wheel zooms, drag moves; keys + − ← → 0"));
   return {
-    node: h("div", { class: "card" }, h("h2", {}, "Roles"), buttons, holder, detail, legend, shares),
+    node: h("div", { class: "card roles" }, h("h2", {}, "Roles"), buttons, holder, detail, legend, shares),
     set(next) {
       const whole = !known || to - from >= known.duration_s * 0.999;
       const lanes = known?.lanes.length;
-      known = { ...next, lanes: next.lanes.toSorted((a, b) => ORDER.indexOf(a.role) - ORDER.indexOf(b.role) || a.worker.localeCompare(b.worker)) };
+      known = { ...next, lanes: labelled(next.lanes.toSorted((a, b) => ORDER.indexOf(a.role) - ORDER.indexOf(b.role) || a.worker.localeCompare(b.worker))) };
       if (whole) { from = 0; to = Math.max(next.duration_s, 0.05); }
       if (!view || lanes !== next.lanes.length) {
         view = picture(TOP + LANE * Math.max(1, next.lanes.length) + 4, "Timeline of the roles", draw);
         attach(view.canvas);
         holder.replaceChildren(view.canvas);
-        legend.replaceChildren(...[...new Set(known.lanes.map((l) => l.role))].map((role) => entry(`--${role}`, role)), entry("--warn", "orchestration"), entry("--wait", "waiting"));
+        legend.replaceChildren(...[...new Set(known.lanes.map((l) => l.role))].map((role) => entry(`--${role}`, role)), entry("--overhead", "overhead: reads, writes, Prefect"), entry("--wait", "waiting"));
       }
       view.redraw();
       fill(shares, table([["role", 0], ["works", 1], ["overhead", 1], ["waits for (may run beside work)", 0]], known.lanes.map(sharesOf)));
     },
   };
 }
+
+/** Lanes in order with a name each: the role, numbered where it has several workers. */
+const labelled = (lanes) => lanes.map((lane, i) => {
+  const alike = lanes.filter((other) => other.role === lane.role);
+  return { ...lane, label: alike.length > 1 ? `${lane.role} ${alike.indexOf(lane) + 1}` : lane.role };
+});
 
 const entry = (variable, label) => h("span", {}, h("i", { style: `background:var(${variable})` }), label);
 
@@ -117,7 +136,7 @@ function sharesOf(lane) {
   });
   const share = (kind) => pct(Math.min(1, (seconds.get(kind) ?? 0) / whole));
   const waits = [...seconds.keys()].filter((kind) => kind !== "work" && kind !== "overhead");
-  return [h("span", { title: lane.worker }, lane.role), share("work"), share("overhead"), waits.map((kind) => `${kind} ${share(kind)}`).join(", ") || "nothing"];
+  return [h("span", { title: lane.worker }, lane.label), share("work"), share("overhead"), waits.map((kind) => `${kind} ${share(kind)}`).join(", ") || "nothing"];
 }
 
 function niceStep(raw) {

@@ -1,11 +1,12 @@
 // @ts-check
 // Several runs on the same axes, and where their configurations differ.
 import { go } from "../app.js";
-import { lineChart } from "../charts.js";
+import { INK, lineChart } from "../charts.js";
 import { get } from "../client.js";
 import { fill, h, table } from "../dom.js";
 import { int, num, pct } from "../format.js";
-import { CURVES } from "./run.js";
+import { CURVES, KEYS } from "./run.js";
+import { badge } from "./runs.js";
 
 export async function compare(node, _parts, signal) {
   const ids = [...new Set(new URLSearchParams(location.search).getAll("run"))];
@@ -19,9 +20,11 @@ export async function compare(node, _parts, signal) {
 
   const loaded = await Promise.all(ids.map(async (id) => {
     const path = `/v1/runs/${encodeURIComponent(id)}`;
-    const [run, metrics, evals, config] = await Promise.all([get(path, signal), get(`${path}/metrics?max_points=300`, signal), get(`${path}/evals`, signal), get(`${path}/config`, signal)]);
+    const [run, metrics, evals, config] = await Promise.all([get(path, signal), get(`${path}/metrics?max_points=300&${KEYS}`, signal), get(`${path}/evals`, signal), get(`${path}/config`, signal)]);
     return { run, metrics, evals: evals.data, config: flat(config.config) };
   }));
+  // Ids are long, legends are not: a letter for each run.
+  const series = ids.map((_, i) => ({ label: letter(i) }));
   const drop = (id) => go(`/compare?${ids.filter((i) => i !== id).map((i) => `run=${i}`).join("&")}`);
 
   function draw() {
@@ -29,16 +32,18 @@ export async function compare(node, _parts, signal) {
     for (const [title, unit, [first, middle]] of CURVES) {
       // Of percentiles the median, of mean and maximum the mean: one curve a run.
       const key = middle?.endsWith("_p50") ? middle : first;
-      const chart = lineChart({ title, unit: middle ? key.split("_").at(-1) : unit, x: axis, series: ids.map((label) => ({ label })) });
+      const chart = lineChart({ title, unit: middle ? key.split("_").at(-1) : unit, x: axis, series });
       charts.push([chart, ...merged(loaded.map((l) => [l.metrics[axis], l.metrics.series[key] ?? []]))]);
     }
-    const quality = lineChart({ title: "Held-out accuracy", x: "version", series: ids.map((label) => ({ label, points: true })), min: 0 });
-    charts.unshift([quality, ...merged(loaded.map((l) => [l.evals.map((e) => e.version), l.evals.map((e) => e.accuracy)]))]);
+    for (const [title, unit, key] of [["Held-out KL to the teacher", "nats per token", "kl_nats"], ["Held-out accuracy", "fraction", "accuracy"]]) {
+      const chart = lineChart({ title, unit, x: "version", series: series.map((s) => ({ ...s, points: true })), min: 0 });
+      charts.unshift([chart, ...merged(loaded.map((l) => [l.evals.map((e) => e.version), l.evals.map((e) => e[key])]))]);
+    }
     const paired = pairedDifference(loaded);
     charts.unshift(...paired);
     fill(place,
-      h("section", {}, table([["run", 0], ["state", 0], ["steps", 1], ["tokens", 1], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["tokens/s", 1], [h("span", { class: "sr" }, "action"), 0]],
-        loaded.map(({ run }) => [h("a", { href: `/runs/${run.id}`, "data-link": "" }, run.id), run.status, int(run.progress.steps), int(run.progress.tokens), num(run.latest.loss_nats), num(run.latest.kl_nats), pct(run.latest.accuracy), int(run.latest.tokens_per_s),
+      h("section", {}, table([[h("span", { class: "sr" }, "letter"), 0], ["run", 0], ["state", 0], ["steps", 1], ["tokens", 1], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["tokens/s", 1], [h("span", { class: "sr" }, "action"), 0]],
+        loaded.map(({ run }, i) => [h("span", {}, h("i", { class: "swatch", style: `background:var(${INK[i % INK.length]})` }), letter(i)), h("a", { href: `/runs/${run.id}`, "data-link": "" }, run.id), badge(run.status), int(run.progress.steps), int(run.progress.tokens), num(run.latest.loss_nats), num(run.latest.kl_nats), pct(run.latest.accuracy), int(run.latest.tokens_per_s),
           h("button", { type: "button", "aria-label": `Remove ${run.id}`, onclick: () => drop(run.id) }, "remove")]))),
       h("section", { class: "grid" }, charts.map(([chart]) => chart.node)),
       h("section", {}, h("h2", {}, "Where the configurations differ"), differences(loaded)));
@@ -62,13 +67,14 @@ function merged(curves) {
 /** Replays of one log trained the same rollouts: their differences to the first run are paired, step by step. */
 function pairedDifference(loaded) {
   const source = (l) => l.run.parent?.run_id ?? l.run.id;
-  const [first, ...others] = loaded;
-  const paired = others.filter((l) => source(l) === source(first));
-  if (!paired.length) return [];
-  const [xs, base, ...ys] = merged([first, ...paired].map((l) => [l.metrics.steps, l.metrics.series["train/loss_nats"] ?? []]));
-  const chart = lineChart({ title: `Paired difference of loss: same rollouts as ${first.run.id}`, unit: "nats", series: paired.map((l) => ({ label: l.run.id })) });
+  const places = loaded.map((_, i) => i).slice(1).filter((i) => source(loaded[i]) === source(loaded[0]));
+  if (!places.length) return [];
+  const [xs, base, ...ys] = merged([0, ...places].map((i) => [loaded[i].metrics.steps, loaded[i].metrics.series["train/loss_nats"] ?? []]));
+  const chart = lineChart({ title: "Paired difference of loss", unit: "nats, to A on the same rollouts", series: places.map((i) => ({ label: `${letter(i)} − A`, ink: INK[i % INK.length] })) });
   return [[chart, xs, ...ys.map((y) => y.map((v, i) => (v === null || base[i] === null ? null : v - base[i])))]];
 }
+
+const letter = (i) => String.fromCharCode(65 + i);
 
 function differences(loaded) {
   const keys = [...new Set(loaded.flatMap((l) => Object.keys(l.config)))].filter((key) => new Set(loaded.map((l) => JSON.stringify(l.config[key]))).size > 1).sort();

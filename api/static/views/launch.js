@@ -10,12 +10,13 @@ export async function launch(node, _parts, signal) {
   const base = h("select", { id: "base" }, configs.map((c) => h("option", { value: c.name, selected: c === start }, c.name)));
   const about = h("p", { class: "quiet" }), fields = h("div"), wrong = h("div", { role: "alert" });
   const runId = h("input", { id: "run-id", pattern: "[A-Za-z0-9][A-Za-z0-9._\\-]{0,99}", placeholder: "made from name and time", autocomplete: "off" });
-  const button = h("button", { class: "primary" }, "Launch");
-  let chosen = start, inputs = new Map(), unions = new Map();
+  const button = h("button", { class: "primary" }, "Launch"), changes = h("span", { class: "quiet", role: "status" });
+  let chosen = start, inputs = new Map(), unions = new Map(), sent = { body: "", key: "" };
 
   function build() {
     chosen = configs.find((c) => c.name === base.value);
     about.textContent = chosen.about;
+    changes.textContent = "";
     inputs = new Map();
     unions = new Map();
     const top = [], sections = [];
@@ -35,7 +36,8 @@ export async function launch(node, _parts, signal) {
       for (const known of [...inputs.keys()]) if (known.startsWith(`${path}.`)) inputs.delete(known);
       unions.delete(path);
       const union = unionAt(path);
-      const rows = Object.entries(now).map(([name, v]) => {
+      // What chooses the variant stands first.
+      const rows = Object.entries(now).toSorted(([a], [b]) => Number(b === union?.tag) - Number(a === union?.tag)).map(([name, v]) => {
         if (name === union?.tag && union.variants.size > 1) return tagField(path, union, now, original, show);
         return isSection(v) ? section(`${path}.${name}`, v) : field(`${path}.${name}`, v, describe(path, name, now));
       });
@@ -112,7 +114,10 @@ export async function launch(node, _parts, signal) {
     button.disabled = true;
     fill(wrong);
     try {
-      const run = await post("/v1/runs", { config_name: chosen.name, overrides, ...(runId.value ? { run_id: runId.value } : {}) }, { "Idempotency-Key": crypto.randomUUID() });
+      const body = { config_name: chosen.name, overrides, ...(runId.value ? { run_id: runId.value } : {}) };
+      // The same form sent again, after Prefect or the network failed, goes on with the launch it began.
+      if (sent.body !== JSON.stringify(body)) sent = { body: JSON.stringify(body), key: newKey() };
+      const run = await post("/v1/runs", body, { "Idempotency-Key": sent.key });
       await go(`/runs/${run.id}`);
     } catch (error) {
       fill(wrong, h("pre", {}, error.message));
@@ -120,12 +125,15 @@ export async function launch(node, _parts, signal) {
     } finally { button.disabled = false; }
   } },
     h("div", { class: "field" }, h("label", { for: "base" }, "configuration"), base), about,
-    h("div", { class: "field" }, h("label", { for: "run-id" }, "run id"), runId), fields, wrong, h("div", { class: "foot" }, button));
+    h("div", { class: "field" }, h("label", { for: "run-id" }, "run id"), runId), fields, wrong, h("div", { class: "foot row" }, button, changes));
+  form.addEventListener("input", () => { const n = fields.querySelectorAll(".field.changed").length; changes.textContent = n ? `${n} changed` : ""; });
   base.addEventListener("change", build);
   fill(node, h("h1", {}, "Launch a run"), h("section", {}, form));
   build();
 }
 
+/** Random hexadecimal; crypto.randomUUID is missing where the page comes over http from another machine. */
+const newKey = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 const OPEN = ["staleness", "learner", "loss"];
 const put = (object, [name, ...rest], value) => { if (rest.length) put(object[name] ??= {}, rest, value); else object[name] = value; };
 /** `code` of a description as code. */

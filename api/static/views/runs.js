@@ -2,13 +2,17 @@
 // All runs: state, progress, loss, quality; pick several to compare.
 import { go } from "../app.js";
 import { sparkline } from "../charts.js";
-import { get } from "../client.js";
+import { get, poll } from "../client.js";
 import { fill, h, table } from "../dom.js";
 import { ago, int, num, pct } from "../format.js";
 
 const STATES = ["queued", "running", "paused", "cancelled", "succeeded", "failed"];
 
+export const LIVE = ["queued", "running", "pausing", "cancelling"];
+
 export const badge = (status) => h("span", { class: `badge ${status}` }, status);
+
+const nameOf = (node) => node.getAttribute("href") ?? node.getAttribute("aria-label");
 
 export async function runs(node, _parts, signal) {
   const chosen = new Set();
@@ -17,7 +21,7 @@ export async function runs(node, _parts, signal) {
   const compare = h("button", { type: "button", disabled: true, onclick: () => go(`/compare?${[...chosen].map((id) => `run=${id}`).join("&")}`) }, "Compare");
   const more = h("button", { type: "button", hidden: true }, "More");
   const list = h("div", { style: "min-height:60vh" });
-  let limit = 20;
+  let limit = 20, isLive = true, asked = 0;
   fill(node, h("div", { class: "row spread" }, h("h1", {}, "Runs"), h("div", { class: "row" }, name, status, compare, h("a", { href: "/launch", "data-link": "" }, "Launch a run"))), h("section", {}, list, more));
 
   function row(run) {
@@ -37,18 +41,23 @@ export async function runs(node, _parts, signal) {
     const query = new URLSearchParams({ limit: String(limit) });
     if (status.value) query.set("status", status.value);
     if (name.value) query.set("name", name.value);
+    const mine = ++asked;
     const page = await get(`/v1/runs?${query}`, signal);
-    if (list.contains(document.activeElement) && document.activeElement?.tagName === "INPUT") return;
+    if (mine !== asked) return;  // an older question's answer
+    const held = list.contains(document.activeElement) ? nameOf(document.activeElement) : null;
     more.hidden = !page.next_cursor;
+    isLive = page.data.some((run) => LIVE.includes(run.status));
     fill(list, page.data.length
       ? table([["pick", 0], ["run", 0], ["state", 0], ["steps", 0], ["loss", 0], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["staleness", 1], ["tokens/s", 1], ["created", 0]], page.data.map(row))
       : h("p", { class: "quiet" }, "No run yet. Launch one here, or with `asyncopd train`."));
+    // What had the focus has it still.
+    if (held) [...list.querySelectorAll("a,input")].find((node) => nameOf(node) === held)?.focus({ preventScroll: true });
   }
   const again = () => look().catch(() => undefined);
   status.addEventListener("change", again);
   name.addEventListener("input", again);
   more.addEventListener("click", () => { limit = Math.min(100, limit + 40); again(); });
   await look();
-  const timer = setInterval(again, 2000);
-  signal.addEventListener("abort", () => clearInterval(timer));
+  // Where nothing runs, only a run that somebody else starts is news.
+  void poll(look, () => (isLive ? 2000 : 10_000), signal);
 }

@@ -8,8 +8,25 @@ import { logprob, num, pct } from "../format.js";
 const FULL_COLOUR_NATS = 3;
 
 export async function trajectory(node, [id, index], signal) {
-  const found = await get(`/v1/runs/${encodeURIComponent(id)}/trajectories/${index}`, signal);
-  const { summary, tokens } = found;
+  const path = `/v1/runs/${encodeURIComponent(id)}`, at = (i) => `/runs/${encodeURIComponent(id)}/trajectories/${i}`;
+  addEventListener("keydown", (e) => {
+    if (/** @type {any} */ (e.target).closest?.("input,textarea,select") || e.ctrlKey || e.metaKey || e.altKey) return;
+    if (e.key === "j") go(at(Number(index) + 1));
+    if (e.key === "k" && Number(index)) go(at(Number(index) - 1));
+  }, { signal });
+  const head = h("div", { class: "row spread" }, h("h1", {}, h("a", { href: `/runs/${encodeURIComponent(id)}`, "data-link": "" }, id), ` · index ${index}`),
+    h("div", { class: "row" }, Number(index) > 0 && h("a", { href: at(Number(index) - 1), "data-link": "" }, "← previous (k)"), h("a", { href: at(Number(index) + 1), "data-link": "" }, "next (j) →")));
+  // Shown also where there is no such response: dropped, or not produced yet.
+  fill(node, head);
+  const found = await get(`${path}/trajectories/${index}`, signal).catch((error) => {
+    if (error.problem?.status !== 404) throw error;
+    fill(node, head, h("p", { role: "alert" }, error.message));
+  });
+  if (!found) return;
+  const { summary, tokens, trained_at_step: step } = found;
+  const drift = step === null ? null : (await get(`${path}/metrics?key=train/drift_nats&from_step=${step}&to_step=${step + 1}`, signal)).series["train/drift_nats"]?.[0] ?? null;
+  const later = step === null ? "this response is not trained yet"
+    : `the learner had it at step ${step} and kept the mean over the step's tokens, drift KL(sampling‖current) ${num(drift)} nats`;
   const detail = h("div", { class: "card detail", "aria-live": "off" }, h("p", { class: "quiet" }, "Point at a token, or move between them with the arrow keys."));
   const colour = (token) => {
     if (token.teacher_logprob === null) return "transparent";
@@ -22,14 +39,20 @@ export async function trajectory(node, [id, index], signal) {
   paint();
   addEventListener("theme", paint, { signal });
 
+  const side = (title, setting, list, token) => h("div", {}, h("h2", {}, title), list.length
+    ? table([["token", 0], ["id", 1], ["log-prob", 1], ["prob", 1]], list.map((a) => [a.id === token.id ? h("strong", {}, a.text) : a.text, a.id, logprob(a.logprob), a.logprob === null ? "–" : pct(Math.exp(a.logprob))]), title)
+    : h("p", { class: "quiet" }, `Not recorded; a run keeps it with ${setting}.`));
+  let picked = 0;
   function pick(t) {
-    buttons.forEach((button, i) => { button.setAttribute("aria-pressed", String(i === t)); button.tabIndex = i === t ? 0 : -1; });
+    for (const [i, is] of /** @type {[number, boolean][]} */ ([[picked, false], [t, true]])) { buttons[i].setAttribute("aria-pressed", String(is)); buttons[i].tabIndex = is ? 0 : -1; }
+    picked = t;
     const token = tokens[t];
     const gap = token.teacher_logprob === null ? null : token.teacher_logprob - token.behaviour_logprob;
-    const side = (title, list) => h("div", {}, h("h2", {}, title), list.length ? table([["token", 0], ["id", 1], ["log-prob", 1], ["prob", 1]], list.map((a) => [a.text, a.id, logprob(a.logprob), a.logprob === null ? "–" : pct(Math.exp(a.logprob))])) : h("p", { class: "quiet" }, "not recorded"));
-    fill(detail, h("p", {}, h("strong", {}, `“${token.text}”`), ` position ${t}, id ${token.id}, policy version ${token.version}`),
-      h("p", {}, `log p when sampled (v${token.version}) ${logprob(token.behaviour_logprob)}, log q ${logprob(token.teacher_logprob)}, log q − log p ${logprob(gap)} nats`),
-      h("div", { class: "grid" }, side("Teacher's likeliest", token.teacher_top), side("Sampling student's likeliest", token.student_top)));
+    const facts = [["log p when sampled", logprob(token.behaviour_logprob)], ["log q", logprob(token.teacher_logprob)], ["log q − log p", logprob(gap)], ["position", t], ["id", token.id], ["policy version", token.version]];
+    fill(detail, h("p", {}, h("strong", { class: "picked" }, token.text)),
+      h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))),
+      h("p", { class: "quiet" }, `log p under later weights is not recorded: ${later}.`),
+      h("div", { class: "sides" }, side(found.teacher_top_of === "topk" ? "Teacher's likeliest" : "The student's likeliest, to the teacher", "recording.top_k", token.teacher_top, token), side("Sampling student's likeliest", "recording.head", token.student_top, token)));
   }
   const text = h("div", { class: "tokens card", role: "group", "aria-label": "Response" });
   let version = null;
@@ -43,21 +66,16 @@ export async function trajectory(node, [id, index], signal) {
     const next = { ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: buttons.length - 1 }[e.key];
     if (next !== undefined && buttons[next]) { e.preventDefault(); buttons[next].focus(); }
   });
-  const at = (i) => `/runs/${id}/trajectories/${i}`;
-  addEventListener("keydown", (e) => {
-    if (/** @type {any} */ (e.target).closest?.("input,textarea,select")) return;
-    if (e.key === "j") go(at(summary.index + 1));
-    if (e.key === "k" && summary.index) go(at(summary.index - 1));
-  }, { signal });
-
-  fill(node,
-    h("div", { class: "row spread" }, h("h1", {}, h("a", { href: `/runs/${id}`, "data-link": "" }, id), ` · index ${summary.index}`),
-      h("div", { class: "row" }, summary.index > 0 && h("a", { href: at(summary.index - 1), "data-link": "" }, "← previous (k)"), h("a", { href: at(summary.index + 1), "data-link": "" }, "next (j) →"))),
-    h("p", { class: "quiet" }, [summary.group, summary.correct === null ? null : summary.correct ? "right" : "wrong", `${summary.num_tokens} tokens`, `ended by ${summary.finish_reason}`, `teacher ${found.teacher}`,
-      found.trained_at_step === null ? "not trained yet" : `trained at step ${found.trained_at_step}, staleness ${found.staleness}`, `mean log p − log q ${num(summary.kl_nats)}`].filter(Boolean).join(" · ")),
-    h("section", {}, h("h2", {}, "Prompt"), h("pre", {}, found.prompt)),
-    h("section", {}, h("div", { class: "row spread" }, h("h2", {}, "Response"),
-      h("div", { class: "legend" }, h("span", {}, h("i", { style: "background:rgba(var(--blue), var(--full))" }), "teacher likes it more"), h("span", {}, h("i", { style: "background:rgba(var(--orange), var(--full))" }), "teacher likes it less"), h("span", {}, `full colour at ${FULL_COLOUR_NATS} nats`))), text),
-    h("section", {}, detail));
-  if (tokens.length) pick(0);
+  const facts = [summary.group, summary.correct === null ? null : summary.correct ? "right" : "wrong", `${summary.num_tokens} tokens`, `ended by ${summary.finish_reason}`, `teacher ${found.teacher}`,
+    step === null ? "not trained yet" : `trained at step ${step}, staleness ${found.staleness}`, `mean log p − log q ${num(summary.kl_nats)} nats`];
+  fill(node, head, h("p", { class: "quiet" }, facts.filter(Boolean).join(" · ")),
+    h("section", { class: "reading" },
+      h("div", {}, h("h2", {}, "Prompt"), h("pre", {}, found.prompt),
+        h("div", { class: "row spread" }, h("h2", {}, "Response"), h("div", { class: "legend" }, legend("--blue", "teacher likes it more"), legend("--orange", "less"), h("span", {}, `full colour at ${FULL_COLOUR_NATS} nats`))), text),
+      detail));
+  // What one came for: where student and teacher differ most.
+  const gaps = tokens.map((token) => Math.abs((token.teacher_logprob ?? token.behaviour_logprob) - token.behaviour_logprob));
+  if (tokens.length) pick(gaps.indexOf(Math.max(...gaps)));
 }
+
+const legend = (colour, label) => h("span", {}, h("i", { style: `background:rgba(var(${colour}), var(--full))` }), label);
