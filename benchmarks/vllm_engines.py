@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from asyncopd.rollout.vllm.sampler import VllmSampler
 from asyncopd.teacher.hf import HfScorer
 from asyncopd.teacher.vllm import VllmScorer
 from asyncopd.types import PolicyVersion, PolicyWeights, Trajectory
-from asyncopd.vllm_engine import new_model_folder, write_model
+from asyncopd.vllm_folder import ModelFolder
 
 VOCAB_SIZE, EOS_ID, MAX_CONTEXT = 42, 1, 200
 CPU: dict[str, Any] = {"dtype": "float32", "kv_cache_bytes": 1 << 28, "compile": False}
@@ -110,10 +109,10 @@ async def measure(name: str, num_layers: int, hidden_size: int, rounds: int) -> 
 
 async def scored(architecture: dict[str, Any], body: bytes, trajectories: Sequence[Trajectory], rounds: int) -> None:
     """Scored tokens/s of both teachers: at the candidates (full vocabulary), and top 8 alone."""
-    folder = new_model_folder()
-    write_model(Path(folder.name), architecture, body)
+    folder = ModelFolder(len(body))
+    folder.write(architecture, body)
     vllm = VllmScorer(
-        folder.name, name="t", tokenizer_digest="t", vocab_size=VOCAB_SIZE, max_context=MAX_CONTEXT,
+        str(folder.path), name="t", tokenizer_digest="t", vocab_size=VOCAB_SIZE, max_context=MAX_CONTEXT,
         settings=VllmEngine(**CPU), owned_folder=folder,
     )  # fmt: skip
     hf = HfScorer(build_causal_lm(architecture, seed=0), name="t", tokenizer_digest="t", row_capacity=128)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from asyncopd.ports import ScoreRequest
 from asyncopd.teacher.prompt_logprobs import FULL, PromptAnswer, all_answers, asked_ids, num_logprobs, scores_of
 from asyncopd.types import TeacherScores, Trajectory
 from asyncopd.vllm_engine import start_engine
+from asyncopd.vllm_folder import ModelFolder
 
 
 class VllmScorer:
@@ -42,7 +42,7 @@ class VllmScorer:
         max_context: int,
         max_sequences: int = 64,
         settings: VllmEngine | None = None,
-        owned_folder: tempfile.TemporaryDirectory[str] | None = None,
+        owned_folder: ModelFolder | None = None,
     ) -> None:
         """
         Args:
@@ -52,7 +52,7 @@ class VllmScorer:
             vocab_size: of the model, as its config.json says.
             max_context: most tokens of prompt and response together.
             max_sequences: trajectories in one batch.
-            owned_folder: removed by `close`.
+            owned_folder: emptied of weights once they are loaded, removed by `close`.
         """
         self.name = name
         self.tokenizer_digest = tokenizer_digest
@@ -96,7 +96,7 @@ class VllmScorer:
         if engine is not None:
             await asyncio.to_thread(engine.shutdown)
         if self._owned_folder is not None:
-            self._owned_folder.cleanup()
+            self._owned_folder.remove()
 
     async def _started(self) -> AsyncLLM:
         async with self._starting:
@@ -111,6 +111,8 @@ class VllmScorer:
                     max_logprobs=FULL,
                     enable_prefix_caching=False,
                 )
+                if self._owned_folder is not None:
+                    self._owned_folder.drop_weights()
             return self._engine
 
     async def _answer(self, engine: AsyncLLM, trajectory: Trajectory, number: int) -> PromptAnswer:
