@@ -2,8 +2,8 @@
 
 Student as Qwen3-0.6B, teacher as Qwen3-1.7B, the real stages in three processes that share the device. Random weights
 almost never emit EOS, so responses end at a cap of their index: log-normal, median 512, at most 2,048 tokens.
-MFU counts 6 operations for each parameter that multiplies and each response token (attention and the walks' prompts of a
-few tokens left out), over the seconds of the optimizer steps and `--peak-tflops` (989: dense bfloat16 of an H100 or H200).
+MFU counts 6 operations for each parameter that multiplies and each response token, over the seconds of the optimizer
+steps and `--peak-tflops` (989: dense bfloat16 of an H100 or H200). Attention and the prompts' few tokens are left out.
 
     python benchmarks/gpu.py                 # on a GPU of 80 GB
     python benchmarks/gpu.py --tiny          # a minute on a CPU; shows that it works, its figures say nothing
