@@ -1,7 +1,7 @@
 """vLLM engines beside the hf ones on this machine: start-up, tokens/s, candidates, newer weights, scores.
 
 Candidates come from the logits processor in vLLM's engine process. The fallback that this saves is measured beside it:
-sampling without them, then a prefill pass by a student scorer (an hf engine here) at the same version that gives as many.
+sampling without them, then a prefill pass by a student scorer (an hf engine) at the same version that gives as many.
 
     python benchmarks/vllm_engines.py                            # walks: 42 ids
     python benchmarks/vllm_engines.py --shape "4 × 256" --vocab-size 32768 --count 64
