@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -196,7 +197,9 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def server(teacher_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real `vllm serve` on loopback."""
-    port = 8431
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     log = tmp_path_factory.mktemp("server") / "server.log"
     command = [
