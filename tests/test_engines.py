@@ -43,15 +43,22 @@ from asyncopd.teacher.hf import HfScorer
 from asyncopd.teacher.openai import OpenAIScorer
 from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory, Trajectory
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytest_plugins = ["shared_engine"]
 SAMPLERS = ["hf", pytest.param("vllm", marks=pytest.mark.vllm)]
 SCORERS = ["hf", *(pytest.param(name, marks=pytest.mark.vllm) for name in ("vllm", "openai"))]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=SAMPLERS)
-async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Sampler]:
-    async with sampler_of(request.param, byte_model()) as sampler:
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def hf_sampler() -> AsyncIterator[Sampler]:
+    async with sampler_of("hf", byte_model()) as sampler:
         yield sampler
+
+
+@pytest.fixture(scope="module", params=SAMPLERS)
+def engine(request: pytest.FixtureRequest) -> Sampler:
+    made: Sampler = request.getfixturevalue("hf_sampler" if request.param == "hf" else "shared_sampler")
+    return made
 
 
 async def use(sampler: Sampler, model: PreTrainedModel) -> None:
@@ -235,7 +242,7 @@ def openai_scorer(urls: list[str], folder: str, **changes: Any) -> OpenAIScorer:
     return OpenAIScorer(urls, **{**settings, **changes})
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=SCORERS)
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=SCORERS)
 async def teacher(request: pytest.FixtureRequest, teacher_folder: str) -> AsyncIterator[Scorer]:
     made: Scorer
     if request.param == "hf":
