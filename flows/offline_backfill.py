@@ -73,20 +73,23 @@ async def run_backfill(root: str, backfill: Backfill, *, console: Console, use_c
             console.print(f"making the {role}, which is a tiny model that no run has made yet", highlight=False)
             make_model(asked, worker, role, model)
         scorer = scorer_of(asked)
-        with bar(console, f"{run.log.run_id} scores/{folder}", sum(map(len, shards)), "trajectories") as advance:
-            stage = BackfillStage(
-                run.log,
-                worker,
-                folder=folder,
-                scorer=scorer,
-                request=ScoreRequest(top_k, num_teacher_draws, config.rollout.temperature, config.seed),
-                cache=StoredScoreCache(run.store) if use_cache else NoCache(),
-                candidates=None if wanted is None else _candidates(run, wanted, worker.name),
-                facts={"backfill": {"teacher": teacher.model_dump(mode="json"), "top_k": top_k}},
-                lease_s=config.limits.lease_s,
-                on_shard=advance,
-            )
-            return await stage.run(shards)
+        try:
+            with bar(console, f"{run.log.run_id} scores/{folder}", sum(map(len, shards)), "trajectories") as advance:
+                stage = BackfillStage(
+                    run.log,
+                    worker,
+                    folder=folder,
+                    scorer=scorer,
+                    request=ScoreRequest(top_k, num_teacher_draws, config.rollout.temperature, config.seed),
+                    cache=StoredScoreCache(run.store) if use_cache else NoCache(),
+                    candidates=None if wanted is None else _candidates(run, wanted, worker.name),
+                    facts={"backfill": {"teacher": teacher.model_dump(mode="json"), "top_k": top_k}},
+                    lease_s=config.limits.lease_s,
+                    on_shard=advance,
+                )
+                return await stage.run(shards)
+        finally:
+            await scorer.close()
 
 
 def _candidates(run: OpenRun, wanted: CandidateRequest, worker: str) -> StoredCandidates:

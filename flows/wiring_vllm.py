@@ -50,7 +50,7 @@ def vllm_sampler(
 def vllm_scorer(
     config: RunConfig, task: Task, teacher: VllmTeacher, made_here: Mapping[str, bytes] | None
 ) -> VllmScorer:
-    """A teacher in a vLLM engine.
+    """A teacher in a vLLM engine, which starts at once: the run's first responses are sampled meanwhile.
 
     Args:
         made_here: objects of a model that was pre-trained here, which is written to a folder first.
@@ -63,7 +63,7 @@ def vllm_scorer(
         folder = ModelFolder(len(made_here["model.safetensors"]))
         folder.write(json.loads(made_here["config.json"]), made_here["model.safetensors"])
     path = str(folder.path) if folder else teacher.model.path  # type: ignore[union-attr]
-    return VllmScorer(
+    scorer = VllmScorer(
         path,
         name=teacher.name,
         tokenizer_digest=task.tokenizer.digest,
@@ -73,6 +73,8 @@ def vllm_scorer(
         settings=teacher.vllm,
         owned_folder=folder,
     )
+    scorer.start()
+    return scorer
 
 
 def openai_scorer(config: RunConfig, task: Task, teacher: OpenAITeacher) -> OpenAIScorer:
