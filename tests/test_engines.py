@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import pytest_asyncio
 from engine_models import (
@@ -215,7 +216,7 @@ def server(teacher_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "--host", "127.0.0.1", "--port", str(port),
         "--served-model-name", "bytes", "--max-model-len", str(MAX_CONTEXT + 1), "--max-logprobs", "-1",
         "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--dtype", "float32",
-        "--distributed-executor-backend", "uni", "--disable-log-stats",
+        "--disable-log-stats",
     ]  # fmt: skip
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         try:
@@ -223,8 +224,16 @@ def server(teacher_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
             assert process.poll() is None, log.read_text()[-3000:]
             yield url
         finally:
-            process.terminate()
-            process.wait(30)
+            if process.poll() is None:
+                _end(psutil.Process(process.pid))
+
+
+def _end(server: psutil.Process) -> None:
+    engines = server.children(recursive=True)
+    server.terminate()
+    # Its engine processes end with it; a killed server would leave them.
+    for straggler in psutil.wait_procs([server, *engines], timeout=30)[1]:
+        straggler.kill()
 
 
 def _answers(url: str) -> bool:
