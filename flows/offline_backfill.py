@@ -73,27 +73,30 @@ async def run_backfill(root: str, backfill: Backfill, *, console: Console, use_c
             console.print(f"making the {role}, which is a tiny model that no run has made yet", highlight=False)
             make_model(asked, worker, role, model)
         scorer = scorer_of(asked)
-        _check_name(run.log, teacher.name, scorer.digest)
-        if teacher != config.teacher == teacher.model_copy(update={"name": config.teacher.name}):
-            console.print(
-                f"{teacher.name} differs from the run's own teacher {config.teacher.name} by its name only: the same "
-                "model is asked, unless what is behind it has changed.",
-                highlight=False,
-            )
-        with bar(console, f"{run.log.run_id} scores/{folder}", sum(map(len, shards)), "trajectories") as advance:
-            stage = BackfillStage(
-                run.log,
-                worker,
-                folder=folder,
-                scorer=scorer,
-                request=ScoreRequest(top_k, num_teacher_draws, config.rollout.temperature, config.seed),
-                cache=StoredScoreCache(run.store) if use_cache else NoCache(),
-                candidates=None if wanted is None else _candidates(run, wanted, worker.name),
-                facts={"backfill": {"teacher": teacher.model_dump(mode="json"), "top_k": top_k}},
-                lease_s=config.limits.lease_s,
-                on_shard=advance,
-            )
-            return await stage.run(shards)
+        try:
+            _check_name(run.log, teacher.name, scorer.digest)
+            if teacher != config.teacher == teacher.model_copy(update={"name": config.teacher.name}):
+                console.print(
+                    f"{teacher.name} differs from the run's own teacher {config.teacher.name} by its name only: the "
+                    "same model is asked, unless what is behind it has changed.",
+                    highlight=False,
+                )
+            with bar(console, f"{run.log.run_id} scores/{folder}", sum(map(len, shards)), "trajectories") as advance:
+                stage = BackfillStage(
+                    run.log,
+                    worker,
+                    folder=folder,
+                    scorer=scorer,
+                    request=ScoreRequest(top_k, num_teacher_draws, config.rollout.temperature, config.seed),
+                    cache=StoredScoreCache(run.store) if use_cache else NoCache(),
+                    candidates=None if wanted is None else _candidates(run, wanted, worker.name),
+                    facts={"backfill": {"teacher": teacher.model_dump(mode="json"), "top_k": top_k}},
+                    lease_s=config.limits.lease_s,
+                    on_shard=advance,
+                )
+                return await stage.run(shards)
+        finally:
+            await scorer.close()
 
 
 def _check_name(log: StoredRunLog, name: str, digest: str) -> None:
@@ -104,7 +107,8 @@ def _check_name(log: StoredRunLog, name: str, digest: str) -> None:
     """
     for folder in sorted(log.teachers(), key=lambda folder: _teacher_in(folder) != name):
         manifests = (log.find_scores(folder, shard) for shard in log.score_shards(folder))
-        digests = next((found for m in manifests if m is not None and (found := m.facts.get("teacher_digests"))), [])
+        found = (manifest.facts.get("teacher_digests") for manifest in manifests if manifest is not None)
+        digests: list[str] = next(filter(None, found), [])
         if _teacher_in(folder) == name and digests and digest not in digests:
             raise ConfigError(
                 f"run {log.run_id}: scores/{folder} holds answers of another teacher (digest {digests[0][:12]}, this "

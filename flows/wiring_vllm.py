@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
@@ -51,20 +50,20 @@ def vllm_sampler(
 def vllm_scorer(
     config: RunConfig, task: Task, teacher: VllmTeacher, made_here: Mapping[str, bytes] | None
 ) -> VllmScorer:
-    """A teacher in a vLLM engine.
+    """A teacher in a vLLM engine, which starts at once: the run's first responses are sampled meanwhile.
 
     Args:
         made_here: objects of a model that was pre-trained here, which is written to a folder first.
     """
     from asyncopd.teacher.vllm import VllmScorer
-    from asyncopd.vllm_engine import new_model_folder, write_model
+    from asyncopd.vllm_folder import ModelFolder
 
     folder = None
     if made_here is not None:
-        folder = new_model_folder()
-        write_model(Path(folder.name), json.loads(made_here["config.json"]), made_here["model.safetensors"])
-    path = folder.name if folder else teacher.model.path  # type: ignore[union-attr]
-    return VllmScorer(
+        folder = ModelFolder(len(made_here["model.safetensors"]))
+        folder.write(json.loads(made_here["config.json"]), made_here["model.safetensors"])
+    path = str(folder.path) if folder else teacher.model.path  # type: ignore[union-attr]
+    scorer = VllmScorer(
         path,
         name=teacher.name,
         tokenizer_digest=task.tokenizer.digest,
@@ -74,6 +73,8 @@ def vllm_scorer(
         settings=teacher.vllm,
         owned_folder=folder,
     )
+    scorer.start()
+    return scorer
 
 
 def openai_scorer(config: RunConfig, task: Task, teacher: OpenAITeacher) -> OpenAIScorer:

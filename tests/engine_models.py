@@ -1,6 +1,6 @@
 """One small byte-level model that transformers and vLLM both serve (heads of 32), and samplers and scorers of it.
 
-vLLM engines take half a minute to start, so a test module starts one and gives it other weights instead.
+vLLM engines take half a minute to start, so tests share one (shared_engine.py) and give it other weights instead.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import pytest_asyncio
 from engine_models import (
@@ -42,15 +44,22 @@ from asyncopd.teacher.hf import HfScorer
 from asyncopd.teacher.openai import OpenAIScorer
 from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory, Trajectory
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytest_plugins = ["shared_engine"]
 SAMPLERS = ["hf", pytest.param("vllm", marks=pytest.mark.vllm)]
 SCORERS = ["hf", *(pytest.param(name, marks=pytest.mark.vllm) for name in ("vllm", "openai"))]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=SAMPLERS)
-async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Sampler]:
-    async with sampler_of(request.param, byte_model()) as sampler:
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def hf_sampler() -> AsyncIterator[Sampler]:
+    async with sampler_of("hf", byte_model()) as sampler:
         yield sampler
+
+
+@pytest.fixture(scope="module", params=SAMPLERS)
+def engine(request: pytest.FixtureRequest) -> Sampler:
+    made: Sampler = request.getfixturevalue("hf_sampler" if request.param == "hf" else "shared_sampler")
+    return made
 
 
 async def use(sampler: Sampler, model: PreTrainedModel) -> None:
@@ -196,7 +205,9 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def server(teacher_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real `vllm serve` on loopback."""
-    port = 8431
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     log = tmp_path_factory.mktemp("server") / "server.log"
     command = [
@@ -205,7 +216,7 @@ def server(teacher_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "--host", "127.0.0.1", "--port", str(port),
         "--served-model-name", "bytes", "--max-model-len", str(MAX_CONTEXT + 1), "--max-logprobs", "-1",
         "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--dtype", "float32",
-        "--distributed-executor-backend", "uni", "--disable-log-stats",
+        "--disable-log-stats",
     ]  # fmt: skip
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         try:
@@ -213,8 +224,16 @@ def server(teacher_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
             assert process.poll() is None, log.read_text()[-3000:]
             yield url
         finally:
-            process.terminate()
-            process.wait(30)
+            if process.poll() is None:
+                _end(psutil.Process(process.pid))
+
+
+def _end(server: psutil.Process) -> None:
+    engines = server.children(recursive=True)
+    server.terminate()
+    # Its engine processes end with it; a killed server would leave them.
+    for straggler in psutil.wait_procs([server, *engines], timeout=30)[1]:
+        straggler.kill()
 
 
 def _answers(url: str) -> bool:
@@ -232,7 +251,7 @@ def openai_scorer(urls: list[str], folder: str, **changes: Any) -> OpenAIScorer:
     return OpenAIScorer(urls, **{**settings, **changes})
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=SCORERS)
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=SCORERS)
 async def teacher(request: pytest.FixtureRequest, teacher_folder: str) -> AsyncIterator[Scorer]:
     made: Scorer
     if request.param == "hf":

@@ -17,7 +17,7 @@ LAYERS = [
     ("asyncopd.config", 1), ("asyncopd.schedule", 1), ("asyncopd.simulate", 1), ("asyncopd.ports", 1),
     ("asyncopd.ledger", 1), ("asyncopd.arrivals", 1), ("asyncopd.open_shards", 1),
     ("asyncopd.packing", 1), ("asyncopd.modeling", 1), ("asyncopd.sampling", 1), ("asyncopd.losses", 1),
-    ("asyncopd.vllm_engine", 1), ("asyncopd.vllm_worker", 1),
+    ("asyncopd.vllm_engine", 1), ("asyncopd.vllm_folder", 1), ("asyncopd.vllm_worker", 1),
     ("asyncopd.tasks", 1), ("asyncopd.worker", 1), ("asyncopd.busy", 1), ("asyncopd.bottleneck", 1),
     ("asyncopd.supervise", 1), ("asyncopd.stack", 1), ("asyncopd.flow_runs", 1), ("asyncopd.summary", 1),
     ("asyncopd.summary_text", 1), ("asyncopd.progress", 1), ("asyncopd.progress_text", 1),

@@ -28,6 +28,7 @@ class FlakyServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.failures, self.status = 0, 503
+        self.is_vllm = True
         self.num_completions = 0
         self.num_running = self.most_running = 0
         self.lock = threading.Lock()
@@ -59,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(server.status, {"error": "try later"})
             return
         rows = [None, *({str(v): {"logprob": -1.0 - v, "rank": v + 1} for v in {i, 0, 1}} for i in body["prompt"][1:])]
-        self._send(200, {"choices": [{"prompt_logprobs": rows}]})
+        self._send(200, {"choices": [{"prompt_logprobs": rows} if server.is_vllm else {"text": "x"}]})
 
     def _send(self, status: int, body: Any) -> None:
         encoded = json.dumps(body).encode()
@@ -124,6 +125,15 @@ async def test_a_refusal_is_not_tried_again(server: FlakyServer) -> None:
     with pytest.raises(EngineError, match=r"index 7: teacher t refused .* tokens .*status 400"):
         await teacher.score([plain(7)], REQUEST)
     assert server.num_completions == 2
+    await teacher.close()
+
+
+async def test_a_server_without_prompt_logprobs_is_refused_before_the_first_score(server: FlakyServer) -> None:
+    server.is_vllm = False
+    teacher = scorer(server.url)
+    with pytest.raises(EngineError, match=r"teacher t: http\S+ answers completions without prompt_logprobs. Expected"):
+        await teacher.score([plain(1)], REQUEST)
+    assert server.num_completions == 1
     await teacher.close()
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-import pytest_asyncio
 from engine_models import LAW, byte_model, engine_processes, requests, sampler_of
 from hf_models import law_rows, sample_all, weights
 
@@ -21,13 +19,13 @@ from asyncopd.errors import ConfigError, EngineError
 from asyncopd.types import Trajectory
 from flows.preflight_vllm import check_vllm
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.vllm]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.vllm]
+pytest_plugins = ["shared_engine"]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def sampler() -> AsyncIterator[Any]:
-    async with sampler_of("vllm", byte_model()) as made:
-        yield made
+@pytest.fixture
+def sampler(shared_sampler: Any) -> Any:
+    return shared_sampler
 
 
 def endless(seed: int) -> Any:

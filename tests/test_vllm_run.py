@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pipeline
 import pytest
 import yaml
 from engine_models import SMALL_CACHE, engine_processes, is_engine
+from hf_models import law_rows
 from test_deployment import Stack, _is_gone, stack, until
 
 from asyncopd.config import load_config
+from asyncopd.modeling import build_causal_lm, load_safetensors
+from storage.run_log import StoredRunLog
 
 __all__ = ["stack"]
 pytestmark = pytest.mark.vllm
 NUM_STEPS = 12
 MODEL: dict[str, Any] = {
-    "kind": "tiny", "num_layers": 1, "hidden_size": 64, "num_heads": 2, "pretrain": {"num_steps": 30},
+    "kind": "tiny", "architecture": "qwen3", "num_layers": 1, "hidden_size": 64, "num_heads": 2,
+    "pretrain": {"num_steps": 30},
 }  # fmt: skip
 
 
@@ -56,11 +62,27 @@ def test_a_run_outlives_the_death_of_its_sampling_engine(stack: Stack) -> None:
     (failure,) = log.failures()
     assert failure.role == "rollout"
     assert "the vLLM sampler's engine" in failure.reason
+    assert_logprobs_are_of_the_recorded_versions(log)
     for step in steps:
         for shard in (step.indices.start, step.indices.start + 4):
             trajectories = log.read_trajectories(next(s for s in log.trajectory_shards() if s.start == shard))
             assert all(t.version_last <= step.step for t in trajectories)
     assert not [p for p in stack.everything() if is_engine(p)]
+
+
+def assert_logprobs_are_of_the_recorded_versions(log: StoredRunLog) -> None:
+    """By a plain forward pass of the published weights, over responses of one version in the first and last shards."""
+    shards = log.trajectory_shards()
+    trajectories = [t for shard in shards[:2] + shards[-2:] for t in log.read_trajectories(shard)]
+    checked = [t for t in trajectories if len(t.version_runs) == 1]
+    versions = {version.number: version for version in log.policies()}
+    assert len({t.version_first for t in checked}) >= 2
+    model = build_causal_lm(json.loads(log.read_architecture()["config.json"]), seed=0)
+    for trajectory in sorted(checked, key=lambda t: t.version_first):
+        load_safetensors(model, log.read_policy(versions[trajectory.version_first]).safetensors)
+        rows_TV = law_rows(model, trajectory.prompt_ids, trajectory.response_ids)
+        expected_T = rows_TV[np.arange(len(rows_TV)), trajectory.response_ids]
+        np.testing.assert_allclose(trajectory.behaviour_logprobs_T, expected_T, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["walk_vllm", "gsm8k_qwen3"])

@@ -132,7 +132,13 @@ class OpenAIScorer:
                 f"prompt_logprobs {number}: {error}. Serve a model with the student's tokenizer, with --max-logprobs "
                 f"{'-1' if number == FULL else number} or more."
             ) from error
-        found = len(answer["choices"][0]["prompt_logprobs"][1])
+        rows = answer["choices"][0].get("prompt_logprobs")
+        if rows is None:
+            raise EngineError(
+                f"teacher {self.name}: {url} answers completions without prompt_logprobs. Expected a server that "
+                "extends OpenAI's completions by them, as vLLM does."
+            )
+        found = len(rows[1])
         if number == FULL and found != self._vocab_size:
             raise EngineError(
                 f"teacher {self.name}: {url} has a vocabulary of {found} ids, the student {self._vocab_size}. Scores "

@@ -8,9 +8,9 @@ Scores at given ids come from `prompt_logprob_token_ids` on GPUs (vLLM's V2 runn
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from asyncopd.ports import ScoreRequest
 from asyncopd.teacher.prompt_logprobs import FULL, PromptAnswer, all_answers, asked_ids, num_logprobs, scores_of
 from asyncopd.types import TeacherScores, Trajectory
 from asyncopd.vllm_engine import start_engine
+from asyncopd.vllm_folder import ModelFolder
 
 
 class VllmScorer:
-    """Implements `ports.Scorer`. The engine starts with the first `score`."""
+    """Implements `ports.Scorer`. The engine starts with `start` or the first `score`."""
 
     def __init__(
         self,
@@ -42,7 +43,7 @@ class VllmScorer:
         max_context: int,
         max_sequences: int = 64,
         settings: VllmEngine | None = None,
-        owned_folder: tempfile.TemporaryDirectory[str] | None = None,
+        owned_folder: ModelFolder | None = None,
     ) -> None:
         """
         Args:
@@ -52,7 +53,7 @@ class VllmScorer:
             vocab_size: of the model, as its config.json says.
             max_context: most tokens of prompt and response together.
             max_sequences: trajectories in one batch.
-            owned_folder: removed by `close`.
+            owned_folder: emptied of weights once they are loaded, removed by `close`.
         """
         self.name = name
         self.tokenizer_digest = tokenizer_digest
@@ -61,9 +62,13 @@ class VllmScorer:
         self._model, self._vocab_size = model, vocab_size
         self._max_context, self._max_sequences = max_context, max_sequences
         self._owned_folder = owned_folder
-        self._engine: AsyncLLM | None = None
-        self._starting = asyncio.Lock()
+        self._starting: asyncio.Task[AsyncLLM] | None = None
         self._num_requests = 0
+
+    def start(self) -> None:
+        """Start the engine in the background, so that it is up when there is something to score. In an event loop."""
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
 
     async def score(self, trajectories: Sequence[Trajectory], request: ScoreRequest) -> list[TeacherScores]:
         """Score every response token; see `ports.Scorer`.
@@ -91,27 +96,35 @@ class VllmScorer:
         ]
 
     async def close(self) -> None:
-        """End the engine process; harmless when repeated."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await asyncio.to_thread(engine.shutdown)
+        """End the engine process, waiting for one that is starting; harmless when repeated."""
+        starting, self._starting = self._starting, None
+        if starting is not None:
+            with contextlib.suppress(EngineError):
+                engine = await starting
+                await asyncio.to_thread(engine.shutdown)
         if self._owned_folder is not None:
-            self._owned_folder.cleanup()
+            self._owned_folder.remove()
 
     async def _started(self) -> AsyncLLM:
-        async with self._starting:
-            if self._engine is None:
-                self._engine = await start_engine(
-                    self._model,
-                    self._settings,
-                    name=f"teacher {self.name}",
-                    # vLLM keeps room for one generated token, which is thrown away.
-                    max_context=self._max_context + 1,
-                    max_sequences=self._max_sequences,
-                    max_logprobs=FULL,
-                    enable_prefix_caching=False,
-                )
-            return self._engine
+        self.start()
+        assert self._starting is not None
+        # A cancelled call must not end the engine of the others.
+        return await asyncio.shield(self._starting)
+
+    async def _start(self) -> AsyncLLM:
+        engine = await start_engine(
+            self._model,
+            self._settings,
+            name=f"teacher {self.name}",
+            # vLLM keeps room for one generated token, which is thrown away.
+            max_context=self._max_context + 1,
+            max_sequences=self._max_sequences,
+            max_logprobs=FULL,
+            enable_prefix_caching=False,
+        )
+        if self._owned_folder is not None:
+            self._owned_folder.drop_weights()
+        return engine
 
     async def _answer(self, engine: AsyncLLM, trajectory: Trajectory, number: int) -> PromptAnswer:
         num_prompt = len(trajectory.prompt_ids)

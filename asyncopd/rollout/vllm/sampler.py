@@ -143,6 +143,7 @@ class VllmSampler:
                 self._engine = await self._start()
             else:
                 await self._reload(self._engine)
+            self._files.drop_weights()
             engine = self._started()
             await self._calling(engine.update_weight_version(_label(weights.version)), "label its weights")
             self._version = weights.version

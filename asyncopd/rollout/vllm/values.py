@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from asyncopd.errors import EngineError
 from asyncopd.ports import SampleRequest
 from asyncopd.sampling import CandidateRule
 from asyncopd.types import Candidates, FinishReason, PolicyWeights, Trajectory, VersionRun
-from asyncopd.vllm_engine import new_model_folder, write_model
+from asyncopd.vllm_folder import ModelFolder
 
 
 class StudentFiles:
@@ -32,8 +32,10 @@ class StudentFiles:
         self._expected, self._tied = _tensors_of(architecture)
         # Untied: vLLM's reload of a tied output embedding leaves the CPU engine its packed copy of the old one.
         self._architecture = {**architecture, "tie_word_embeddings": False}
-        self._folder = new_model_folder()
-        self.path = self._folder.name
+        num_weights = sum(math.prod(shape) for shape in self._expected.values())
+        num_weights += sum(math.prod(self._expected[name]) for name in self._tied.values())
+        self._folder = ModelFolder(4 * num_weights)
+        self.path = str(self._folder.path)
 
     def write(self, weights: PolicyWeights) -> None:
         """Put weights where the engine loads them from. Checked first: vLLM only warns about missing tensors.
@@ -57,11 +59,15 @@ class StudentFiles:
         if self._tied:
             copies = {alias: tensors[name].clone() for alias, name in self._tied.items()}
             serialised = safetensors.torch.save({**tensors, **copies})
-        write_model(Path(self.path), self._architecture, serialised)
+        self._folder.write(self._architecture, serialised)
+
+    def drop_weights(self) -> None:
+        """Free the memory of a version that the engine has loaded."""
+        self._folder.drop_weights()
 
     def remove(self) -> None:
         """Delete the folder; harmless when repeated."""
-        self._folder.cleanup()
+        self._folder.remove()
 
 
 def trajectory_of(
