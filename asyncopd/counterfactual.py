@@ -175,8 +175,8 @@ def check_defined(settings: Sequence[Setting], log: Log) -> None:
             f"{' and '.join(undefined)}: run {log.run_id} consumed its log in order arrival and left {log.num_stale} "
             f"stale and {log.num_filtered} filtered rollouts untrained, which later ones made up for. A learner that "
             "takes batch after batch, or leaves nothing out, falls further behind such a log with every step, whatever "
-            f"the bound. Ask for --order arrival{' --on-stale drop,hold' if log.num_stale else ''}, or about a run that "
-            "left nothing out."
+            f"the bound. Ask for --order arrival{' --on-stale drop,hold' if log.num_stale else ''}, or about a run "
+            "that left nothing out."
         )
 
 
