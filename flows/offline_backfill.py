@@ -104,7 +104,8 @@ def _check_name(log: StoredRunLog, name: str, digest: str) -> None:
     """
     for folder in sorted(log.teachers(), key=lambda folder: _teacher_in(folder) != name):
         manifests = (log.find_scores(folder, shard) for shard in log.score_shards(folder))
-        digests = next((found for m in manifests if m is not None and (found := m.facts.get("teacher_digests"))), [])
+        of_shards = (manifest.facts.get("teacher_digests") for manifest in manifests if manifest is not None)
+        digests: list[str] = next(filter(None, of_shards), [])
         if _teacher_in(folder) == name and digests and digest not in digests:
             raise ConfigError(
                 f"run {log.run_id}: scores/{folder} holds answers of another teacher (digest {digests[0][:12]}, this "
