@@ -161,21 +161,22 @@ def check_defined(settings: Sequence[Setting], log: Log) -> None:
     ever: its staleness grows with the length of the log, which no admission rule would have let happen.
 
     Raises:
-        ConfigError: names the setting, how much was left untrained, and what can be asked.
+        ConfigError: names the settings, how much was left untrained, and what can be asked.
     """
     if log.order == "index":
         return
-    left = f"run {log.run_id} consumed its log in order arrival and left {log.num_stale} stale and {log.num_filtered} "
-    left += "filtered rollouts untrained, which later ones made up for"
+    undefined = []
     if log.num_stale + log.num_filtered and any(setting.order == "index" for setting in settings):
-        raise ConfigError(
-            f"order index: {left}. Index order makes up for nothing, so it would fall further behind this log with "
-            "every step, whatever the bound. Ask for --order arrival, or about a run with on_stale train and no filter."
-        )
+        undefined.append("order index")
     if log.num_stale and any(setting.on_stale == "train" for setting in settings):
+        undefined.append("on stale train")
+    if undefined:
         raise ConfigError(
-            f"on stale train: {left}. A learner that trained those too would fall further behind this log with every "
-            "step, whatever the bound. Ask for --on-stale drop,hold."
+            f"{' and '.join(undefined)}: run {log.run_id} consumed its log in order arrival and left {log.num_stale} "
+            f"stale and {log.num_filtered} filtered rollouts untrained, which later ones made up for. A learner that "
+            "takes batch after batch, or leaves nothing out, falls further behind such a log with every step, whatever "
+            f"the bound. Ask for --order arrival{' --on-stale drop,hold' if log.num_stale else ''}, or about a run "
+            "that left nothing out."
         )
 
 

@@ -88,14 +88,20 @@ def test_a_back_fill_changes_no_answer_about_the_runs_own_teacher(tmp_path: Path
     log = write_log(fresh_store("file", tmp_path), "first", SIZE, seed=1)
     asked = ("kl_by_position", "kl_by_length", "kl_by_version", "student_mass_in_head", "largest_disagreements")
     before = {name: answers(name, log) for name in asked}
-    (masses, own) = answers("teacher_mass_in_topk", log), scored(log)
+    masses, own = answers("teacher_mass_in_topk", log), scored(log)
     for shard in log.trajectory_shards():
         rows = [pair.scores for pair in own if pair.trajectory.index in shard.indices]
         wider = [dataclasses.replace(row, sampled_logprobs_T=row.sampled_logprobs_T - 1) for row in rows]
         log.publish_scores("oracle@top8", shard, wider, worker="w", facts={})
-    assert {name: answers(name, log) for name in asked} == before
     again = answers("teacher_mass_in_topk", log)
-    assert [row for row in again if row["folder"] == "oracle"] == masses
+    after = {name: answers(name, log) for name in asked}
+    after["masses"], before["masses"] = [row for row in again if row["folder"] == "oracle"], masses
+    for name, rows in before.items():
+        for row, found in zip(rows, after[name], strict=True):
+            # Threads add in any order, so sums differ in their last bits; a second count would differ in the first.
+            for column, value in row.items():
+                is_real = isinstance(value, float)
+                assert found[column] == (pytest.approx(value, rel=1e-9) if is_real else value), (name, column)
     assert {row["folder"] for row in again} == {"oracle", "oracle@top8"}
 
 
