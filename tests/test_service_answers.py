@@ -188,12 +188,13 @@ async def test_an_event_that_a_list_found_first_reaches_the_streams_too(log: Sto
     stream = watching.stream(log.run_id, Cursor())
     while b"event: state" not in await anext(stream):
         pass
-    log.publish_step(train_step(0))
+    waiting = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(FRESH_S)
+    log.publish_step(train_step(0))
     fold = runs.held(log.run_id)
     assert fold is not None
     await watching.feed(await asyncio.to_thread(fold.refresh))  # between two looks of the stream's own
-    assert b"event: step" in await asyncio.wait_for(anext(stream), 5)
+    assert b"event: step" in await asyncio.wait_for(waiting, 5)
     await stream.aclose()
 
 
