@@ -228,6 +228,24 @@ def test_a_resumed_run_is_queued_until_its_flow_begins(
     assert client.get(f"/v1/runs/{LIVE}").json()["status"] == "running"
 
 
+def test_a_run_whose_processes_are_gone_can_be_cancelled_and_resumed(
+    client: TestClient, prefect: Prefect, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A machine that lost its power records nothing: such a run was cancelling for ever, and could not be resumed.
+    open_run(open_store(root), LIVE).heartbeat("learn-host-2-bbbb", {"role": "learn"})
+    assert "training" in client.get(f"/v1/runs/{LIVE}").json()["phase"]
+    assert client.post(f"/v1/runs/{LIVE}/resume").status_code == 409
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 1000)
+    assert "without a sign of life" in client.get(f"/v1/runs/{LIVE}").json()["phase"]
+    assert client.post(f"/v1/runs/{LIVE}/cancel").json()["status"] == "cancelling"  # somebody may be there after all
+    assert client.post(f"/v1/runs/{LIVE}/resume").status_code == 409
+    monkeypatch.setattr(time, "time", lambda: now() + 2000)
+    assert client.get(f"/v1/runs/{LIVE}").json()["status"] == "cancelled"
+    assert client.post(f"/v1/runs/{LIVE}/resume").json()["status"] == "queued"
+    assert client.post(f"/v1/runs/{LIVE}/resume").status_code == 409
+
+
 def test_mistakes_in_a_configuration_are_refused_before_anything_is_stored(
     client: TestClient, prefect: Prefect, root: str
 ) -> None:
