@@ -23,6 +23,9 @@ KEEP_ALIVE_S = 15.0
 MAX_FRAMES = 256
 """Events in one write: what a client that begins late has waiting at most, about 200 kB."""
 
+FEW = 16
+"""Events of which nobody notices the writing."""
+
 
 class _Tail:
     """A run that is watched."""
@@ -51,6 +54,7 @@ class Hub:
         self._reader, self._poll_s = reader, poll_s
         self._feeds: WeakKeyDictionary[RunFold, Feed] = WeakKeyDictionary()
         self._tails: dict[str, _Tail] = {}
+        self._turn = asyncio.Lock()
 
     async def feed(self, fold: RunFold) -> Feed:
         """A run's feed, up to what `fold` has read."""
@@ -77,6 +81,10 @@ class Hub:
                     place = feed.start(cursor)
                 is_silent = not is_last
                 while place < len(feed):
+                    if len(feed) - place > FEW:
+                        # One a time round the loop: hundreds that begin at once would keep it from everybody else.
+                        async with self._turn:
+                            await asyncio.sleep(0)
                     frames, place = feed.after(cursor, place, MAX_FRAMES)
                     if frames:
                         is_silent = False

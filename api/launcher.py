@@ -110,13 +110,13 @@ class RunLauncher:
         return self._reader.run(run_id)
 
     def resume(self, run_id: str) -> Run:
-        """Go on with a run that was paused, cancelled or failed.
+        """Go on with a run that was paused, cancelled or failed, or whose processes are gone.
 
         Raises:
             ProblemError: 404, or 409 when it is finished or still going on.
         """
         run = self._reader.run(run_id)
-        if run.status not in ("paused", "cancelled", "failed"):
+        if run.status not in ("paused", "cancelled", "failed") and not self._reader.is_abandoned(run_id):
             raise ProblemError(409, "run-not-stopped", f"Run {run_id} is {run.status}; only a stopped run is resumed.")
         launch = self._launches.find_launch(run_id)
         known = self._reader.find_fold(run_id) is not None

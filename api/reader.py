@@ -28,7 +28,8 @@ from storage.runs import list_runs, open_run
 MAX_STEPS = 100_000
 """Steps kept in memory, over all runs; 10,000 are about 30 MB."""
 SPARKLINE_POINTS = 60
-SILENT_S = 30.0
+SILENT_S, STARTING_S = 30.0, 120.0
+"""Without a sign of life for so long, a run's processes count as gone; longer where its roles may just be starting."""
 TERMINAL: frozenset[RunStatus] = frozenset({"paused", "cancelled", "succeeded", "failed"})
 """States in which no flow works on the run."""
 
@@ -114,6 +115,15 @@ class RunReader:
             return self._queued(run_id).status
         return status_of(history, fold.config.learner.num_steps, self.launches.find_wish(run_id))
 
+    def is_abandoned(self, run_id: str) -> bool:
+        """Did a flow say that it runs, and is it gone without having said more?"""
+        fold = self.find_fold(run_id)
+        if fold is None:
+            return False
+        history = fold.refresh().history
+        is_said_to_run = bool(history.states) and not history.is_over
+        return is_said_to_run and is_silent(history, self.launches.find_wish(run_id))
+
     def _queued(self, run_id: str) -> Run:
         launch = self.launches.find_launch(run_id)
         if launch is None:
@@ -170,28 +180,41 @@ def status_of(history: History, num_steps: int, wish: WishRecord | None) -> RunS
         return "running" if history.steps else "queued"
     if state.state == "completed":
         return "succeeded"
-    if state.ended and wish is not None and wish.wish == "running" and wish.recorded > state.recorded:
+    asked = wish.wish if wish is not None and wish.recorded > state.recorded else None
+    # A flow that died with its machine records nothing more: what was asked of it counts as done.
+    is_gone = state.ended or is_silent(history, None if asked == "running" else wish)
+    if asked == "running" and is_gone:
         return "queued"  # resumed, and its flow has not begun
     if state.state == "failed":
         return "failed"
     if state.state == "stopped":
         return "paused" if wish is not None and wish.wish == "paused" else "cancelled"
-    if wish is not None and wish.recorded > state.recorded and wish.wish != "running":
-        return "pausing" if wish.wish == "paused" else "cancelling"
-    return "running"
+    if asked in (None, "running"):
+        return "running"
+    if asked == "paused":
+        return "paused" if is_gone else "pausing"
+    return "cancelled" if is_gone else "cancelling"
+
+
+def is_silent(history: History, wish: WishRecord | None = None) -> bool:
+    """Was there no sign of life for so long that the processes must be gone? A wish gives them time to follow it."""
+    beats = history.beats.values()
+    signs = [*(state.recorded for state in history.states[-1:]), *(beat.beaten for beat in beats)]
+    signs += [wish.recorded] if wish is not None else []
+    patience_s = SILENT_S if any(not beat.retired for beat in beats) else STARTING_S
+    return time.time() - max(signs, default=0.0) > patience_s
 
 
 def _phase(history: History, status: RunStatus) -> str:
     if status != "running":
         return {"succeeded": "finished", "queued": "waiting for a worker to start the flow"}.get(status, status)
+    if is_silent(history):
+        return "without a sign of life: its processes may be gone; resume goes on with it"
     beats = [beat for beat in history.beats.values() if not beat.retired]
     if not beats:
         return "starting its roles"
     if all(beat.status.get("role") == "pretrain" for beat in beats):
         return "making its models"
-    silent_s = time.time() - max(beat.beaten for beat in beats)
-    if silent_s > SILENT_S:
-        return f"silent for {silent_s:.0f} s: its processes may be gone; resume goes on with it"
     waits = sorted(
         f"{beat.status.get('role')} waits for {w}" for beat in beats if (w := beat.status.get("waiting_for"))
     )

@@ -153,8 +153,8 @@ def _check_given(arguments: argparse.Namespace) -> None:
     needed = ["decode"] if arguments.costs_of else list(NEEDED)
     missing = [NEEDED[name] for name in needed if getattr(arguments, name) is None]
     if missing:
-        else_ = "" if arguments.costs_of else " All but --decode can be read from a synchronous run: --costs-of RUN_ID."
-        raise ConfigError(f"the forecast needs {'; '.join(missing)}.{else_}")
+        hint = "" if arguments.costs_of else " All but --decode can be read from a synchronous run: --costs-of RUN_ID."
+        raise ConfigError(f"the forecast needs {'; '.join(missing)}.{hint}")
 
 
 def _lengths(arguments: argparse.Namespace) -> Lengths:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import httpx
@@ -11,6 +13,8 @@ import httpx
 from asyncopd.errors import ServerAwayError, StackError
 from asyncopd.stack import api_url, shown_url
 
+BUSY_PAUSES_S = (0.5, 2.0)
+"""Prefect answers 503 when its SQLite is locked for too long, having done nothing; its own client repeats, too."""
 TERMINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
 
 
@@ -56,6 +60,11 @@ def create_flow_run(
 def _request(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
     try:
         response = httpx.request(method, f"{api_url()}{path}", json=body, timeout=30)
+        for pause_s in BUSY_PAUSES_S:
+            if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(pause_s)
+            response = httpx.request(method, f"{api_url()}{path}", json=body, timeout=30)
     except httpx.TransportError as error:
         raise ServerAwayError(
             f"no Prefect server answers at {shown_url()} ({error}). Start it again with `asyncopd up`; runs that go on "

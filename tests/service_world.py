@@ -106,6 +106,8 @@ class Prefect:
     flow_runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
+    num_busy: int = 0
+    """So many requests are answered with 503 first."""
 
     def answer(self, path: str, body: dict[str, Any]) -> Any:
         *_, noun, verb = path.split("/")
@@ -131,9 +133,11 @@ def prefect_stand_in() -> Iterator[Prefect]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             size = int(self.headers.get("content-length") or 0)
-            found = prefect.answer(self.path, json.loads(self.rfile.read(size) or "{}"))
-            body = json.dumps(found).encode()
-            self.send_response(200)
+            asked = json.loads(self.rfile.read(size) or "{}")
+            is_busy = prefect.num_busy > 0
+            prefect.num_busy -= is_busy
+            body = json.dumps({} if is_busy else prefect.answer(self.path, asked)).encode()
+            self.send_response(503 if is_busy else 200)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

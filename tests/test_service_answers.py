@@ -8,6 +8,7 @@ import math
 import random
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +189,13 @@ async def test_an_event_that_a_list_found_first_reaches_the_streams_too(log: Sto
     stream = watching.stream(log.run_id, Cursor())
     while b"event: state" not in await anext(stream):
         pass
-    log.publish_step(train_step(0))
+    waiting = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(FRESH_S)
+    log.publish_step(train_step(0))
     fold = runs.held(log.run_id)
     assert fold is not None
     await watching.feed(await asyncio.to_thread(fold.refresh))  # between two looks of the stream's own
-    assert b"event: step" in await asyncio.wait_for(anext(stream), 5)
+    assert b"event: step" in await asyncio.wait_for(waiting, 5)
     await stream.aclose()
 
 
@@ -209,6 +211,26 @@ async def test_a_client_that_does_not_read_is_only_behind(log: StoredRunLog) -> 
     late = [frames async for frames in sleeper]
     assert b"".join(late).count(b"event: step") == b"".join(quick).count(b"event: step") == 600
     assert max(frames.count(b"\nid: ") for frames in (*quick, *late)) <= 256
+
+
+async def test_many_who_begin_at_once_leave_the_loop_to_others(log: StoredRunLog) -> None:
+    for number in range(300):
+        log.publish_step(train_step(number, finished=float(number)))
+    log.record_state("completed", by="flow")
+    watching = Hub(RunReader(log.store), poll_s=0.01)
+    num_writes, num_rounds = [], 0
+
+    async def follow() -> None:
+        async for _ in watching.stream(log.run_id, Cursor()):
+            num_writes.append(num_rounds)
+
+    clients = asyncio.gather(*(follow() for _ in range(50)))
+    while not clients.done():
+        await asyncio.sleep(0)
+        num_rounds += 1
+    late = [rounds for rounds in num_writes if rounds > num_writes[0]]
+    assert len(num_writes) == 50 * 4  # a silent line, 256 events, the rest, the end
+    assert max(Counter(late).values()) <= 5
 
 
 async def test_a_silent_stream_says_that_it_lives(log: StoredRunLog, monkeypatch: pytest.MonkeyPatch) -> None:

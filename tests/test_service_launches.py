@@ -20,6 +20,7 @@ from fastapi.testclient import TestClient
 from service_world import DONE, LIVE, Prefect, client_of, make_root, prefect_stand_in, settings_of
 
 from api.fold import FRESH_S
+from asyncopd import flow_runs
 from storage.launches import LaunchLog
 from storage.open import open_store
 from storage.runs import open_run
@@ -226,6 +227,36 @@ def test_a_resumed_run_is_queued_until_its_flow_begins(
     log.record_state("running", by="flow-3")
     time.sleep(FRESH_S)
     assert client.get(f"/v1/runs/{LIVE}").json()["status"] == "running"
+
+
+def test_a_run_whose_processes_are_gone_can_be_cancelled_and_resumed(
+    client: TestClient, prefect: Prefect, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A machine that lost its power records nothing: such a run was cancelling for ever, and could not be resumed.
+    open_run(open_store(root), LIVE).heartbeat("learn-host-2-bbbb", {"role": "learn"})
+    assert "training" in client.get(f"/v1/runs/{LIVE}").json()["phase"]
+    assert client.post(f"/v1/runs/{LIVE}/resume").status_code == 409
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 1000)
+    assert "without a sign of life" in client.get(f"/v1/runs/{LIVE}").json()["phase"]
+    assert client.post(f"/v1/runs/{LIVE}/cancel").json()["status"] == "cancelling"  # somebody may be there after all
+    assert client.post(f"/v1/runs/{LIVE}/resume").status_code == 409
+    monkeypatch.setattr(time, "time", lambda: now() + 2000)
+    assert client.get(f"/v1/runs/{LIVE}").json()["status"] == "cancelled"
+    assert client.post(f"/v1/runs/{LIVE}/resume").json()["status"] == "queued"
+    assert client.post(f"/v1/runs/{LIVE}/resume").status_code == 409
+
+
+def test_a_prefect_that_is_busy_for_a_moment_is_asked_again(
+    client: TestClient, prefect: Prefect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Under load its SQLite is locked now and then, and every third launch was refused.
+    monkeypatch.setattr(flow_runs, "BUSY_PAUSES_S", (0.0, 0.0))
+    prefect.num_busy = 2
+    assert launch(client, run_id="patient").status_code == 201
+    prefect.num_busy = 9
+    refused = launch(client, run_id="refused")
+    assert (refused.status_code, refused.json()["type"]) == (503, "urn:asyncopd:problem:prefect-away")
 
 
 def test_mistakes_in_a_configuration_are_refused_before_anything_is_stored(
