@@ -227,6 +227,8 @@ def test_a_run_is_cancelled_from_its_page_and_a_hidden_tab_asks_nothing(visit: V
     expect(shown).not_to_have_text(before)
     assert any(url.endswith("/events/stream") for url in asked)
 
+    visit.check("live")
+
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator(".badge")).to_have_text("cancelled", timeout=1000 * stretched(60))
     until(lambda: not stack.roles(), 20, "its roles to end")
