@@ -100,6 +100,9 @@ def test_a_replay_shows_its_parents_trajectories_and_its_own_steps(tmp_path: Pat
     assert got(client, "/v1/runs/child")["progress"]["steps"] == 2
     assert got(client, "/v1/runs/child/metrics", from_step=9)["steps"] == [9.0]
     assert got(client, "/v1/runs/child/trajectories", limit=1)["data"][0]["index"] == 0
+    # The parent's record was taken for its id: no query about runs or tokens worked beside a replay.
+    answer = client.post("/v1/sql", json={"sql": "SELECT run, parent FROM runs ORDER BY run"})
+    assert answer.json()["rows"] == [["child", "parent"], ["parent", ""]]
 
 
 def test_events_come_in_pages_that_a_cursor_continues(client: TestClient) -> None:

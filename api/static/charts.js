@@ -25,7 +25,7 @@ export function lineChart({ title, unit = "", x = "step", series, min, height = 
       legend: { show: true, live: true },
       hooks: { setCursor: [showLast] },
       scales: { x: { time: false }, y: { range: (_, lo, hi) => rangeOf(lo, hi, min) } },
-      axes: [{ ...axis, size: 30 }, { ...axis, values: (_, ticks) => ticks.map((v) => (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? (Math.abs(v) >= 1e4 && Math.abs(v) < 1e7 ? `${+(v / 1000).toPrecision(4)}k` : v.toExponential(0)) : String(+v.toPrecision(4)))) }],
+      axes: [{ ...axis, size: 30 }, { ...axis, values: (_, ticks) => ticks.map((v) => (Math.abs(v) >= 1e4 && Math.abs(v) < 1e7 ? `${+(v / 1000).toPrecision(4)}k` : String(+v.toPrecision(4)))) }],
       series: [{ label: x }, ...series.map((s, i) => ({
         label: s.label, stroke: s.ink ? css(s.ink) : ink(i), width: 1.6, dash: s.dash, spanGaps: true,
         points: { show: s.points ?? undefined, size: 5 }, value: (_, v) => (Math.abs(v ?? 0) >= 1000 ? int(v) : num(v, 4)),

@@ -111,7 +111,7 @@ class RunRecords:
             "num_steps": learner.get("num_steps"),
             "config_hash": record.get("config_hash"),
             "code_version": record.get("code_version"),
-            "parent": record.get("parent") or "",
+            "parent": (record.get("parent") or {}).get("run_id", ""),
             "config": json.dumps(config),
         }
 
