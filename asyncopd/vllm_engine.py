@@ -77,3 +77,11 @@ async def start_engine(
             "are above in this role's log. Expected an architecture vLLM knows (heads of at least 32 on a CPU) and "
             "memory for weights and KV cache."
         ) from error
+
+
+async def stop_engine(engine: AsyncLLM) -> None:
+    """End the engine process. Nobody may wait for an answer of it any more."""
+    # Else it may see the process end first and log that as a failure, with a traceback.
+    if engine.output_handler is not None:
+        engine.output_handler.cancel()
+    await asyncio.to_thread(engine.shutdown)

@@ -26,7 +26,7 @@ from asyncopd.errors import EngineError
 from asyncopd.ports import ScoreRequest
 from asyncopd.teacher.prompt_logprobs import FULL, PromptAnswer, all_answers, asked_ids, num_logprobs, scores_of
 from asyncopd.types import TeacherScores, Trajectory
-from asyncopd.vllm_engine import start_engine
+from asyncopd.vllm_engine import start_engine, stop_engine
 from asyncopd.vllm_folder import ModelFolder
 
 
@@ -101,7 +101,7 @@ class VllmScorer:
         if starting is not None:
             with contextlib.suppress(EngineError):
                 engine = await starting
-                await asyncio.to_thread(engine.shutdown)
+                await stop_engine(engine)
         if self._owned_folder is not None:
             self._owned_folder.remove()
 

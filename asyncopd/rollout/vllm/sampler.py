@@ -15,7 +15,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any
 
 from vllm import RequestOutput, SamplingParams
@@ -31,7 +31,7 @@ from asyncopd.rollout.vllm.recorder import KEY, LAW, TICKET
 from asyncopd.rollout.vllm.values import StudentFiles, trajectory_of
 from asyncopd.sampling import CandidateRule, check_law, policy_key
 from asyncopd.types import DrawLaw, PolicyVersion, PolicyWeights, Trajectory
-from asyncopd.vllm_engine import start_engine
+from asyncopd.vllm_engine import start_engine, stop_engine
 
 logger = logging.getLogger(__name__)
 
@@ -152,14 +152,12 @@ class VllmSampler:
     async def close(self) -> None:
         """End the engine process and fail what is pending; harmless when repeated."""
         self._closed = True
-        for task in list(self._running):
+        for task in [*self._running, *([self._fetching] if self._fetching else [])]:
             task.cancel()
         engine, self._engine = self._engine, None
         if engine is not None:
-            await asyncio.to_thread(engine.shutdown)
-        for future in self._finished.values():
-            if not future.done():
-                future.set_exception(EngineError("the sampler was closed; this response is lost."))
+            await stop_engine(engine)
+        _fail(self._finished.values(), _closed_error())
         self._files.remove()
 
     # -- engine ---------------------------------------------------------------------------------------------------
@@ -196,9 +194,7 @@ class VllmSampler:
             return await task
         except asyncio.CancelledError:
             if self._closed:
-                raise EngineError(
-                    "the sampler was closed; its unfinished responses are lost and can be sampled again."
-                ) from None
+                raise _closed_error() from None
             # Our caller was cancelled, and with it the task: vLLM aborts the request.
             raise
         except (EngineDeadError, EngineGenerateError) as error:
@@ -251,10 +247,11 @@ class VllmSampler:
                 # Every worker of a tensor-parallel engine draws the same; the first one's records are enough.
                 records = (await self._calling(call, "hand out its records"))[0]
             except Exception as error:
-                for future in asked.values():
-                    if not future.done():
-                        future.set_exception(error)
+                _fail(asked.values(), error)
                 continue
+            except asyncio.CancelledError:
+                _fail(asked.values(), _closed_error())
+                raise
             for future, (ids_bytes, logprobs_bytes) in zip(asked.values(), records, strict=True):
                 if not future.done():
                     future.set_result((ids_bytes, logprobs_bytes))
@@ -272,6 +269,16 @@ class VllmSampler:
                 f"the vLLM sampler's engine under version {self._version} could not {what}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def _fail(futures: Iterable[asyncio.Future[Any]], error: Exception) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(error)
+
+
+def _closed_error() -> EngineError:
+    return EngineError("the sampler was closed; its unfinished responses are lost and can be sampled again.")
 
 
 def _label(version: PolicyVersion | None) -> str:
