@@ -5,12 +5,13 @@ from __future__ import annotations
 from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
 
-from api import configs, health, observe, offline, pages, problems, queries, runs, trajectories
+from api import configs, health, logprobs, observe, offline, pages, problems, queries, runs, trajectories
 from api.answers import Answers
 from api.health import RequestMeter, RunCollector
 from api.hub import Hub
 from api.launcher import RunLauncher
 from api.limits import Limits
+from api.logprobs import LogprobDesk
 from api.queries import QueryDesk
 from api.reader import RunReader
 from api.security import TokenStore
@@ -45,7 +46,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.hub = Hub(reader, settings.poll_s)
     app.state.answers = Answers(settings.answer_age_s)
     app.state.desk = QueryDesk(reader.store)
-    for module in (runs, observe, trajectories, offline, queries, configs, health):
+    app.state.logprobs = LogprobDesk(settings.root)
+    for module in (runs, observe, trajectories, logprobs, offline, queries, configs, health):
         app.include_router(module.router, dependencies=[Depends(known_query)])
     pages.install(app)
     problems.install(app)

@@ -9,8 +9,11 @@ const FULL_COLOUR_NATS = 3;
 
 export async function trajectory(node, [id, index], signal) {
   const path = `/v1/runs/${encodeURIComponent(id)}`, at = (i) => `/runs/${encodeURIComponent(id)}/trajectories/${i}`;
+  /** @type {null | (() => Promise<void>)} */
+  let ask = null;
   addEventListener("keydown", (e) => {
     if (/** @type {any} */ (e.target).closest?.("input,textarea,select") || e.ctrlKey || e.metaKey || e.altKey) return;
+    if (e.key === "n") ask?.();
     if (e.key === "j") go(at(Number(index) + 1));
     if (e.key === "k" && Number(index)) go(at(Number(index) - 1));
   }, { signal });
@@ -42,16 +45,28 @@ export async function trajectory(node, [id, index], signal) {
   const side = (title, setting, list, token) => h("div", {}, h("h2", {}, title), list.length
     ? table([["token", 0], ["id", 1], ["log-prob", 1], ["prob", 1]], list.map((a) => [a.id === token.id ? h("strong", {}, a.text) : a.text, a.id, logprob(a.logprob), a.logprob === null ? "–" : pct(Math.exp(a.logprob))]), title)
     : h("p", { class: "quiet" }, `Not recorded; a run keeps it with ${setting}.`));
-  let picked = 0;
+  let picked = 0, /** @type {any} */ now = null, asking = "";
+  // Computed on demand: nobody stores what later weights say of every old token.
+  ask = async () => {
+    if (asking) return;
+    asking = "The newest weights are being loaded, which takes about ten seconds …";
+    pick(picked);
+    try { now = await get(`${path}/trajectories/${index}/logprobs`, signal); asking = ""; } catch (error) {
+      if (signal.aborted) return;
+      asking = `Not computed: ${error.message}`;
+    }
+    pick(picked);
+  };
   function pick(t) {
     for (const [i, is] of /** @type {[number, boolean][]} */ ([[picked, false], [t, true]])) { buttons[i].setAttribute("aria-pressed", String(is)); buttons[i].tabIndex = is ? 0 : -1; }
     picked = t;
     const token = tokens[t];
     const gap = token.teacher_logprob === null ? null : token.teacher_logprob - token.behaviour_logprob;
-    const facts = [["log p when sampled", logprob(token.behaviour_logprob)], ["log q", logprob(token.teacher_logprob)], ["log q − log p", logprob(gap)], ["position", t], ["id", token.id], ["policy version", token.version]];
+    const facts = [["log p when sampled", logprob(token.behaviour_logprob)], ["log q", logprob(token.teacher_logprob)], ["log q − log p", logprob(gap)],
+      ...now ? [[`log p now (v${now.version})`, logprob(now.logprobs[t])]] : [], ["position", t], ["id", token.id], ["policy version", token.version]];
     fill(detail, h("p", {}, h("strong", { class: "picked" }, token.text)),
       h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))),
-      h("p", { class: "quiet" }, `log p under later weights is not recorded: ${later}.`),
+      !now && h("p", { class: "quiet", role: "status" }, asking || h("button", { type: "button", onclick: ask }, "log p now (n)"), asking ? "" : ` under the newest weights; ${later}.`),
       h("div", { class: "sides" }, side(found.teacher_top_of === "topk" ? "Teacher's likeliest" : "The student's likeliest, to the teacher", "recording.top_k", token.teacher_top, token), side("Sampling student's likeliest", "recording.head", token.student_top, token)));
   }
   const text = h("div", { class: "tokens card", role: "group", "aria-label": "Response" });
