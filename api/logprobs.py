@@ -49,7 +49,7 @@ class LogprobDesk:
             return self._known[key]
         if self._num_inside > MAX_WAITING:
             raise ProblemError(
-                503, "too-many-questions", f"{self._num_inside} responses are computed already. Repeat this in a while.",
+                503, "too-many-questions", f"{self._num_inside} responses are being computed. Repeat this in a while.",
                 {"Retry-After": "10"},
             )  # fmt: skip
         self._num_inside += 1
