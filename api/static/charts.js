@@ -19,7 +19,7 @@ export function lineChart({ title, unit = "", x = "step", series, min, height = 
   let data = null;
 
   function options() {
-    const axis = { stroke: css("--quiet"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") }, size: 52, font: "11px system-ui" };
+    const axis = { stroke: css("--quiet"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") }, size: 60, font: "11px system-ui" };
     return {
       width: place.clientWidth || 340, height, cursor: { sync: { key: x }, points: { size: 6 } },
       legend: { show: true, live: true },
