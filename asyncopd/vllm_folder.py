@@ -1,6 +1,6 @@
 """`ModelFolder`: where vLLM's engine processes find a model to load, in memory if the machine has room for it there.
 
-    write(weights) --file--> engine process loads it --drop_weights()--> only config.json stays
+write(weights) --file--> engine process loads it --drop_weights()--> only config.json stays
 """
 
 from __future__ import annotations

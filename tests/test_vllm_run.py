@@ -12,6 +12,7 @@ import pytest
 import yaml
 from engine_models import SMALL_CACHE, engine_processes, is_engine
 from hf_models import law_rows
+from patience import stretched
 from test_deployment import Stack, _is_gone, stack, until
 
 from asyncopd.config import load_config
@@ -38,7 +39,7 @@ def test_a_run_outlives_the_death_of_its_sampling_engine(stack: Stack) -> None:
         "rollout": {**pipeline.SMALL["rollout"], "engine": "vllm", "vllm": SMALL_CACHE},
         "learner": {**pipeline.SMALL["learner"], "num_steps": NUM_STEPS},
         "evaluate": {"every": NUM_STEPS, "num_prompts": 8},
-        "limits": {"deadline_s": 300, "poll_s": 0.05, "heartbeat_s": 0.5, "lease_s": 5},
+        "limits": {"deadline_s": 900, "poll_s": 0.05, "heartbeat_s": 0.5, "lease_s": 5},
     }
     config = stack.config.parent / "vllm.yaml"
     config.write_text(yaml.safe_dump({**yaml.safe_load(stack.config.read_text()), **changes}))
@@ -53,7 +54,7 @@ def test_a_run_outlives_the_death_of_its_sampling_engine(stack: Stack) -> None:
         scorer.kill()
         # vLLM's engine processes outlive a killed parent; ours must not.
         until(lambda: all(_is_gone(process) for process in scoring), 10, "the killed scorer's engine to end")
-        output, _ = training.communicate(timeout=300)
+        output, _ = training.communicate(timeout=stretched(300))
     assert training.returncode == 0, output
     assert f"Trained {NUM_STEPS} of {NUM_STEPS} steps" in output
     steps = log.steps()
