@@ -113,7 +113,8 @@ def stretch(run: OpenRun, roles: RoleStarter, service: Service, num_steps: int, 
     seconds = time.monotonic() - began
     cpu = (_cpu_s([service.pid]) - used[0], _cpu_s([role.pid for role in roles.processes]) - used[1])
     load = None if clients is None else clients.stop()
-    return Stretch(last.finished - first.finished, cpu[0] / seconds, cpu[1] / seconds, load, service.gap_s.value, late_s)
+    took_s, gap_s = last.finished - first.finished, service.gap_s.value
+    return Stretch(took_s, cpu[0] / seconds, cpu[1] / seconds, load, gap_s, late_s)
 
 
 def _newest(run: OpenRun) -> int:
