@@ -5,8 +5,9 @@
 -- column student_mass: mean probability the sampling student puts on its head, fraction
 -- column teacher_mass: mean probability its own teacher puts on the same ids, fraction; null while unscored
 WITH student AS (
-    SELECT run, head_k, count(*) // head_k AS num_tokens, avg(exp(logprob)) * head_k AS mass
-    FROM (SELECT run, head_k, unnest(head_logprobs) AS logprob FROM trajectory_rows WHERE head_k > 0)
+    -- From the mass outside the head, which is one number per token and not head_k of them.
+    SELECT run, head_k, count(*) AS num_tokens, 1 - avg(exp(outside)) AS mass
+    FROM (SELECT run, head_k, unnest(tail_logmass) AS outside FROM trajectory_rows WHERE head_k > 0)
     GROUP BY run, head_k
 ), teacher AS (
     SELECT run, head_k, avg(exp(logprob)) * head_k AS mass
