@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -50,8 +51,8 @@ def metrics_of(fold: RunFold, keys: Sequence[str] | None, first: int, stop: int 
 def staleness_of(fold: RunFold, first: int, stop: int | None, max_points: int) -> Staleness:
     """Trained tokens by staleness, over the same stretches."""
     steps = [step for step in fold.steps if first <= step.step and (stop is None or step.step < stop)]
-    starts = stretches(len(steps), max_points).tolist()
-    groups = [steps[start:end] for start, end in zip(starts, [*starts[1:], len(steps)], strict=True)]
+    bounds = [*stretches(len(steps), max_points).tolist(), len(steps)]
+    groups = [steps[start:end] for start, end in pairwise(bounds)]
     versions = sorted({age for step in steps for age in step.staleness_tokens})
     return Staleness(
         steps=[float(np.mean([step.step for step in group])) for group in groups],

@@ -141,6 +141,13 @@ def test_metrics_are_thinned_to_means_and_name_only_what_was_asked(client: TestC
     assert (part["steps"], part["tokens"]) == ([3.0, 4.0], whole["tokens"][3:5])
 
 
+def test_a_window_without_steps_is_empty_not_an_error(client: TestClient) -> None:
+    for path in ("metrics", "staleness"):
+        for window in ({"from_step": 500}, {"from_step": 5, "to_step": 5}):
+            found = got(client, f"/v1/runs/{DONE}/{path}", **window)
+            assert (found["steps"], found["tokens"]) == ([], [])
+
+
 def test_staleness_counts_every_trained_token(client: TestClient) -> None:
     found = got(client, f"/v1/runs/{DONE}/staleness")
     total = sum(map(sum, found["tokens"]))
