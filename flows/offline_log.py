@@ -1,7 +1,7 @@
 """What offline work reads of a run: which shards and trajectories its steps consumed, and whether they serve a loss.
 
-order index      step s --> its own shards
-order arrival    step s --arrivals--> positions [s·B, (s+1)·B) --> rows of the shards that arrived there
+    order index      step s --> its own shards
+    order arrival    step s --arrivals--> positions [s·B, (s+1)·B) --> rows of the shards that arrived there
 """
 
 from __future__ import annotations
