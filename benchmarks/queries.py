@@ -78,8 +78,9 @@ def main() -> None:
 
 def _others_s() -> float:
     """CPU seconds that processes other than this one and its ended children have used since the machine started."""
-    user, nice, system, _, _, irq, softirq, *_ = (int(n) for n in Path("/proc/stat").read_text().split()[1:9])
-    busy_s = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    # user nice system idle iowait irq softirq, in ticks
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split()[1:8]]
+    busy_s = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
     return busy_s - sum(os.times()[:4])
 
 

@@ -238,7 +238,7 @@ def test_a_log_of_order_arrival_is_consumed_as_it_was_if_nothing_is_changed(tmp_
     if on_stale != "train":
         assert log.num_stale > 0
         assert cell.num_tokens_wasted > 0
-        with pytest.raises(ConfigError, match="^order index and on stale train: run parent"):
+        with pytest.raises(ConfigError, match=r"^order index and on stale train: run parent"):
             check_defined([index], log)
         return
     # The same rollouts in index order: every batch after the first of its rollouts, none twice.
