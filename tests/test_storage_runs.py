@@ -42,7 +42,7 @@ def test_a_run_is_created_again_only_with_its_own_config(store: ObjectStore) -> 
 
 
 def test_a_run_that_does_not_exist_cannot_be_opened(store: ObjectStore) -> None:
-    with pytest.raises(ObjectMissingError, match=r"runs/nowhere/run.json does not exist"):
+    with pytest.raises(ObjectMissingError, match=r"there is no run nowhere in .*Existing runs: none"):
         open_run(store, "nowhere")
 
 
