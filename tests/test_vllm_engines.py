@@ -107,13 +107,18 @@ async def test_busy_intervals_cover_the_work_and_no_more(sampler: Any) -> None:
     assert sampler.busy_intervals() == []
 
 
-async def test_an_engine_process_that_is_killed_fails_its_responses_by_name(sampler: Any) -> None:
+async def test_an_engine_process_that_is_killed_fails_its_responses_and_its_calls_by_name(sampler: Any) -> None:
     await sampler.refresh(weights(endless(7), sampler.version.number + 1))
-    (worker,) = [process for process in engine_processes(psutil.Process()) if "Worker" in " ".join(process.cmdline())]
+    (core,) = [process for process in engine_processes(psutil.Process()) if "Core" in " ".join(process.cmdline())]
     running = [asyncio.ensure_future(sampler.sample(request)) for request in requests(80, max_new_tokens=90)]
     await asyncio.sleep(0.1)
-    worker.kill()
-    outcomes = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 30)
+    # Asleep, so that the refresh is under way and unanswered when it dies: vLLM would wait for that answer for ever.
+    core.suspend()
+    refreshing = asyncio.ensure_future(sampler.refresh(weights(byte_model(), 99)))
+    await asyncio.sleep(1.0)
+    core.kill()
+    outcomes = await asyncio.wait_for(asyncio.gather(*running, refreshing, return_exceptions=True), 30)
+    assert isinstance(outcomes[-1], EngineError)
     failures = [outcome for outcome in outcomes if not isinstance(outcome, Trajectory)]
     assert len(failures) >= 32
     for failure in failures:

@@ -34,6 +34,8 @@ from asyncopd.types import DrawLaw, PolicyVersion, PolicyWeights, Trajectory
 from asyncopd.vllm_engine import start_engine, stop_engine
 
 logger = logging.getLogger(__name__)
+HEALTH_S = 0.5
+"""How often a call that is not answered yet asks whether the engine process is alive."""
 
 
 class VllmSampler:
@@ -145,9 +147,10 @@ class VllmSampler:
                 await self._reload(self._engine)
             self._files.drop_weights()
             engine = self._started()
-            await self._calling(engine.update_weight_version(_label(weights.version)), "label its weights")
+            label = engine.update_weight_version(_label(weights.version))
+            await self._calling(engine, label, "label its weights")
             self._version = weights.version
-            await self._calling(engine.resume_generation(), "resume generation")
+            await self._calling(engine, engine.resume_generation(), "resume generation")
 
     async def close(self) -> None:
         """End the engine process and fail what is pending; harmless when repeated."""
@@ -180,9 +183,9 @@ class VllmSampler:
         in_flight = self._settings.in_flight
         mode = "wait" if in_flight == "finish" else "keep"
         pause = engine.pause_generation(mode=mode, clear_cache=in_flight != "keep")
-        await self._calling(pause, "pause generation")
+        await self._calling(engine, pause, "pause generation")
         reload = engine.collective_rpc("reload_weights", kwargs={"weights_path": self._files.path})
-        await self._calling(reload, "reload its weights")
+        await self._calling(engine, reload, "reload its weights")
 
     async def _generate(self, request: SampleRequest, ticket: str) -> RequestOutput:
         """The final output of one request. A task of its own, so that `close` can end it."""
@@ -243,9 +246,10 @@ class VllmSampler:
             asked, self._finished = self._finished, {}
             abandoned, self._abandoned = self._abandoned, []
             try:
-                call = self._started().collective_rpc("take_records", args=(list(asked), abandoned))
+                engine = self._started()
+                call = engine.collective_rpc("take_records", args=(list(asked), abandoned))
                 # Every worker of a tensor-parallel engine draws the same; the first one's records are enough.
-                records = (await self._calling(call, "hand out its records"))[0]
+                records = (await self._calling(engine, call, "hand out its records"))[0]
             except Exception as error:
                 _fail(asked.values(), error)
                 continue
@@ -261,14 +265,20 @@ class VllmSampler:
             raise EngineError("the vLLM sampler's engine does not run: it starts with the first refresh.")
         return self._engine
 
-    async def _calling(self, call: Coroutine[Any, Any, Any], what: str) -> Any:
+    async def _calling(self, engine: AsyncLLM, call: Coroutine[Any, Any, Any], what: str) -> Any:
+        """The answer to a call of the engine process, or an EngineError: vLLM leaves it unanswered when that dies."""
+        calling = asyncio.ensure_future(call)
         try:
-            return await call
+            while not (await asyncio.wait({calling}, timeout=HEALTH_S))[0]:
+                await engine.check_health()
+            return calling.result()
         except Exception as error:
             raise EngineError(
                 f"the vLLM sampler's engine under version {self._version} could not {what}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        finally:
+            calling.cancel()
 
 
 def _fail(futures: Iterable[asyncio.Future[Any]], error: Exception) -> None:
