@@ -3,7 +3,7 @@
 main      create_app: settings -> FastAPI                    security  tokens, scopes, who may ask
 schemas   every request and answer, with examples            limits    sizes, rates, origins, headers
 problems  errors as RFC 9457 problem details                 launcher  runs start and stop through Prefect
-runs, observe, trajectories, offline, queries, configs, health, pages     the routes
+runs, observe, trajectories, logprobs, offline, queries, configs, health, pages     the routes
 
     storage --RunFold: one look serves all--> History --> views, once a moment: Answers --> JSON
                                                       --> Feed, once an event: Hub --> every stream

@@ -108,7 +108,7 @@ class RunFold:
             last = {key.rsplit(".", 2)[0]: key for key in keys}
             # A worker that failed to write its newest object writes it again, with more in it.
             for key in keys:
-                if key not in self._spans or (key == last[key.rsplit(".", 2)[0]] and not self.history.is_over):
+                if key not in self._spans or key == last[key.rsplit(".", 2)[0]]:
                     self._spans[key] = self.log.read_spans(key)
             return sorted((span for spans in self._spans.values() for span in spans), key=lambda span: span.start)
 

@@ -109,7 +109,7 @@ async def get_logprobs(
 def _checked(fold: RunFold, index: int, version: int | None) -> int:
     """The version that is asked for. Raises ProblemError 404 for what is not stored, before a process starts."""
     log = fold.log
-    if not any(index in shard.indices for shard in log.trajectory_shards()):
+    if log.shard_of(index) is None:
         raise ProblemError(404, "no-such-trajectory", f"Index {index} of run {log.run_id} is not produced yet.")
     newest = log.latest_policy()
     if version is None and newest is not None:

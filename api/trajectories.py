@@ -109,7 +109,7 @@ def page_of(fold: RunFold, after: int, limit: int, shown: Filter) -> TrajectoryP
 
 def trajectory_of(fold: RunFold, index: int) -> TrajectoryOut:
     """One trajectory. Raises ProblemError 404."""
-    shard = next((shard for shard in fold.log.trajectory_shards() if index in shard.indices), None)
+    shard = fold.log.shard_of(index)
     trajectory = None
     if shard is not None:
         trajectory = next((t for t in fold.log.read_trajectories(shard) if t.index == index), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,10 +67,8 @@ def scope_of(arguments: argparse.Namespace) -> tuple[Catalog, AsOf | None]:
 
 def parse_time(text: str) -> float:
     """Unix seconds of an ISO time, UTC unless it names a zone, or of a number. Raises QueryError."""
-    try:
+    with contextlib.suppress(ValueError):
         return float(text)
-    except ValueError:
-        pass
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:

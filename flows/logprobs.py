@@ -41,11 +41,10 @@ def logprobs_under(run: OpenRun, index: int, version: int) -> list[float]:
 
 
 def _trajectory(run: OpenRun, index: int) -> Trajectory:
-    for shard in run.log.trajectory_shards():
-        if index in shard.indices:
-            found = next((t for t in run.log.read_trajectories(shard) if t.index == index), None)
-            if found is not None:
-                return found
+    shard = run.log.shard_of(index)
+    for trajectory in run.log.read_trajectories(shard) if shard is not None else ():
+        if trajectory.index == index:
+            return trajectory
     raise ObjectMissingError(f"run {run.log.run_id}: index {index} is not produced yet, or was dropped.")
 
 

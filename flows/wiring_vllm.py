@@ -17,9 +17,12 @@ from asyncopd.errors import ConfigError
 from asyncopd.ports import Task
 from asyncopd.teacher.openai import OpenAIScorer
 from asyncopd.types import DrawLaw
+from asyncopd.vllm_folder import ModelFolder
 
 if TYPE_CHECKING:
     from asyncopd.rollout.vllm.sampler import VllmSampler
+
+    # As above.
     from asyncopd.teacher.vllm import VllmScorer
 
 
@@ -27,6 +30,7 @@ def vllm_sampler(
     config: RunConfig, task: Task, architecture: Mapping[str, Any], *, head: int, num_draws: int, law: DrawLaw
 ) -> VllmSampler:
     """A sampler of the student whose `architecture` the learner stored."""
+    # vLLM is an extra, and its import takes ten seconds.
     from asyncopd.rollout.vllm.sampler import VllmSampler
 
     settings = config.rollout.vllm
@@ -55,8 +59,8 @@ def vllm_scorer(
     Args:
         made_here: objects of a model that was pre-trained here, which is written to a folder first.
     """
+    # As above.
     from asyncopd.teacher.vllm import VllmScorer
-    from asyncopd.vllm_folder import ModelFolder
 
     folder = None
     if made_here is not None:

@@ -102,6 +102,10 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
         """All published shards of trajectories, in index order."""
         return self._shards(self.layout.trajectories)
 
+    def shard_of(self, index: int) -> IndexRange | None:
+        """The published shard of trajectories with this index; a stage may have dropped the index all the same."""
+        return next((shard for shard in self.trajectory_shards() if index in shard.indices), None)
+
     # -- scores ---------------------------------------------------------------------------------------------------
     def find_scores(self, teacher: str, shard: IndexRange) -> Manifest | None:
         return find_manifest(self.store, self.layout.shard_manifest(self.layout.scores(teacher), shard))
