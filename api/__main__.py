@@ -9,7 +9,7 @@ from pathlib import Path
 
 import uvicorn
 
-from api.main import create_app
+from api.main import UVICORN, create_app
 from api.settings import ServiceSettings
 from asyncopd.cli_serve import tokens_path
 from asyncopd.errors import AsyncOPDError, StackError
@@ -33,11 +33,8 @@ def main() -> None:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"serving {settings.root} at http://{settings.host}:{settings.port}", flush=True)
-    # Access logs off: they would hold every query string; a stream must not hold up the end.
-    uvicorn.run(
-        app, host=settings.host, port=settings.port, access_log=False, log_level="warning", server_header=False,
-        timeout_graceful_shutdown=3,
-    )  # fmt: skip
+    # A stream must not hold up the end.
+    uvicorn.run(app, host=settings.host, port=settings.port, timeout_graceful_shutdown=3, **UVICORN)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -31,16 +31,25 @@ def json_response(body: Schema | bytes) -> Response:
     return Response(content, media_type="application/json")
 
 
+SHARE = 0.02
+"""Of a core that making one view over and over may take: the views of a long run take longer, so they get older."""
+MAX_AGE_S = 5.0
+"""They get no older than this."""
+
+
 @dataclass(frozen=True)
 class _Made:
     body: bytes
     counters: tuple[int, ...]
     """Of the history it was made from."""
     made_s: float
+    cost_s: float
+    """CPU time that making it took."""
 
     def serves(self, fold: RunFold, age_s: float) -> bool:
         # The end of a run is never withheld: whoever was told of it asks for the last curves.
         is_current = self.counters == fold.history.counters or not fold.history.is_over
+        age_s = max(age_s, min(self.cost_s / SHARE, MAX_AGE_S))
         return is_current and time.monotonic() - self.made_s < age_s
 
 
@@ -55,7 +64,7 @@ class Answers:
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="view")
 
     async def get(self, key: str, fold: RunFold, make: Callable[[RunFold], Schema | bytes]) -> bytes:
-        """The answer under `key`: `make(fold)`, or what it was less than `age_s` ago."""
+        """The answer under `key`: `make(fold)`, or what it was less than `age_s` ago, longer where it costs much."""
         made = self._made.get(key)
         if made is not None and made.serves(fold, self._age_s):
             return made.body
@@ -82,9 +91,10 @@ class Answers:
 
 def _make(fold: RunFold, make: Callable[[RunFold], Schema | bytes]) -> _Made:
     # Both before it is made: what comes meanwhile makes it old.
-    counters, now = fold.history.counters, time.monotonic()
+    counters, now, used_s = fold.history.counters, time.monotonic(), time.thread_time()
     made = make(fold)
-    return _Made(made if isinstance(made, bytes) else made.model_dump_json().encode(), counters, now)
+    body = made if isinstance(made, bytes) else made.model_dump_json().encode()
+    return _Made(body, counters, now, time.thread_time() - used_s)
 
 
 class Answer:

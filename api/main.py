@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
 
@@ -22,6 +24,11 @@ from asyncopd.errors import ConfigError
 from storage.open import open_store
 
 ABOUT = "Launch, watch and inspect runs of asynchronous on-policy distillation."
+# Access logs would hold every query string.
+UVICORN: dict[str, Any] = {
+    "loop": "uvloop", "http": "httptools", "access_log": False, "log_level": "warning", "server_header": False,
+}  # fmt: skip
+"""How the application is served, wherever it is."""
 
 
 def create_app(settings: ServiceSettings) -> FastAPI:

@@ -22,9 +22,10 @@ _ID = b"\nid: "
 class Load:
     """What the clients saw."""
 
-    latencies_s: list[float] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
-    """What each of the latencies is of."""
+    reads: list[tuple[float, str, float]] = field(default_factory=list)
+    """Seconds from the first to the beginning of each, its path, seconds until it was answered."""
+    first_s: float = 0.0
+    """When that was, by time.perf_counter()."""
     events: list[int] = field(default_factory=list)
     """Of each stream."""
     num_bytes: int = 0
@@ -101,8 +102,7 @@ async def _read(port: int, path: str, idle: list[Connection], load: Load) -> Non
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_connection(Connection, "127.0.0.1", port)
     status = await connection.ask(_request(path))
-    load.latencies_s.append(time.perf_counter() - began)
-    load.paths.append(path)
+    load.reads.append((began - load.first_s, path, time.perf_counter() - began))
     idle.append(connection)
     if b" 200 " not in status:
         load.failures.append(f"{path}: {status.decode()}")
@@ -116,6 +116,7 @@ async def _drive(port: int, run_id: str, num_clients: int, rate: float, ready: A
         (await loop.create_connection(lambda: Stream(load, request), "127.0.0.1", port))[1] for _ in range(num_clients)
     ]
     ready.set()
+    load.first_s = time.perf_counter()
     reads, began, used = [], time.monotonic(), sum(process.cpu_times()[:2])
     while not stop.is_set():
         # By the clock, not after the last answer: a slow service gets no fewer requests.

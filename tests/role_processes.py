@@ -59,7 +59,7 @@ class RoleStarter:
                     "--root", self._run.config.storage.root,
                 ],
                 cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT,
+                stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self.processes.append(process)
         return process

@@ -23,7 +23,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from synthetic_run import config_of, new_log, publish_run
 
-from api.main import create_app
+from api.main import UVICORN, create_app
 from api.settings import ServiceSettings
 from storage.open import open_store
 
@@ -84,9 +84,7 @@ def client_of(settings: ServiceSettings, **changes: Any) -> TestClient:
 def served(app: FastAPI) -> Iterator[str]:
     """A real server in a thread; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=1)
-        )
+        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=1, **UVICORN))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
