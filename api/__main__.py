@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from api.settings import ServiceSettings
 from asyncopd.cli_serve import tokens_path
 from asyncopd.errors import AsyncOPDError, StackError
 
+AUTOGROUP = Path("/proc/self/autogroup")
+
 
 def main() -> None:
     """Serve until SIGTERM or Ctrl-C."""
@@ -22,19 +25,31 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--root", required=True)
     parser.add_argument("--configs", type=Path, required=True)
+    parser.add_argument("--nice", type=int, default=ServiceSettings.niceness)
     arguments = parser.parse_args()
     settings = ServiceSettings(
-        root=arguments.root, configs=arguments.configs, tokens=tokens_path(), host=arguments.host, port=arguments.port
-    )
+        root=arguments.root, configs=arguments.configs, tokens=tokens_path(), host=arguments.host, port=arguments.port,
+        niceness=arguments.nice,
+    )  # fmt: skip
     try:
         app = create_app(settings)
         _check_port(settings.host, settings.port)
     except AsyncOPDError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
+    give_way(settings.niceness)
     print(f"serving {settings.root} at http://{settings.host}:{settings.port}", flush=True)
     # A stream must not hold up the end.
     uvicorn.run(app, host=settings.host, port=settings.port, timeout_graceful_shutdown=3, **UVICORN)
+
+
+def give_way(niceness: int) -> None:
+    """Let other processes go first, those that this one starts excepted."""
+    os.nice(niceness)
+    if AUTOGROUP.exists() and os.getsid(0) == os.getpid():
+        # Linux shares the cores among sessions first, and then niceness counts only within one. In a session that is
+        # not ours alone this would slow whatever else was started from the same terminal.
+        AUTOGROUP.write_text(str(niceness))
 
 
 def _check_port(host: str, port: int) -> None:

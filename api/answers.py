@@ -31,10 +31,10 @@ def json_response(body: Schema | bytes) -> Response:
     return Response(content, media_type="application/json")
 
 
-SHARE = 0.02
-"""Of a core that making one view over and over may take: the views of a long run take longer, so they get older."""
-MAX_AGE_S = 5.0
-"""They get no older than this."""
+COST_S = 0.02
+"""A view that takes more CPU time is kept longer in proportion: those of a long run would take a core otherwise."""
+MAX_FACTOR = 5.0
+"""But no longer than so many times."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class _Made:
     def serves(self, fold: RunFold, age_s: float) -> bool:
         # The end of a run is never withheld: whoever was told of it asks for the last curves.
         is_current = self.counters == fold.history.counters or not fold.history.is_over
-        age_s = max(age_s, min(self.cost_s / SHARE, MAX_AGE_S))
-        return is_current and time.monotonic() - self.made_s < age_s
+        factor = min(max(self.cost_s / COST_S, 1.0), MAX_FACTOR)
+        return is_current and time.monotonic() - self.made_s < age_s * factor
 
 
 class Answers:

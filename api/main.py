@@ -24,9 +24,12 @@ from asyncopd.errors import ConfigError
 from storage.open import open_store
 
 ABOUT = "Launch, watch and inspect runs of asynchronous on-policy distillation."
-# Access logs would hold every query string.
 UVICORN: dict[str, Any] = {
-    "loop": "uvloop", "http": "httptools", "access_log": False, "log_level": "warning", "server_header": False,
+    "loop": "uvloop", "http": "httptools", "log_level": "warning", "server_header": False,
+    # They would hold every query string.
+    "access_log": False,
+    # Longer than clients and proxies keep theirs: a request must not cross the service's goodbye.
+    "timeout_keep_alive": 75,
 }  # fmt: skip
 """How the application is served, wherever it is."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 
@@ -19,6 +20,8 @@ class ServiceSettings:
     """Where hashed tokens are kept."""
     host: str = "127.0.0.1"
     port: int = 8321
+    niceness: int = 5
+    """Training goes first where both want a core."""
     max_body_bytes: int = 1_000_000
     """A configuration is a few kilobytes."""
     requests_per_s: float = 100.0
@@ -28,7 +31,7 @@ class ServiceSettings:
     answer_age_s: float = 1.0
     """Whoever asks for a view of a run that goes on within this time gets the same bytes; the page asks every 1.5 s."""
 
-    @property
+    @cached_property
     def is_loopback(self) -> bool:
         """Can only this machine reach the service?"""
         if self.host == "localhost":

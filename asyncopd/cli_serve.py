@@ -25,6 +25,10 @@ def add_serve(commands: Any) -> None:
     serve.add_argument("--port", type=int, default=defaults.port)
     serve.add_argument("--root", default=defaults.root, help="storage root (default: runs)")
     serve.add_argument("--configs", type=Path, default=defaults.configs, help="folder of configurations")
+    serve.add_argument(
+        "--nice", type=int, choices=range(20), default=defaults.niceness, metavar="N",
+        help="niceness from 0 to 19: training goes first where both want a core (default: 5)",
+    )  # fmt: skip
     serve.set_defaults(run=_serve)
 
     token = commands.add_parser("token", help="create, list or revoke tokens of the service")
@@ -44,13 +48,11 @@ def tokens_path() -> Path:
     return home() / "tokens.json"
 
 
-def serve_command(*, host: str, port: int, root: str, configs: Path) -> list[str]:
-    """The process that the service is."""
-    return [sys.executable, "-m", "api", "--host", host, "--port", str(port), "--root", root, "--configs", str(configs)]
-
-
 def _serve(arguments: argparse.Namespace) -> int:
-    command = serve_command(host=arguments.host, port=arguments.port, root=arguments.root, configs=arguments.configs)
+    command = [
+        sys.executable, "-m", "api", "--host", arguments.host, "--port", str(arguments.port), "--root", arguments.root,
+        "--configs", str(arguments.configs), "--nice", str(arguments.nice),
+    ]  # fmt: skip
     os.execve(sys.executable, command, dict(os.environ))
 
 

@@ -35,6 +35,7 @@ import pipeline
 from role_processes import RoleStarter, roles_of
 from service_load import Clients, Load
 
+from api.__main__ import give_way
 from api.main import UVICORN, create_app
 from api.settings import ServiceSettings
 from asyncopd.config import load_config
@@ -47,9 +48,10 @@ SETTLE_S = 5.0
 """Between a stretch's clients coming and its first step that counts: the burst of connecting is not its pace."""
 
 
-def serve(root: str, port: int, stop: Any, gap_s: Any) -> None:
+def serve(root: str, port: int, stop: Any, gap_s: Any, niceness: int) -> None:
     """The service with a 50 ms ticker in its event loop, in a process of its own."""
-    os.setsid()  # As every role: Linux shares the cores among sessions.
+    os.setsid()  # As `asyncopd up` starts it, and each of the roles.
+    give_way(niceness)
 
     async def main() -> None:
         settings = ServiceSettings(root=root, tokens=Path(root).parent / "tokens.json", requests_per_s=10_000)
@@ -70,13 +72,13 @@ def serve(root: str, port: int, stop: Any, gap_s: Any) -> None:
 class Service:
     """That process."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, niceness: int) -> None:
         spawn = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.gap_s, self._stop = spawn.Value("d", 0.0), spawn.Event()
-        self._process = spawn.Process(target=serve, args=(root, self.port, self._stop, self.gap_s))
+        self._process = spawn.Process(target=serve, args=(root, self.port, self._stop, self.gap_s, niceness))
         self._process.start()
         self.pid: int = self._process.pid or 0
         while True:
@@ -159,13 +161,14 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=50.0, help="reads a second")
     parser.add_argument("--steps", type=int, default=60, help="learner steps of a stretch")
     parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--nice", type=int, default=ServiceSettings.niceness, help="niceness of the service")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         num_steps = STEADY_STEP + 2 * asked.pairs * (asked.steps + 60)
         changes = {"storage.root": f"{folder}/runs", "learner.num_steps": num_steps, "learner.lr": LR}
         run = pipeline.new_run(load_config("configs/quickstart.yaml", changes), "growing")
         run.log.record_state("running", by="benchmark")
-        with Service(f"{folder}/runs") as service, roles_of(run, Path(folder) / "logs") as roles:
+        with Service(f"{folder}/runs", asked.nice) as service, roles_of(run, Path(folder) / "logs") as roles:
             for role in ("rollout", "score", "learn", "evaluate"):
                 roles.start(role)
             _wait_for_step(run, STEADY_STEP)

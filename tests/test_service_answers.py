@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from synthetic_run import config_of, evaluation, new_log, train_step
 
 from api import hub, reader, views
-from api.answers import Answers
+from api.answers import COST_S, Answers
 from api.columns import NUM_TOKENS, Columns, means, stretches
 from api.feed import Cursor, Feed
 from api.fold import FRESH_S, History, RunFold
@@ -94,6 +94,28 @@ def test_the_end_of_a_run_is_never_withheld(log: StoredRunLog, tmp_path: Path) -
     log.record_state("completed", by="flow")
     time.sleep(FRESH_S)
     assert client.get(path).json()["steps"] == [0.0, 1.0]
+
+
+async def test_what_takes_long_to_make_is_kept_longer(log: StoredRunLog) -> None:
+    made = []
+
+    def cheap(fold: RunFold) -> Made:
+        made.append("cheap")
+        return Made(number=len(made))
+
+    def costly(fold: RunFold) -> Made:
+        made.append("costly")
+        began = time.thread_time()
+        while time.thread_time() - began < 5 * COST_S:
+            pass
+        return Made(number=len(made))
+
+    answers, fold = Answers(age_s=0.5), fold_of(log).refresh()
+    for _ in range(2):
+        await answers.get("cheap", fold, cheap)
+        await answers.get("costly", fold, costly)
+        await asyncio.sleep(0.6)
+    assert sorted(made) == ["cheap", "cheap", "costly"]
 
 
 def test_other_parameters_are_another_answer(tmp_path: Path) -> None:
