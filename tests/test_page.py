@@ -233,6 +233,13 @@ def test_a_run_is_cancelled_from_its_page_and_a_hidden_tab_asks_nothing(visit: V
 
     visit.check("live")
 
+    page = visit.open("/compare?run=seen&run=long")
+    row = page.get_by_role("row").filter(has=page.get_by_role("link", name="long"))
+    before = row.inner_text()
+    expect(row).not_to_have_text(before, timeout=1000 * stretched(15), use_inner_text=True)
+    visit.check("compare-live")
+
+    page = visit.open("/runs/long")
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator(".badge")).to_have_text("cancelled", timeout=1000 * stretched(60))
     until(lambda: not stack.roles(), 20, "its roles to end")

@@ -1,12 +1,12 @@
 // @ts-check
-// Several runs on the same axes, and where their configurations differ.
+// Several runs on the same axes, live, and where their configurations differ.
 import { go } from "../app.js";
 import { INK, lineChart } from "../charts.js";
-import { get } from "../client.js";
+import { get, poll } from "../client.js";
 import { fill, h, table } from "../dom.js";
 import { int, num, pct } from "../format.js";
 import { CURVES, KEYS } from "./run.js";
-import { badge } from "./runs.js";
+import { LIVE, badge } from "./runs.js";
 
 export async function compare(node, _parts, signal) {
   const ids = [...new Set(new URLSearchParams(location.search).getAll("run"))];
@@ -18,39 +18,58 @@ export async function compare(node, _parts, signal) {
   fill(node, h("div", { class: "row spread" }, h("h1", {}, "Compare"), h("div", { class: "row" }, choice, h("label", {}, "against ", x))), place);
   if (!ids.length) { fill(place, h("p", { class: "quiet" }, "Pick runs here, or tick them in the list of runs.")); return; }
 
-  const loaded = await Promise.all(ids.map(async (id) => {
+  const read = async (id) => {
     const path = `/v1/runs/${encodeURIComponent(id)}`;
-    const [run, metrics, evals, config] = await Promise.all([get(path, signal), get(`${path}/metrics?max_points=300&${KEYS}`, signal), get(`${path}/evals`, signal), get(`${path}/config`, signal)]);
+    // The run first: where it says that it ended, everything read later is complete.
+    const run = await get(path, signal);
+    const [metrics, evals, config] = await Promise.all([get(`${path}/metrics?max_points=300&${KEYS}`, signal), get(`${path}/evals`, signal), get(`${path}/config`, signal)]);
     return { run, metrics, evals: evals.data, config: flat(config.config) };
-  }));
+  };
+  const loaded = await Promise.all(ids.map(read));
   // Ids are long, legends are not: a letter for each run.
   const series = ids.map((_, i) => ({ label: letter(i) }));
   const drop = (id) => go(`/compare?${ids.filter((i) => i !== id).map((i) => `run=${i}`).join("&")}`);
 
+  const facts = h("section");
+  let charts = [];
   function draw() {
-    const axis = x.value, charts = [];
-    for (const [title, unit, [first, middle]] of CURVES) {
+    const axis = x.value;
+    // Each chart with what answers its data: they are asked again while a run goes on.
+    charts = CURVES.map(([title, unit, [first, middle]]) => {
       // Of percentiles the median, of mean and maximum the mean: one curve a run.
       const key = middle?.endsWith("_p50") ? middle : first;
-      const chart = lineChart({ title, unit: middle ? key.split("_").at(-1) : unit, x: axis, series });
-      charts.push([chart, ...merged(loaded.map((l) => [l.metrics[axis], l.metrics.series[key] ?? []]))]);
-    }
+      return [lineChart({ title, unit: middle ? key.split("_").at(-1) : unit, x: axis, series }),
+        () => merged(loaded.map((l) => [l.metrics[axis], l.metrics.series[key] ?? []]))];
+    });
     for (const [title, unit, key] of [["Held-out KL to the teacher", "nats per token", "kl_nats"], ["Held-out accuracy", "fraction", "accuracy"]]) {
-      const chart = lineChart({ title, unit, x: "version", series: series.map((s) => ({ ...s, points: true })), min: 0 });
-      charts.unshift([chart, ...merged(loaded.map((l) => [l.evals.map((e) => e.version), l.evals.map((e) => e[key])]))]);
+      charts.unshift([lineChart({ title, unit, x: "version", series: series.map((s) => ({ ...s, points: true })), min: 0 }),
+        () => merged(loaded.map((l) => [l.evals.map((e) => e.version), l.evals.map((e) => e[key])]))]);
     }
-    const paired = pairedDifference(loaded);
-    charts.unshift(...paired);
-    fill(place,
-      h("section", {}, table([[h("span", { class: "sr" }, "letter"), 0], ["run", 0], ["state", 0], ["steps", 1], ["tokens", 1], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["tokens/s", 1], [h("span", { class: "sr" }, "action"), 0]],
-        loaded.map(({ run }, i) => [h("span", {}, h("i", { class: "swatch", style: `background:var(${INK[i % INK.length]})` }), letter(i)), h("a", { href: `/runs/${run.id}`, "data-link": "" }, run.id), badge(run.status), int(run.progress.steps), int(run.progress.tokens), num(run.latest.loss_nats), num(run.latest.kl_nats), pct(run.latest.accuracy), int(run.latest.tokens_per_s),
-          h("button", { type: "button", "aria-label": `Remove ${run.id}`, onclick: () => drop(run.id) }, "remove")]))),
+    charts.unshift(...pairedDifference(loaded));
+    fill(place, facts,
       h("section", { class: "grid" }, charts.map(([chart]) => chart.node)),
       h("section", {}, h("h2", {}, "Where the configurations differ"), differences(loaded)));
-    for (const [chart, ...data] of charts) chart.set(...data);
+    show();
+  }
+  function show() {
+    // A button in focus stays in focus.
+    if (!facts.contains(document.activeElement)) {
+      fill(facts, table([[h("span", { class: "sr" }, "letter"), 0], ["run", 0], ["state", 0], ["steps", 1], ["tokens", 1], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["tokens/s", 1], [h("span", { class: "sr" }, "action"), 0]],
+        loaded.map(({ run }, i) => [h("span", {}, h("i", { class: "swatch", style: `background:var(${INK[i % INK.length]})` }), letter(i)), h("a", { href: `/runs/${run.id}`, "data-link": "" }, run.id), badge(run.status), int(run.progress.steps), int(run.progress.tokens), num(run.latest.loss_nats), num(run.latest.kl_nats), pct(run.latest.accuracy), int(run.latest.tokens_per_s),
+          h("button", { type: "button", "aria-label": `Remove ${run.id}`, onclick: () => drop(run.id) }, "remove")])));
+    }
+    for (const [chart, data] of charts) chart.set(...data());
   }
   x.addEventListener("change", draw);
   draw();
+  void poll(async () => {
+    const live = loaded.flatMap(({ run }, i) => (LIVE.includes(run.status) ? [i] : []));
+    if (!live.length) return;
+    // All first, then shown in one go.
+    const newer = await Promise.all(live.map((i) => read(ids[i])));
+    live.forEach((place, i) => { loaded[place] = newer[i]; });
+    show();
+  }, () => 3000, signal);
 }
 
 /** One sorted x axis for several curves, null where a curve has no point. */
@@ -69,9 +88,11 @@ function pairedDifference(loaded) {
   const source = (l) => l.run.parent?.run_id ?? l.run.id;
   const places = loaded.map((_, i) => i).slice(1).filter((i) => source(loaded[i]) === source(loaded[0]));
   if (!places.length) return [];
-  const [xs, base, ...ys] = merged([0, ...places].map((i) => [loaded[i].metrics.steps, loaded[i].metrics.series["train/loss_nats"] ?? []]));
   const chart = lineChart({ title: "Paired difference of loss", unit: "nats, to A on the same rollouts", series: places.map((i) => ({ label: `${letter(i)} − A`, ink: INK[i % INK.length] })) });
-  return [[chart, xs, ...ys.map((y) => y.map((v, i) => (v === null || base[i] === null ? null : v - base[i])))]];
+  return [[chart, () => {
+    const [xs, base, ...ys] = merged([0, ...places].map((i) => [loaded[i].metrics.steps, loaded[i].metrics.series["train/loss_nats"] ?? []]));
+    return [xs, ...ys.map((y) => y.map((v, i) => (v === null || base[i] === null ? null : v - base[i])))];
+  }]];
 }
 
 const letter = (i) => String.fromCharCode(65 + i);
