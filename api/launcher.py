@@ -49,6 +49,10 @@ class RunLauncher:
         """A configuration by name. Raises ProblemError when the folder holds none of that name."""
         return load_config(self.path(name), overrides)
 
+    def files(self) -> tuple[tuple[Path, int], ...]:
+        """Every configuration's file with the time of its last change, ns."""
+        return tuple((path, path.stat().st_mtime_ns) for path in sorted(self._configs.glob("*.yaml")))
+
     def path(self, name: str) -> Path:
         """The file of a configuration. Raises ProblemError when the folder holds none of that name."""
         # Looked up in the listing, never joined into a path: a name cannot lead out of the folder.
@@ -103,7 +107,7 @@ class RunLauncher:
         if run.status in TERMINAL:
             if run.status == ("paused" if wish == "paused" else "cancelled"):
                 return run
-            raise ProblemError(409, "run-is-over", f"Run {run_id} is {run.status}; there is nothing to stop.")
+            raise ProblemError(409, "run-is-over", f"Run {run_id} is {run.status}; only a run that goes on is stopped.")
         self._launches.record_wish(run_id, wish)
         if run.flow_run_id is not None:
             FlowRun(run.flow_run_id).cancel()
@@ -117,7 +121,8 @@ class RunLauncher:
         """
         run = self._reader.run(run_id)
         if run.status not in ("paused", "cancelled", "failed") and not self._reader.is_abandoned(run_id):
-            raise ProblemError(409, "run-not-stopped", f"Run {run_id} is {run.status}; only a stopped run is resumed.")
+            raise ProblemError(409, "run-not-stopped", f"Run {run_id} is {run.status}; only a stopped run is resumed. "
+                               "To train more, launch another or replay this one.")  # fmt: skip
         launch = self._launches.find_launch(run_id)
         known = self._reader.find_fold(run_id) is not None
         # A run that its flow never came to create is created now.

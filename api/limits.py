@@ -68,7 +68,7 @@ class Limits:
         if self._settings.is_loopback and _host_name(headers.get("host", "")) not in _LOOPBACK_NAMES:
             # A page elsewhere whose name resolves to 127.0.0.1 would otherwise speak as this machine's user.
             return problem_response(
-                403, "foreign-host", "This service answers only to localhost and 127.0.0.1. Use one of those names."
+                403, "foreign-host", "This service answers only to localhost, 127.0.0.1 and ::1. Use one of them."
             )
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_cross_site(headers):
             return problem_response(

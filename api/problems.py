@@ -122,6 +122,9 @@ async def _of_validation(request: Request, error: RequestValidationError) -> JSO
     # A body that is no JSON at all is the client's syntax, not its values.
     is_syntax = any(problem["type"] == "json_invalid" for problem in error.errors())
     detail = "; ".join(f"{entry['where']}: {entry['message']}" for entry in errors[:5])
+    if is_syntax:
+        found = error.errors()[0]
+        detail = f"Its body is no JSON: {found['ctx']['error']} at character {found['loc'][-1]}. Send a JSON object."
     if any(problem["loc"] == ("body",) for problem in error.errors()) and "json" not in request.headers.get(
         "content-type", ""
     ):
@@ -142,7 +145,9 @@ def _http_handler(app: FastAPI) -> Callable[[Request, HTTPException], Awaitable[
             # Starlette names the methods of the first matching route only.
             headers["Allow"] = ", ".join(sorted(_methods(app, request)))
             detail = f"{request.method} is not possible on {request.url.path}; possible: {headers['Allow']}."
-        kind = {404: "no-such-resource", 405: "no-such-method", 400: "not-readable"}.get(error.status_code, "refused")
+        kind = {
+            404: "no-such-resource", 405: "no-such-method", 400: "not-readable", 413: "body-too-large",
+        }.get(error.status_code, "refused")  # fmt: skip
         return problem_response(error.status_code, kind, detail, headers=headers)
 
     return of_http

@@ -27,6 +27,7 @@ from storage.runs import list_runs, open_run
 
 MAX_STEPS = 100_000
 """Steps kept in memory, over all runs; 10,000 are about 30 MB."""
+QUEUED = "waiting for a worker to start the flow"
 SPARKLINE_POINTS = 60
 SILENT_S, STARTING_S = 30.0, 120.0
 """Without a sign of life for so long, a run's processes count as gone; longer where its roles may just be starting."""
@@ -86,12 +87,15 @@ class RunReader:
     def created(self, run_id: str) -> float:
         """When a run was created, or its launch stored; Unix seconds, 0 where nobody wrote it down."""
         if run_id not in self._created:
-            body = self.store.find(RunLayout(run_id).record)
-            if body is not None:
+            # The launch first: a run must not change its place in the list when its flow creates it.
+            launch = self.launches.find_launch(run_id)
+            body = None if launch else self.store.find(RunLayout(run_id).record)
+            if launch:
+                self._created[run_id] = float(launch["recorded"])
+            elif body is not None:
                 self._created[run_id] = float(from_json(body, run_id, dict).get("created") or 0.0)
             else:
-                launch = self.launches.find_launch(run_id)
-                return float(launch["recorded"]) if launch else 0.0
+                return 0.0
         return self._created[run_id]
 
     def newest(self, prefix: str = "") -> list[str]:
@@ -105,7 +109,7 @@ class RunReader:
         if fold is not None:
             fold.refresh()
             wish = self.launches.find_wish(run_id)
-            return run_of(fold, wish, self.launches.find_flow_run(run_id))
+            return run_of(fold, wish, self.launches.find_flow_run(run_id), self.created(run_id))
         return self._queued(run_id)
 
     def status(self, run_id: str, history: History) -> RunStatus:
@@ -130,20 +134,22 @@ class RunReader:
             raise no_run(run_id)
         wish = self.launches.find_wish(run_id)
         cancelled = wish is not None and wish.wish == "cancelled"
+        flow_run_id = self.launches.find_flow_run(run_id)
+        phase = QUEUED if flow_run_id else f"stored, but Prefect has not heard of it: launch it again as {run_id}"
         return Run(
             id=run_id,
             name=launch["config"]["name"],
             status="cancelled" if cancelled else "queued",
-            phase="cancelled before it began" if cancelled else "waiting for a worker to start the flow",
+            phase="cancelled before it began" if cancelled else phase,
             created=launch["recorded"],
             progress=Progress(steps=0, total_steps=launch["config"]["learner"]["num_steps"], tokens=0),
             latest=Latest(),
             sparkline=[],
-            flow_run_id=self.launches.find_flow_run(run_id),
+            flow_run_id=flow_run_id,
         )
 
 
-def run_of(fold: RunFold, wish: WishRecord | None, flow_run_id: str | None) -> Run:
+def run_of(fold: RunFold, wish: WishRecord | None, flow_run_id: str | None, created: float) -> Run:
     """A run as it is shown."""
     record, history = fold.log.record, fold.history
     steps = history.steps
@@ -153,8 +159,8 @@ def run_of(fold: RunFold, wish: WishRecord | None, flow_run_id: str | None) -> R
         id=fold.log.run_id,
         name=fold.config.name,
         status=status,
-        phase=_phase(history, status),
-        created=record.get("created", 0.0),
+        phase=_phase(history, status, fold.config.learner.num_steps),
+        created=created,
         updated=steps[-1].finished if steps else None,
         config_hash=record.get("config_hash"),
         parent=record.get("parent"),
@@ -205,14 +211,15 @@ def is_silent(history: History, wish: WishRecord | None = None) -> bool:
     return time.time() - max(signs, default=0.0) > patience_s
 
 
-def _phase(history: History, status: RunStatus) -> str:
+def _phase(history: History, status: RunStatus, num_steps: int) -> str:
     if status != "running":
-        return {"succeeded": "finished", "queued": "waiting for a worker to start the flow"}.get(status, status)
+        return {"succeeded": "finished", "queued": QUEUED}.get(status, status)
     if is_silent(history):
         return "without a sign of life: its processes may be gone; resume goes on with it"
     beats = [beat for beat in history.beats.values() if not beat.retired]
     if not beats:
-        return "starting its roles"
+        is_trained = bool(history.steps) and history.steps[-1].step + 1 >= num_steps
+        return "trained; its flow is about to end" if is_trained else "starting its roles"
     if all(beat.status.get("role") == "pretrain" for beat in beats):
         return "making its models"
     waits = sorted(

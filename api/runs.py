@@ -17,8 +17,9 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"])
 
 
 @router.post(
-    "", status_code=201, dependencies=[Launcher], operation_id="create_run", responses=responses(404, 409, 413)
-)
+    "", status_code=201, dependencies=[Launcher], operation_id="create_run",
+    responses={**responses(404, 409, 413), 200: {"model": Run, "description": "A repeat: the run launched before"}},
+)  # fmt: skip
 def create_run(
     asked: RunCreate,
     response: Response,

@@ -369,11 +369,11 @@ class ReplayRequest(Schema):
         "The run's exact state, or its published weights with a new optimizer.", "checkpoint", "checkpoint"
     )
     overrides: Settings = field("Dotted keys of loss, learner, evaluate or limits that change.",
-                                {"loss.name": "reverse_kl"}, {}, max_length=100)  # fmt: skip
+                                {"learner.lr": 0.001}, {}, max_length=100)  # fmt: skip
     scores: dict[str, float] = field("Folder of scores -> weight of that teacher; the run's own when empty.",
                                      {"oracle": 1.0}, {}, max_length=20)  # fmt: skip
     compare: list[Settings] = field("Arms of a comparison: overrides of each; two or more.",
-                                    [{"loss.name": "a"}, {"loss.name": "b"}], [], max_length=20)  # fmt: skip
+                                    [{"learner.lr": 0.001}, {"learner.lr": 0.002}], [], max_length=20)  # fmt: skip
     evaluate: bool = field("Evaluate the first and the last version of a single replay.", True, False)
     num_prompts: int = field("Held-out prompts of a comparison; 0 for the run's own number.", 300, 0, ge=0, le=100_000)
 

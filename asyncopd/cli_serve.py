@@ -22,7 +22,7 @@ def add_serve(commands: Any) -> None:
     defaults = ServiceSettings()
     serve = commands.add_parser("serve", help="run the service: REST, live events and the page")
     serve.add_argument("--host", default=defaults.host, help="address to bind; others than loopback need a token")
-    serve.add_argument("--port", type=int, default=defaults.port)
+    serve.add_argument("--port", type=int, default=defaults.port, help="default: 8321")
     serve.add_argument("--root", default=defaults.root, help="storage root (default: runs)")
     serve.add_argument("--configs", type=Path, default=defaults.configs, help="folder of configurations")
     serve.add_argument(

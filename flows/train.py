@@ -42,6 +42,7 @@ from asyncopd.schedule import LEARNER_PLACE
 from asyncopd.stack import prefect_environment
 from asyncopd.supervise import TERMINATE_GRACE_S, home, record_process
 from flows.preflight import preflight
+from storage.launches import LaunchLog
 from storage.open import open_store
 from storage.records import RunStateName
 from storage.run_log import StoredRunLog
@@ -85,12 +86,12 @@ async def train(
             await _run_roles(resolved, log, [RoleSpec("pretrain")])
         await _run_roles(resolved, log, role_specs(resolved))
     except _CancelRequested:
-        _record_end(log, "stopped", "cancelled", flow_run)
+        _record_end(log, "stopped", _wish(log), flow_run)
         again = f"prefect deployment run asyncopd/train -p run_id={log.run_id} -p root={resolved.storage.root}"
         return Cancelled(message=f"cancelled; `{again}` goes on")
     except (asyncio.CancelledError, TerminationSignal):
         # Prefect ends the process of a cancelled flow run; that may come before our own look at its state.
-        _record_end(log, "stopped", "cancelled", flow_run)
+        _record_end(log, "stopped", _wish(log), flow_run)
         raise
     except BaseException as error:
         # Workers that joined from elsewhere learn of the end from storage alone.
@@ -137,6 +138,13 @@ def _record_end(log: StoredRunLog, state: RunStateName, reason: str, flow_run: s
     current = log.run_state()
     if current is not None and current.by == flow_run:
         log.record_state(state, by=flow_run, reason=reason)
+
+
+def _wish(log: StoredRunLog) -> str:
+    """Why somebody stopped the run: Prefect knows one way only, so the service writes down what was meant."""
+    state, wish = log.run_state(), LaunchLog(log.store).find_wish(log.run_id)
+    is_new = wish is not None and (state is None or wish.recorded > state.recorded)
+    return "paused" if is_new and wish is not None and wish.wish == "paused" else "cancelled"
 
 
 class _CancelRequested(Exception):
