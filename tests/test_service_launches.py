@@ -18,9 +18,11 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from service_world import DONE, LIVE, Prefect, client_of, make_root, prefect_stand_in, settings_of
+from synthetic_run import config_of, new_log
 
 from api.fold import FRESH_S
 from asyncopd import flow_runs
+from flows.train import _wish
 from storage.launches import LaunchLog
 from storage.open import open_store
 from storage.runs import open_run
@@ -114,7 +116,9 @@ def test_a_launch_while_prefect_is_down_is_stored_and_a_repeat_goes_on(
     refused = launch(client, "k4")
     assert (refused.status_code, refused.json()["type"]) == (503, "urn:asyncopd:problem:prefect-away")
     (run_id,) = LaunchLog(open_store(root)).launches()
-    assert client.get(f"/v1/runs/{run_id}").json()["status"] == "queued"
+    stored = client.get(f"/v1/runs/{run_id}").json()
+    assert stored["status"] == "queued"
+    assert "Prefect has not heard of it" in stored["phase"]
     with prefect_stand_in() as found:
         monkeypatch.setenv("PREFECT_API_URL", found.url)
         # Another process of the service: what was asked is in storage only.
@@ -208,6 +212,27 @@ def test_cancel_and_pause_tell_prefect_and_resume_starts_again(client: TestClien
     assert client.post(f"/v1/runs/{LIVE}/resume").status_code == 409
     assert client.post(f"/v1/runs/{DONE}/cancel").status_code == 409
     assert client.post("/v1/runs/nobody/resume").status_code == 404
+
+
+def test_a_flow_records_what_was_meant_by_stopping_it(client: TestClient, prefect: Prefect, root: str) -> None:
+    log = open_run(open_store(root), LIVE)
+    log.record_state("running", by="flow-1")
+    assert _wish(log) == "cancelled"  # by Prefect's own means: nothing was asked here
+    client.post(f"/v1/runs/{LIVE}/pause")
+    assert _wish(log) == "paused"
+    log.record_state("running", by="flow-2")
+    assert _wish(log) == "cancelled"  # the pause was of the flow before
+
+
+def test_a_run_keeps_its_place_in_the_list_when_its_flow_creates_it(
+    client: TestClient, prefect: Prefect, root: str
+) -> None:
+    launched = launch(client, run_id="mine").json()
+    time.sleep(0.05)
+    new_log(open_store(root), config_of(), "mine").record_state("running", by="flow-1")
+    run = client.get("/v1/runs/mine").json()
+    assert run["status"] == "running"
+    assert run["created"] == launched["created"]
 
 
 def test_a_resumed_run_is_queued_until_its_flow_begins(

@@ -11,6 +11,8 @@ from fastapi.testclient import TestClient
 from service_world import DONE, LIVE, RUNS, client_of, make_root, settings_of
 from synthetic_run import config_of, evaluation, new_log, publish_run, train_step
 
+from api import configs
+from asyncopd.config import RunConfig, load_config
 from asyncopd.types import Span
 from storage.open import open_store
 from storage.runs import create_run
@@ -219,6 +221,30 @@ def test_configurations_are_listed_with_the_schema_of_a_form(client: TestClient)
     assert quickstart["config"]["learner"]["num_steps"] > 0
     assert quickstart["about"]
     assert "learner" in found["json_schema"]["properties"]
+
+
+def test_configurations_are_resolved_again_only_when_a_file_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("name: mine\nlearner:\n  num_steps: 3\n")
+    client = client_of(settings_of(str(tmp_path / "runs"), tmp_path, configs=folder))
+    resolved: list[Path] = []
+
+    def counted(path: Path) -> RunConfig:
+        resolved.append(path)
+        return load_config(path)
+
+    monkeypatch.setattr(configs, "load_config", counted)
+
+    def steps() -> list[int]:
+        return [found["config"]["learner"]["num_steps"] for found in got(client, "/v1/configs")["data"]]
+
+    assert [steps(), steps(), len(resolved)] == [[3], [3], 1]
+    (folder / "mine.yaml").write_text("name: mine\nlearner:\n  num_steps: 4\n")
+    (folder / "other.yaml").write_text("name: other\nlearner:\n  num_steps: 5\n")
+    assert [steps(), steps(), len(resolved)] == [[4, 5], [4, 5], 3]
 
 
 def test_sql_sees_the_runs_it_names_and_says_when_it_cuts_off(client: TestClient) -> None:
