@@ -3,7 +3,7 @@
 import { lineChart, stalenessMap } from "../charts.js";
 import { follow, get, poll, post } from "../client.js";
 import { fill, h, table, toast } from "../dom.js";
-import { ago, int, num, pct } from "../format.js";
+import { ago, int, negated, num, pct } from "../format.js";
 import { lineage } from "../lineage.js";
 import { timeline } from "../timeline.js";
 import { LIVE, badge } from "./runs.js";
@@ -140,9 +140,9 @@ const isCreated = (state) => state.config_hash !== null;
 
 function responseTable(id, rows) {
   if (!rows.length) return h("p", { class: "quiet" }, "None yet.");
-  return table([["index", 1], ["difficulty", 0], ["right", 0], ["tokens", 1], ["ended by", 0], ["versions", 0], ["log p − log q, mean", 1]],
+  return table([["index", 1], ["difficulty", 0], ["right", 0], ["tokens", 1], ["ended by", 0], ["versions", 0], ["log q − log p, mean", 1]],
     rows.map((t) => [h("a", { href: `/runs/${id}/trajectories/${t.index}`, "data-link": "" }, String(t.index)), t.group, t.correct === null ? "–" : t.correct ? "yes" : "no", t.num_tokens, t.finish_reason,
-      t.version_first === t.version_last ? String(t.version_first) : `${t.version_first}–${t.version_last}`, num(t.kl_nats)]));
+      t.version_first === t.version_last ? String(t.version_first) : `${t.version_first}–${t.version_last}`, num(negated(t.kl_nats))]));
 }
 
 /** The first responses that fit a filter; read again and shown when the run goes on. */
