@@ -43,9 +43,9 @@ export async function trajectory(node, [id, index], signal) {
   paint();
   addEventListener("theme", paint, { signal });
 
-  const side = (title, setting, list, token, note = "") => h("div", {}, h("h2", {}, title), list.length > 0 && note && h("p", { class: "quiet" }, note), list.length
+  const side = (title, setting, list, token, note = "") => h("div", {}, h("h2", {}, title), list.length
     ? table([["token", 0], ["id", 1], ["log-prob", 1], ["prob", 1]], list.map((a) => [a.id === token.id ? h("strong", {}, a.text) : a.text, a.id, logprob(a.logprob), a.logprob === null ? "–" : pct(Math.exp(a.logprob))]), title)
-    : h("p", { class: "quiet" }, `Not recorded; a run keeps it with ${setting}.`));
+    : h("p", { class: "quiet" }, `Not recorded; a run keeps it with ${setting}.`), list.length > 0 && note && h("p", { class: "quiet" }, note));
   let picked = 0, /** @type {any} */ now = null, asking = "";
   const waited = h("span", { "aria-hidden": "true" });  // its seconds are not read out one by one
   // Computed on demand: nobody stores what later weights say of every old token.
@@ -72,7 +72,7 @@ export async function trajectory(node, [id, index], signal) {
     fill(detail, h("p", {}, h("strong", { class: "picked" }, token.text)),
       h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))),
       !now && h("p", { class: "quiet", role: "status" }, asking || h("button", { type: "button", onclick: ask }, "log p now (n)"), asking ? waited : ` under the newest weights; ${later}.`),
-      h("div", { class: "sides" }, found.teacher_top_of === "topk" ? side("Teacher's likeliest", "recording.top_k", token.teacher_top, token) : side("Teacher on the student's likeliest", "recording.top_k", token.teacher_top, token, NO_TOP_K), side("Sampling student's likeliest", "recording.head", token.student_top, token)));
+      h("div", { class: "sides" }, found.teacher_top_of === "topk" ? side("Teacher's likeliest", "recording.top_k", token.teacher_top, token) : side("Teacher on student's likeliest", "recording.top_k", token.teacher_top, token, NO_TOP_K), side("Sampling student's likeliest", "recording.head", token.student_top, token)));
   }
   const text = h("div", { class: "tokens card", role: "group", "aria-label": "Response" });
   let version = null;
