@@ -123,7 +123,7 @@ const beginOf = (lane) => Math.min(...lane.starts), endOf = (lane) => Math.max(.
 
 /** Lanes in order with a name each: the role, numbered where several work side by side; with its begin where another had ended before. */
 function labelled(lanes) {
-  const later = (lane) => (lanes.some((other) => other.role === lane.role && endOf(other) <= beginOf(lane)) ? `, from ${Math.round(beginOf(lane))} s` : "");
+  const later = (lane) => (lanes.some((other) => other.role === lane.role && other.ends.length > 0 && endOf(other) < beginOf(lane)) ? `, from ${Math.round(beginOf(lane))} s` : "");
   return lanes.map((lane) => {
     const beside = lanes.filter((other) => other.role === lane.role && later(other) === later(lane));
     return { ...lane, label: `${lane.role}${beside.length > 1 ? ` ${beside.indexOf(lane) + 1}` : ""}${later(lane)}` };

@@ -29,7 +29,7 @@ const MAX_SPANS = 800;  // per worker: about one for each pixel of the widest ti
 
 export async function run(node, [id], signal) {
   const path = `/v1/runs/${encodeURIComponent(id)}`;
-  const head = h("div"), facts = h("dl", { class: "facts" }), actions = h("div", { class: "row" });
+  const head = h("div"), does = h("p", { class: "quiet does" }), facts = h("dl", { class: "facts" }), actions = h("div", { class: "row" });
   const curves = CURVES.map(([title, unit, keys]) => ({ keys, chart: lineChart({ title, unit, series: keys.map((key) => ({ label: keys.length > 1 ? key.split(/[_/]/).at(-1) : title.replace(/^[A-Z](?=[a-z])/, (c) => c.toLowerCase()) })) }) }));
   const quality = lineChart({ title: "Held-out accuracy", unit: "fraction", x: "version", series: [{ label: "accuracy", points: true }], min: 0 });
   const distance = lineChart({ title: "Held-out KL to the teacher", unit: "nats per token", x: "version", series: [{ label: "KL", points: true }], min: 0 });
@@ -52,7 +52,9 @@ export async function run(node, [id], signal) {
     const { progress, latest, status, error } = state;
     fill(head, h("div", { class: "row spread" }, h("div", { class: "row" }, h("h1", {}, state.id), badge(status)),
       h("a", { href: `/compare?run=${state.id}`, "data-link": "" }, "Compare with …")),
-      h("p", { class: "quiet does" }, state.phase));
+      does);
+    does.textContent = state.phase;
+    if (LIVE.includes(status)) does.classList.add("live");  // and it stays so: nothing moves when the run ends
     fill(facts, [["step", `${int(progress.steps)} of ${int(progress.total_steps)}`], ["tokens trained", int(progress.tokens)], ["tokens/s", int(latest.tokens_per_s)], ["loss, nats", num(latest.loss_nats)], ["KL, nats", num(latest.kl_nats)],
       ["accuracy", pct(latest.accuracy)], ["staleness, mean", num(latest.staleness_mean_versions)], ["created", ago(state.created)]].map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", {}, value))));
     for (const part of awaiting) part.over(!LIVE.includes(status));
