@@ -272,6 +272,8 @@ def test_a_replay_is_compared_step_by_step_with_the_run_it_repeats(visit: Visit,
     page = visit.open(f"/compare?run=seen&run={replay}")
     expect(page.get_by_role("img", name="Paired difference of loss by step").locator("canvas")).to_be_visible()
     expect(page.get_by_role("row", name="loss.name")).to_contain_text("reverse_kl")
+    expect(page.get_by_text("B was trained on A's rollouts")).to_be_visible()
+    expect(page.get_by_text("B has no held-out evaluations: a replay evaluates only")).to_be_visible()
     visit.check("compare-replay")
 
 
