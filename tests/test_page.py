@@ -168,7 +168,7 @@ def test_the_page_of_a_run_shows_every_part_of_it(visit: Visit, stack: Stack) ->
         expect(page.get_by_role("img", name=chart, exact=True).locator("canvas")).to_be_visible()
     expect(page.get_by_role("img", name="Tokens by staleness and step")).to_be_visible()
     expect(
-        page.get_by_text("Newest version 6; green dots were evaluated. The learner never went back.")
+        page.get_by_text("Newest version 6; large green dots were evaluated. The learner never went back.")
     ).to_be_visible()
     roles = page.locator(".card", has=page.get_by_role("heading", name="Roles")).locator("tbody tr")
     for role in ("rollout", "score", "learn"):
@@ -272,6 +272,8 @@ def test_a_replay_is_compared_step_by_step_with_the_run_it_repeats(visit: Visit,
     page = visit.open(f"/compare?run=seen&run={replay}")
     expect(page.get_by_role("img", name="Paired difference of loss by step").locator("canvas")).to_be_visible()
     expect(page.get_by_role("row", name="loss.name")).to_contain_text("reverse_kl")
+    expect(page.get_by_text("B was trained on A's rollouts")).to_be_visible()
+    expect(page.get_by_text("B has no held-out evaluations: a replay evaluates only")).to_be_visible()
     visit.check("compare-replay")
 
 

@@ -12,7 +12,8 @@ export const ink = (i) => css(INK[i % INK.length]);
  * @param {{title: string, unit?: string, x?: string, series: {label: string, ink?: string, dash?: number[], points?: boolean}[], min?: number, height?: number}} options
  */
 export function lineChart({ title, unit = "", x = "step", series, min, height = 165 }) {
-  const place = h("div", { class: "chart", role: "img", "aria-label": `${title} by ${x}` }, h("p", { class: "empty" }, "no data yet"));
+  const empty = h("p", { class: "empty" }, "no data yet");
+  const place = h("div", { class: "chart", role: "img", "aria-label": `${title} by ${x}` }, empty);
   place.style.height = `${height + 40}px`;  // two lines of legend
   const heading = h("h2", {}, title, unit && h("span", { class: "quiet" }, ` (${unit})`));
   let plot = null;
@@ -53,6 +54,8 @@ export function lineChart({ title, unit = "", x = "step", series, min, height = 
     node: h("div", { class: "card" }, heading, place),
     /** @param {number[]} xs @param {...(number|null)[]} ys */
     set(xs, ...ys) { data = [xs, ...ys]; draw(); },
+    /** Has what it is about ended, so that no more data will come? */
+    over(isOver) { empty.textContent = isOver ? "no data" : "no data yet"; },
   };
 }
 
@@ -84,9 +87,9 @@ export function picture(height, label, draw) {
 
 /** Trained tokens by staleness over time: a column per stretch of steps, darker where more tokens. */
 export function stalenessMap() {
-  let known = null;
+  let known = null, nothing = "no data yet";
   const { canvas, redraw } = picture(150, "Tokens by staleness and step", (ctx, width, height) => {
-    if (!known?.steps.length) { ctx.fillStyle = css("--quiet"); ctx.fillText("no data yet", width / 2 - 25, height / 2); return; }
+    if (!known?.steps.length) { ctx.fillStyle = css("--quiet"); ctx.fillText(nothing, width / 2 - 25, height / 2); return; }
     const left = 40, bottom = 20, rows = known.versions.length, columns = known.steps.length;
     const totals = known.steps.map((_, c) => known.tokens.reduce((sum, row) => sum + row[c], 0));
     const cellWidth = (width - left) / columns, cellHeight = (height - bottom) / rows;
@@ -115,6 +118,11 @@ export function stalenessMap() {
       const mean = all ? sums.reduce((acc, n, i) => acc + n * staleness.versions[i], 0) / all : null;
       note.textContent = all ? `mean ${mean.toFixed(2)}, largest ${Math.max(...staleness.versions)}, bound τ = ${staleness.max_staleness}` : "";
       redraw();
+    },
+    over(isOver) {
+      const before = nothing;
+      nothing = isOver ? "no data" : "no data yet";
+      if (nothing !== before) redraw();
     },
   };
 }

@@ -21,13 +21,18 @@ export function fill(node, ...children) {
   return node;
 }
 
-/** A table whose header cells are [label, isNumber]; cells may be text or elements. `name` is for those who hear it. */
+/**
+ * A table whose header cells are [label, isNumber, class for the column]; cells may be text or elements. `name` is for those who hear it.
+ * Roles are written out: a table that a phone lays out as a grid stays a table to those who hear it.
+ */
 export function table(header, rows, name = "table") {
   // Focusable, so that a table wider than a phone can be scrolled by keys.
-  return h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": name }, h("table", {},
-    h("thead", {}, h("tr", {}, header.map(([label, numeric]) => h("th", { class: numeric ? "n" : "", scope: "col" }, label)))),
-    h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell, i) => h("td", { class: header[i]?.[1] ? "n" : "" }, cell ?? "–")))))));
+  return h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": name }, h("table", { role: "table" },
+    h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, header.map((column) => h("th", { class: classOf(column), scope: "col", role: "columnheader" }, column[0])))),
+    h("tbody", { role: "rowgroup" }, rows.map((row) => h("tr", { role: "row" }, row.map((cell, i) => h("td", { class: classOf(header[i] ?? []), role: "cell" }, cell ?? "–")))))));
 }
+
+const classOf = ([, numeric, name]) => [numeric && "n", name].filter(Boolean).join(" ");
 
 export function toast(message) {
   const line = h("p", {}, message);

@@ -4,6 +4,8 @@ const missing = (value) => value === null || value === undefined || Number.isNaN
 
 export const int = (value) => (missing(value) ? "–" : Math.round(value).toLocaleString("en"));
 export const num = (value, digits = 3) => (missing(value) ? "–" : Number(value).toPrecision(digits).replace(/e([+-]\d+)$/, "e$1"));
+/** Of a mean log p − log q, log q − log p. */
+export const negated = (value) => (missing(value) ? null : -value);
 export const pct = (value) => (missing(value) ? "–" : `${(100 * value).toFixed(1)} %`);
 export const time = (seconds) => (missing(seconds) || !seconds ? "–" : new Date(1000 * seconds).toLocaleString());
 export const logprob = (value) => (missing(value) ? "–" : value.toFixed(3));

@@ -11,7 +11,8 @@ export function lineage() {
   let known = { data: [], superseded: [], rewinds: [] };
   let view = null;
   const holder = h("div", { class: "lineage" });
-  const words = h("p", { class: "quiet" }, "No version is published yet.");
+  let nothing = "No version is published yet.";
+  const words = h("p", { class: "quiet" }, nothing);
   const rowsOf = () => Math.max(0, ...known.data.map((p) => p.rewind), ...known.rewinds.map((r) => r.rewind)) + 1;
 
   function draw(ctx, width) {
@@ -41,13 +42,18 @@ export function lineage() {
         if (last <= MAX_DOTS) for (const number of numbers) { ctx.beginPath(); ctx.arc(px(number), py(row), 2.5, 0, 7); ctx.fill(); }
       }
     }
-    let free = -Infinity;
-    for (const policy of known.data.filter((p) => p.accuracy !== null)) {
-      const x = px(policy.number), label = `v${policy.number} ${pct(policy.accuracy)}`, wide = ctx.measureText(label).width;
+    // The newest version first: its label has its place, whatever else finds none.
+    const taken = [];
+    for (const policy of [...known.data.slice(-1), ...known.data.slice(0, -1).filter((p) => p.accuracy !== null)]) {
+      const isEvaluated = policy.accuracy !== null, x = px(policy.number), y = py(policy.rewind);
+      const label = isEvaluated ? `v${policy.number} ${pct(policy.accuracy)}` : `v${policy.number}`, wide = ctx.measureText(label).width;
       const at = Math.min(x, width - wide - 2);
-      ctx.fillStyle = css("--evaluate");
-      ctx.beginPath(); ctx.arc(x, py(policy.rewind), 5, 0, 7); ctx.fill();
-      if (at > free) { ctx.fillStyle = css("--text"); ctx.fillText(label, at, py(policy.rewind) - 10); free = at + wide + 10; }
+      ctx.fillStyle = css(isEvaluated ? "--evaluate" : "--learn");
+      ctx.beginPath(); ctx.arc(x, y, isEvaluated ? 5 : 2.5, 0, 7); ctx.fill();
+      if (taken.some((other) => other.y === y && at < other.end && other.at < at + wide + 10)) continue;
+      ctx.fillStyle = css("--text");
+      ctx.fillText(label, at, y - 10);
+      taken.push({ y, at, end: at + wide + 10 });
     }
   }
 
@@ -58,15 +64,19 @@ export function lineage() {
       known = next;
       const newest = known.data.at(-1);
       words.textContent = newest
-        ? `Newest version ${newest.number}; green dots were evaluated. ` + (known.rewinds.length
+        ? `Newest version ${newest.number}; large green dots were evaluated. ` + (known.rewinds.length
           ? `The learner went back ${known.rewinds.map((r) => `to step ${r.to_step}`).join(", then ")}; ${known.superseded.length} versions (pale) no longer count.`
           : "The learner never went back.")
-        : "No version is published yet.";
+        : nothing;
       if (rows !== rowsOf()) {
         view = picture(TOP + ROW * rowsOf() - 8, "Versions of the student along a line, with a branch for every rewind", draw);
         holder.replaceChildren(view.canvas);
       }
       view.redraw();
+    },
+    over(isOver) {
+      nothing = isOver ? "No version was published." : "No version is published yet.";
+      if (!known.data.length) words.textContent = nothing;
     },
   };
 }

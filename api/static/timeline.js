@@ -5,7 +5,7 @@ import { css, fill, h, table } from "./dom.js";
 import { pct } from "./format.js";
 
 const ORDER = ["pretrain", "rollout", "score", "learn", "evaluate"];
-const LANE = 26, LEFT = 88, TOP = 18;
+const LANE = 26, TOP = 18;
 
 /** @param {(from: number, to: number) => Promise<any>} read the same answer for a window, in which more spans are apart */
 export function timeline(read) {
@@ -14,16 +14,16 @@ export function timeline(read) {
   const shares = h("div");
   const legend = h("div", { class: "legend" });
   const holder = h("div");
-  let view = null;
+  let view = null, left = 88;
 
   const colourOf = (lane, activity) => (activity.startsWith("wait:") ? css("--wait") : activity.startsWith("orchestrate:") ? css("--overhead") : css(`--${lane.role}`) || css("--accent"));
 
   function draw(ctx, width) {
     if (!known) return;
-    const px = (s) => LEFT + ((s - from) / (to - from)) * (width - LEFT);
+    const px = (s) => left + ((s - from) / (to - from)) * (width - left);
     ctx.font = "11px system-ui";
     ctx.fillStyle = css("--quiet");
-    const step = niceStep((to - from) / Math.max(2, Math.floor((width - LEFT) / 90)));
+    const step = niceStep((to - from) / Math.max(2, Math.floor((width - left) / 90)));
     for (let s = Math.ceil(from / step) * step; s <= to; s += step) {
       ctx.fillRect(px(s), TOP - 4, 1, 4);
       const label = `${+s.toFixed(3)} s`;
@@ -34,7 +34,7 @@ export function timeline(read) {
       ctx.fillStyle = css("--text");
       ctx.fillText(known.lanes[i].label, 2, y + 15);
       ctx.save();
-      ctx.beginPath(); ctx.rect(LEFT, y, width - LEFT, LANE); ctx.clip();
+      ctx.beginPath(); ctx.rect(left, y, width - left, LANE); ctx.clip();
       for (const waits of [true, false]) {
         lane.starts.forEach((start, j) => {
           const activity = lane.activities[j], end = lane.ends[j];
@@ -67,7 +67,7 @@ export function timeline(read) {
     look(centre - (centre - from) * (span / (to - from)), span);
   }
   const move = (seconds) => look(from + seconds, to - from);
-  const secondsAt = (event, canvas) => from + ((event.offsetX - LEFT) / (canvas.clientWidth - LEFT)) * (to - from);
+  const secondsAt = (event, canvas) => from + ((event.offsetX - left) / (canvas.clientWidth - left)) * (to - from);
 
   function attach(canvas) {
     canvas.tabIndex = 0;
@@ -78,7 +78,7 @@ export function timeline(read) {
     canvas.addEventListener("pointercancel", () => { dragged = null; });
     canvas.addEventListener("pointermove", (e) => {
       if (dragged === null) { tell(e); return; }
-      move(((dragged - e.offsetX) / (canvas.clientWidth - LEFT)) * (to - from));
+      move(((dragged - e.offsetX) / (canvas.clientWidth - left)) * (to - from));
       dragged = e.offsetX;
     });
     /** The shortest span under the pointer, in words. */
@@ -104,7 +104,8 @@ export function timeline(read) {
     set(next) {
       const whole = !known || to - from >= known.duration_s * 0.999;
       const lanes = known?.lanes.length;
-      known = { ...next, lanes: labelled(next.lanes.toSorted((a, b) => ORDER.indexOf(a.role) - ORDER.indexOf(b.role) || a.worker.localeCompare(b.worker))) };
+      known = { ...next, lanes: labelled(next.lanes.toSorted((a, b) => ORDER.indexOf(a.role) - ORDER.indexOf(b.role) || beginOf(a) - beginOf(b) || a.worker.localeCompare(b.worker))) };
+      left = Math.max(88, ...known.lanes.map((lane) => 6 * lane.label.length + 4));
       if (whole) { from = 0; to = Math.max(next.duration_s, 0.05); }
       if (!view || lanes !== next.lanes.length) {
         view = picture(TOP + LANE * Math.max(1, next.lanes.length) + 4, "Timeline of the roles", draw);
@@ -118,11 +119,16 @@ export function timeline(read) {
   };
 }
 
-/** Lanes in order with a name each: the role, numbered where it has several workers. */
-const labelled = (lanes) => lanes.map((lane, i) => {
-  const alike = lanes.filter((other) => other.role === lane.role);
-  return { ...lane, label: alike.length > 1 ? `${lane.role} ${alike.indexOf(lane) + 1}` : lane.role };
-});
+const beginOf = (lane) => Math.min(...lane.starts), endOf = (lane) => Math.max(...lane.ends);
+
+/** Lanes in order with a name each: the role, numbered where several work side by side; with its begin where another had ended before. */
+function labelled(lanes) {
+  const later = (lane) => (lanes.some((other) => other.role === lane.role && other.ends.length > 0 && endOf(other) < beginOf(lane)) ? `, from ${Math.round(beginOf(lane))} s` : "");
+  return lanes.map((lane) => {
+    const beside = lanes.filter((other) => other.role === lane.role && later(other) === later(lane));
+    return { ...lane, label: `${lane.role}${beside.length > 1 ? ` ${beside.indexOf(lane) + 1}` : ""}${later(lane)}` };
+  });
+}
 
 const entry = (variable, label) => h("span", {}, h("i", { style: `background:var(${variable})` }), label);
 

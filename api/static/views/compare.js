@@ -46,7 +46,9 @@ export async function compare(node, _parts, signal) {
         () => merged(loaded.map((l) => [l.evals.map((e) => e.version), l.evals.map((e) => e[key])]))]);
     }
     charts.unshift(...pairedDifference(loaded));
+    const notes = [...sharedRollouts(loaded), ...notEvaluated(loaded)];
     fill(place, facts,
+      notes.length ? h("section", { class: "quiet" }, notes.map((note) => h("p", {}, note))) : null,
       h("section", { class: "grid" }, charts.map(([chart]) => chart.node)),
       h("section", {}, h("h2", {}, "Where the configurations differ"), differences(loaded)));
     show();
@@ -58,7 +60,8 @@ export async function compare(node, _parts, signal) {
         loaded.map(({ run }, i) => [h("span", {}, h("i", { class: "swatch", style: `background:var(${INK[i % INK.length]})` }), letter(i)), h("a", { href: `/runs/${run.id}`, "data-link": "" }, run.id), badge(run.status), int(run.progress.steps), int(run.progress.tokens), num(run.latest.loss_nats), num(run.latest.kl_nats), pct(run.latest.accuracy), int(run.latest.tokens_per_s),
           h("button", { type: "button", "aria-label": `Remove ${run.id}`, onclick: () => drop(run.id) }, "remove")])));
     }
-    for (const [chart, data] of charts) chart.set(...data());
+    const isOver = !loaded.some(({ run }) => LIVE.includes(run.status));
+    for (const [chart, data] of charts) { chart.over(isOver); chart.set(...data()); }
   }
   x.addEventListener("change", draw);
   draw();
@@ -94,6 +97,29 @@ function pairedDifference(loaded) {
     return [xs, ...ys.map((y) => y.map((v, i) => (v === null || base[i] === null ? null : v - base[i])))];
   }]];
 }
+
+/** What is one curve for replays and the run they repeat. */
+function sharedRollouts(loaded) {
+  const replays = loaded.flatMap(({ run }, i) => (run.parent ? [[run.parent.run_id, i]] : []));
+  return [...new Set(replays.map(([source]) => source))].flatMap((source) => {
+    const those = replays.filter(([id]) => id === source).map(([, i]) => letter(i)), at = loaded.findIndex(({ run }) => run.id === source);
+    if (at < 0 && those.length < 2) return [];
+    return [`${listed(those)} ${those.length > 1 ? "were" : "was"} trained on ${at < 0 ? source : letter(at)}'s rollouts: training accuracy and response length, and with the same teacher `
+      + "KL to the teacher, are properties of those rollouts and so the same curve. Loss, drift and entropy tell the runs apart."];
+  });
+}
+
+/** Which runs have no curve in the held-out charts, and why none will come. */
+function notEvaluated(loaded) {
+  const without = loaded.map((l, i) => ({ ...l, name: letter(i) })).filter((l) => !l.evals.length && (l.config["evaluate.every"] === 0 || !LIVE.includes(l.run.status)));
+  const why = (l) => (l.run.parent ? "a replay evaluates only with evaluate: true" : l.config["evaluate.every"] === 0 ? "evaluate.every is 0" : "stopped before the first");
+  return [...new Set(without.map(why))].map((reason) => {
+    const those = without.filter((l) => why(l) === reason).map((l) => l.name);
+    return `${listed(those)} ${those.length > 1 ? "have" : "has"} no held-out evaluations: ${reason}.`;
+  });
+}
+
+const listed = (names) => (names.length < 2 ? names.join("") : `${names.slice(0, -1).join(", ")} and ${names.at(-1)}`);
 
 const letter = (i) => String.fromCharCode(65 + i);
 

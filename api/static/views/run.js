@@ -3,7 +3,7 @@
 import { lineChart, stalenessMap } from "../charts.js";
 import { follow, get, poll, post } from "../client.js";
 import { fill, h, table, toast } from "../dom.js";
-import { ago, int, num, pct } from "../format.js";
+import { ago, int, negated, num, pct } from "../format.js";
 import { lineage } from "../lineage.js";
 import { timeline } from "../timeline.js";
 import { LIVE, badge } from "./runs.js";
@@ -29,8 +29,8 @@ const MAX_SPANS = 800;  // per worker: about one for each pixel of the widest ti
 
 export async function run(node, [id], signal) {
   const path = `/v1/runs/${encodeURIComponent(id)}`;
-  const head = h("div"), facts = h("dl", { class: "facts" }), actions = h("div", { class: "row" });
-  const curves = CURVES.map(([title, unit, keys]) => ({ keys, chart: lineChart({ title, unit, series: keys.map((key) => ({ label: key.split(/[_/]/).at(-1).replace(/^nats$|^fraction$/, "value") })) }) }));
+  const head = h("div"), does = h("p", { class: "quiet does" }), facts = h("dl", { class: "facts" }), actions = h("div", { class: "row" });
+  const curves = CURVES.map(([title, unit, keys]) => ({ keys, chart: lineChart({ title, unit, series: keys.map((key) => ({ label: keys.length > 1 ? key.split(/[_/]/).at(-1) : title.replace(/^[A-Z](?=[a-z])/, (c) => c.toLowerCase()) })) }) }));
   const quality = lineChart({ title: "Held-out accuracy", unit: "fraction", x: "version", series: [{ label: "accuracy", points: true }], min: 0 });
   const distance = lineChart({ title: "Held-out KL to the teacher", unit: "nats per token", x: "version", series: [{ label: "KL", points: true }], min: 0 });
   const speed = lineChart({ title: "Throughput", unit: "tokens per second", series: [{ label: "generated", ink: "--rollout" }, { label: "scored", ink: "--score" }, { label: "trained", ink: "--learn" }], x: "seconds", min: 0 });
@@ -45,15 +45,19 @@ export async function run(node, [id], signal) {
     h("section", {}, h("h2", {}, "Responses"), filter.node),
     h("section", {}, h("div", { class: "card" }, h("h2", {}, "Events"), events)));
 
+  const awaiting = [...curves.map((c) => c.chart), quality, distance, speed, stale, policies, filter];
   let state = null, shownActions = "";
   async function header() {
     state = await get(path, signal);
     const { progress, latest, status, error } = state;
     fill(head, h("div", { class: "row spread" }, h("div", { class: "row" }, h("h1", {}, state.id), badge(status)),
       h("a", { href: `/compare?run=${state.id}`, "data-link": "" }, "Compare with …")),
-      h("p", { class: "quiet phase", title: state.phase }, state.phase));
+      does);
+    does.textContent = state.phase;
+    if (LIVE.includes(status)) does.classList.add("live");  // and it stays so: nothing moves when the run ends
     fill(facts, [["step", `${int(progress.steps)} of ${int(progress.total_steps)}`], ["tokens trained", int(progress.tokens)], ["tokens/s", int(latest.tokens_per_s)], ["loss, nats", num(latest.loss_nats)], ["KL, nats", num(latest.kl_nats)],
       ["accuracy", pct(latest.accuracy)], ["staleness, mean", num(latest.staleness_mean_versions)], ["created", ago(state.created)]].map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", {}, value))));
+    for (const part of awaiting) part.over(!LIVE.includes(status));
     // Only when something changed: a button in focus stays in focus.
     if (shownActions === `${status} ${error}`) return;
     shownActions = `${status} ${error}`;
@@ -72,7 +76,9 @@ export async function run(node, [id], signal) {
         [`metrics?max_points=300&${KEYS}`, "staleness?max_points=120", "throughput?max_points=40"].map((part) => get(`${path}/${part}`, signal)));
       return () => {
         for (const { keys, chart } of curves) chart.set(metrics.steps, ...keys.map((key) => metrics.series[key] ?? metrics.steps.map(() => null)));
-        speed.set(throughput.seconds, throughput.generated, throughput.scored, throughput.trained);
+        // The last stretch of a run that goes on has only begun.
+        const stop = LIVE.includes(state.status) ? -1 : undefined;
+        speed.set(...["seconds", "generated", "scored", "trained"].map((name) => throughput[name].slice(0, stop)));
         stale.set(staleness);
       };
     },
@@ -139,10 +145,9 @@ export async function run(node, [id], signal) {
 const isCreated = (state) => state.config_hash !== null;
 
 function responseTable(id, rows) {
-  if (!rows.length) return h("p", { class: "quiet" }, "None yet.");
-  return table([["index", 1], ["difficulty", 0], ["right", 0], ["tokens", 1], ["ended by", 0], ["versions", 0], ["log p − log q, mean", 1]],
+  return table([["index", 1], ["difficulty", 0], ["right", 0], ["tokens", 1], ["ended by", 0], ["versions", 0], ["log q − log p, mean", 1]],
     rows.map((t) => [h("a", { href: `/runs/${id}/trajectories/${t.index}`, "data-link": "" }, String(t.index)), t.group, t.correct === null ? "–" : t.correct ? "yes" : "no", t.num_tokens, t.finish_reason,
-      t.version_first === t.version_last ? String(t.version_first) : `${t.version_first}–${t.version_last}`, num(t.kl_nats)]));
+      t.version_first === t.version_last ? String(t.version_first) : `${t.version_first}–${t.version_last}`, num(negated(t.kl_nats))]));
 }
 
 /** The first responses that fit a filter; read again and shown when the run goes on. */
@@ -150,7 +155,8 @@ function responseFilter(id, signal) {
   const after = h("input", { type: "number", min: "0", value: "0" });
   const right = h("select", { "aria-label": "Right or wrong" }, h("option", { value: "" }, "right and wrong"), h("option", { value: "true" }, "right"), h("option", { value: "false" }, "wrong"));
   const long = h("input", { type: "number", min: "1", value: "1" });
-  const place = h("div", { class: "responses" }, h("p", { class: "quiet" }, "None yet."));
+  const none = h("p", { class: "quiet" }, "None yet.");
+  const place = h("div", { class: "responses" }, none);
   let shown = "", newest = -1;
   const next = h("button", { type: "button", disabled: true, onclick: async () => { after.value = String(newest + 1); show(await read()); } }, "Next");
   async function read() {
@@ -161,12 +167,12 @@ function responseFilter(id, signal) {
   function show(rows) {
     // Only when something changed: a row in focus stays in focus.
     const now = JSON.stringify(rows);
-    if (now !== shown) fill(place, responseTable(id, rows));
+    if (now !== shown) fill(place, rows.length ? responseTable(id, rows) : none);
     shown = now;
     newest = rows.at(-1)?.index ?? -1;
     next.disabled = rows.length < NUM_RESPONSES;
   }
   const form = h("form", { class: "row", onsubmit: async (e) => { e.preventDefault(); show(await read()); } },
     h("label", {}, "from index ", after), right, h("label", {}, "at least ", long, " tokens"), h("button", {}, "Show"), next);
-  return { node: h("div", {}, form, place), read, show };
+  return { node: h("div", {}, form, place), read, show, over: (isOver) => { none.textContent = isOver ? "None." : "None yet."; } };
 }

@@ -12,6 +12,10 @@ export const LIVE = ["queued", "running", "pausing", "cancelling"];
 
 export const badge = (status) => h("span", { class: `badge ${status}` }, status);
 
+/** Of `table`, with a class for what a narrow window leaves out (style.css). */
+const COLUMNS = [["pick", 0, "pick"], ["run", 0, "id"], ["state", 0, "state"], ["steps", 0, "steps"], ["loss", 0, "curve"], ["loss, nats", 1, "loss"], ["KL, nats", 1, "kl"], ["accuracy", 1, "right"],
+  ["staleness", 1, "minor"], ["tokens/s", 1, "minor"], ["created", 0, "created"]];
+
 const nameOf = (node) => node.getAttribute("href") ?? node.getAttribute("aria-label");
 
 export async function runs(node, _parts, signal) {
@@ -20,7 +24,7 @@ export async function runs(node, _parts, signal) {
   const name = h("input", { type: "search", placeholder: "id starts with …", "aria-label": "Id starts with" });
   const compare = h("button", { type: "button", disabled: true, onclick: () => go(`/compare?${[...chosen].map((id) => `run=${id}`).join("&")}`) }, "Compare");
   const more = h("button", { type: "button", hidden: true }, "More");
-  const list = h("div", { style: "min-height:60vh" });
+  const list = h("div", { class: "runs", style: "min-height:60vh" });
   let limit = 20, isLive = true, asked = 0;
   fill(node, h("div", { class: "row spread" }, h("h1", {}, "Runs"), h("div", { class: "row" }, name, status, compare, h("a", { href: "/launch", "data-link": "" }, "Launch a run"))), h("section", {}, list, more));
 
@@ -48,7 +52,7 @@ export async function runs(node, _parts, signal) {
     more.hidden = !page.next_cursor;
     isLive = page.data.some((run) => LIVE.includes(run.status));
     fill(list, page.data.length
-      ? table([["pick", 0], ["run", 0], ["state", 0], ["steps", 0], ["loss", 0], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["staleness", 1], ["tokens/s", 1], ["created", 0]], page.data.map(row))
+      ? table(COLUMNS, page.data.map(row))
       : h("p", { class: "quiet" }, "No run yet. Launch one here, or with `asyncopd train`."));
     // What had the focus has it still.
     if (held) [...list.querySelectorAll("a,input")].find((node) => nameOf(node) === held)?.focus({ preventScroll: true });

@@ -3,9 +3,10 @@
 import { go } from "../app.js";
 import { get } from "../client.js";
 import { css, fill, h, table } from "../dom.js";
-import { logprob, num, pct } from "../format.js";
+import { logprob, negated, num, pct } from "../format.js";
 
 const FULL_COLOUR_NATS = 3;
+const NO_TOP_K = "The teacher's own likeliest tokens were not recorded (recording.top_k records them). These are the student's likeliest, with the teacher's log-prob.";
 
 export async function trajectory(node, [id, index], signal) {
   const path = `/v1/runs/${encodeURIComponent(id)}`, at = (i) => `/runs/${encodeURIComponent(id)}/trajectories/${i}`;
@@ -42,19 +43,23 @@ export async function trajectory(node, [id, index], signal) {
   paint();
   addEventListener("theme", paint, { signal });
 
-  const side = (title, setting, list, token) => h("div", {}, h("h2", {}, title), list.length
+  const side = (title, setting, list, token, note = "") => h("div", {}, h("h2", {}, title), list.length
     ? table([["token", 0], ["id", 1], ["log-prob", 1], ["prob", 1]], list.map((a) => [a.id === token.id ? h("strong", {}, a.text) : a.text, a.id, logprob(a.logprob), a.logprob === null ? "–" : pct(Math.exp(a.logprob))]), title)
-    : h("p", { class: "quiet" }, `Not recorded; a run keeps it with ${setting}.`));
+    : h("p", { class: "quiet" }, `Not recorded; a run keeps it with ${setting}.`), list.length > 0 && note && h("p", { class: "quiet" }, note));
   let picked = 0, /** @type {any} */ now = null, asking = "";
+  const waited = h("span", { "aria-hidden": "true" });  // its seconds are not read out one by one
   // Computed on demand: nobody stores what later weights say of every old token.
   ask = async () => {
     if (asking) return;
-    asking = "The newest weights are being loaded, which takes about ten seconds …";
+    asking = "The newest weights are being loaded, which takes about ten seconds … ";
+    const began = performance.now(), tick = () => { waited.textContent = `${Math.floor((performance.now() - began) / 1000)} s`; };
+    const clock = setInterval(tick, 1000);
+    tick();
     pick(picked);
     try { now = await get(`${path}/trajectories/${index}/logprobs`, signal); asking = ""; } catch (error) {
       if (signal.aborted) return;
       asking = `Not computed: ${error.message}`;
-    }
+    } finally { clearInterval(clock); waited.textContent = ""; }
     pick(picked);
   };
   function pick(t) {
@@ -66,8 +71,8 @@ export async function trajectory(node, [id, index], signal) {
       ...now ? [[`log p now (v${now.version})`, logprob(now.logprobs[t])]] : [], ["position", t], ["id", token.id], ["policy version", token.version]];
     fill(detail, h("p", {}, h("strong", { class: "picked" }, token.text)),
       h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))),
-      !now && h("p", { class: "quiet", role: "status" }, asking || h("button", { type: "button", onclick: ask }, "log p now (n)"), asking ? "" : ` under the newest weights; ${later}.`),
-      h("div", { class: "sides" }, side(found.teacher_top_of === "topk" ? "Teacher's likeliest" : "The student's likeliest, to the teacher", "recording.top_k", token.teacher_top, token), side("Sampling student's likeliest", "recording.head", token.student_top, token)));
+      !now && h("p", { class: "quiet", role: "status" }, asking || h("button", { type: "button", onclick: ask }, "log p now (n)"), asking ? waited : ` under the newest weights; ${later}.`),
+      h("div", { class: "sides" }, found.teacher_top_of === "topk" ? side("Teacher's likeliest", "recording.top_k", token.teacher_top, token) : side("Teacher on student's likeliest", "recording.top_k", token.teacher_top, token, NO_TOP_K), side("Sampling student's likeliest", "recording.head", token.student_top, token)));
   }
   const text = h("div", { class: "tokens card", role: "group", "aria-label": "Response" });
   let version = null;
@@ -82,7 +87,7 @@ export async function trajectory(node, [id, index], signal) {
     if (next !== undefined && buttons[next]) { e.preventDefault(); buttons[next].focus(); }
   });
   const facts = [summary.group, summary.correct === null ? null : summary.correct ? "right" : "wrong", `${summary.num_tokens} tokens`, `ended by ${summary.finish_reason}`, `teacher ${found.teacher}`,
-    step === null ? "not trained yet" : `trained at step ${step}, staleness ${found.staleness}`, `mean log p − log q ${num(summary.kl_nats)} nats`];
+    step === null ? "not trained yet" : `trained at step ${step}, staleness ${found.staleness}`, `mean log q − log p ${num(negated(summary.kl_nats))} nats`];
   fill(node, head, h("p", { class: "quiet" }, facts.filter(Boolean).join(" · ")),
     h("section", { class: "reading" },
       h("div", {}, h("h2", {}, "Prompt"), h("pre", {}, found.prompt),
