@@ -12,7 +12,7 @@ import uvicorn
 
 from api.main import UVICORN, create_app
 from api.settings import ServiceSettings
-from asyncopd.cli_serve import tokens_path
+from asyncopd.cli.service import tokens_path
 from asyncopd.errors import AsyncOPDError, StackError
 
 AUTOGROUP = Path("/proc/self/autogroup")
@@ -28,9 +28,13 @@ def main() -> None:
     parser.add_argument("--nice", type=int, default=ServiceSettings.niceness)
     arguments = parser.parse_args()
     settings = ServiceSettings(
-        root=arguments.root, configs=arguments.configs, tokens=tokens_path(), host=arguments.host, port=arguments.port,
+        root=arguments.root,
+        configs=arguments.configs,
+        tokens=tokens_path(),
+        host=arguments.host,
+        port=arguments.port,
         niceness=arguments.nice,
-    )  # fmt: skip
+    )
     try:
         app = create_app(settings)
         _check_port(settings.host, settings.port)

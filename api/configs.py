@@ -8,11 +8,10 @@ from pathlib import Path
 
 from fastapi import APIRouter, Response
 
-from api.answers import json_response
+from api.deps import Launches, Reader
+from api.observe import json_response
 from api.problems import responses
 from api.schemas import Config, ConfigList
-from api.security import Reader
-from api.state import Launches
 from asyncopd.config import RunConfig, load_config
 
 router = APIRouter(prefix="/v1/configs", tags=["configs"], dependencies=[Reader])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from api.columns import Columns
+from api.reader import Columns
 from asyncopd.config import RunConfig
 from asyncopd.types import Evaluation, IndexRange, Span, TrainStep
 from storage.records import Failure, Heartbeat, Rewind, RunState

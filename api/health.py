@@ -11,14 +11,13 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.deps import Reader, Runs
 from api.problems import responses
 from api.reader import RunReader
 from api.schemas import Check, Health, Readiness, Run
-from api.security import Reader
-from api.state import Runs
 from asyncopd import __version__
 from asyncopd.errors import StorageError
-from asyncopd.stack import server_answers, shown_url
+from asyncopd.local.stack import server_answers, shown_url
 
 router = APIRouter(tags=["health"])
 
@@ -38,8 +37,13 @@ def get_readiness(runs: Runs, response: Response) -> Readiness:
     return Readiness(ready=ready, checks=checks)
 
 
-@router.get("/metrics", operation_id="get_prometheus_metrics", dependencies=[Reader], responses=responses(),
-            response_class=Response)  # fmt: skip
+@router.get(
+    "/metrics",
+    operation_id="get_prometheus_metrics",
+    dependencies=[Reader],
+    responses=responses(),
+    response_class=Response,
+)
 def get_prometheus_metrics(request: Request) -> Response:
     """Prometheus exposition; runs that are over are counted, not listed."""
     return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
@@ -56,8 +60,11 @@ def _storage(runs: RunReader) -> Check:
 def _prefect() -> Check:
     if server_answers():
         return Check(ok=True, detail=f"{shown_url()} answers")
-    return Check(ok=False, detail=f"no Prefect server answers at {shown_url()}; start it with `asyncopd up`. Runs can "
-                                  "be looked at, not launched.")  # fmt: skip
+    return Check(
+        ok=False,
+        detail=f"no Prefect server answers at {shown_url()}; start it with `asyncopd up`. Runs can "
+        "be looked at, not launched.",
+    )
 
 
 _GAUGES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (

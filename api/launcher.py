@@ -20,7 +20,7 @@ from api.reader import TERMINAL, RunReader
 from api.schemas import Run, RunCreate
 from asyncopd.config import RunConfig, load_config
 from asyncopd.errors import ConfigError, ServerAwayError
-from asyncopd.flow_runs import FlowRun, create_flow_run
+from asyncopd.local.prefect_api import FlowRun, create_flow_run
 from storage.launches import LaunchLog, Wish
 
 TRAIN = "asyncopd/train"
@@ -79,9 +79,10 @@ class RunLauncher:
             known = self._launches.claim_key(idempotency_key, mine)
             if known["body_sha256"] != digest:
                 raise ProblemError(
-                    409, "idempotency-key-reused",
+                    409,
+                    "idempotency-key-reused",
                     f"This Idempotency-Key launched {known['run_id']} with another body. Use a new key for a new run.",
-                )  # fmt: skip
+                )
             run_id = known["run_id"]
         launch = {"config": config.model_dump(mode="json"), "body_sha256": digest}
         replayed = not self._launches.record_launch(run_id, launch)
@@ -121,8 +122,12 @@ class RunLauncher:
         """
         run = self._reader.run(run_id)
         if run.status not in ("paused", "cancelled", "failed") and not self._reader.is_abandoned(run_id):
-            raise ProblemError(409, "run-not-stopped", f"Run {run_id} is {run.status}; only a stopped run is resumed. "
-                               "To train more, launch another or replay this one.")  # fmt: skip
+            raise ProblemError(
+                409,
+                "run-not-stopped",
+                f"Run {run_id} is {run.status}; only a stopped run is resumed. "
+                "To train more, launch another or replay this one.",
+            )
         launch = self._launches.find_launch(run_id)
         known = self._reader.find_fold(run_id) is not None
         # A run that its flow never came to create is created now.
@@ -151,9 +156,10 @@ class RunLauncher:
             is_repeat = launch is not None and not is_started and launch["config"] == body["config"]
         if not is_repeat:
             raise ProblemError(
-                409, "run-exists",
+                409,
+                "run-exists",
                 f"Run {run_id} was launched before. Choose another run_id; an Idempotency-Key makes repeats safe.",
-            )  # fmt: skip
+            )
 
     def _start(self, run_id: str, parameters: Mapping[str, Any], *, idempotency_key: str | None = None) -> None:
         flow_run = create_flow_run(

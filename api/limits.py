@@ -80,10 +80,11 @@ class Limits:
         wait_s = self._wait_s(scope["client"][0] if scope.get("client") else "unknown")
         if wait_s > 0:
             return problem_response(
-                429, "too-many-requests",
+                429,
+                "too-many-requests",
                 f"More than {self._settings.requests_per_s:g} requests per second. Wait {wait_s:.1f} s.",
                 headers={"Retry-After": str(max(1, round(wait_s)))},
-            )  # fmt: skip
+            )
         return None
 
     @property

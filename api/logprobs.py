@@ -15,11 +15,10 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Query, Request
 from starlette.concurrency import run_in_threadpool
 
+from api.deps import Fold, Reader
 from api.fold import RunFold
 from api.problems import ProblemError, responses
 from api.schemas import LogprobsOut
-from api.security import Reader
-from api.state import Fold
 
 router = APIRouter(prefix="/v1/runs/{run_id}/trajectories", tags=["trajectories"], dependencies=[Reader])
 MAX_WAITING = 8
@@ -49,9 +48,11 @@ class LogprobDesk:
             return self._known[key]
         if self._num_inside > MAX_WAITING:
             raise ProblemError(
-                503, "too-many-questions", f"{self._num_inside} responses are being computed. Repeat this in a while.",
+                503,
+                "too-many-questions",
+                f"{self._num_inside} responses are being computed. Repeat this in a while.",
                 {"Retry-After": "10"},
-            )  # fmt: skip
+            )
         self._num_inside += 1
         try:
             async with self._turn:
@@ -65,11 +66,22 @@ class LogprobDesk:
 
     async def _ask(self, run_id: str, index: int, version: int) -> list[float]:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "flows.logprobs", "--root", self._root, "--run-id", run_id,
-            "--index", str(index), "--version", str(version),
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "flows.logprobs",
+            "--root",
+            self._root,
+            "--run-id",
+            run_id,
+            "--index",
+            str(index),
+            "--version",
+            str(version),
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
         try:
             said, errors = await asyncio.wait_for(process.communicate(), TIMEOUT_S)
         except TimeoutError as late:
@@ -116,8 +128,9 @@ def _checked(fold: RunFold, index: int, version: int | None) -> int:
         version = newest.number
     if version is None or log.find_policy(version) is None or not log.store.exists(log.layout.architecture_manifest):
         raise ProblemError(
-            404, "no-such-version",
+            404,
+            "no-such-version",
             f"Run {log.run_id} has no weights of version {'0' if version is None else version} stored; "
             f"GET /v1/runs/{log.run_id}/policies lists what it has.",
-        )  # fmt: skip
+        )
     return version

@@ -7,30 +7,34 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
 
-from api import configs, health, logprobs, observe, offline, pages, problems, queries, runs, trajectories
-from api.answers import Answers
+from api import configs, health, logprobs, observe, pages, problems, runs, trajectories
+from api import replay as offline
+from api import sql as queries
+from api.deps import TokenStore, known_query
+from api.events import Hub
 from api.health import RequestMeter, RunCollector
-from api.hub import Hub
 from api.launcher import RunLauncher
 from api.limits import Limits
 from api.logprobs import LogprobDesk
-from api.queries import QueryDesk
+from api.observe import Answers
 from api.reader import RunReader
-from api.security import TokenStore
 from api.settings import ServiceSettings
-from api.state import known_query
+from api.sql import QueryDesk
 from asyncopd import __version__
 from asyncopd.errors import ConfigError
-from storage.open import open_store
+from storage.stores import open_store
 
 ABOUT = "Launch, watch and inspect runs of asynchronous on-policy distillation."
 UVICORN: dict[str, Any] = {
-    "loop": "uvloop", "http": "httptools", "log_level": "warning", "server_header": False,
+    "loop": "uvloop",
+    "http": "httptools",
+    "log_level": "warning",
+    "server_header": False,
     # They would hold every query string.
     "access_log": False,
     # Longer than clients and proxies keep theirs: a request must not cross the service's goodbye.
     "timeout_keep_alive": 75,
-}  # fmt: skip
+}
 """How the application is served, wherever it is."""
 
 
@@ -46,8 +50,14 @@ def create_app(settings: ServiceSettings) -> FastAPI:
             f"host {settings.host} can be reached from other machines, which needs a token, and there is none. Make "
             "one with `asyncopd token create NAME --scope launch`, or bind to 127.0.0.1."
         )
-    app = FastAPI(title="AsyncOPD", version=__version__, description=ABOUT, openapi_url="/openapi.json",
-                  docs_url=None, redoc_url=None)  # fmt: skip
+    app = FastAPI(
+        title="AsyncOPD",
+        version=__version__,
+        description=ABOUT,
+        openapi_url="/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+    )
     reader = RunReader(open_store(settings.root))
     registry = CollectorRegistry()
     registry.register(RunCollector(reader))

@@ -74,9 +74,12 @@ def problem_response(
     errors: list[dict[str, Any]] = (),  # type: ignore[assignment]
 ) -> JSONResponse:
     body = Problem(
-        type=f"urn:asyncopd:problem:{kind}", title=HTTPStatus(status).phrase, status=status, detail=detail,
+        type=f"urn:asyncopd:problem:{kind}",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
         errors=list(errors),
-    )  # fmt: skip
+    )
     return JSONResponse(body.model_dump(), status, headers=headers, media_type=MEDIA_TYPE)
 
 
@@ -130,9 +133,11 @@ async def _of_validation(request: Request, error: RequestValidationError) -> JSO
     ):
         detail += ". Send a JSON object with the header Content-Type: application/json."
     return problem_response(
-        400 if is_syntax else 422, "not-json" if is_syntax else "not-valid", f"The request cannot be used. {detail}",
+        400 if is_syntax else 422,
+        "not-json" if is_syntax else "not-valid",
+        f"The request cannot be used. {detail}",
         errors=errors,
-    )  # fmt: skip
+    )
 
 
 def _http_handler(app: FastAPI) -> Callable[[Request, HTTPException], Awaitable[JSONResponse]]:
@@ -146,8 +151,11 @@ def _http_handler(app: FastAPI) -> Callable[[Request, HTTPException], Awaitable[
             headers["Allow"] = ", ".join(sorted(_methods(app, request)))
             detail = f"{request.method} is not possible on {request.url.path}; possible: {headers['Allow']}."
         kind = {
-            404: "no-such-resource", 405: "no-such-method", 400: "not-readable", 413: "body-too-large",
-        }.get(error.status_code, "refused")  # fmt: skip
+            404: "no-such-resource",
+            405: "no-such-method",
+            400: "not-readable",
+            413: "body-too-large",
+        }.get(error.status_code, "refused")
         return problem_response(error.status_code, kind, detail, headers=headers)
 
     return of_http

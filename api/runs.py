@@ -7,19 +7,21 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
 
-from api.answers import json_response
+from api.deps import Fold, Launcher, Launches, Reader, RunId, Runs
+from api.observe import json_response
 from api.problems import responses
 from api.schemas import RUN_ID_PATTERN, Run, RunConfigOut, RunCreate, RunPage, RunStatus
-from api.security import Launcher, Reader
-from api.state import Fold, Launches, RunId, Runs
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 
 
 @router.post(
-    "", status_code=201, dependencies=[Launcher], operation_id="create_run",
+    "",
+    status_code=201,
+    dependencies=[Launcher],
+    operation_id="create_run",
     responses={**responses(404, 409, 413), 200: {"model": Run, "description": "A repeat: the run launched before"}},
-)  # fmt: skip
+)
 def create_run(
     asked: RunCreate,
     response: Response,
@@ -76,22 +78,33 @@ def get_run_config(fold: Fold) -> RunConfigOut:
     return RunConfigOut(config=fold.config.model_dump(mode="json"), changes=changes)
 
 
-@router.post("/{run_id}/cancel", status_code=202, dependencies=[Launcher], operation_id="cancel_run",
-             responses=responses(404, 409))  # fmt: skip
+@router.post(
+    "/{run_id}/cancel",
+    status_code=202,
+    dependencies=[Launcher],
+    operation_id="cancel_run",
+    responses=responses(404, 409),
+)
 def cancel_run(run_id: RunId, launches: Launches) -> Run:
     """Stop every role within ten seconds. Nothing stored is lost; `resume` goes on."""
     return launches.stop(run_id, "cancelled")
 
 
-@router.post("/{run_id}/pause", status_code=202, dependencies=[Launcher], operation_id="pause_run",
-             responses=responses(404, 409))  # fmt: skip
+@router.post(
+    "/{run_id}/pause", status_code=202, dependencies=[Launcher], operation_id="pause_run", responses=responses(404, 409)
+)
 def pause_run(run_id: RunId, launches: Launches) -> Run:
     """As cancel, and says that somebody means to go on."""
     return launches.stop(run_id, "paused")
 
 
-@router.post("/{run_id}/resume", status_code=202, dependencies=[Launcher], operation_id="resume_run",
-             responses=responses(404, 409))  # fmt: skip
+@router.post(
+    "/{run_id}/resume",
+    status_code=202,
+    dependencies=[Launcher],
+    operation_id="resume_run",
+    responses=responses(404, 409),
+)
 def resume_run(run_id: RunId, launches: Launches) -> Run:
     """Go on with a paused, cancelled or failed run, from its newest checkpoint."""
     return launches.resume(run_id)

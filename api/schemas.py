@@ -49,15 +49,18 @@ class RunCreate(Schema):
     """A run to launch: a configuration by name or in full, and changes to it."""
 
     config_name: str | None = field(
-        "Name of a file in the service's configs folder, without `.yaml`.", "quickstart", None,
+        "Name of a file in the service's configs folder, without `.yaml`.",
+        "quickstart",
+        None,
         pattern=CONFIG_NAME_PATTERN,
-    )  # fmt: skip
+    )
     config: dict[str, Any] | None = field("A configuration in full, instead of a name.", {"name": "mine"}, None)
     overrides: dict[str, Any] = field(
         "Dotted keys that replace values of it.", {"staleness.max_staleness": 0}, {}, max_length=200
     )
-    run_id: str | None = field("Id for the run; made from the name and time when left out.", "walk-7", None,
-                               pattern=RUN_ID_PATTERN)  # fmt: skip
+    run_id: str | None = field(
+        "Id for the run; made from the name and time when left out.", "walk-7", None, pattern=RUN_ID_PATTERN
+    )
 
 
 class Progress(Schema):
@@ -313,8 +316,9 @@ class LogprobsOut(Schema):
 class SqlRequest(Schema):
     """One SELECT over the catalog's relations; docs/queries.md lists them."""
 
-    sql: str = field("One SELECT.", "SELECT run, count(*) AS num FROM trajectories GROUP BY run", min_length=1,
-                     max_length=100_000)  # fmt: skip
+    sql: str = field(
+        "One SELECT.", "SELECT run, count(*) AS num FROM trajectories GROUP BY run", min_length=1, max_length=100_000
+    )
     runs: list[Annotated[str, Field(pattern=RUN_ID_PATTERN)]] | None = field(
         "Only these runs; all when left out.", ["walk-7"], None, max_length=100
     )
@@ -363,17 +367,24 @@ Settings = dict[str, Any]
 class ReplayRequest(Schema):
     """Train again from a run's log, with other settings (docs/replay.md)."""
 
-    steps: str = field("FIRST:LAST of the run's steps; either side may be left out.", "0:50", ":",
-                       pattern=r"^[0-9]{0,9}:[0-9]{0,9}$")  # fmt: skip
+    steps: str = field(
+        "FIRST:LAST of the run's steps; either side may be left out.", "0:50", ":", pattern=r"^[0-9]{0,9}:[0-9]{0,9}$"
+    )
     start: Literal["checkpoint", "weights"] = field(
         "The run's exact state, or its published weights with a new optimizer.", "checkpoint", "checkpoint"
     )
-    overrides: Settings = field("Dotted keys of loss, learner, evaluate or limits that change.",
-                                {"learner.lr": 0.001}, {}, max_length=100)  # fmt: skip
-    scores: dict[str, float] = field("Folder of scores -> weight of that teacher; the run's own when empty.",
-                                     {"oracle": 1.0}, {}, max_length=20)  # fmt: skip
-    compare: list[Settings] = field("Arms of a comparison: overrides of each; two or more.",
-                                    [{"learner.lr": 0.001}, {"learner.lr": 0.002}], [], max_length=20)  # fmt: skip
+    overrides: Settings = field(
+        "Dotted keys of loss, learner, evaluate or limits that change.", {"learner.lr": 0.001}, {}, max_length=100
+    )
+    scores: dict[str, float] = field(
+        "Folder of scores -> weight of that teacher; the run's own when empty.", {"oracle": 1.0}, {}, max_length=20
+    )
+    compare: list[Settings] = field(
+        "Arms of a comparison: overrides of each; two or more.",
+        [{"learner.lr": 0.001}, {"learner.lr": 0.002}],
+        [],
+        max_length=20,
+    )
     evaluate: bool = field("Evaluate the first and the last version of a single replay.", True, False)
     num_prompts: int = field("Held-out prompts of a comparison; 0 for the run's own number.", 300, 0, ge=0, le=100_000)
 
@@ -389,8 +400,12 @@ class CandidateSettings(Schema):
 class BackfillRequest(Schema):
     """Score a run's trajectories again, with another teacher or wider (docs/replay.md)."""
 
-    teacher: Settings = field("Keys of section `teacher` that differ from the run's own.",
-                              {"name": "hard", "smoothing": 1e-4}, {}, max_length=100)  # fmt: skip
+    teacher: Settings = field(
+        "Keys of section `teacher` that differ from the run's own.",
+        {"name": "hard", "smoothing": 1e-4},
+        {},
+        max_length=100,
+    )
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | Literal["all"] = field("Most likely ids per token.", 16, 0)
     num_teacher_draws: int = field("Ids per token drawn by the teacher.", 8, 0, ge=0, le=100_000)
     candidates: CandidateSettings | None = field("Recompute the student's candidates.", None, None)
@@ -401,8 +416,9 @@ class Work(Schema):
     """Work that was started on a run's log."""
 
     parent: str = field("The run whose log it reads.", "walk-7")
-    run_id: str | None = field("The run that a single replay makes; it appears once its flow has started.",
-                               "walk-7-replay-9f2c11aa", None)  # fmt: skip
+    run_id: str | None = field(
+        "The run that a single replay makes; it appears once its flow has started.", "walk-7-replay-9f2c11aa", None
+    )
     flow_run_id: str = field("Prefect's id of the flow run.", "5c2f7f0e-6d3c-4b57-9a53-1f0f3f0c7a11")
 
 

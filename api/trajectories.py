@@ -13,11 +13,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from fastapi import APIRouter, Path, Query, Response
 
-from api.answers import Answered
+from api.deps import Reader
 from api.fold import RunFold
+from api.observe import Answered
 from api.problems import ProblemError, responses
 from api.schemas import Alternative, Token, TrajectoryOut, TrajectoryPage, TrajectorySummary
-from api.security import Reader
 from asyncopd.config import RunConfig
 from asyncopd.ports import Task, Tokenizer
 from asyncopd.tasks.build import build_task
@@ -29,7 +29,6 @@ MAX_SHARDS_READ = 50
 MAX_ROWS = 2_000
 """Rows of a run that stay decoded: what pages show first; about 2 MB."""
 _building = threading.Lock()
-
 
 
 @dataclass(frozen=True)
@@ -143,9 +142,10 @@ def _task_of(task: str, seed: int) -> Task:
     config = RunConfig.model_validate_json(f'{{"task": {task}}}').task
     if config.kind == "text" and config.tokenizer != "bytes":
         raise ProblemError(
-            422, "tokenizer-not-loaded",
+            422,
+            "tokenizer-not-loaded",
             f"The service loads no Hugging Face tokenizer ({config.tokenizer}); read ids through /v1/sql instead.",
-        )  # fmt: skip
+        )
     return build_task(config, seed=seed, tokenizer=None)
 
 
@@ -179,10 +179,16 @@ def _scores_of(fold: RunFold, shard: IndexRange) -> dict[int, TeacherScores]:
 def _summary(trajectory: Trajectory, scores: TeacherScores | None) -> TrajectorySummary:
     gap = None if scores is None else float(np.mean(trajectory.behaviour_logprobs_T - scores.sampled_logprobs_T))
     return TrajectorySummary(
-        index=trajectory.index, prompt_id=trajectory.prompt_id, group=trajectory.group, correct=trajectory.correct,
-        num_tokens=len(trajectory.response_ids), finish_reason=trajectory.finish_reason,
-        version_first=trajectory.version_first, version_last=trajectory.version_last, kl_nats=gap,
-    )  # fmt: skip
+        index=trajectory.index,
+        prompt_id=trajectory.prompt_id,
+        group=trajectory.group,
+        correct=trajectory.correct,
+        num_tokens=len(trajectory.response_ids),
+        finish_reason=trajectory.finish_reason,
+        version_first=trajectory.version_first,
+        version_last=trajectory.version_last,
+        kl_nats=gap,
+    )
 
 
 def _tokens(trajectory: Trajectory, scores: TeacherScores | None, tokenizer: Tokenizer) -> Iterator[Token]:

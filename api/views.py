@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from api.columns import FINISHED, NUM_TOKENS, STEP, means, stretches
 from api.fold import RunFold
+from api.reader import FINISHED, NUM_TOKENS, STEP, means, stretches
 from api.schemas import (
     Checkpoint,
     CheckpointList,
@@ -24,7 +24,7 @@ from api.schemas import (
     Timeline,
 )
 from asyncopd.types import Span
-from storage.lineage import surviving
+from storage.learner_log import surviving
 
 
 def metrics_of(fold: RunFold, keys: Sequence[str] | None, first: int, stop: int | None, max_points: int) -> Metrics:
@@ -87,10 +87,15 @@ def policies_of(fold: RunFold) -> PolicyList:
     kept = surviving(published, found_rewinds)
     for version in kept:
         evaluation = quality.get(version)
-        policies.append(Policy(
-            number=version.number, rewind=version.rewind, created=made.get(version),
-            accuracy=evaluation.accuracy if evaluation else None, kl_nats=evaluation.kl_nats if evaluation else None,
-        ))  # fmt: skip
+        policies.append(
+            Policy(
+                number=version.number,
+                rewind=version.rewind,
+                created=made.get(version),
+                accuracy=evaluation.accuracy if evaluation else None,
+                kl_nats=evaluation.kl_nats if evaluation else None,
+            )
+        )
     rewinds = [{"rewind": r.number, "to_step": r.to_step, "time": r.recorded} for r in found_rewinds]
     are_kept = set(kept)
     superseded = [Policy(number=v.number, rewind=v.rewind) for v in published if v not in are_kept]
@@ -104,15 +109,21 @@ def checkpoints_of(fold: RunFold) -> CheckpointList:
 
 def evaluations_of(fold: RunFold) -> EvaluationList:
     """Of the surviving lineage."""
-    return EvaluationList(data=[
-        EvaluationOut(
-            version=e.version.number, num_prompts=e.num_prompts, accuracy=e.accuracy,
-            accuracy_by_group=dict(e.accuracy_by_group), kl_nats=e.kl_nats,
-            kl_standard_error_nats=e.kl_standard_error_nats, mean_response_tokens=e.mean_response_tokens,
-            finished=e.finished,
-        )
-        for e in fold.history.evaluations
-    ])  # fmt: skip
+    return EvaluationList(
+        data=[
+            EvaluationOut(
+                version=e.version.number,
+                num_prompts=e.num_prompts,
+                accuracy=e.accuracy,
+                accuracy_by_group=dict(e.accuracy_by_group),
+                kl_nats=e.kl_nats,
+                kl_standard_error_nats=e.kl_standard_error_nats,
+                mean_response_tokens=e.mean_response_tokens,
+                finished=e.finished,
+            )
+            for e in fold.history.evaluations
+        ]
+    )
 
 
 def timeline_of(fold: RunFold, start_s: float, stop_s: float | None, max_spans: int) -> Timeline:
@@ -146,6 +157,10 @@ def _lane(role: str, worker: str, spans: Sequence[Span], origin: float, resoluti
         last[span.activity] = [span.start - origin, span.end - origin, span.activity, span.detail]
         joined.append(last[span.activity])
     return Lane(
-        worker=worker, role=role, starts=[float(j[0]) for j in joined], ends=[float(j[1]) for j in joined],
-        activities=[str(j[2]) for j in joined], details=[str(j[3]) for j in joined],
-    )  # fmt: skip
+        worker=worker,
+        role=role,
+        starts=[float(j[0]) for j in joined],
+        ends=[float(j[1]) for j in joined],
+        activities=[str(j[2]) for j in joined],
+        details=[str(j[3]) for j in joined],
+    )

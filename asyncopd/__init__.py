@@ -5,7 +5,7 @@ import importlib
 __version__ = "0.1.0"
 
 
-_FROM_STORAGE = {"open_run": "storage.catalog.opened", "AsOf": "storage.catalog.cut"}
+_FROM_STORAGE = {"open_run": "storage.catalog.notebook", "AsOf": "storage.catalog.rows"}
 
 
 def __getattr__(name: str) -> object:

@@ -25,7 +25,7 @@ from asyncopd.chaos.verdict import Check, Cost, checks, costs
 from asyncopd.chaos.witness import Witness
 from asyncopd.chaos.worlds import PlainWorld, StackWorld, own_environment, plain_run, restarter
 from asyncopd.config import RunConfig
-from asyncopd.roles import RoleSpec
+from asyncopd.local.processes import RoleSpec
 from storage.run_log import StoredRunLog
 
 DISK_SIZE = "512m"
@@ -90,9 +90,14 @@ def _chaos(
         resources.enter_context(witness.watching())
         strikes = plan_strikes(rng, world, num_kills=arguments.kills, full_disk=disk is not None)
         ordeal = Ordeal(
-            world, witness, rng=rng, num_steps=num_steps, pause_s=LEASE_S + 1.5, disk=disk,
+            world,
+            witness,
+            rng=rng,
+            num_steps=num_steps,
+            pause_s=LEASE_S + 1.5,
+            disk=disk,
             say=lambda line: console.print(line, highlight=False),
-        )  # fmt: skip
+        )
         disturbances = ordeal.go_through(strikes)
     console.print(f"the run is over after {time.monotonic() - started:.0f} s; comparing …", highlight=False)
     replayed = replayed_weights(root, RUN_ID, str(folder / "replay"))
@@ -110,9 +115,14 @@ def _twin(log: StoredRunLog, config: RunConfig, folder: Path) -> StoredRunLog:
     witness = Witness(twin, teacher=config.teacher.name)
     with world.running(), witness.watching():
         Ordeal(
-            world, witness, rng=random.Random(0), num_steps=config.learner.num_steps, pause_s=0, disk=None,
+            world,
+            witness,
+            rng=random.Random(0),
+            num_steps=config.learner.num_steps,
+            pause_s=0,
+            disk=None,
             say=lambda line: None,
-        ).go_through([])  # fmt: skip
+        ).go_through([])
     return twin
 
 
@@ -165,9 +175,15 @@ def _show(
         by = "chaos, as a cluster would" if plain else restarter(seen.strike.target)
         again = by if seen.strike.kind == "SIGKILL" else "; ".join(seen.restarted) or "not needed"
         table.add_row(
-            str(number), seen.strike.kind, seen.strike.target, str(seen.at_step), f"{seen.recovery_s:.1f}",
-            str(price.tokens_again), str(price.tokens_lost), again,
-        )  # fmt: skip
+            str(number),
+            seen.strike.kind,
+            seen.strike.target,
+            str(seen.at_step),
+            f"{seen.recovery_s:.1f}",
+            str(price.tokens_again),
+            str(price.tokens_lost),
+            again,
+        )
     console.print(table)
     kills = [seen.recovery_s for seen in disturbances if seen.strike.kind == "SIGKILL"]
     if kills:

@@ -87,7 +87,7 @@ class SupersededError(AsyncOPDError):
 
 
 class LedgerError(AsyncOPDError):
-    """An index cannot make this move from the state it is in (asyncopd/ledger.py)."""
+    """An index cannot make this move from the state it is in (storage/maintain/ledger.py)."""
 
 
 class RoleFailedError(AsyncOPDError):

@@ -1,7 +1,7 @@
 """The small protocols through which stages meet engines, tasks and storage. Composition happens in flows/wiring.py.
 
-    Task ---prompts---> Sampler ---Trajectory---> Scorer ---TeacherScores---> learner ---PolicyWeights---> Sampler
-                            every arrow passes through a RunLog; nothing is handed over in memory
+Task ---prompts---> Sampler ---Trajectory---> Scorer ---TeacherScores---> learner ---PolicyWeights---> Sampler
+                        every arrow passes through a RunLog; nothing is handed over in memory
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from asyncopd.arrivals import Arrival
+from asyncopd.schedule import Arrival
 from asyncopd.types import (
     Evaluation,
     IndexRange,

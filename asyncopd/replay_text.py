@@ -9,8 +9,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from asyncopd.counterfactual import Cell
-from asyncopd.evaluate.paired import Difference, Outcome, accuracy_difference, kl_difference
+from asyncopd.evaluate import Difference, Outcome, accuracy_difference, kl_difference
+from asyncopd.study.counterfactual import Cell
 
 COMPARISON_NOTE = (
     "All arms trained on the same rollouts from the same start, and answered the same {prompts} held-out prompts with "
@@ -63,10 +63,32 @@ def counterfactual_markdown(title: str, cells: Sequence[Cell], note: str) -> str
     return f"# {title}\n\n{_markdown(_CELL_HEADER, [_cell_row(cell) for cell in cells])}\n\n{note}\n"
 
 
-_COMPARISON_HEADER = ("arm", "accuracy", "difference", "paired ±", "unpaired ±", "KL nats", "difference", "paired ±",
-                      "unpaired ±")  # fmt: skip
-_CELL_HEADER = ("bound", "order", "on stale", "lag", "staleness mean", "max", "loss nats", "drift nats", "ESS",
-                "grad norm", "steps", "idle", "waste")  # fmt: skip
+_COMPARISON_HEADER = (
+    "arm",
+    "accuracy",
+    "difference",
+    "paired ±",
+    "unpaired ±",
+    "KL nats",
+    "difference",
+    "paired ±",
+    "unpaired ±",
+)
+_CELL_HEADER = (
+    "bound",
+    "order",
+    "on stale",
+    "lag",
+    "staleness mean",
+    "max",
+    "loss nats",
+    "drift nats",
+    "ESS",
+    "grad norm",
+    "steps",
+    "idle",
+    "waste",
+)
 
 
 def _comparison_rows(names: Sequence[str], arms: Sequence[Outcome]) -> list[tuple[str, ...]]:
@@ -74,8 +96,15 @@ def _comparison_rows(names: Sequence[str], arms: Sequence[Outcome]) -> list[tupl
     for name, arm in zip(names, arms, strict=True):
         accuracy, kl = accuracy_difference(arms[0], arm), kl_difference(arms[0], arm)
         is_first = arm is arms[0]
-        rows.append((name, f"{100 * arm.accuracy:.1f} %", *_difference(accuracy, 100, 2, is_first),
-                     f"{arm.kl_nats:.4f}", *_difference(kl, 1, 4, is_first)))  # fmt: skip
+        rows.append(
+            (
+                name,
+                f"{100 * arm.accuracy:.1f} %",
+                *_difference(accuracy, 100, 2, is_first),
+                f"{arm.kl_nats:.4f}",
+                *_difference(kl, 1, 4, is_first),
+            )
+        )
     return rows
 
 

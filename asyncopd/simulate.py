@@ -15,9 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from asyncopd.arrivals import Arrival, judge, num_taken
 from asyncopd.errors import DeadlineError
-from asyncopd.schedule import Plan, Seen
+from asyncopd.schedule import Arrival, Plan, Seen, judge, num_taken
 from asyncopd.types import IndexRange
 
 

@@ -12,20 +12,47 @@ from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 
+from asyncopd.cli.query import text_of_result
 from asyncopd.config import parse_override
 from asyncopd.errors import AsyncOPDError
-from asyncopd.sql_format import text_of_result
-from asyncopd.supervise import home
-from storage.catalog.cut import AsOf
-from storage.catalog.relations import BY_NAME, RELATIONS, TEXT_FUNCTION
+from asyncopd.local.processes import home
+from storage.catalog.rows import AsOf
 from storage.catalog.sandbox import Sandbox
 from storage.catalog.stored_queries import find_query, stored_queries
+from storage.catalog.views import BY_NAME, RELATIONS, TEXT_FUNCTION
 
 _KEYWORDS = (
-    "select", "from", "where", "group by", "order by", "having", "limit", "join", "left join", "using", "with", "and",
-    "not", "null", "between", "case", "when", "then", "else", "end", "distinct", "count", "sum", "avg", "min", "max",
-    "describe", "unnest", "exp", "quantile_cont",
-)  # fmt: skip
+    "select",
+    "from",
+    "where",
+    "group by",
+    "order by",
+    "having",
+    "limit",
+    "join",
+    "left join",
+    "using",
+    "with",
+    "and",
+    "not",
+    "null",
+    "between",
+    "case",
+    "when",
+    "then",
+    "else",
+    "end",
+    "distinct",
+    "count",
+    "sum",
+    "avg",
+    "min",
+    "max",
+    "describe",
+    "unnest",
+    "exp",
+    "quantile_cont",
+)
 _HELP = """\
 SELECT ...;           a query, over several lines if need be; it ends with ;
 NAME [p=value ...]    a stored query, for example: kl_by_position width=4

@@ -20,10 +20,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from asyncopd.modeling import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.sampling import CandidateRule
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.decoding import Decoder
-from asyncopd.sampling import CandidateRule
 from asyncopd.tasks.walk import WalkTask
 from asyncopd.types import PolicyVersion, PolicyWeights
 
@@ -38,15 +38,26 @@ def decoder(num_slots: int) -> tuple[Decoder, PolicyWeights]:
     torch.set_num_threads(1)
     task = WalkTask(0)
     architecture = architecture_of_size(
-        num_layers=2, hidden_size=48, num_heads=4, vocab_size=task.tokenizer.vocab_size, max_positions=256,
-        eos_id=task.tokenizer.eos_id, pad_id=task.tokenizer.pad_id,
-    )  # fmt: skip
+        num_layers=2,
+        hidden_size=48,
+        num_heads=4,
+        vocab_size=task.tokenizer.vocab_size,
+        max_positions=256,
+        eos_id=task.tokenizer.eos_id,
+        pad_id=task.tokenizer.pad_id,
+    )
     model = build_causal_lm(architecture, seed=0)
     weights = PolicyWeights(PolicyVersion(0), to_safetensors(model))
     made = Decoder(
-        model, num_slots=num_slots, max_context=224, temperature=1.0, top_p=1.0, rule=CandidateRule(4, 4, "tail"),
-        seed=0, eos_id=NO_EOS,
-    )  # fmt: skip
+        model,
+        num_slots=num_slots,
+        max_context=224,
+        temperature=1.0,
+        top_p=1.0,
+        rule=CandidateRule(4, 4, "tail"),
+        seed=0,
+        eos_id=NO_EOS,
+    )
     made.refresh(weights)
     for index in range(num_slots):
         made.admit(SampleRequest(index, task.prompt(index, "train").ids, 200))

@@ -31,10 +31,11 @@ from asyncopd.config import RunConfig, load_config
 from asyncopd.ports import SampleRequest
 from asyncopd.types import PolicyVersion, PolicyWeights, Trajectory
 from asyncopd.worker import run_lanes, work_on_shards
+from flows.roles import score_shards as score
+from flows.roles import train_steps as learn
 from flows.wiring import OpenRun, open_stored_run, rollout_stage
-from flows.work import learn, score
-from storage.open import open_store
 from storage.runs import create_run
+from storage.stores import open_store
 
 WARM_UP_STEPS = 2
 """Left out of every figure: compilation, allocation, and at τ = 2 the filling of the pipeline."""
@@ -55,9 +56,13 @@ class Size:
 
 def _shape(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, head_dim: int) -> dict[str, Any]:
     return {
-        "hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": num_layers,
-        "num_attention_heads": num_heads, "num_key_value_heads": num_heads // 2, "head_dim": head_dim,
-    }  # fmt: skip
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_heads // 2,
+        "head_dim": head_dim,
+    }
 
 
 QWEN3 = Size(_shape(1024, 3072, 28, 16, 128), _shape(2048, 6144, 28, 16, 128), 151_936, 2048, 512, 64, 128)
@@ -111,9 +116,14 @@ def be_role(role: str, root: str, run_id: str, size: Size) -> None:
 def make_model(folder: Path, shape: dict[str, Any], size: Size) -> int:
     """Save a random model. Returns how many of its parameters multiply: all but the input embedding, which is tied."""
     config = AutoConfig.for_model(
-        "qwen3", **shape, vocab_size=size.vocab_size, max_position_embeddings=size.longest + 64,
-        tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        "qwen3",
+        **shape,
+        vocab_size=size.vocab_size,
+        max_position_embeddings=size.longest + 64,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     torch.manual_seed(shape["hidden_size"])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
@@ -133,8 +143,13 @@ def config_of(root: Path, size: Size, max_staleness: int, steps: int) -> RunConf
             "rollout": {"slots": size.slots, "shard_size": size.batch_size // 4, "max_new_tokens": size.longest},
             "score": {"row_capacity": 2 * size.longest},
             "learner": {
-                "num_steps": steps, "batch_size": size.batch_size, "lr": 1e-6, "compute_dtype": "bfloat16",
-                "row_capacity": 2 * size.longest, "rows_per_micro_batch": 1, "checkpoint_every": steps,
+                "num_steps": steps,
+                "batch_size": size.batch_size,
+                "lr": 1e-6,
+                "compute_dtype": "bfloat16",
+                "row_capacity": 2 * size.longest,
+                "rows_per_micro_batch": 1,
+                "checkpoint_every": steps,
             },
             "staleness": {"max_staleness": max_staleness},
             "evaluate": {"every": 0},
@@ -142,7 +157,7 @@ def config_of(root: Path, size: Size, max_staleness: int, steps: int) -> RunConf
             "limits": {"lease_s": 120, "heartbeat_s": 5},
         },
         {},
-    )  # fmt: skip
+    )
 
 
 def measure(root: Path, size: Size, tiny: bool, max_staleness: int, steps: int) -> tuple[float, float, float]:
@@ -200,8 +215,9 @@ def main() -> None:
                 mfu = 6 * num_parameters * learner_rate / (arguments.peak_tflops * 1e12)
                 print(
                     f"round {number + 1}, τ={tau}: {rate:,.0f} trained tokens/s; learner {learner_rate:,.0f} tokens/s "
-                    f"in its steps, MFU {mfu:.1%}; largest staleness {largest}", flush=True,
-                )  # fmt: skip
+                    f"in its steps, MFU {mfu:.1%}; largest staleness {largest}",
+                    flush=True,
+                )
     ratios = [after / before for before, after in zip(rates[0], rates[2], strict=True)]
     print(f"τ=2 against τ=0, medians: {statistics.median(ratios):.2f} times the trained tokens/s")
 

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from asyncopd.modeling import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.tasks.walk import WalkTask
@@ -45,9 +45,16 @@ async def tokens_per_cpu_s(*, in_flight_updates: bool, num_prompts: int, tokens:
     model = build_causal_lm(architecture, seed=0)
     body = to_safetensors(model)
     sampler = HfSampler(
-        model, slots=slots, max_context=256, eos_id=NO_EOS, seed=0, head=4, num_draws=4, law="tail",
+        model,
+        slots=slots,
+        max_context=256,
+        eos_id=NO_EOS,
+        seed=0,
+        head=4,
+        num_draws=4,
+        law="tail",
         in_flight_updates=in_flight_updates,
-    )  # fmt: skip
+    )
     await sampler.refresh(PolicyWeights(PolicyVersion(0), body))
     lengths = [len(task.demonstration(index, "train").response_ids) for index in range(num_prompts)]
     requests = [SampleRequest(i, task.prompt(i, "train").ids, length) for i, length in enumerate(lengths)]

@@ -14,12 +14,12 @@ import numpy as np
 from asyncopd.config import load_config
 from asyncopd.types import Candidates, IndexRange, PolicyVersion, PolicyWeights, TeacherScores, TrainStep, Trajectory
 from asyncopd.types import VersionRun as Run
-from storage.audit import audit_run
-from storage.collect import collect_run
 from storage.compact import compact_run
-from storage.open import open_store
+from storage.maintain.audit import audit_run
+from storage.maintain.collect import collect_run
 from storage.run_log import StoredRunLog
 from storage.runs import create_run
+from storage.stores import open_store
 
 WEIGHTS_BYTES = 300_000
 """Of the quickstart's student."""
@@ -35,22 +35,40 @@ def trajectory(index: int, rng: np.random.Generator) -> tuple[Trajectory, Teache
         ids[:, head], logprobs[:, head], logprobs[:, 8].copy(), ids[:, draws], logprobs[:, draws], "tail"
     )
     made = Trajectory(
-        index, f"q{index}", ids[:, 9][:4].copy(), ids[:, 8].copy(), logprobs[:, 9].copy(), (Run(0, tokens),), "stop",
+        index,
+        f"q{index}",
+        ids[:, 9][:4].copy(),
+        ids[:, 8].copy(),
+        logprobs[:, 9].copy(),
+        (Run(0, tokens),),
+        "stop",
         candidates,
-    )  # fmt: skip
+    )
     scores = TeacherScores(
-        index, "oracle", "d", 1.0, logprobs[:, 0].copy(), ids[:, none], logprobs[:, none], logprobs[:, head],
-        logprobs[:, draws], ids[:, none], logprobs[:, none],
-    )  # fmt: skip
+        index,
+        "oracle",
+        "d",
+        1.0,
+        logprobs[:, 0].copy(),
+        ids[:, none],
+        logprobs[:, none],
+        logprobs[:, head],
+        logprobs[:, draws],
+        ids[:, none],
+        logprobs[:, none],
+    )
     return made, scores
 
 
 def make_run(root: str, run_id: str, *, num_steps: int, batch_size: int, shard_size: int) -> StoredRunLog:
     rng = np.random.default_rng(0)
     config = load_config(
-        {"learner": {"num_steps": num_steps, "batch_size": batch_size}, "rollout": {"shard_size": shard_size},
-         "evaluate": {"every": 0}}
-    )  # fmt: skip
+        {
+            "learner": {"num_steps": num_steps, "batch_size": batch_size},
+            "rollout": {"shard_size": shard_size},
+            "evaluate": {"every": 0},
+        }
+    )
     log = create_run(open_store(root), run_id, {"config": config.model_dump(mode="json"), "config_hash": "x"})
     log.publish_architecture({"config.json": b"{}"})
     log.publish_policy(PolicyWeights(PolicyVersion(0), rng.bytes(WEIGHTS_BYTES)), worker="w", facts={})
@@ -119,8 +137,10 @@ def main() -> None:
         print(f"  collect of what it replaced {seconds:.2f} s")
         after = (parquet_bytes(log), timed(lambda log=log: read_all(log)), read_random_ms(log))
         for name, ((num_objects, size), all_s, one_ms) in (("before", before), ("after", after)):
-            print(f"  {name}: {num_objects} Parquet objects, {size / 1e6:.2f} MB; "
-                  f"all shards in order {all_s:.2f} s, one shard {one_ms:.2f} ms")  # fmt: skip
+            print(
+                f"  {name}: {num_objects} Parquet objects, {size / 1e6:.2f} MB; "
+                f"all shards in order {all_s:.2f} s, one shard {one_ms:.2f} ms"
+            )
         report = audit_run(store, run_id, recheck_s=0)
         print(f"  audit afterwards {report.seconds:.2f} s, {'clean' if report.is_clean else 'NOT CLEAN'}")
 

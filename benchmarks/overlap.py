@@ -22,15 +22,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from asyncopd import stack
 from asyncopd.config import load_config
+from asyncopd.local import stack
+from asyncopd.local.processes import RoleProcesses
+from asyncopd.local.stack import prefect_environment
 from asyncopd.report import summarise
-from asyncopd.roles import RoleProcesses
-from asyncopd.stack import prefect_environment
-from asyncopd.summary import Summary
+from asyncopd.report.summary import Summary
 from flows.train import role_specs
-from storage.open import open_store
 from storage.runs import create_run, find_model
+from storage.stores import open_store
 
 
 async def run_once(root: Path, overrides: dict[str, Any]) -> Summary:
@@ -84,10 +84,17 @@ def main() -> None:
     console.print(_table(results))
     if arguments.root:
         rows = [
-            {"tau": tau, "round": number, "run_id": run.run_id, "tokens_per_s": run.tokens.trained_per_s,
-             "overlap": run.overlap, "staleness": run.staleness.mean_versions}
-            for tau, runs in results.items() for number, run in enumerate(runs)
-        ]  # fmt: skip
+            {
+                "tau": tau,
+                "round": number,
+                "run_id": run.run_id,
+                "tokens_per_s": run.tokens.trained_per_s,
+                "overlap": run.overlap,
+                "staleness": run.staleness.mean_versions,
+            }
+            for tau, runs in results.items()
+            for number, run in enumerate(runs)
+        ]
         (Path(arguments.root) / "results.json").write_text(json.dumps(rows, indent=1))
 
 

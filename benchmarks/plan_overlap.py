@@ -21,9 +21,9 @@ from asyncopd.plan.calibrate import calibrate
 from asyncopd.plan.costs import DecodeCurve, Fleet
 from asyncopd.plan.forecast import assumptions, forecast
 from asyncopd.plan.lengths import Observed
-from storage.open import open_store
 from storage.run_log import StoredRunLog
 from storage.runs import open_run
+from storage.stores import open_store
 
 
 def lengths_of(log: StoredRunLog) -> Observed:
@@ -46,8 +46,17 @@ def main() -> None:
     costs = replace(costs, prefill_token_s=arguments.prefill_token_s, speeds=speeds)
 
     table = Table(title=f"costs of {base.run_id}; predicted with its lengths / with each run's own")
-    for heading in ("τ", "mean tokens", "ratio measured", "ratio predicted", "off by", "overlap measured", "predicted",
-                    "staleness measured", "predicted"):  # fmt: skip
+    for heading in (
+        "τ",
+        "mean tokens",
+        "ratio measured",
+        "ratio predicted",
+        "off by",
+        "overlap measured",
+        "predicted",
+        "staleness measured",
+        "predicted",
+    ):
         table.add_column(heading, justify="right")
     fleet = Fleet(1, 1, 1)
     at_zero = forecast(work, costs, fleet, 0).tokens_per_s

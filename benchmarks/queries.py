@@ -23,12 +23,11 @@ from pathlib import Path
 
 from query_log import LogSize, write_log
 
-from storage.catalog.query_process import QueryLimits
-from storage.catalog.sandbox import Sandbox
+from storage.catalog.sandbox import QueryLimits, Sandbox
 from storage.catalog.snapshot import Catalog
 from storage.catalog.stored_queries import stored_queries
-from storage.open import open_store
 from storage.runs import list_runs
+from storage.stores import open_store
 
 COLD = ("effective_sample_size", "kl_by_position")
 """Stored queries timed as commands: one that reads no shard, and one that reads every token."""

@@ -24,9 +24,9 @@ from asyncopd.types import (
     Trajectory,
     VersionRun,
 )
-from storage.objects import ObjectStore
 from storage.run_log import StoredRunLog
 from storage.runs import create_run
+from storage.stores.base import ObjectStore
 
 START = 1_790_000_000.0
 HEAD, DRAWS, TOPK = 4, 4, 8
@@ -91,9 +91,13 @@ def _shard(log: StoredRunLog, shard: IndexRange, version: int, size: LogSize, rn
         count = int(stop - start)
         is_split = version > 0 and count > 20
         candidates = Candidates(
-            head_TK[rows], at(student_TV, head_TK, 1)[rows], tail_T[rows], draws_TN[rows],
-            at(student_TV, draws_TN, 1)[rows], "policy",
-        )  # fmt: skip
+            head_TK[rows],
+            at(student_TV, head_TK, 1)[rows],
+            tail_T[rows],
+            draws_TN[rows],
+            at(student_TV, draws_TN, 1)[rows],
+            "policy",
+        )
         trajectories.append(
             Trajectory(
                 index=index,

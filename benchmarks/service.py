@@ -197,23 +197,33 @@ def report(alone: list[Stretch], loaded: list[Stretch], asked: argparse.Namespac
     num_events = sum(sum(load.events) for load in loads)
     spread = max(max(load.events) - min(load.events) for load in loads)
     num_bytes = sum(load.num_bytes for load in loads)
-    print(f"{num_events} events ({num_bytes / 2**20:.0f} MiB) to {asked.clients} streams, each within {spread} of the "
-          f"others; the run has {num_steps} steps")  # fmt: skip
+    print(
+        f"{num_events} events ({num_bytes / 2**20:.0f} MiB) to {asked.clients} streams, each within {spread} of the "
+        f"others; the run has {num_steps} steps"
+    )
     print(f"the service's event loop was kept from a timer for at most {1000 * max(p.gap_s for p in loaded):.0f} ms")
-    print(f"training with clients takes {ratio:.3f} times as long as without: geometric mean, standard error "
-          f"{100 * error:.1f} % (pairs: {', '.join(f'{math.exp(log):.2f}' for log in logs)})")  # fmt: skip
+    print(
+        f"training with clients takes {ratio:.3f} times as long as without: geometric mean, standard error "
+        f"{100 * error:.1f} % (pairs: {', '.join(f'{math.exp(log):.2f}' for log in logs)})"
+    )
     for name, parts in (("with", loaded), ("without", alone)):
         training = statistics.mean(part.training_cpu for part in parts)
         service = statistics.mean(part.service_cpu for part in parts)
         queued = statistics.mean(part.training_queued for part in parts)
-        print(f"cores used {name} clients: training {training:.2f} ({queued:.2f} threads wait for one), "
-              f"service {service:.2f}")  # fmt: skip
+        print(
+            f"cores used {name} clients: training {training:.2f} ({queued:.2f} threads wait for one), "
+            f"service {service:.2f}"
+        )
     print(f"cores used by the clients themselves: {sum(load.cpu_s for load in loads) / seconds:.2f}")
     late = [1000 * late_s for part in alone for late_s in part.late_s]
-    print(f"without clients, sleeps of 10 ms in an idle process end late by p50 {np.median(late):.0f} ms, p99 "
-          f"{np.percentile(late, 99):.0f} ms, at most {max(late):.0f} ms")  # fmt: skip
-    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; failures: "
-          f"{sorted({f for load in loads for f in load.failures}) or 'none'}")  # fmt: skip
+    print(
+        f"without clients, sleeps of 10 ms in an idle process end late by p50 {np.median(late):.0f} ms, p99 "
+        f"{np.percentile(late, 99):.0f} ms, at most {max(late):.0f} ms"
+    )
+    print(
+        f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; failures: "
+        f"{sorted({f for load in loads for f in load.failures}) or 'none'}"
+    )
 
 
 if __name__ == "__main__":

@@ -12,9 +12,18 @@ from typing import Any
 
 import psutil
 
-PATHS = ("/v1/runs", "/v1/runs/{}", "/v1/runs/{}/metrics", "/v1/runs/{}/staleness", "/v1/runs/{}/timeline",
-         "/v1/runs/{}/throughput", "/v1/runs/{}/events", "/v1/runs/{}/trajectories", "/v1/runs/{}/evals",
-         "/v1/runs/{}/policies")  # fmt: skip
+PATHS = (
+    "/v1/runs",
+    "/v1/runs/{}",
+    "/v1/runs/{}/metrics",
+    "/v1/runs/{}/staleness",
+    "/v1/runs/{}/timeline",
+    "/v1/runs/{}/throughput",
+    "/v1/runs/{}/events",
+    "/v1/runs/{}/trajectories",
+    "/v1/runs/{}/evals",
+    "/v1/runs/{}/policies",
+)
 _ID = b"\nid: "
 
 

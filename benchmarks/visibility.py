@@ -21,9 +21,9 @@ from collections import defaultdict
 import numpy as np
 
 from asyncopd.types import PolicyVersion, PolicyWeights
-from storage.open import open_store
 from storage.run_log import StoredRunLog
 from storage.runs import create_run, open_run
+from storage.stores import open_store
 
 POLICY_BYTES = 300_000
 """The quickstart's student."""

@@ -20,19 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from asyncopd.config.vllm import VllmEngine, VllmSampling
-from asyncopd.modeling import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.config.engines import VllmEngine, VllmSampling
+from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
 from asyncopd.ports import Sampler, SampleRequest, Scorer, ScoreRequest
 from asyncopd.rollout.hf import HfSampler
-from asyncopd.rollout.vllm.sampler import VllmSampler
 from asyncopd.teacher.hf import HfScorer
 from asyncopd.teacher.prompt_logprobs import MAX_FULL_VOCABULARY
-from asyncopd.teacher.vllm import VllmScorer
 from asyncopd.types import PolicyVersion, PolicyWeights, Trajectory
-from asyncopd.vllm_folder import ModelFolder
-from storage.open import open_store
+from asyncopd.vllm.model_folder import ModelFolder
+from asyncopd.vllm.sampler import VllmSampler
+from asyncopd.vllm.scorer import VllmScorer
 from storage.run_log import StoredRunLog
 from storage.runs import create_run
+from storage.stores import open_store
 
 EOS_ID, MAX_CONTEXT = 1, 200
 HEAD, NUM_DRAWS = 4, 4
@@ -124,14 +124,21 @@ async def scored(
     prefill = ScoreRequest(top_k=HEAD, num_teacher_draws=NUM_DRAWS, temperature=1.0, seed=0)
     rate = await scored_rate(hf, plain, prefill, rounds, "hf prefill pass for candidates")
     for_both = 1 / (1 / rates["vllm without"] + 1 / rate)
-    show("vllm tokens/s: without, with candidates, with the fallback's prefill pass",
-         [round(rates["vllm without"]), round(rates["vllm with"]), round(for_both)])  # fmt: skip
+    show(
+        "vllm tokens/s: without, with candidates, with the fallback's prefill pass",
+        [round(rates["vllm without"]), round(rates["vllm with"]), round(for_both)],
+    )
     folder = ModelFolder(len(body))
     folder.write(architecture, body)
     vllm = VllmScorer(
-        str(folder.path), name="t", tokenizer_digest="t", vocab_size=architecture["vocab_size"],
-        max_context=MAX_CONTEXT, settings=VllmEngine(**CPU), owned_folder=folder,
-    )  # fmt: skip
+        str(folder.path),
+        name="t",
+        tokenizer_digest="t",
+        vocab_size=architecture["vocab_size"],
+        max_context=MAX_CONTEXT,
+        settings=VllmEngine(**CPU),
+        owned_folder=folder,
+    )
     for name, scorer in (("hf", hf), ("vllm", vllm)):
         if name == "hf" or architecture["vocab_size"] <= MAX_FULL_VOCABULARY:
             await scored_rate(scorer, made, request, rounds, f"{name} scored at candidates")
@@ -160,10 +167,13 @@ def _without_candidates(trajectory: Trajectory) -> Trajectory:
     empty = empty_ids.astype(np.float32)
     fields = vars(trajectory) | {
         "candidates": type(trajectory.candidates)(
-            head_ids_TK=empty_ids, head_logprobs_TK=empty, draw_ids_TN=empty_ids, draw_logprobs_TN=empty,
+            head_ids_TK=empty_ids,
+            head_logprobs_TK=empty,
+            draw_ids_TN=empty_ids,
+            draw_logprobs_TN=empty,
             tail_logmass_T=np.zeros(len(empty), np.float32),
         )
-    }  # fmt: skip
+    }
     return Trajectory(**fields)
 
 
@@ -178,11 +188,16 @@ async def main() -> None:
     num_layers, hidden_size = SHAPES[arguments.shape]
     model = build_causal_lm(
         architecture_of_size(
-            num_layers=num_layers, hidden_size=hidden_size, num_heads=2, vocab_size=arguments.vocab_size,
-            max_positions=256, eos_id=EOS_ID, pad_id=0,
+            num_layers=num_layers,
+            hidden_size=hidden_size,
+            num_heads=2,
+            vocab_size=arguments.vocab_size,
+            max_positions=256,
+            eos_id=EOS_ID,
+            pad_id=0,
         ),
         seed=0,
-    )  # fmt: skip
+    )
     show("shape", f"{arguments.shape}, {arguments.vocab_size} ids; load {os.getloadavg()[0]:.1f}")
     await measure(model.config.to_dict(), to_safetensors(model), arguments.count, arguments.rounds)
     show("load", round(os.getloadavg()[0], 1))

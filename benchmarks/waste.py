@@ -28,9 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from asyncopd.config import load_config
-from asyncopd.evaluate.stage import versions_to_evaluate
+from asyncopd.evaluate import versions_to_evaluate
 from asyncopd.report import summarise
 from asyncopd.worker import run_lanes, work_on_shards
+from flows.roles import make_model
 from flows.wiring import (
     OpenRun,
     evaluate_stage,
@@ -40,10 +41,9 @@ from flows.wiring import (
     rollout_stage,
     score_stage,
 )
-from flows.work import make_model
-from storage.ledger import ledger_of
-from storage.open import open_store
+from storage.maintain.ledger import ledger_of
 from storage.runs import create_run
+from storage.stores import open_store
 
 MODES: dict[str, dict[str, Any]] = {
     "index": {},

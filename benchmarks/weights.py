@@ -35,17 +35,17 @@ from transformers import PreTrainedModel
 from asyncopd.config import load_config
 from asyncopd.config.losses import HeadTailConfig
 from asyncopd.learner.student import Student
-from asyncopd.losses.estimators import build_estimator
-from asyncopd.modeling import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.losses.build import build_estimator
+from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
 from asyncopd.ports import SampleRequest, Scorer, ScoreRequest
 from asyncopd.rollout.hf import HfSampler
-from asyncopd.study.warm_start import warm_start
+from asyncopd.study.worlds import warm_start
 from asyncopd.tasks.walk import WalkTask
 from asyncopd.teacher.hf import HfScorer
 from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory
-from storage.open import open_store
 from storage.run_log import StoredRunLog
 from storage.runs import create_run
+from storage.stores import open_store
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -72,9 +72,15 @@ class World:
 def random_world(num_layers: int, hidden_size: int, vocab_size: int) -> World:
     """A random-weight Qwen3 shape with random prompts; another seed is the teacher."""
     architecture = architecture_of_size(
-        num_layers=num_layers, hidden_size=hidden_size, num_heads=8, vocab_size=vocab_size, max_positions=128,
-        eos_id=1, pad_id=0, model_type="qwen3",
-    )  # fmt: skip
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=8,
+        vocab_size=vocab_size,
+        max_positions=128,
+        eos_id=1,
+        pad_id=0,
+        model_type="qwen3",
+    )
     model, sampled, teacher = (build_causal_lm(architecture, seed=seed) for seed in (0, 0, 1))
 
     def prompt(index: int) -> np.ndarray:
@@ -173,14 +179,29 @@ def overwrite_bytes(before: bytes, after: bytes, dtype: Dtype) -> int:
 async def train(world: World, ways: Ways, *, lr: float, num_steps: int, sampled_dtype: Dtype) -> dict[str, list[float]]:
     """Train and publish; returns the metrics of every step."""
     student = Student(
-        world.model, build_estimator(LOSS), Accelerator(cpu=True), lr=lr, warmup_steps=5 if world.task else 0,
-        num_steps=num_steps, schedule="constant", weight_decay=0.0, grad_clip=1.0,
-        row_capacity=64 if world.task is None else 128, rows_per_micro_batch=32, temperature=1.0,
-    )  # fmt: skip
+        world.model,
+        build_estimator(LOSS),
+        Accelerator(cpu=True),
+        lr=lr,
+        warmup_steps=5 if world.task else 0,
+        num_steps=num_steps,
+        schedule="constant",
+        weight_decay=0.0,
+        grad_clip=1.0,
+        row_capacity=64 if world.task is None else 128,
+        rows_per_micro_batch=32,
+        temperature=1.0,
+    )
     sampler = HfSampler(
-        world.sampled, slots=world.batch_size, max_context=16 + world.max_new_tokens, eos_id=world.eos_id, seed=0,
-        head=LOSS.head, num_draws=LOSS.num_draws, law="tail",
-    )  # fmt: skip
+        world.sampled,
+        slots=world.batch_size,
+        max_context=16 + world.max_new_tokens,
+        eos_id=world.eos_id,
+        seed=0,
+        head=LOSS.head,
+        num_draws=LOSS.num_draws,
+        law="tail",
+    )
     metrics: dict[str, list[float]] = defaultdict(list)
     before = {dtype: to_safetensors(world.model, torch_dtype) for dtype, torch_dtype in DTYPES.items()}
     ways.publish(0, before, before)
@@ -216,9 +237,16 @@ async def accuracy(task: WalkTask, sampler: HfSampler, max_new_tokens: int, num_
 def table(ways: Ways, title: str) -> Table:
     shown = Table(title=title)
     for heading in (
-        "published", "kind", "bytes/version", "of full", "changed", "overwrite bytes", "publish ms", "follow ms",
+        "published",
+        "kind",
+        "bytes/version",
+        "of full",
+        "changed",
+        "overwrite bytes",
+        "publish ms",
+        "follow ms",
         "join ms",
-    ):  # fmt: skip
+    ):
         shown.add_column(heading, justify="right")
     for (dtype, kind), figures in ways.figures.items():
         full = median(ways.figures[dtype, "full"]["bytes"])

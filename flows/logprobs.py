@@ -13,7 +13,7 @@ import json
 import sys
 
 from asyncopd.errors import AsyncOPDError, ObjectMissingError
-from asyncopd.modeling import load_safetensors
+from asyncopd.models.causal_lm import load_safetensors
 from asyncopd.ports import ScoreRequest
 from asyncopd.teacher.hf import HfScorer
 from asyncopd.types import Trajectory

@@ -14,12 +14,12 @@ from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
-from asyncopd.cli_maintain import collected, find_run
-from storage.audit import GRACE_S, audit_run
-from storage.collect import collect_run
+from asyncopd.cli.maintain import collected, find_run
 from storage.compact import compact_run
-from storage.findings import to_text
-from storage.open import open_store
+from storage.maintain.audit import GRACE_S, audit_run
+from storage.maintain.collect import collect_run
+from storage.maintain.findings import to_text
+from storage.stores import open_store
 
 
 @flow(name="maintain", flow_run_name="{action}-{run_id}")

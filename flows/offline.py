@@ -23,11 +23,9 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from asyncopd.config import parse_override
-from asyncopd.config.backfill import Backfill
-from asyncopd.config.replay import Replay, first_step
-from asyncopd.counterfactual import Cell, check_defined, settings_of
+from asyncopd.config.requests import Backfill, Replay, first_step
 from asyncopd.errors import AsyncOPDError
-from asyncopd.offline_checks import num_trained, replay_of, steps_from
+from asyncopd.local.processes import home, watch_parent
 from asyncopd.replay_text import (
     comparison_markdown,
     comparison_table,
@@ -35,12 +33,13 @@ from asyncopd.replay_text import (
     counterfactual_note,
     counterfactual_table,
 )
-from asyncopd.supervise import home, watch_parent
-from flows.offline_backfill import run_backfill
-from flows.offline_counterfactual import log_of, run_cells, start_version
+from asyncopd.study.counterfactual import Cell, check_defined, settings_of
+from flows.backfill import run_backfill
+from flows.compare import log_of, run_cells, start_version
 from flows.offline_replay import Replayed, evaluate_replay, open_replay, outcomes, train_replay
 from flows.wiring import OpenRun, open_stored_run
-from storage.open import open_store
+from storage.replay import num_trained, replay_of, steps_from
+from storage.stores import open_store
 
 STOPPED_BY_USER, STOPPED = 130, 143
 
@@ -91,10 +90,14 @@ async def replay(arguments: argparse.Namespace, console: Console) -> None:
     """`asyncopd replay`: one replay, or one per arm of a comparison."""
     parent = open_stored_run(arguments.root, arguments.run_id)
     base, arms = replay_of(
-        arguments.run_id, parent.config, num_steps=num_trained(parent.log),
-        steps=steps_from(arguments.steps, arguments.from_version), start=arguments.start,
-        overrides=arguments.overrides, compare=arguments.compare,
-    )  # fmt: skip
+        arguments.run_id,
+        parent.config,
+        num_steps=num_trained(parent.log),
+        steps=steps_from(arguments.steps, arguments.from_version),
+        start=arguments.start,
+        overrides=arguments.overrides,
+        compare=arguments.compare,
+    )
     if not arms:
         await _one(parent, base, arguments, console)
         return

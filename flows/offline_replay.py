@@ -17,16 +17,14 @@ from functools import partial
 from rich.console import Console
 
 from asyncopd import __version__
-from asyncopd.bars import Advance, bar
-from asyncopd.config.replay import Replay, first_step, parent_version
-from asyncopd.evaluate.paired import Outcome, outcome_of
-from asyncopd.evaluate.stage import versions_to_evaluate
-from asyncopd.learner.replay import find_version, publish_start, train_to
+from asyncopd.config.requests import Replay, first_step, parent_version
+from asyncopd.evaluate import Outcome, outcome_of, versions_to_evaluate
+from asyncopd.learner.restore import find_version, publish_start, train_to
 from asyncopd.learner.stage import LearnStage
-from asyncopd.replay_scores import read_step, resolved_replay
+from asyncopd.local.console import Advance, bar
 from asyncopd.worker import Worker
 from flows.wiring import OpenRun, evaluate_stage, open_stored_run, student_of, student_skeleton
-from storage.replay_log import ReplayLog
+from storage.replay import ReplayLog, read_step, resolved_replay
 from storage.runs import create_run, list_runs
 
 
@@ -51,9 +49,7 @@ def open_replay(parent: OpenRun, replay: Replay, *, root: str) -> tuple[OpenRun,
         ConfigError: settings or a log that the replay cannot work with; nothing is created then.
     """
     find_version(parent.log, replay.first_version)
-    resolved, config = resolved_replay(
-        parent.log, parent.config, replay, vocab_size=parent.task.tokenizer.vocab_size
-    )
+    resolved, config = resolved_replay(parent.log, parent.config, replay, vocab_size=parent.task.tokenizer.vocab_size)
     if resolved.child_id in list_runs(parent.store):
         # With the configuration it was made with, whatever defaults have changed since.
         return open_stored_run(root, resolved.child_id), resolved

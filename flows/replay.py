@@ -14,7 +14,7 @@ from typing import Any, Literal
 from prefect import flow, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
 
-from asyncopd.cli_replay import offline_command
+from asyncopd.cli.replay import offline_command
 from asyncopd.errors import RoleFailedError
 
 

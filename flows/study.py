@@ -13,9 +13,9 @@ from typing import Literal
 from prefect import flow, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
 
-from asyncopd.cli_study import study_command
+from asyncopd.cli.study import study_command
 from asyncopd.errors import RoleFailedError
-from storage.open import open_store
+from storage.stores import open_store
 
 
 @flow(name="study", flow_run_name="study-{kind}")

@@ -32,21 +32,20 @@ from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled
 
 from asyncopd import __version__
+from asyncopd.cli.progress import is_finished
 from asyncopd.config import RunConfig, TinyModel, load_config
-from asyncopd.config.changes import safe_changes
+from asyncopd.config.resume import safe_changes
 from asyncopd.errors import ConfigError
-from asyncopd.progress import is_finished
+from asyncopd.local.processes import TERMINATE_GRACE_S, RoleProcesses, RoleSpec, home, record_process
+from asyncopd.local.stack import prefect_environment
 from asyncopd.report import write_report
-from asyncopd.roles import RoleProcesses, RoleSpec
 from asyncopd.schedule import LEARNER_PLACE
-from asyncopd.stack import prefect_environment
-from asyncopd.supervise import TERMINATE_GRACE_S, home, record_process
 from flows.preflight import preflight
 from storage.launches import LaunchLog
-from storage.open import open_store
 from storage.records import RunStateName
 from storage.run_log import StoredRunLog
 from storage.runs import create_run, find_model, list_runs, open_run
+from storage.stores import open_store
 
 PROGRESS_S = 10.0
 """Between updates of the progress artifact; each costs the server 30–50 ms."""

@@ -23,11 +23,11 @@ from asyncopd.config import (
     TinyModel,
     VllmTeacher,
 )
-from asyncopd.evaluate.stage import EvaluateStage
+from asyncopd.evaluate import EvaluateStage
 from asyncopd.learner.stage import LearnStage
 from asyncopd.learner.student import Student
-from asyncopd.losses.estimators import build_estimator
-from asyncopd.modeling import build_causal_lm, load_causal_lm, load_safetensors
+from asyncopd.losses.build import build_estimator
+from asyncopd.models.causal_lm import build_causal_lm, load_causal_lm, load_safetensors
 from asyncopd.ports import Sampler, Scorer, ScoreRequest, Task
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.rollout.stage import RolloutStage
@@ -39,15 +39,15 @@ from asyncopd.teacher.oracle import OracleScorer
 from asyncopd.teacher.stage import ScoreStage
 from asyncopd.types import DrawLaw
 from asyncopd.worker import Worker
-from flows.wiring_vllm import openai_scorer, vllm_sampler, vllm_scorer
-from storage.objects import ObjectStore
-from storage.open import open_store
+from flows.engines import openai_scorer, vllm_sampler, vllm_scorer
 from storage.run_log import StoredRunLog
 from storage.runs import find_model, open_run, read_model
 from storage.score_cache import StoredScoreCache
+from storage.stores import open_store
+from storage.stores.base import ObjectStore
 
 if TYPE_CHECKING:
-    from asyncopd.rollout.vllm.sampler import VllmSampler
+    from asyncopd.vllm.sampler import VllmSampler
 
 EVALUATION_HEAD = 8
 """Ids per position on which an evaluation sums KL(p‖q) exactly; four draws estimate the rest."""
@@ -132,9 +132,7 @@ def rollout_stage(run: OpenRun, worker: Worker) -> tuple[RolloutStage, Sampler]:
     sampler: HfSampler | VllmSampler
     if config.rollout.engine == "vllm":
         architecture = json.loads(run.log.read_architecture()["config.json"])
-        sampler = vllm_sampler(
-            config, run.task, architecture, head=cached.head, num_draws=cached.num_draws, law=law
-        )
+        sampler = vllm_sampler(config, run.task, architecture, head=cached.head, num_draws=cached.num_draws, law=law)
     else:
         sampler = hf_sampler(
             run,

@@ -13,9 +13,9 @@ from dataclasses import replace
 from asyncopd.errors import ShardCorruptError
 from asyncopd.types import Candidates, IndexRange, Manifest, Trajectory
 from storage.manifests import find_manifest, publish, read_manifest, read_objects, what_to_do
+from storage.parquet import decode_candidates, encode_candidates
 from storage.run_log import StoredRunLog
 from storage.schema import SCHEMA_VERSION
-from storage.shards import decode_candidates, encode_candidates
 
 
 def find_candidates(log: StoredRunLog, name: str, shard: IndexRange) -> Manifest | None:

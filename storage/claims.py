@@ -17,8 +17,8 @@ from typing import Any
 from asyncopd.errors import ShardCorruptError
 from asyncopd.types import IndexRange
 from storage.layout import RunLayout
-from storage.objects import ObjectStore
 from storage.records import Claim, Heartbeat, claim_from_json, from_json, heartbeat_from_json, to_json
+from storage.stores.base import ObjectStore
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,12 @@ import pyarrow.parquet as pq
 
 from asyncopd.errors import ShardCorruptError
 from asyncopd.types import IndexRange, Manifest
-from storage.bodies import REMOVED, REPLACED, ROW_GROUP
 from storage.layout import parse_shard
-from storage.manifests import find_manifest, read_objects, sha256
-from storage.objects import ObjectStore
+from storage.manifests import REMOVED, REPLACED, ROW_GROUP, find_manifest, read_objects, sha256
 from storage.records import manifest_to_json
+from storage.run_view import Snapshot, take_snapshot
 from storage.schema import parquet_options
-from storage.snapshot import Snapshot, take_snapshot
+from storage.stores.base import ObjectStore
 
 MAX_ROWS = 1024
 """Trajectories per merged object: a few MB, which one reader fetches and hashes whole."""

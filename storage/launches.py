@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from storage.layout import check_run_id
-from storage.objects import ObjectStore
 from storage.records import from_json, to_json
+from storage.stores.base import ObjectStore
 
 Wish = Literal["running", "paused", "cancelled"]
 _FOLDER = "service"

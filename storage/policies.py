@@ -1,23 +1,32 @@
-"""Policy versions of one run: published by the learner, fetched by number, polled cheaply."""
+"""Policy versions of one run: published by the learner, fetched by number, polled cheaply.
+
+Reading policy versions that were published as deltas: the cheapest chain that can be read, and never wrong weights.
+
+    version 12 --delta--> 13 --delta--> 14 --delta--> 15
+    full                                              full        a full version every k, beside its delta
+
+A reader goes from the version it holds along the deltas, or starts at a full version on the way, whichever is fewer
+bytes. A delta names its base by number, rewind and sha256. What is missing or corrupt is left out and the next best
+chain is tried; the weights a chain ends in must have the sha256 that the manifest of their version promises.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from asyncopd.errors import StorageError
-from asyncopd.types import PolicyVersion, PolicyWeights
+from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
+from asyncopd.types import Manifest, PolicyVersion, PolicyWeights
 from storage.layout import RunLayout, parse_version
-from storage.lineage import Lineage, possible_rewinds, surviving
-from storage.manifests import find_manifest, publish, read_manifest, sha256
-from storage.objects import ObjectStore
-from storage.policy_chain import PolicyReader, StoredPolicy, chain_facts
+from storage.learner_log import Lineage, possible_rewinds, surviving
+from storage.manifests import find_manifest, publish, read_manifest, read_object, sha256
 from storage.records import to_json
-from storage.weight_delta import encode_delta
+from storage.stores.base import ObjectStore
+from storage.weight_delta import apply_delta, encode_delta
 
 logger = logging.getLogger(__name__)
 
@@ -179,3 +188,210 @@ class PolicyLog:
             if not self.store.exists(self.layout.policy_manifest(version)):
                 return
             self._latest, number = version, version.number
+
+
+@dataclass(frozen=True)
+class StoredPolicy:
+    """What the manifest of one version says about its weights."""
+
+    version: PolicyVersion
+    manifest_key: str
+    manifest: Manifest
+    sha256: str
+    """Of the full weights, however they were published."""
+    full: str | None
+    """Key of the full weights; None when only a delta was published."""
+    delta: str | None
+    base: PolicyVersion | None
+    """What the delta is against; always of a lower number."""
+    base_sha256: str | None
+    is_chained: bool
+    """Was it published by a learner that publishes deltas?"""
+
+    @classmethod
+    def of(cls, version: PolicyVersion, manifest_key: str, manifest: Manifest) -> StoredPolicy:
+        chain = manifest.facts.get("chain")
+        if chain is None:
+            ((key, promise),) = manifest.objects.items()
+            return cls(version, manifest_key, manifest, promise["sha256"], key, None, None, None, False)
+        base = chain["base"]
+        return cls(
+            version=version,
+            manifest_key=manifest_key,
+            manifest=manifest,
+            sha256=chain["weights_sha256"],
+            full=chain["full"],
+            delta=chain["delta"],
+            base=PolicyVersion(base["number"], base["rewind"]) if base else None,
+            base_sha256=base["weights_sha256"] if base else None,
+            is_chained=True,
+        )
+
+    def size_bytes(self, key: str) -> int:
+        return int(self.manifest.objects[key]["size_bytes"])
+
+
+def chain_facts(
+    *,
+    weights_sha256: str,
+    full: str | None,
+    delta: str | None,
+    base: tuple[PolicyVersion, str] | None,
+    num_changed: int | None,
+) -> dict[str, Any]:
+    """The facts that `StoredPolicy.of` reads back.
+
+    Args:
+        full, delta: keys of the objects; one of them at least.
+        base: version and weights' sha256 that the delta is against.
+        num_changed: elements whose bits differ from the version before; None when it is not known.
+    """
+    against = base and {"number": base[0].number, "rewind": base[0].rewind, "weights_sha256": base[1]}
+    chain = {"weights_sha256": weights_sha256, "full": full, "delta": delta, "base": against}
+    return {"chain": chain | {"num_changed": num_changed}}
+
+
+@dataclass(frozen=True)
+class _Route:
+    """One way to a version: full weights, from storage or held, then deltas in order."""
+
+    full: StoredPolicy | None
+    """None: start from the held weights."""
+    deltas: Sequence[StoredPolicy]
+    size_bytes: int
+
+
+class PolicyReader:
+    """Reads the versions of one run and holds the last chained one, so that the next costs one delta."""
+
+    def __init__(self, store: ObjectStore, layout: RunLayout) -> None:
+        self._store, self._layout = store, layout
+        self._lock = threading.Lock()
+        self._held: tuple[StoredPolicy, bytes] | None = None
+
+    def find(self, version: PolicyVersion) -> StoredPolicy | None:
+        """What was published as `version`; None when nothing was."""
+        key = self._layout.policy_manifest(version)
+        manifest = find_manifest(self._store, key)
+        return None if manifest is None else StoredPolicy.of(version, key, manifest)
+
+    def read(self, version: PolicyVersion) -> PolicyWeights:
+        """The weights of a version; see `PolicyLog.read_policy`."""
+        key = self._layout.policy_manifest(version)
+        target = StoredPolicy.of(version, key, read_manifest(self._store, key))
+        with self._lock:
+            held = self._held
+        broken: dict[str, StorageError] = {}
+        while True:
+            route = self._route(target, held, broken)
+            if route is None:
+                raise _unreadable(target, broken)
+            body = self._follow(route, target, held, broken)
+            if body is not None:
+                break
+        if broken:
+            logger.warning("version %d: read another way, %d bytes", version.number, route.size_bytes)
+        if target.is_chained:
+            with self._lock:
+                self._held = target, body
+        return PolicyWeights(version=version, safetensors=body)
+
+    # -- routes ---------------------------------------------------------------------------------------------------
+    def _route(
+        self, target: StoredPolicy, held: tuple[StoredPolicy, bytes] | None, broken: dict[str, StorageError]
+    ) -> _Route | None:
+        """The way to `target` with the fewest bytes that uses no key of `broken`; adds to `broken` what it finds."""
+        best: _Route | None = None
+        deltas: list[StoredPolicy] = []
+        size = 0
+        at = target
+        while best is None or size < best.size_bytes:
+            if held is not None and (held[0].version, held[0].sha256) == (at.version, at.sha256):
+                return _Route(None, deltas, size)
+            full = self._full(at, broken)
+            if full is not None and full.full is not None:
+                found = _Route(full, deltas, size + full.size_bytes(full.full))
+                best = found if best is None or found.size_bytes < best.size_bytes else best
+            base = self._base(at, broken)
+            if base is None or at.delta is None:
+                break
+            deltas = [at, *deltas]
+            size += at.size_bytes(at.delta)
+            at = base
+        return best
+
+    def _full(self, at: StoredPolicy, broken: dict[str, StorageError]) -> StoredPolicy | None:
+        """Where full weights of a version are: published with it, or, when its chain broke, as a copy on request."""
+        if at.full is not None and at.full not in broken:
+            return at
+        if not broken:
+            return None
+        key = self._layout.policy_full_copy(at.version)
+        manifest = find_manifest(self._store, key)
+        if manifest is None:
+            return None
+        copy = StoredPolicy.of(at.version, key, manifest)
+        return copy if copy.sha256 == at.sha256 and copy.full not in broken else None
+
+    def _base(self, at: StoredPolicy, broken: dict[str, StorageError]) -> StoredPolicy | None:
+        """The version before `at` in its chain; None when there is none, or none that fits."""
+        if at.delta is None or at.base is None or at.delta in broken:
+            return None
+        base = self.find(at.base) if at.base.number < at.version.number else None
+        if base is not None and base.sha256 == at.base_sha256:
+            return base
+        found = "does not exist" if base is None else f"has weights {base.sha256[:12]}"
+        broken[at.delta] = ShardCorruptError(
+            f"{at.delta} is against version {at.base.number} of rewind {at.base.rewind} with weights "
+            f"{str(at.base_sha256)[:12]}, which {found}; a delta fits its own base only."
+        )
+        return None
+
+    def _follow(
+        self,
+        route: _Route,
+        target: StoredPolicy,
+        held: tuple[StoredPolicy, bytes] | None,
+        broken: dict[str, StorageError],
+    ) -> bytes | None:
+        """The weights at the end of `route`; None when something on the way is not as promised, now in `broken`."""
+        reading = ""
+        try:
+            if route.full is not None:
+                reading = route.full.full or ""
+                body = read_object(self._store, route.full.manifest_key, route.full.manifest, reading)
+            else:
+                assert held is not None
+                body = held[1]
+            if not route.deltas:
+                return body
+            changed = bytearray(body)
+            for step in route.deltas:
+                reading = step.delta or ""
+                apply_delta(changed, read_object(self._store, step.manifest_key, step.manifest, reading))
+        except (ObjectMissingError, ShardCorruptError) as error:
+            if target.is_chained:
+                logger.warning("%s", error)
+            broken[reading] = error
+            return None
+        body = bytes(changed)
+        if (found := sha256(body)) == target.sha256:
+            return body
+        # Every delta has its promised bytes, so they cannot be told apart: none of this chain is used again.
+        wrong = ShardCorruptError(
+            f"version {target.version.number}: the chain of {len(route.deltas)} deltas ends in weights {found[:12]}, "
+            f"the manifest expects {target.sha256[:12]}."
+        )
+        logger.warning("%s Looking for another way.", wrong)
+        broken |= {step.delta: wrong for step in route.deltas if step.delta is not None}
+        return None
+
+
+def _unreadable(target: StoredPolicy, broken: dict[str, StorageError]) -> StorageError:
+    first = next(iter(broken.values()))
+    if not target.is_chained:
+        return first
+    advice = (
+        "The next full version can be read again; a learner that runs makes a full copy when a sampler asks for one."
+    )
+    return type(first)(f"version {target.version.number} cannot be read, whatever the way. {first} {advice}")

@@ -2,6 +2,8 @@
 
 Every object carries `schema_version` and, last, the `sha256` of all its bytes before that field, checked on every read.
 NaN is written as null; infinities as "Infinity" and "-Infinity".
+
+Records numbered 1, 2, 3, ... without gaps: each is written once, and one probe finds whether there is a new one.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ import hashlib
 import json
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from asyncopd.arrivals import Arrival
 from asyncopd.errors import ShapeError, ShardCorruptError, StorageError
+from asyncopd.schedule import Arrival
 from asyncopd.types import Evaluation, IndexRange, IndexSet, Manifest, PolicyVersion, Span, TrainStep
+from storage.stores.base import ObjectStore
 
 T = TypeVar("T")
 
@@ -374,3 +378,29 @@ def _corrupt(key: str, body: bytes, reason: str) -> ShardCorruptError:
         f"{key} is not a readable record: {reason} ({len(body)} bytes, starting {body[:40]!r}). Restore the object, or "
         f"run `asyncopd maintain quarantine {key}`, which sets it aside and says what follows."
     )
+
+
+class NumberedRecords:
+    """An append-only list of small JSON objects with any number of writers. Reads every record once."""
+
+    def __init__(self, store: ObjectStore, key_of: Callable[[int], str]) -> None:
+        self._store, self._key_of = store, key_of
+        self._records: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records so far, oldest first; one request when there is no new one."""
+        with self._lock:
+            while True:
+                key = self._key_of(len(self._records) + 1)
+                body = self._store.find(key)
+                if body is None:
+                    return list(self._records)
+                self._records.append(from_json(body, key, dict))
+
+    def append(self, fields: Mapping[str, Any]) -> int:
+        """Write the next record; returns its number. Several writers get different numbers."""
+        while True:
+            number = len(self.read()) + 1
+            if self._store.put_if_absent(self._key_of(number), to_json(fields)):
+                return number

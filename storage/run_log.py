@@ -1,8 +1,8 @@
 """One Run in storage: the `RunLog` every stage talks to. This file owns shards; the other nouns have their own files.
 
-    rollout --publish_trajectories--> trajectories/ --read--> teacher --publish_scores--> scores/ --read--> learner
-       ^                                                                                                      |
-       +---- latest_policy, read_policy ---- policies/ <----------------- publish_policy, publish_step -------+
+rollout --publish_trajectories--> trajectories/ --read--> teacher --publish_scores--> scores/ --read--> learner
+   ^                                                                                                      |
+   +---- latest_policy, read_policy ---- policies/ <----------------- publish_policy, publish_step -------+
 """
 
 from __future__ import annotations
@@ -13,20 +13,16 @@ from typing import Any
 
 from asyncopd.errors import ObjectMissingError, ShapeError, ShardCorruptError
 from asyncopd.types import IndexRange, Manifest, TeacherScores, Trajectory
-from storage.arrivals import ArrivalLog
-from storage.bodies import ROW_GROUP, ShardBodies
 from storage.claims import ClaimLog
+from storage.events import ArrivalLog, ObservationLog, RunStateLog
 from storage.layout import RunLayout, decode_name, new_attempt, parse_shard
-from storage.learner_log import LearnerLog
-from storage.lineage import Lineage
-from storage.manifests import find_manifest, publish, read_manifest, read_objects, what_to_do
-from storage.objects import ObjectStore
-from storage.observations import ObservationLog
+from storage.learner_log import LearnerLog, Lineage
+from storage.manifests import ROW_GROUP, ShardBodies, find_manifest, publish, read_manifest, read_objects, what_to_do
+from storage.parquet import decode_scores, decode_trajectories, encode_scores, encode_trajectories
 from storage.policies import PolicyLog
 from storage.records import from_json
-from storage.run_states import RunStateLog
 from storage.schema import SCHEMA_VERSION, TopkPrecision
-from storage.shards import decode_scores, decode_trajectories, encode_scores, encode_trajectories
+from storage.stores.base import ObjectStore
 
 
 class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, RunStateLog):

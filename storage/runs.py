@@ -9,11 +9,11 @@ from asyncopd.errors import RunMissingError, StorageError
 from asyncopd.types import Manifest
 from storage.layout import RUNS, RunLayout, model_manifest, model_object, new_attempt
 from storage.manifests import find_manifest, publish, read_manifest, read_objects
-from storage.objects import ObjectStore
 from storage.records import from_json, to_json
-from storage.replay_log import ReplayLog
+from storage.replay import ReplayLog
 from storage.run_log import StoredRunLog
 from storage.schema import TopkPrecision
+from storage.stores.base import ObjectStore
 
 
 def create_run(

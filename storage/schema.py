@@ -89,8 +89,18 @@ SCORE_COLUMNS = (
     Column("teacher_draw_logprobs", _LOGPROBS, "[T·M] log q at teacher_draw_ids, nats."),
 )
 
-_OF_CANDIDATES = ("index", "num_tokens", "head_k", "head_ids", "head_logprobs", "tail_logmass", "num_draws", "draw_ids",
-                  "draw_logprobs", "draw_law")  # fmt: skip
+_OF_CANDIDATES = (
+    "index",
+    "num_tokens",
+    "head_k",
+    "head_ids",
+    "head_logprobs",
+    "tail_logmass",
+    "num_draws",
+    "draw_ids",
+    "draw_logprobs",
+    "draw_law",
+)
 CANDIDATE_COLUMNS = tuple(column for column in TRAJECTORY_COLUMNS if column.name in _OF_CANDIDATES)
 """Of back-filled candidates: the columns that replace the trajectory's own."""
 

@@ -19,9 +19,9 @@ from asyncopd.ports import ScoreRequest
 from asyncopd.types import TeacherScores, Trajectory
 from storage.layout import score_cache_folder, score_cache_manifest, score_cache_object, stem
 from storage.manifests import publish, read_manifest, read_objects
-from storage.objects import ObjectStore
+from storage.parquet import decode_scores, encode_scores
 from storage.schema import SCHEMA_VERSION
-from storage.shards import decode_scores, encode_scores
+from storage.stores.base import ObjectStore
 
 _PACKS_IN_MEMORY = 64
 """Decoded packs kept; neighbouring trajectories of a run lie in the same few."""

@@ -11,11 +11,11 @@ from query_log import LogSize, write_log
 
 from asyncopd.types import ScoredTrajectory
 from storage.catalog.connection import connect
-from storage.catalog.cut import AsOf
-from storage.catalog.relations import mentioned
+from storage.catalog.rows import AsOf
 from storage.catalog.snapshot import Catalog
-from storage.open import open_store
+from storage.catalog.views import mentioned
 from storage.run_log import StoredRunLog
+from storage.stores import open_store
 
 SIZE = LogSize(num_tokens=1500, batch_size=8, shard_size=4, mean_tokens=12)
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from asyncopd.config.vllm import VllmEngine, VllmSampling
-from asyncopd.modeling import architecture_of_size, build_causal_lm
+from asyncopd.config.engines import VllmEngine, VllmSampling
+from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm
 from asyncopd.ports import Sampler, SampleRequest
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.types import Trajectory
@@ -78,7 +78,7 @@ async def sampler_of(engine: str, model: PreTrainedModel, **settings: Any) -> As
 
 
 def vllm_sampler(in_flight: str = "rebuild", **settings: Any) -> Any:
-    from asyncopd.rollout.vllm.sampler import VllmSampler
+    from asyncopd.vllm.sampler import VllmSampler
 
     vllm = VllmSampling.model_validate({**SMALL_CACHE, "in_flight": in_flight})
     return VllmSampler(architecture(), settings=vllm, **settings)

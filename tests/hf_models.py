@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from asyncopd.modeling import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.types import Candidates, PolicyVersion, PolicyWeights, Trajectory, VersionRun

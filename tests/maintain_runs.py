@@ -13,9 +13,9 @@ from asyncopd.config import load_config
 from asyncopd.errors import AsyncOPDError
 from asyncopd.types import IndexRange, PolicyVersion, TrainStep
 from flows.wiring import OpenRun, open_stored_run
-from storage.objects import ObjectStore
 from storage.run_log import StoredRunLog
 from storage.runs import create_run, find_model, open_run, read_model
+from storage.stores.base import ObjectStore
 
 RUN_ID = "small-1"
 

@@ -10,7 +10,7 @@ from typing import Any
 import pipeline
 from rich.console import Console
 
-from asyncopd.config.replay import Replay, parse_settings
+from asyncopd.config.requests import Replay, parse_settings
 from flows.offline_replay import open_replay, train_replay
 from flows.wiring import OpenRun, open_stored_run
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from asyncopd.config import RunConfig, load_config
-from asyncopd.evaluate.stage import versions_to_evaluate
+from asyncopd.evaluate import versions_to_evaluate
 from asyncopd.worker import run_lanes, work_on_shards
+from flows.roles import make_model
 from flows.wiring import (
     OpenRun,
     evaluate_stage,
@@ -19,9 +20,8 @@ from flows.wiring import (
     rollout_stage,
     score_stage,
 )
-from flows.work import make_model
-from storage.open import open_store
 from storage.runs import create_run
+from storage.stores import open_store
 
 SMALL: dict[str, Any] = {
     "name": "small",

@@ -75,9 +75,18 @@ def extracted() -> Path:
         shutil.rmtree(half, ignore_errors=True)
         (debs / "partial").mkdir(parents=True, exist_ok=True)
         download = [
-            "apt-get", "install", "--download-only", "--yes", "--no-install-recommends", "--reinstall",
-            "-o", "Debug::NoLocking=true", "-o", f"Dir::Cache::archives={debs}", *PACKAGES,
-        ]  # fmt: skip
+            "apt-get",
+            "install",
+            "--download-only",
+            "--yes",
+            "--no-install-recommends",
+            "--reinstall",
+            "-o",
+            "Debug::NoLocking=true",
+            "-o",
+            f"Dir::Cache::archives={debs}",
+            *PACKAGES,
+        ]
         result = subprocess.run(download, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(
@@ -115,8 +124,11 @@ def _start(root: Path, folder: Path, stack: contextlib.ExitStack) -> str:
         with (folder / f"{program}.out").open("wb") as output:
             process = subprocess.Popen(
                 [f"{root}/usr/bin/{program}", "-c", str(configuration), "-f", *arguments],
-                env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            )  # fmt: skip
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
         stack.callback(_end, process)
         return process
 
@@ -128,8 +140,11 @@ def _start(root: Path, folder: Path, stack: contextlib.ExitStack) -> str:
     # Debian's own interpreter: the bindings in the packages are built for it.
     subprocess.run(
         ["/usr/bin/python3", f"{root}/usr/bin/ceph", *conf, "--connect-timeout", "30", "osd", "new", osd],
-        env=environment, check=True, capture_output=True, timeout=60,
-    )  # fmt: skip
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
     run("ceph-osd", *conf, "--mkfs", "-i", "0", "--osd-uuid", osd)
     for _ in range(5):
         # As systemd would: it ends with 'wrong fsid' when it asks before the monitor's map has come (1 start in 5).
@@ -143,9 +158,19 @@ def _start(root: Path, folder: Path, stack: contextlib.ExitStack) -> str:
         logs = "\n".join(f"{log.name}: ...{log.read_text()[-1500:]}" for log in folder.glob("*.log"))
         raise RuntimeError(f"{error}\n{logs}") from None
     run(
-        "radosgw-admin", *conf, "user", "create", "--uid", "test", "--display-name", "test",
-        "--access-key", ACCESS_KEY, "--secret-key", SECRET_KEY,
-    )  # fmt: skip
+        "radosgw-admin",
+        *conf,
+        "user",
+        "create",
+        "--uid",
+        "test",
+        "--display-name",
+        "test",
+        "--access-key",
+        ACCESS_KEY,
+        "--secret-key",
+        SECRET_KEY,
+    )
     make_bucket(endpoint)
     return endpoint
 

@@ -55,12 +55,22 @@ class RoleStarter:
         with output:
             process = subprocess.Popen(
                 [
-                    sys.executable, "-m", "asyncopd.cli", "worker", role, self._run.log.run_id,
-                    "--root", self._run.config.storage.root,
+                    sys.executable,
+                    "-m",
+                    "asyncopd.cli",
+                    "worker",
+                    role,
+                    self._run.log.run_id,
+                    "--root",
+                    self._run.config.storage.root,
                 ],
-                cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self.processes.append(process)
         return process
 

@@ -88,9 +88,17 @@ def rclone_server(folder: Path) -> Iterator[str]:
     port = free_port()
     (folder / BUCKET).mkdir(parents=True)
     command = [
-        rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}",
-        "--config", os.devnull, str(folder),
-    ]  # fmt: skip
+        rclone,
+        "serve",
+        "s3",
+        "--addr",
+        f"127.0.0.1:{port}",
+        "--auth-key",
+        f"{ACCESS_KEY},{SECRET_KEY}",
+        "--config",
+        os.devnull,
+        str(folder),
+    ]
     with _server(command, port):
         yield f"http://127.0.0.1:{port}"
 

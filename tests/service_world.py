@@ -25,7 +25,7 @@ from synthetic_run import config_of, new_log, publish_run
 
 from api.main import UVICORN, create_app
 from api.settings import ServiceSettings
-from storage.open import open_store
+from storage.stores import open_store
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DONE, LIVE, RUNS = "walk-done", "walk-live", 6

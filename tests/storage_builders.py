@@ -23,10 +23,10 @@ from asyncopd.types import (
     Trajectory,
     VersionRun,
 )
-from storage.objects import ObjectStore
-from storage.open import open_store
 from storage.run_log import StoredRunLog
 from storage.runs import create_run
+from storage.stores import open_store
+from storage.stores.base import ObjectStore
 
 STORE_KINDS = ("memory", "file", "s3")
 

@@ -19,9 +19,9 @@ from asyncopd.types import (
     Trajectory,
     VersionRun,
 )
-from storage.objects import ObjectStore
 from storage.run_log import StoredRunLog
 from storage.runs import create_run
+from storage.stores.base import ObjectStore
 
 START = 1_700_000_000.0
 """Unix time at which synthetic runs begin."""

@@ -8,9 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncopd.arrivals import Arrival, arrivals_of_step, judge, num_taken
-from asyncopd.open_shards import OpenShards
-from asyncopd.schedule import OnStale, Plan, Seen, staleness_in_force
+from asyncopd.schedule import (
+    Arrival,
+    OnStale,
+    OpenShards,
+    Plan,
+    Seen,
+    arrivals_of_step,
+    judge,
+    num_taken,
+    staleness_in_force,
+)
 from asyncopd.simulate import Durations, Simulation, simulate
 from asyncopd.types import IndexRange
 

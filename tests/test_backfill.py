@@ -16,18 +16,18 @@ import pipeline
 import pytest
 from offline_builders import QUIET, make_run, objects, opened, replayed, weights
 
-from asyncopd.cli_replay import add_replay
-from asyncopd.config.backfill import Backfill
+from asyncopd.cli.replay import add_replay
+from asyncopd.config.requests import Backfill
 from asyncopd.errors import ConfigError, EngineError
-from asyncopd.mixture import mix
-from asyncopd.modeling import load_safetensors, to_safetensors
+from asyncopd.models.causal_lm import load_safetensors, to_safetensors
+from asyncopd.models.sampling import CandidateRule
 from asyncopd.ports import ScoreRequest
 from asyncopd.rollout.candidates import CandidateSource
-from asyncopd.sampling import CandidateRule
-from asyncopd.teacher.backfill import Backfilled
 from asyncopd.teacher.cached import score_through
+from asyncopd.teacher.mixture import mix
+from asyncopd.teacher.stage import Backfilled
 from asyncopd.types import Candidates, VersionRun
-from flows.offline_backfill import run_backfill
+from flows.backfill import run_backfill
 from flows.wiring import OpenRun, open_stored_run, scorer_of, student_skeleton
 from storage.candidates import read_candidates
 from storage.score_cache import StoredScoreCache
@@ -116,9 +116,14 @@ def test_each_token_has_candidates_from_the_version_that_produced_it(run: OpenRu
         behaviour_logprobs_T=at(recorded.response_ids)[:, 0].astype(np.float32),
     )
     source = CandidateSource(
-        student_skeleton(run), weights_by_number.__getitem__,
-        rule=CandidateRule(3, 5, "tail"), temperature=1.0, top_p=1.0, seed=0, row_capacity=128,
-    )  # fmt: skip
+        student_skeleton(run),
+        weights_by_number.__getitem__,
+        rule=CandidateRule(3, 5, "tail"),
+        temperature=1.0,
+        top_p=1.0,
+        seed=0,
+        row_capacity=128,
+    )
     made = source.candidates([trajectory])[trajectory.index]
     assert np.allclose(made.head_logprobs_TK, -np.sort(-rows_TV, axis=1)[:, :3], atol=1e-4)
     assert np.allclose(made.head_logprobs_TK, at(made.head_ids_TK), atol=1e-4)
@@ -141,9 +146,14 @@ def test_policy_draws_start_with_the_emitted_token(run: OpenRun) -> None:
 def test_weights_that_did_not_sample_a_response_are_refused(run: OpenRun) -> None:
     other = to_safetensors(student_skeleton(run))  # the architecture's random initialisation
     source = CandidateSource(
-        student_skeleton(run), lambda number: other,
-        rule=CandidateRule(2, 2, "tail"), temperature=1.0, top_p=1.0, seed=0, row_capacity=128,
-    )  # fmt: skip
+        student_skeleton(run),
+        lambda number: other,
+        rule=CandidateRule(2, 2, "tail"),
+        temperature=1.0,
+        top_p=1.0,
+        seed=0,
+        row_capacity=128,
+    )
     with pytest.raises(EngineError, match="not the weights that sampled it"):
         source.candidates(run.log.read_trajectories(run.log.trajectory_shards()[0]))
 

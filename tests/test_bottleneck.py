@@ -7,9 +7,8 @@ import time
 import pytest
 from storage_builders import make_step, memory_log
 
-from asyncopd.bottleneck import bottleneck
-from asyncopd.busy import WINDOW_S, BusyShare
-from asyncopd.progress import ProgressWatch
+from asyncopd.cli.progress import ProgressWatch, bottleneck
+from asyncopd.worker import WINDOW_S, BusyShare
 
 
 def test_the_role_that_never_waits_is_the_bottleneck() -> None:

@@ -25,12 +25,12 @@ from storage_builders import (
 
 from asyncopd.errors import ObjectMissingError, StorageError
 from asyncopd.types import IndexRange, VersionRun
-from storage.catalog.cut import AsOf
-from storage.catalog.relations import RELATIONS, closure, mentioned
+from storage.catalog.rows import AsOf
 from storage.catalog.snapshot import Catalog
+from storage.catalog.views import RELATIONS, closure, mentioned
 from storage.manifests import publish, quarantine
+from storage.parquet import encode_trajectories
 from storage.run_log import StoredRunLog
-from storage.shards import encode_trajectories
 
 FIRST, SECOND = IndexRange(0, 4), IndexRange(4, 8)
 
@@ -160,8 +160,17 @@ def test_files_of_the_previous_schema_are_read_beside_new_ones(tmp_path: Path) -
 
 def publish_previous_schema(log: StoredRunLog, shard: IndexRange) -> None:
     """What the writer of an older code version left: fewer columns, float16 top-k, no version in the facts."""
-    gone = {"prompt_group", "head_k", "head_ids", "head_logprobs", "tail_logmass", "num_draws", "draw_ids",
-            "draw_logprobs", "draw_law"}  # fmt: skip
+    gone = {
+        "prompt_group",
+        "head_k",
+        "head_ids",
+        "head_logprobs",
+        "tail_logmass",
+        "num_draws",
+        "draw_ids",
+        "draw_logprobs",
+        "draw_law",
+    }
     table = pq.read_table(pa.BufferReader(encode_trajectories(make_trajectories(shard), log.run_id)))
     old = table.drop_columns(sorted(gone)).replace_schema_metadata({"schema_version": "0", "kind": "trajectories"})
     trajectories = pa.BufferOutputStream()
@@ -214,9 +223,11 @@ def test_a_dropped_index_counts_once_and_is_not_trained(tmp_path: Path) -> None:
     log.publish_step(dataclasses.replace(make_step(0), dropped={2: "held too long"}))
     catalog = Catalog(log.store)
     assert ask(catalog, "SELECT index, stage, reason FROM dropped ORDER BY index") == [
-        (0, "rollout", "too long"), (1, "rollout", "no answer"), (2, "learn", "held too long"),
+        (0, "rollout", "too long"),
+        (1, "rollout", "no answer"),
+        (2, "learn", "held too long"),
         (3, "score", "teacher refused"),
-    ]  # fmt: skip
+    ]
     assert ask(catalog, "SELECT index FROM trained_indices ORDER BY 1") == [(0,), (1,), (3,)]
 
 
@@ -275,10 +286,17 @@ def test_wider_scores_of_the_same_teacher_do_not_multiply_tokens_either(tmp_path
     # Scores of back-filled candidates speak of other ids than those the trajectory has, so they are not paired.
     found = ask(catalog, "SELECT source, folder, count(*) FROM candidates GROUP BY ALL ORDER BY source, folder")
     assert {(source, folder) for source, folder, _ in found} == {
-        ("draw", "oracle"), ("draw", "oracle@top8"), ("head", "oracle"), ("head", "oracle@top8"),
-        ("teacher_draw", "oracle"), ("teacher_draw", "oracle@head2"), ("teacher_draw", "oracle@top8"),
-        ("topk", "oracle"), ("topk", "oracle@head2"), ("topk", "oracle@top8"),
-    }  # fmt: skip
+        ("draw", "oracle"),
+        ("draw", "oracle@top8"),
+        ("head", "oracle"),
+        ("head", "oracle@top8"),
+        ("teacher_draw", "oracle"),
+        ("teacher_draw", "oracle@head2"),
+        ("teacher_draw", "oracle@top8"),
+        ("topk", "oracle"),
+        ("topk", "oracle@head2"),
+        ("topk", "oracle@top8"),
+    }
     assert len({count for source, _, count in found if source == "head"}) == 1
     # What a question about the run's own scores does not need is not opened: here it is gone.
     (gone,) = log.find_scores("oracle@top8", FIRST).objects

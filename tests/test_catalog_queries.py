@@ -16,7 +16,7 @@ from storage_builders import fresh_log, fresh_store, make_step, make_trajectorie
 
 from asyncopd.errors import QueryError
 from asyncopd.types import IndexRange, Span
-from storage.catalog.opened import OpenedRun
+from storage.catalog.notebook import OpenedRun
 from storage.catalog.stored_queries import find_query, stored_queries
 from storage.run_log import StoredRunLog
 

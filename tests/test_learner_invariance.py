@@ -11,7 +11,7 @@ from learner_builders import HEAD, NUM_DRAWS, KeepsParameters, accelerator, flat
 from asyncopd.config import losses as c
 from asyncopd.learner.optimize import LogprobModel, MicroBatch, micro_batches, optimizer_step
 from asyncopd.losses import TokenRows, build_estimator
-from asyncopd.packing import PackedTokens, TokenPair, pack, pad
+from asyncopd.models.packing import PackedTokens, TokenPair, pack, pad
 from asyncopd.types import ScoredTrajectory
 
 CONFIGS: dict[str, c.LossConfig] = {

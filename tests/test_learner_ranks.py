@@ -86,9 +86,13 @@ def refused(lengths: tuple[int, ...]) -> list[str]:
 
 def rank_main(rank: int, out: str) -> None:
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
     seen = {(name, split): train(CONFIGS[name], SPLITS[split]) for name in CONFIGS for split in SPLITS}

@@ -92,11 +92,22 @@ async def test_a_non_finite_step_is_recorded_with_its_indices_and_publishes_noth
 
 async def test_every_step_reports_every_promised_metric(tmp_path: Path) -> None:
     promised = {
-        "train/loss_nats", "train/kl_nats", "train/drift_nats", "train/ess_fraction", "train/ratio_p01",
-        "train/ratio_p50", "train/ratio_p99", "train/ratio_max", "train/entropy_nats", "train/grad_norm",
-        "loss/clipped_fraction", "loss/masked_fraction", "loss/truncated_fraction",
-        "loss/support_mass_student", "loss/support_mass_teacher",
-    }  # fmt: skip
+        "train/loss_nats",
+        "train/kl_nats",
+        "train/drift_nats",
+        "train/ess_fraction",
+        "train/ratio_p01",
+        "train/ratio_p50",
+        "train/ratio_p99",
+        "train/ratio_max",
+        "train/entropy_nats",
+        "train/grad_norm",
+        "loss/clipped_fraction",
+        "loss/masked_fraction",
+        "loss/truncated_fraction",
+        "loss/support_mass_student",
+        "loss/support_mass_teacher",
+    }
     losses: list[dict[str, object]] = [{"name": "head_tail"}, {"name": "policy_gradient", "num_draws": 1}]
     for number, loss in enumerate(losses):
         config = frozen(tmp_path / str(number), loss=loss, learner__num_steps=1)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncopd.errors import LedgerError
-from asyncopd.ledger import (
+from asyncopd.types import IndexRange
+from storage.maintain.ledger import (
     STATES,
     Claimed,
     Event,
@@ -25,7 +26,6 @@ from asyncopd.ledger import (
     Trained,
     moved,
 )
-from asyncopd.types import IndexRange
 
 LEGAL: dict[tuple[State | None, Move], State] = {
     (None, "claim"): "claimed",

@@ -12,13 +12,20 @@ from hypothesis import strategies as st
 from losses_world import make_world
 from torch import Tensor
 
-from asyncopd.losses.corrections import Corrected, clip, decoupled, mask, no_correction, truncate
+from asyncopd.losses.corrections import (
+    Corrected,
+    clip,
+    decoupled,
+    harmful_shifts,
+    m2po,
+    mask,
+    no_correction,
+    second_moment_threshold,
+    truncate,
+)
+from asyncopd.losses.divergences import bucket, drop, reverse_kl
 from asyncopd.losses.logspace import MAX_LOG_RATIO, importance_log_ratio, log1mexp, unit_log_ratio
-from asyncopd.losses.m2po import harmful_shifts, m2po, second_moment_threshold
-from asyncopd.losses.policy_gradient import leave_one_out_baseline
-from asyncopd.losses.prefix_weight import prefix_weights
-from asyncopd.losses.reverse_kl import reverse_kl
-from asyncopd.losses.tails import bucket, drop
+from asyncopd.losses.policy_gradient import leave_one_out_baseline, prefix_weights
 
 log_ratios = st.lists(st.floats(-3, 3), min_size=1, max_size=30)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from asyncopd.config import losses as c
 from asyncopd.errors import ConfigError, ShapeError
 from asyncopd.losses import StepContext, TokenRows, build_estimator
-from asyncopd.losses.m2po import second_moment_threshold
+from asyncopd.losses.corrections import second_moment_threshold
 from asyncopd.types import Candidates, ScoredTrajectory, TeacherScores, Trajectory, VersionRun
 
 VOCAB_SIZE = 14

@@ -10,7 +10,7 @@ from maintain_runs import new_log, train
 from storage_builders import fresh_store, make_evaluation, make_scores, make_trajectories, make_weights
 
 from asyncopd.types import IndexRange, PolicyVersion
-from storage.audit import audit_run
+from storage.maintain.audit import audit_run
 from storage.records import manifest_to_json, step_to_json, to_json
 from storage.run_log import StoredRunLog
 

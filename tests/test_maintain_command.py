@@ -16,7 +16,7 @@ from storage_builders import fresh_store
 from asyncopd.cli import main
 from asyncopd.types import IndexRange
 from flows.wiring import open_stored_run
-from storage.audit import audit_run
+from storage.maintain.audit import audit_run
 from storage.run_log import StoredRunLog
 
 
@@ -127,8 +127,11 @@ with prefect_test_harness():
 """
     ended = subprocess.run(
         [sys.executable, "-c", script, log.store.url],
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert "FAILED" in ended.stdout, ended.stderr[-3000:]
     assert f"maintain quarantine {log.layout.step(1, 0)}" in ended.stdout
     assert ended.stdout.rstrip().endswith("COMPLETED")

@@ -24,12 +24,12 @@ from storage_builders import (
 
 from asyncopd.types import IndexRange
 from flows.wiring import OpenRun
-from storage.audit import audit_run
-from storage.bodies import ROW_GROUP
-from storage.collect import collect_run
 from storage.compact import compact_run
-from storage.open import open_store
+from storage.maintain.audit import audit_run
+from storage.maintain.collect import collect_run
+from storage.manifests import ROW_GROUP
 from storage.run_log import StoredRunLog
+from storage.stores import open_store
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,9 +135,9 @@ def test_a_reader_in_another_process_finds_every_range_at_every_moment(tmp_path:
     log = trained_log("file", tmp_path, num_steps=30)
     script = """
 import sys, time
-from storage.collect import collect_run
+from storage.maintain.collect import collect_run
 from storage.compact import compact_run
-from storage.open import open_store
+from storage.stores import open_store
 store = open_store(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
@@ -148,8 +148,11 @@ print("done", flush=True)
 """
     process = subprocess.Popen(
         [sys.executable, "-c", script, log.store.url],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

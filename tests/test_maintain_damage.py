@@ -12,19 +12,32 @@ import pytest
 
 from asyncopd.errors import ShardCorruptError
 from flows.wiring import OpenRun
-from storage.audit import audit_run
-from storage.findings import Finding
 from storage.layout import run_of
-from storage.objects import ObjectStore
-from storage.quarantine import set_aside
+from storage.maintain.audit import audit_run
+from storage.maintain.findings import Finding
+from storage.maintain.quarantine import set_aside
+from storage.parquet import decode_scores, decode_trajectories
 from storage.records import from_json, to_json
 from storage.run_log import StoredRunLog
-from storage.shards import decode_scores, decode_trajectories
+from storage.stores.base import ObjectStore
 
 KINDS = {
-    "run", "architecture", "trajectories", "scores", "policy", "checkpoint", "step", "evaluation", "rewind", "claim",
-    "heartbeat", "spans", "failure", "removal", "data",
-}  # fmt: skip
+    "run",
+    "architecture",
+    "trajectories",
+    "scores",
+    "policy",
+    "checkpoint",
+    "step",
+    "evaluation",
+    "rewind",
+    "claim",
+    "heartbeat",
+    "spans",
+    "failure",
+    "removal",
+    "data",
+}
 FORGETTABLE = {"claim", "heartbeat", "spans", "failure", "removal", "evaluation"}
 """Kinds whose deletion nothing else proves: they are observations, or forgotten by design (docs/maintenance.md)."""
 

@@ -16,11 +16,11 @@ from asyncopd.cli import main
 from asyncopd.errors import ObjectMissingError, StorageError
 from asyncopd.types import IndexRange, PolicyVersion
 from flows.wiring import OpenRun, open_stored_run
-from storage.audit import audit_run
-from storage.bodies import REMOVED
-from storage.objects import ObjectStore
-from storage.quarantine import set_aside
+from storage.maintain.audit import audit_run
+from storage.maintain.quarantine import set_aside
+from storage.manifests import REMOVED
 from storage.run_log import StoredRunLog
+from storage.stores.base import ObjectStore
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 from maintain_runs import new_log, train
 from storage_builders import STORE_KINDS, fresh_store, make_evaluation, make_weights, reopened
 
-from asyncopd.config.retention import KeepCheckpoints, KeepPolicies, KeepShards, Retention
+from asyncopd.config.schema import KeepCheckpoints, KeepPolicies, KeepShards, Retention
 from asyncopd.errors import AsyncOPDError, ObjectMissingError, StorageError
 from asyncopd.types import IndexRange, PolicyVersion
-from storage.audit import audit_run
-from storage.collect import collect_run
 from storage.compact import compact_run
-from storage.local import LocalStore
-from storage.retention import what_to_keep
+from storage.maintain.audit import audit_run
+from storage.maintain.collect import collect_run, what_to_keep
 from storage.run_log import StoredRunLog
+from storage.stores.local import LocalStore
 
 LATER = 7200.0
 """Seconds after now, at which everything a test made is older than the grace."""
@@ -207,8 +206,10 @@ def test_a_compacted_object_goes_when_the_last_of_its_shards_does() -> None:
 
 histories = st.lists(
     # (steps the learner gets on before it stops, how many checkpoints it then goes back)
-    st.tuples(st.integers(1, 7), st.integers(0, 3)), min_size=1, max_size=4
-)  # fmt: skip
+    st.tuples(st.integers(1, 7), st.integers(0, 3)),
+    min_size=1,
+    max_size=4,
+)
 policies = st.builds(
     policy,
     checkpoints=st.none() | st.integers(1, 4),

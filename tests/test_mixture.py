@@ -9,7 +9,7 @@ import pytest
 from learner_builders import scored_batch
 
 from asyncopd.errors import ConfigError, ShapeError
-from asyncopd.mixture import mix
+from asyncopd.teacher.mixture import mix
 from asyncopd.types import TeacherScores
 
 

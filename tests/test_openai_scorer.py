@@ -87,9 +87,14 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
 
 def scorer(*urls: str, **changes: Any) -> OpenAIScorer:
     settings: dict[str, Any] = {
-        "model": "m", "name": "t", "tokenizer": ByteTokenizer(), "vocab_size": VOCAB_SIZE, "max_context": 64,
-        "compare_text": False, "max_retries": 3,
-    }  # fmt: skip
+        "model": "m",
+        "name": "t",
+        "tokenizer": ByteTokenizer(),
+        "vocab_size": VOCAB_SIZE,
+        "max_context": 64,
+        "compare_text": False,
+        "max_retries": 3,
+    }
     return OpenAIScorer(urls, **{**settings, **changes})
 
 

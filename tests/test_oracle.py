@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from asyncopd.errors import ConfigError, EngineError
 from asyncopd.ports import Demonstration, ScoreRequest
 from asyncopd.tasks.walk import WalkTask
-from asyncopd.tasks.walk_oracle import WalkOracle
+from asyncopd.tasks.walk_rules import WalkOracle
 from asyncopd.teacher.oracle import OracleScorer
 from asyncopd.teacher.rows import RowTable
 from asyncopd.types import Candidates, ScoredTrajectory, TeacherScores, Trajectory, VersionRun

@@ -10,10 +10,10 @@ from typing import Any
 import pipeline
 import pytest
 
-from asyncopd.arrivals import Arrival, num_taken
+from asyncopd.schedule import Arrival, num_taken
 from asyncopd.types import IndexRange, IndexSet
 from flows.wiring import OpenRun, open_stored_run
-from storage.ledger import events_of, ledger_of
+from storage.maintain.ledger import events_of, ledger_of
 
 
 def arrival_config(root: Path, on_stale: str, **overrides: Any) -> Any:
@@ -119,8 +119,13 @@ async def test_an_index_order_run_has_a_ledger_of_nothing_but_trained_indices(tm
     ledger = ledger_of(run.log)
     assert ledger.violations() == []
     assert ledger.counts() == {
-        "claimed": 0, "produced": 0, "scored": 0, "trained": run.config.plan.num_indices, "dropped": 0, "held": 0,
-    }  # fmt: skip
+        "claimed": 0,
+        "produced": 0,
+        "scored": 0,
+        "trained": run.config.plan.num_indices,
+        "dropped": 0,
+        "held": 0,
+    }
     # A shard without its manifest is a shard that was never produced.
     shard = run.log.trajectory_shards()[0]
     run.log.store.delete(run.log.layout.shard_manifest(run.log.layout.trajectories, shard))

@@ -7,15 +7,14 @@ from typing import Any
 import pytest
 from synthetic_run import config_of, new_log, publish_run, train_step
 
+from asyncopd.cli.progress import ProgressWatch, plain_line
 from asyncopd.config import load_config
 from asyncopd.errors import ConfigError
-from asyncopd.progress import ProgressWatch
-from asyncopd.progress_text import plain_line
 from asyncopd.report import summarise
-from asyncopd.report.markdown import to_markdown
-from asyncopd.summary import Summary
+from asyncopd.report.summary import Summary
+from asyncopd.report.text import to_markdown
 from asyncopd.types import IndexSet
-from storage.open import open_store
+from storage.stores import open_store
 
 
 def run_with(on_stale: str, **left_out: dict[int, str]) -> tuple[Any, Any]:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncopd.errors import ShapeError
-from asyncopd.modeling import output_embedding, packed_hidden
-from asyncopd.packing import FILL_ID, TokenPair, pack, pad
+from asyncopd.models.causal_lm import output_embedding, packed_hidden
+from asyncopd.models.packing import FILL_ID, TokenPair, pack, pad
 
 
 def sequences(*lengths: tuple[int, int], vocab_size: int = VOCAB_SIZE) -> list[TokenPair]:

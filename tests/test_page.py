@@ -32,9 +32,14 @@ AXE = ROOT / "tests" / "vendor" / "axe-4.14.1.min.js"
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 860}
 FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 WATCH_SHIFTS = """
 window.shifts = [];
 new PerformanceObserver((list) => {
@@ -163,8 +168,14 @@ def test_a_run_launched_from_the_form_is_seen_live_to_its_end(visit: Visit, stac
 
 def test_the_page_of_a_run_shows_every_part_of_it(visit: Visit, stack: Stack) -> None:
     page = visit.open("/runs/seen")
-    for chart in ("Loss by step", "KL to the teacher by step", "Held-out accuracy by version", "Drift by step",
-                  "Throughput by seconds", "Effective sample size by step"):  # fmt: skip
+    for chart in (
+        "Loss by step",
+        "KL to the teacher by step",
+        "Held-out accuracy by version",
+        "Drift by step",
+        "Throughput by seconds",
+        "Effective sample size by step",
+    ):
         expect(page.get_by_role("img", name=chart, exact=True).locator("canvas")).to_be_visible()
     expect(page.get_by_role("img", name="Tokens by staleness and step")).to_be_visible()
     expect(
@@ -182,8 +193,13 @@ def test_a_response_is_shown_token_by_token_and_walked_by_keys(visit: Visit, sta
     page = visit.page
     tokens = page.locator(".token")
     expect(tokens.first).to_be_visible()
-    trajectory = next(t for t in stack.log("seen").read_trajectories(
-        next(s for s in stack.log("seen").trajectory_shards() if 3 in s.indices)) if t.index == 3)  # fmt: skip
+    trajectory = next(
+        t
+        for t in stack.log("seen").read_trajectories(
+            next(s for s in stack.log("seen").trajectory_shards() if 3 in s.indices)
+        )
+        if t.index == 3
+    )
     assert tokens.count() == len(trajectory.response_ids)
     assert page.locator(".boundary").count() == len(trajectory.version_runs)
     tokens.first.focus()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from asyncopd.errors import ShapeError
-from asyncopd.evaluate.paired import Outcome, accuracy_difference, kl_difference
+from asyncopd.evaluate import Outcome, accuracy_difference, kl_difference
 
 
 def world(rng: np.random.Generator, num_prompts: int) -> tuple[Outcome, Outcome]:

@@ -16,7 +16,7 @@ from storage_builders import assert_same
 from asyncopd.schedule import step_of
 from asyncopd.types import PolicyVersion
 from flows.wiring import open_stored_run, rollout_stage
-from storage.local import LocalStore
+from storage.stores.local import LocalStore
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])

@@ -12,8 +12,8 @@ from s3_servers import BUCKET, SECRET_KEY, point_at, shared_moto, shared_radosgw
 
 from flows.wiring import OpenRun
 from storage.layout import RunLayout
-from storage.open import open_store
 from storage.runs import list_runs
+from storage.stores import open_store
 
 
 async def trained(root: str) -> OpenRun:

@@ -45,8 +45,11 @@ COSTS = Costs(
 
 plans = st.builds(
     lambda steps, per_step, size, bound: Plan(steps, per_step * size, size, bound),
-    st.integers(1, 6), st.integers(1, 4), st.integers(1, 5), st.integers(0, 5),
-)  # fmt: skip
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(0, 5),
+)
 fleets = st.builds(Fleet, st.integers(1, 4), st.integers(1, 3), st.integers(1, 4))
 
 
@@ -265,10 +268,29 @@ def test_costs_are_read_back_from_the_timeline_they_left(tmp_path: Path) -> None
 
 # -- the command --------------------------------------------------------------------------------------------------
 COMMAND = [
-    "plan", "--lengths", "lognormal:mean=60,p99=400,max=500", "--decode", "1:0.004,64:0.02", "--score-tokens-per-s",
-    "3000", "--train-tokens-per-s", "1500", "--rollout-gpus", "2", "--learner-gpus", "2", "--batch-size", "16",
-    "--shard-size", "8", "--steps", "6", "--tau", "0", "2",
-]  # fmt: skip
+    "plan",
+    "--lengths",
+    "lognormal:mean=60,p99=400,max=500",
+    "--decode",
+    "1:0.004,64:0.02",
+    "--score-tokens-per-s",
+    "3000",
+    "--train-tokens-per-s",
+    "1500",
+    "--rollout-gpus",
+    "2",
+    "--learner-gpus",
+    "2",
+    "--batch-size",
+    "16",
+    "--shard-size",
+    "8",
+    "--steps",
+    "6",
+    "--tau",
+    "0",
+    "2",
+]
 
 
 def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

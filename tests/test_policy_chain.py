@@ -20,9 +20,9 @@ from storage_builders import STORE_KINDS, fresh_log, memory_log, reopened
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
 from asyncopd.types import PolicyVersion, PolicyWeights
-from storage.objects import MemoryStore
 from storage.records import to_json
 from storage.run_log import StoredRunLog
+from storage.stores.base import MemoryStore
 
 
 def weights_after(number: int, rewind: int = 0) -> PolicyWeights:
@@ -183,8 +183,8 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from test_policy_chain import learner, train, weights_after
-from storage.local import LocalStore
-from storage.open import open_store
+from storage.stores.local import LocalStore
+from storage.stores import open_store
 from storage.runs import open_run
 
 publisher = learner(open_run(open_store({root!r}), "run"))

@@ -17,11 +17,12 @@ import pytest
 import yaml
 from synthetic_run import config_of, new_log, publish_run, weights_of
 
-from asyncopd import cli, stack
+from asyncopd import cli
 from asyncopd.config import load_config
 from asyncopd.errors import StoreUnusableError
+from asyncopd.local import stack
 from flows.preflight import preflight
-from storage.open import open_store
+from storage.stores import open_store
 
 QUESTION = json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n"
 
@@ -213,12 +214,14 @@ def test_work_on_a_log_is_refused_before_a_model_could_be_loaded(
 
 def test_a_hub_name_that_is_neither_cached_nor_reachable(tmp_path: Path) -> None:
     # In a child: the library reads the variable when it is imported.
-    code = "\n".join([
-        "from asyncopd.config import load_config",
-        "from flows.preflight import preflight",
-        "model = {'kind': 'pretrained', 'path': 'nobody/no-such-model'}",
-        f"preflight(load_config({{'student': model, 'storage': {{'root': {str(tmp_path)!r}}}}}))",
-    ])  # fmt: skip
+    code = "\n".join(
+        [
+            "from asyncopd.config import load_config",
+            "from flows.preflight import preflight",
+            "model = {'kind': 'pretrained', 'path': 'nobody/no-such-model'}",
+            f"preflight(load_config({{'student': model, 'storage': {{'root': {str(tmp_path)!r}}}}}))",
+        ]
+    )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "student.path: nobody/no-such-model (revision main) is no directory here, is not in the" in ended.stderr

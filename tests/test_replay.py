@@ -12,15 +12,15 @@ from offline_builders import NUM_STEPS, make_run, objects, opened, replayed, wei
 from service_world import client_of, prefect_stand_in, settings_of
 
 from asyncopd import cli
-from asyncopd.arrivals import Arrival
-from asyncopd.config.replay import Replay, parse_settings, parse_steps, split_arm
+from asyncopd.config.requests import Replay, parse_settings, parse_steps, split_arm
 from asyncopd.errors import ConfigError, StorageError
+from asyncopd.schedule import Arrival
 from asyncopd.types import IndexRange, TrainStep
 from flows import offline
 from flows.offline_replay import train_replay
 from flows.wiring import OpenRun
-from storage.ledger import ledger_of
-from storage.replay_log import ReplayLog
+from storage.maintain.ledger import ledger_of
+from storage.replay import ReplayLog
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +125,11 @@ def test_a_replay_of_a_replay_reads_the_run_that_was_sampled(parent: OpenRun) ->
 def as_arrived(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenRun:
     """A run of order arrival; at τ = 0 whatever was generated ahead is too stale for the step it reaches."""
     return make_run(
-        tmp_path_factory.mktemp("arrival"), staleness__order="arrival", staleness__on_stale=request.param,
+        tmp_path_factory.mktemp("arrival"),
+        staleness__order="arrival",
+        staleness__on_stale=request.param,
         staleness__max_staleness=0,
-    )  # fmt: skip
+    )
 
 
 def test_a_run_of_order_arrival_is_replayed_bit_for_bit_and_so_is_its_replay(as_arrived: OpenRun) -> None:
@@ -269,10 +271,17 @@ def test_a_comparison_prints_paired_differences_between_its_arms(
     parent: OpenRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {
-        "run_id": "parent", "root": parent.config.storage.root, "steps": ":", "from_version": 4, "start": "checkpoint",
-        "overrides": ["learner.lr=1e-2"], "evaluate": False, "prompts": 24, "out": str(tmp_path),
+        "run_id": "parent",
+        "root": parent.config.storage.root,
+        "steps": ":",
+        "from_version": 4,
+        "start": "checkpoint",
+        "overrides": ["learner.lr=1e-2"],
+        "evaluate": False,
+        "prompts": 24,
+        "out": str(tmp_path),
         "compare": ["loss.name=head_tail", "loss.name=policy_gradient loss.num_draws=1", "learner.lr=1e-3"],
-    }  # fmt: skip
+    }
     with pytest.raises(SystemExit) as ended:
         offline.main(["replay", json.dumps(options)])
     assert ended.value.code == 0
@@ -290,10 +299,17 @@ def test_a_replay_can_be_evaluated_later_and_is_the_same_run(
 ) -> None:
     child = replayed(parent, "learner.lr=2e-3", first=5)
     options = {
-        "run_id": "parent", "root": parent.config.storage.root, "steps": "5:", "from_version": None,
-        "start": "checkpoint", "overrides": ["learner.lr=2e-3"], "evaluate": True, "prompts": 0, "out": None,
+        "run_id": "parent",
+        "root": parent.config.storage.root,
+        "steps": "5:",
+        "from_version": None,
+        "start": "checkpoint",
+        "overrides": ["learner.lr=2e-3"],
+        "evaluate": True,
+        "prompts": 0,
+        "out": None,
         "compare": [],
-    }  # fmt: skip
+    }
     with pytest.raises(SystemExit) as ended:
         offline.main(["replay", json.dumps(options)])
     assert ended.value.code == 0

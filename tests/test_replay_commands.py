@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from offline_builders import make_run, weights
 
-from asyncopd.cli_replay import offline_command
+from asyncopd.cli.replay import offline_command
 from flows.wiring import OpenRun, open_stored_run
 from storage.runs import list_runs
 

@@ -11,12 +11,12 @@ import pytest
 from synthetic_run import START, config_of, evaluation, new_log, publish_run, scores_of, train_step, trajectory
 
 from asyncopd.report import Report, summarise, write_report
-from asyncopd.report.markdown import to_markdown
 from asyncopd.report.measure import STANDSTILL_S
-from asyncopd.summary import Summary
+from asyncopd.report.summary import Summary
+from asyncopd.report.text import to_markdown
 from asyncopd.types import IndexRange, Span
-from storage.open import open_store
 from storage.run_log import StoredRunLog
+from storage.stores import open_store
 
 PLOTS = ("quality.png", "timeline.png", "training.png", "staleness.png", "lengths.png")
 

@@ -13,9 +13,9 @@ from synthetic_run import START, train_step
 
 from asyncopd.report.intervals import difference, length_s, packed, union
 from asyncopd.report.observe import evenly
-from asyncopd.report.plot_timeline import MAX_WORKERS, joined, lanes_of, middle_window
 from asyncopd.report.plots import running_mean, staleness_shares
-from asyncopd.report.trace import to_trace
+from asyncopd.report.timeline import MAX_WORKERS, joined, lanes_of, middle_window
+from asyncopd.report.write import to_trace
 from asyncopd.types import IndexRange, Span
 
 

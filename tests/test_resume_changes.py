@@ -10,7 +10,7 @@ import pipeline
 import pytest
 
 from asyncopd.config import RunConfig
-from asyncopd.config.changes import SAFE_CHANGES, safe_changes
+from asyncopd.config.resume import SAFE_CHANGES, safe_changes
 from asyncopd.errors import ConfigError
 from flows.train import _open_or_create
 from flows.wiring import open_stored_run
@@ -27,9 +27,11 @@ def test_nothing_changed_is_nothing_to_record() -> None:
 def test_what_is_listed_may_change() -> None:
     found = changed(limits__lease_s=5, rollout__workers=3, learner__num_steps=9, learner__checkpoint_every=7)
     assert found == {
-        "limits.lease_s": (2.0, 5.0), "rollout.workers": (1, 3),
-        "learner.num_steps": (4, 9), "learner.checkpoint_every": (2, 7),
-    }  # fmt: skip
+        "limits.lease_s": (2.0, 5.0),
+        "rollout.workers": (1, 3),
+        "learner.num_steps": (4, 9),
+        "learner.checkpoint_every": (2, 7),
+    }
 
 
 @pytest.mark.parametrize(

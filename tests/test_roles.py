@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from asyncopd import roles
 from asyncopd.errors import RoleFailedError, StorageError
-from asyncopd.roles import RoleProcesses, RoleSpec
-from asyncopd.supervise import Child
+from asyncopd.local import processes as roles
+from asyncopd.local.processes import Child, RoleProcesses, RoleSpec
 
 pytestmark = pytest.mark.processes
 
@@ -46,9 +45,16 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def sleepers(tmp_path: Path, said: list[str], buried: list[int], beats: Callable[[], Any], **settings: Any) -> Sleepers:
     defaults: dict[str, Any] = {"max_restarts": 3, "hang_s": 0.5, "failure_of": lambda role: None}
     return Sleepers(
-        [RoleSpec("score")], run_id="r", root="r", log_dir=tmp_path, env={},
-        beats=beats, bury=buried.append, say=said.append, **(defaults | settings),
-    )  # fmt: skip
+        [RoleSpec("score")],
+        run_id="r",
+        root="r",
+        log_dir=tmp_path,
+        env={},
+        beats=beats,
+        bury=buried.append,
+        say=said.append,
+        **(defaults | settings),
+    )
 
 
 async def test_a_role_that_lives_but_does_not_beat_is_killed_and_started_again(tmp_path: Path) -> None:

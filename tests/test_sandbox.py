@@ -18,11 +18,10 @@ from storage_builders import fresh_log, fresh_store
 
 from asyncopd.errors import QueryError, QueryLimitError, ShardCorruptError, StorageError
 from storage.catalog.connection import connect
-from storage.catalog.query_process import QueryLimits
-from storage.catalog.sandbox import Sandbox
+from storage.catalog.sandbox import QueryLimits, Sandbox
 from storage.catalog.snapshot import Catalog
-from storage.open import open_store
 from storage.records import manifest_to_json
+from storage.stores import open_store
 
 SECRET = "s3cret-of-the-server"
 LIMITS = QueryLimits(max_rows=1000, timeout_s=4, memory_bytes=128 * 2**20, max_result_bytes=8 * 2**20)

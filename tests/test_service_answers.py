@@ -18,19 +18,18 @@ from service_world import DONE, LIVE, client_of, make_root, served, settings_of
 from starlette.types import Receive, Scope, Send
 from synthetic_run import config_of, evaluation, new_log, train_step
 
-from api import hub, reader, views
-from api.answers import COST_S, Answers
-from api.columns import NUM_TOKENS, Columns, means, stretches
-from api.feed import Cursor, Feed
+from api import events as hub
+from api import reader, views
+from api.events import Cursor, Feed, Hub
 from api.fold import FRESH_S, History, RunFold
-from api.hub import Hub
 from api.limits import Limits
 from api.main import create_app
-from api.reader import RunReader
+from api.observe import COST_S, Answers
+from api.reader import NUM_TOKENS, Columns, RunReader, means, stretches
 from api.schemas import Schema
 from asyncopd.types import TrainStep
-from storage.open import open_store
 from storage.run_log import StoredRunLog
+from storage.stores import open_store
 
 
 @pytest.fixture

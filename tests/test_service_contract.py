@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, settings
 from schemathesis.checks import CHECKS
 from service_world import DONE, make_root, prefect_stand_in, settings_of
 
+from api.deps import Scope, TokenStore
 from api.main import create_app
 from api.schemas import RUN_ID_PATTERN
-from api.security import Scope, TokenStore
 
 FOLDER = Path(tempfile.mkdtemp(prefix="asyncopd-contract-"))
 SETTINGS = settings_of(make_root(FOLDER / "runs"), FOLDER, host="0.0.0.0")

@@ -21,11 +21,11 @@ from service_world import DONE, LIVE, Prefect, client_of, make_root, prefect_sta
 from synthetic_run import config_of, new_log
 
 from api.fold import FRESH_S
-from asyncopd import flow_runs
+from asyncopd.local import prefect_api as flow_runs
 from flows.train import _wish
 from storage.launches import LaunchLog
-from storage.open import open_store
 from storage.runs import open_run
+from storage.stores import open_store
 
 BODY = {"config_name": "quickstart", "overrides": {"learner.num_steps": 3}}
 

@@ -14,8 +14,8 @@ from synthetic_run import config_of, evaluation, new_log, publish_run, train_ste
 from api import configs
 from asyncopd.config import RunConfig, load_config
 from asyncopd.types import Span
-from storage.open import open_store
 from storage.runs import create_run
+from storage.stores import open_store
 
 
 @pytest.fixture(scope="module")

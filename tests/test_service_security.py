@@ -10,9 +10,9 @@ import pytest
 from fastapi.testclient import TestClient
 from service_world import CONFIGS, DONE, LIVE, client_of, make_root, settings_of
 
-from api import security
+from api import deps as security
+from api.deps import Scope, TokenStore
 from api.main import create_app
-from api.security import Scope, TokenStore
 from asyncopd.errors import ConfigError
 
 SECRETS = {

@@ -16,7 +16,7 @@ from synthetic_run import config_of, new_log, publish_run, train_step
 
 from api.main import create_app
 from asyncopd.config import RunConfig
-from storage.open import open_store
+from storage.stores import open_store
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,8 +10,8 @@ import pytest
 from storage_builders import STORE_KINDS, fresh_log, fresh_store
 
 from asyncopd.types import IndexRange
-from storage.objects import ObjectStore
 from storage.run_log import StoredRunLog
+from storage.stores.base import ObjectStore
 
 SHARD = IndexRange(0, 8)
 

@@ -11,16 +11,16 @@ import pytest
 from storage_builders import make_trajectories
 
 from asyncopd.types import IndexRange
-from storage.open import open_store
 from storage.run_log import StoredRunLog
 from storage.runs import create_run
+from storage.stores import open_store
 
 ROOT = Path(__file__).parent.parent
 SHARD = IndexRange(0, 4)
 
 KILL_INSIDE_PUBLISH = """
 import os, signal, sys
-from storage.open import open_store
+from storage.stores import open_store
 from storage.run_log import StoredRunLog
 
 def kill_at(call):  # the calls between which a publication can be cut, counted across all of them
@@ -81,7 +81,7 @@ import sys, time
 sys.path.insert(0, "tests")
 from storage_builders import make_trajectories
 from asyncopd.types import IndexRange
-from storage.open import open_store
+from storage.stores import open_store
 from storage.run_log import StoredRunLog
 
 log = StoredRunLog(open_store(sys.argv[1]), "run")
@@ -98,10 +98,13 @@ def test_two_processes_that_finish_the_same_shards_leave_one_complete_shard_each
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", PUBLISH_AT_ONCE, str(tmp_path), name],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for name in ("a", "b")
-    ]  # fmt: skip
+    ]
     for process in pair:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -122,7 +125,7 @@ import sys, time
 real = time.time
 time.time = lambda: real() + float(sys.argv[2])
 from asyncopd.types import IndexRange
-from storage.open import open_store
+from storage.stores import open_store
 from storage.run_log import StoredRunLog
 
 log = StoredRunLog(open_store(sys.argv[1]), "run")

@@ -13,10 +13,10 @@ from storage_builders import make_evaluation, make_step, make_weights, memory_lo
 import storage.policies
 from asyncopd.errors import ObjectMissingError, StorageError
 from asyncopd.types import PolicyVersion
-from storage.lineage import possible_rewinds, survives, surviving
-from storage.objects import MemoryStore
+from storage.learner_log import possible_rewinds, survives, surviving
 from storage.records import Rewind
 from storage.run_log import StoredRunLog
+from storage.stores.base import MemoryStore
 
 
 def train(log: StoredRunLog, first: int, last: int, rewind: int = 0) -> None:
@@ -152,8 +152,14 @@ def test_a_rewind_supersedes_what_came_after_its_checkpoint() -> None:
     assert sampler.find_policy(5) == PolicyVersion(5, 1)
     assert sampler.find_step(4) == make_step(4, 1)
     assert [(version.number, version.rewind) for version in sampler.policies()] == [
-        (0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (6, 1),
-    ]  # fmt: skip
+        (0, 0),
+        (1, 0),
+        (2, 0),
+        (3, 0),
+        (4, 0),
+        (5, 1),
+        (6, 1),
+    ]
     assert [(step.step, step.rewind) for step in sampler.steps()] == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 1)]
 
 

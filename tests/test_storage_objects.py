@@ -19,19 +19,17 @@ from faulty_proxy import FaultyProxy
 from s3_servers import BUCKET, point_at, shared_moto, shared_radosgw
 from storage_builders import STORE_KINDS, fresh_store
 
-import storage.s3
+import storage.stores.s3
 from asyncopd.errors import ObjectMissingError, StorageError, StoreUnusableError
-from storage.local import LocalStore
-from storage.objects import MemoryStore, ObjectStore
-from storage.open import open_store
+from storage.stores import open_store
+from storage.stores.base import MemoryStore, ObjectStore
+from storage.stores.local import LocalStore
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(params=[*STORE_KINDS, "faulty s3", pytest.param("radosgw", marks=pytest.mark.radosgw)])
-def store(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ObjectStore]:
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
     """The same contract on every kind of store, and on S3 through a proxy that fails every sixth request."""
     if request.param in STORE_KINDS:
         yield fresh_store(request.param, tmp_path)
@@ -39,7 +37,7 @@ def store(
         point_at(monkeypatch, shared_radosgw())
         yield open_store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
     else:
-        monkeypatch.setattr(storage.s3, "FIRST_PAUSE_S", 1e-3)
+        monkeypatch.setattr(storage.stores.s3, "FIRST_PAUSE_S", 1e-3)
         with FaultyProxy(shared_moto(), rate=0.17, seed=5) as proxy:
             point_at(monkeypatch, proxy.url)
             yield open_store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
@@ -105,7 +103,7 @@ def test_list_sees_what_was_just_written_and_deleted(store: ObjectStore) -> None
 
 
 def test_listings_are_complete_beyond_one_page(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.s3, "PAGE_KEYS", 10)
+    monkeypatch.setattr(storage.stores.s3, "PAGE_KEYS", 10)
     keys = [f"a/{number:04d}" for number in range(25)]
     for key in keys:
         store.put(key, b"", durable=False)
@@ -150,9 +148,7 @@ def test_a_probed_store_is_left_as_it_was(store: ObjectStore) -> None:
 
 
 # Not through the proxy: a forked child would inherit, and so keep open, the connections that the proxy breaks.
-@pytest.mark.parametrize(
-    "store", [*STORE_KINDS, pytest.param("radosgw", marks=pytest.mark.radosgw)], indirect=True
-)
+@pytest.mark.parametrize("store", [*STORE_KINDS, pytest.param("radosgw", marks=pytest.mark.radosgw)], indirect=True)
 def test_a_store_works_after_a_fork(store: ObjectStore) -> None:
     # s3fs runs an event loop in a thread, which a fork does not copy.
     store.put("a", b"parent")
@@ -175,7 +171,7 @@ def test_a_store_works_after_a_fork(store: ObjectStore) -> None:
 # -- local files --------------------------------------------------------------------------------------------------
 RACER = """
 import sys, time
-from storage.local import LocalStore
+from storage.stores.local import LocalStore
 store = LocalStore(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
@@ -197,7 +193,7 @@ def test_of_eight_processes_one_wins(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from storage.local import LocalStore
+from storage.stores.local import LocalStore
 store = LocalStore(sys.argv[1])
 print("ready", flush=True)
 for number in range(10**6):
@@ -255,7 +251,9 @@ def test_a_root_without_permission_is_refused(tmp_path: Path) -> None:
     (tmp_path / "others").mkdir(mode=0o755)
     for folder in (tmp_path, *tmp_path.parents[:-2]):
         folder.chmod(0o755)
-    probe = "import sys, os; from storage.local import LocalStore; os.seteuid(65534); LocalStore(sys.argv[1]).probe()"
+    probe = (
+        "import sys, os; from storage.stores.local import LocalStore as S; os.seteuid(65534); S(sys.argv[1]).probe()"
+    )
     if os.geteuid() != 0:
         (tmp_path / "others").chmod(0o555)
         probe = probe.replace("os.seteuid(65534);", "")

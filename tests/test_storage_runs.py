@@ -12,9 +12,9 @@ from storage_builders import STORE_KINDS, fresh_store, make_evaluation, memory_l
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
 from asyncopd.types import Evaluation, IndexRange, PolicyVersion, Span
 from storage.layout import RunLayout, decode_name, encode_name, parse_shard, parse_version
-from storage.objects import ObjectStore
 from storage.records import from_json, to_json
 from storage.runs import create_run, find_model, list_runs, open_run, publish_model, read_model
+from storage.stores.base import ObjectStore
 
 RECORD = {"config": {"seed": 1}, "config_hash": "c1", "code_version": "0.1", "created": 5.0, "parent": None}
 

@@ -26,11 +26,11 @@ import s3fs
 from faulty_proxy import EVERY_FAULT, Fault, FaultyProxy
 from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, free_port, point_at, rclone_server, shared_moto, shared_radosgw
 
-import storage.s3
+import storage.stores.s3
 from asyncopd.errors import StorageError, StoreUnusableError
-from storage.objects import ObjectStore
-from storage.open import open_store
-from storage.s3 import PART_BYTES
+from storage.stores import open_store
+from storage.stores.base import ObjectStore
+from storage.stores.s3 import PART_BYTES
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _moto(monkeypatch: pytest.MonkeyPatch) -> None:
     point_at(monkeypatch, shared_moto())
-    monkeypatch.setattr(storage.s3, "FIRST_PAUSE_S", 1e-3)
+    monkeypatch.setattr(storage.stores.s3, "FIRST_PAUSE_S", 1e-3)
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def test_a_repeat_that_aiohttp_makes_unseen_is_recognised_too(
 ) -> None:
     # aiohttp sends a PUT again when a kept-alive connection breaks: even the first answer we see may be a 412 from
     # our own write. One try only, so that nothing but aiohttp can have repeated it.
-    monkeypatch.setattr(storage.s3, "WORKING", storage.s3.Patience(1, 3.0, 20.0))
-    store = kept_alive(storage.s3.S3Store(f"s3://{BUCKET}/{uuid.uuid4().hex}", storage.s3.WORKING))
+    monkeypatch.setattr(storage.stores.s3, "WORKING", storage.stores.s3.Patience(1, 3.0, 20.0))
+    store = kept_alive(storage.stores.s3.S3Store(f"s3://{BUCKET}/{uuid.uuid4().hex}", storage.stores.s3.WORKING))
     proxy.plan.append(("PUT", "lost"))
     assert store.put_if_absent("a", b"ours")
     assert proxy.injected["lost"] == 1
@@ -107,7 +107,9 @@ def test_a_writer_who_came_between_two_tries_wins(proxy: FaultyProxy, body: byte
 
 
 def test_a_write_that_arrives_after_its_retry_is_still_one_write(proxy: FaultyProxy) -> None:
-    store = kept_alive(storage.s3.S3Store(f"s3://{BUCKET}/{uuid.uuid4().hex}", storage.s3.Patience(3, 3.0, 0.2)))
+    store = kept_alive(
+        storage.stores.s3.S3Store(f"s3://{BUCKET}/{uuid.uuid4().hex}", storage.stores.s3.Patience(3, 3.0, 0.2))
+    )
     proxy.plan.append(("PUT", "slow"))
     proxy.slow_s = 0.6
     assert store.put_if_absent("a", b"ours")
@@ -154,7 +156,7 @@ def _race(num_rounds: int) -> None:
 # -- other requests -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("fault", ["lost", "500", "reset"])
 def test_a_large_body_sends_only_the_part_again_that_failed(proxy: FaultyProxy, fault: Fault) -> None:
-    store, body = kept_alive(fresh()), os.urandom(storage.s3.MAX_SINGLE_BYTES + 1)
+    store, body = kept_alive(fresh()), os.urandom(storage.stores.s3.MAX_SINGLE_BYTES + 1)
     parts = -(-len(body) // PART_BYTES)
     proxy.plan = deque([("POST", None), ("PUT", fault), ("PUT", None)])
     before = proxy.requests["PUT"]
@@ -166,7 +168,7 @@ def test_a_large_body_sends_only_the_part_again_that_failed(proxy: FaultyProxy, 
 
 @pytest.mark.parametrize("fault", ["lost", "503"])
 def test_the_end_of_a_large_body_may_be_told_twice(proxy: FaultyProxy, fault: Fault) -> None:
-    store, body = kept_alive(fresh()), os.urandom(storage.s3.MAX_SINGLE_BYTES + 1)
+    store, body = kept_alive(fresh()), os.urandom(storage.stores.s3.MAX_SINGLE_BYTES + 1)
     proxy.plan = deque([("POST", None), ("POST", fault)])
     store.put("large", body)
     assert proxy.injected == {fault: 1}
@@ -179,7 +181,7 @@ def test_a_large_body_that_cannot_be_finished_leaves_nothing(
     store = kept_alive(fresh())
     proxy.plan = deque([("POST", None), *[("POST", "500")] * 7])
     with pytest.raises(StorageError, match=r"could not write large in s3://.* after 7 tries: .*injected"):
-        store.put("large", bytes(storage.s3.MAX_SINGLE_BYTES + 1))
+        store.put("large", bytes(storage.stores.s3.MAX_SINGLE_BYTES + 1))
     assert not store.exists("large")
     uploads = s3fs.S3FileSystem(skip_instance_cache=True).call_s3("list_multipart_uploads", Bucket=BUCKET)
     assert "Uploads" not in uploads, "parts of an unfinished upload are paid for until it is aborted"
@@ -187,7 +189,7 @@ def test_a_large_body_that_cannot_be_finished_leaves_nothing(
 
 def test_conditional_bodies_must_fit_one_put() -> None:
     with pytest.raises(StorageError, match="too many for one conditional PUT"):
-        fresh().put_if_absent("a", bytes(storage.s3.MAX_SINGLE_BYTES + 1))
+        fresh().put_if_absent("a", bytes(storage.stores.s3.MAX_SINGLE_BYTES + 1))
 
 
 def test_a_listing_of_an_empty_folder_is_one_request(proxy: FaultyProxy) -> None:
@@ -224,7 +226,7 @@ def test_no_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_that_never_answers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.s3, "PROBING", storage.s3.Patience(2, 0.5, 0.5))
+    monkeypatch.setattr(storage.stores.s3, "PROBING", storage.stores.s3.Patience(2, 0.5, 0.5))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert "after 2 tries: ReadTimeoutError" in refusal()
@@ -317,6 +319,8 @@ def test_a_lasting_fault_ends_in_an_explanation(proxy: FaultyProxy) -> None:
 
 
 def test_importing_the_store_loads_neither_torch_nor_prefect() -> None:
-    script = "import json, sys, storage.open; print(json.dumps([m for m in ('torch', 'prefect') if m in sys.modules]))"
+    script = (
+        "import json, sys, storage.stores; print(json.dumps([m for m in ('torch', 'prefect') if m in sys.modules]))"
+    )
     output = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(output.stdout) == []

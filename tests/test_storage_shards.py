@@ -16,8 +16,8 @@ from storage_builders import assert_same, make_scores, make_trajectory
 
 from asyncopd.errors import ShapeError, ShardCorruptError
 from asyncopd.types import Candidates, TeacherScores, Trajectory, VersionRun
+from storage.parquet import decode_scores, decode_trajectories, encode_scores, encode_trajectories
 from storage.schema import SCORE_COLUMNS, TRAJECTORY_COLUMNS, columns, shard_schema
-from storage.shards import decode_scores, decode_trajectories, encode_scores, encode_trajectories
 
 IDS = st.integers(0, 2**31 - 1)
 LOGPROBS = st.floats(width=32, allow_nan=True, allow_infinity=True)

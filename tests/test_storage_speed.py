@@ -12,7 +12,7 @@ import pytest
 from storage_builders import fresh_log, make_scores, make_trajectory
 
 from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, Trajectory
-from storage.shards import decode_scores, decode_trajectories, encode_scores, encode_trajectories
+from storage.parquet import decode_scores, decode_trajectories, encode_scores, encode_trajectories
 
 LIMIT_MS = 100.0
 WORKER: dict[str, Any] = {"worker": "w", "facts": {}}

@@ -19,17 +19,26 @@ from asyncopd.study.cells import CellStore
 from asyncopd.study.loop import LoopSettings, train_lagged
 from asyncopd.study.report import mean_and_error, staleness_markdown
 from asyncopd.study.staleness import FULL, QUICK
-from asyncopd.study.warm_start import warm_start
-from storage.objects import MemoryStore
+from asyncopd.study.worlds import warm_start
+from storage.stores.base import MemoryStore
 
 ROOT = Path(__file__).parent.parent
 
 
 def start(study: str, out: Path) -> subprocess.Popen[bytes]:
     command = [
-        sys.executable, "-m", "asyncopd.study", study, "--tiny",
-        "--out", str(out), "--models", str(out / "models"), "--workers", "1",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "asyncopd.study",
+        study,
+        "--tiny",
+        "--out",
+        str(out),
+        "--models",
+        str(out / "models"),
+        "--workers",
+        "1",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -64,10 +64,16 @@ def test_unbiased_contestants_have_no_bias_and_dense_ones_no_variance() -> None:
     world = small_world(vocab_size=20)
     found = {each.name: measure(each.config, world, each.target) for each in contestants(8, 20)}
     for name in (
-        "head 4 + tail 4", "head 2 + teacher 2 + tail 4", "draws, leave-one-out", "draws, no baseline",
-        "sampled token alone", "sampled token, exact baseline", "teacher draws 8", "dense reverse KL",
+        "head 4 + tail 4",
+        "head 2 + teacher 2 + tail 4",
+        "draws, leave-one-out",
+        "draws, no baseline",
+        "sampled token alone",
+        "sampled token, exact baseline",
+        "teacher draws 8",
+        "dense reverse KL",
         "dense forward KL",
-    ):  # fmt: skip
+    ):
         assert found[name].relative_bias < 1e-9, name
     for name in ("dense reverse KL", "dense forward KL", "forward KL, teacher top-8, bucket"):
         assert found[name].relative_variance < 1e-18, name

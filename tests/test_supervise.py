@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from asyncopd.supervise import (
+from asyncopd.local.processes import (
     STACK_HOME,
     TERMINATE_GRACE_S,
     Child,
@@ -23,7 +23,7 @@ from asyncopd.supervise import (
 )
 
 WATCHFUL = (
-    "from asyncopd.supervise import watch_parent; watch_parent()\n"
+    "from asyncopd.local.processes import watch_parent; watch_parent()\n"
     "print('ready', flush=True); import time; time.sleep(60)"
 )
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
@@ -54,7 +54,7 @@ def test_a_child_ends_with_its_parent_however_that_died(tmp_path: Path, ignores_
     # SIGKILL leaves the parent no chance to tell anybody; only the end of the child's stdin does.
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if ignores_sigterm else ""
     parent_code = (
-        "import sys, time; from pathlib import Path; from asyncopd.supervise import Child\n"
+        "import sys, time; from pathlib import Path; from asyncopd.local.processes import Child\n"
         f"argv, log = [sys.executable, '-c', {deaf + WATCHFUL!r}], Path({str(tmp_path / 'c.log')!r})\n"
         "child = Child('test', argv, log_path=log)\n"
         "print(child.record.pid, flush=True); time.sleep(60)"

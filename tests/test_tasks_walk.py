@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from asyncopd.config.tasks import WalkConfig
 from asyncopd.errors import ConfigError
+from asyncopd.models.random import derive, permutation, stream_key, uniform, uniforms
 from asyncopd.tasks.build import build_task
-from asyncopd.tasks.counter import derive, permutation, stream_key, uniform, uniforms
 from asyncopd.tasks.walk import WalkTask
 from asyncopd.tasks.walk_rules import EOS_ID, PAD_ID
 from asyncopd.types import Prompt, Split

@@ -17,7 +17,7 @@ from hf_models import law_rows, sample_all, weights
 from asyncopd.config import load_config
 from asyncopd.errors import ConfigError, EngineError
 from asyncopd.types import Trajectory
-from flows.preflight_vllm import check_vllm
+from flows.preflight import check_vllm
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.vllm]
 pytest_plugins = ["shared_engine"]

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from asyncopd.vllm_folder import ModelFolder
+from asyncopd.vllm.model_folder import ModelFolder
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from asyncopd.vllm_folder import ModelFolder
+from asyncopd.vllm.model_folder import ModelFolder
 folder = ModelFolder(0, Path(sys.argv[1]))
 folder.write({"model_type": "qwen3"}, b"weights")
 print(folder.path, flush=True)

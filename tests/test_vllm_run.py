@@ -16,16 +16,20 @@ from patience import stretched
 from test_deployment import Stack, _is_gone, stack, until
 
 from asyncopd.config import load_config
-from asyncopd.modeling import build_causal_lm, load_safetensors
+from asyncopd.models.causal_lm import build_causal_lm, load_safetensors
 from storage.run_log import StoredRunLog
 
 __all__ = ["stack"]
 pytestmark = pytest.mark.vllm
 NUM_STEPS = 12
 MODEL: dict[str, Any] = {
-    "kind": "tiny", "architecture": "qwen3", "num_layers": 1, "hidden_size": 64, "num_heads": 2,
+    "kind": "tiny",
+    "architecture": "qwen3",
+    "num_layers": 1,
+    "hidden_size": 64,
+    "num_heads": 2,
     "pretrain": {"num_steps": 30},
-}  # fmt: skip
+}
 
 
 def test_a_run_outlives_the_death_of_its_sampling_engine(stack: Stack) -> None:

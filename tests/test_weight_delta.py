@@ -16,13 +16,23 @@ from numpy.typing import NDArray
 
 import storage.weight_delta
 from asyncopd.errors import ShardCorruptError
-from asyncopd.modeling import architecture_of_size, build_causal_lm, load_safetensors, to_safetensors
+from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, load_safetensors, to_safetensors
 from storage.weight_delta import apply_delta, encode_delta
 
 DTYPES = (
-    torch.bool, torch.uint8, torch.int8, torch.float8_e4m3fn, torch.int16, torch.float16, torch.bfloat16, torch.int32,
-    torch.float32, torch.int64, torch.float64, torch.complex64,
-)  # fmt: skip
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.float8_e4m3fn,
+    torch.int16,
+    torch.float16,
+    torch.bfloat16,
+    torch.int32,
+    torch.float32,
+    torch.int64,
+    torch.float64,
+    torch.complex64,
+)
 NAN_PAYLOADS = (0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0x80000000, 0x00000000, 0x7F800000, 0x00000001)
 """float32 bits: quiet, negative and signalling NaNs, −0, +0, infinity, the smallest subnormal."""
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from asyncopd.errors import RoleFailedError
 from storage.layout import MODELS, RunLayout
-from storage.objects import ObjectStore
-from storage.open import open_store
 from storage.run_log import StoredRunLog
 from storage.runs import create_run
+from storage.stores import open_store
+from storage.stores.base import ObjectStore
 
 FINISH_S = 900.0
 
@@ -50,7 +50,7 @@ def copied_run(log: StoredRunLog, root: str, *, overrides: Mapping[str, Any]) ->
 
 def run_role(role: str, log: StoredRunLog) -> None:
     """One role process to its end."""
-    command = [sys.executable, "-m", "flows.join", role, "--run-id", log.run_id, "--root", log.store.url]
+    command = [sys.executable, "-m", "flows.roles", role, "--run-id", log.run_id, "--root", log.store.url]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=FINISH_S)
     if result.returncode:
         raise RoleFailedError(

@@ -29,8 +29,12 @@ def chaos_config(root: str, *, num_steps: int, max_staleness: int, poll_s: float
         "evaluate": {"every": 0},
         "storage": {"root": root, "min_free_bytes": 1_000_000},
         "limits": {
-            "lease_s": LEASE_S, "heartbeat_s": 0.2, "hang_s": 20, "deadline_s": 180, "max_restarts": 10_000,
+            "lease_s": LEASE_S,
+            "heartbeat_s": 0.2,
+            "hang_s": 20,
+            "deadline_s": 180,
+            "max_restarts": 10_000,
             "poll_s": poll_s,
         },
-    }  # fmt: skip
+    }
     return load_config(sections)

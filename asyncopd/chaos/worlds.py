@@ -19,15 +19,14 @@ from typing import Protocol
 
 import psutil
 
-from asyncopd import stack
 from asyncopd.chaos.replay import run_role
 from asyncopd.config import RunConfig
 from asyncopd.errors import RoleFailedError, StackError
-from asyncopd.roles import RoleSpec
-from asyncopd.supervise import TERMINATE_GRACE_S, Child, end_processes, home, recorded_processes
-from storage.open import open_store
+from asyncopd.local import stack
+from asyncopd.local.processes import TERMINATE_GRACE_S, Child, RoleSpec, end_processes, home, recorded_processes
 from storage.run_log import StoredRunLog
 from storage.runs import create_run
+from storage.stores import open_store
 
 FLOW_START_S = 90.0
 """From `prefect deployment run` to a flow process on record, on a busy machine."""
@@ -60,7 +59,7 @@ def restarter(name: str) -> str:
 
 
 class PlainWorld:
-    """Roles as plain processes (flows/join.py) under this one. Of two learners, one waits for the other's place."""
+    """Roles as plain processes (flows/roles.py) under this one. Of two learners, one waits for the other's place."""
 
     beyond_roles: tuple[str, ...] = ()
 
@@ -85,7 +84,7 @@ class PlainWorld:
         return done
 
     def _start(self, spec: RoleSpec) -> None:
-        argv = [*_python("flows.join"), spec.role, "--run-id", self._log.run_id, "--root", self._log.store.url]
+        argv = [*_python("flows.roles"), spec.role, "--run-id", self._log.run_id, "--root", self._log.store.url]
         self._children[spec.name] = Child(
             spec.name,
             [*argv, "--watch-parent"],
@@ -148,8 +147,11 @@ class StackWorld:
         assignments = [part for name, value in parameters.items() for part in ("-p", f"{name}={value}")]
         result = subprocess.run(
             stack.prefect_command("--no-prompt", "deployment", "run", "asyncopd/train", *assignments),
-            env=stack.child_environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            env=stack.child_environment(),
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
         if result.returncode or not re.search(r"UUID: [0-9a-f-]{36}", result.stdout):
             raise StackError(f"`prefect deployment run` failed:\n{(result.stdout + result.stderr)[-2000:]}")
         self._submitted_s, self._flow_seen = time.monotonic(), False

@@ -1,5 +1,6 @@
 """Configuration: what a run is made of (`schema`), the estimators' and tasks' settings, and how files become one."""
 
+from asyncopd.config.engines import OpenAITeacher
 from asyncopd.config.load import load_config, parse_override
 from asyncopd.config.schema import (
     HfTeacher,
@@ -10,7 +11,6 @@ from asyncopd.config.schema import (
     TinyModel,
     VllmTeacher,
 )
-from asyncopd.config.vllm import OpenAITeacher
 
 __all__ = [
     "HfTeacher",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from asyncopd.config.frozen import Frozen
+from asyncopd.config.base import Frozen
 
 
 class LossSettings(Frozen):

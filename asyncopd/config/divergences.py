@@ -7,8 +7,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from asyncopd.config.cache import CacheRequirements
 from asyncopd.config.corrections import LossSettings
+from asyncopd.config.recorded import CacheRequirements
 
 TailName = Literal["bucket", "drop", "renormalise"]
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from asyncopd.config.cache import CacheRequirements, check_cache
 from asyncopd.config.corrections import (
     Clip,
     CorrectionConfig,
@@ -36,6 +35,7 @@ from asyncopd.config.divergences import (
     TailName,
     check_forward_tail,
 )
+from asyncopd.config.recorded import CacheRequirements, check_cache
 
 __all__ = [
     "CacheRequirements",

@@ -1,4 +1,8 @@
-"""What a run is made of: frozen pydantic values with a reason beside every default. Importing this loads no torch.
+"""How old a trajectory may be when it is trained, and what happens to one that is older (docs/staleness.md).
+
+What a run keeps. Nothing is removed before `asyncopd maintain collect` runs, and never what a resume needs.
+
+What a run is made of: frozen pydantic values with a reason beside every default. Importing this loads no torch.
 
 The same model is the YAML file, the flow's parameter and the stored record of a run. Values are checked here as far
 as they can be without touching disk or a model; flows/preflight.py checks the rest before anything is loaded.
@@ -11,14 +15,99 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from asyncopd.config.frozen import Frozen
+from asyncopd.config.base import Frozen
+from asyncopd.config.engines import OpenAITeacher, VllmEngine, VllmSampling
 from asyncopd.config.losses import CacheRequirements, HeadTailConfig, LossConfig
-from asyncopd.config.retention import Retention
-from asyncopd.config.staleness import Staleness
 from asyncopd.config.tasks import TaskConfig, WalkConfig
-from asyncopd.config.vllm import OpenAITeacher, VllmEngine, VllmSampling
-from asyncopd.schedule import Plan
+from asyncopd.schedule import OnStale, Order, Plan
 from asyncopd.types import DrawLaw
+
+DEFAULT_MAX_AHEAD = 2
+
+
+class Staleness(Frozen):
+    max_staleness: int = Field(2, ge=0)
+    """Oldest admissible weights, in policy versions. 0 is synchronous. 2 already hides the long responses behind the
+    next steps' (docs/performance.md); larger buys mostly staleness."""
+    order: Order = "index"
+    """`index`: a step trains its own index range, whatever finished first: no bias against long responses, no waste.
+    `arrival`: it trains the first batch_size that are scored."""
+    on_stale: OnStale | None = None
+    """What order `arrival` does with a trajectory that is older than max_staleness when a step comes to it: `drop` it,
+    `hold` it untrained for a replay, or `train` it all the same. No default: each gives up something else."""
+    max_ahead: int = Field(DEFAULT_MAX_AHEAD, ge=1)
+    """Order `arrival`: steps' worth of trajectories that may be started beyond those the learner has come to. With 2
+    and on_stale train, mean staleness is that of index order at the default max_staleness, so that the two compare;
+    3 drops a third of everything under on_stale drop (docs/performance.md)."""
+    in_flight_updates: bool = True
+    """Responses in progress go on under newer weights as soon as there are some. Otherwise they end under the weights
+    they started with, and the sampler's batch runs empty once per version (docs/performance.md)."""
+    max_drift: float | None = Field(None, gt=0)
+    """While the learner's last step measured more drift KL(p_old‖p_θ) than this, nats per token, samplers start only
+    what the next version needs. None, because the drift that an estimator bears is a matter of the estimator."""
+
+    @model_validator(mode="after")
+    def _settings_belong_together(self) -> Self:
+        if self.order == "arrival" and self.on_stale is None:
+            raise ValueError(
+                "order arrival needs on_stale, what becomes of trajectories older than max_staleness when a step comes "
+                "to them: drop, hold or train."
+            )
+        if self.order == "index" and self.on_stale is not None:
+            raise ValueError(
+                f"on_stale {self.on_stale} has nothing to decide in order index, where no trajectory starts under "
+                "weights older than max_staleness. Leave it out, or set order: arrival."
+            )
+        if self.order == "index" and self.max_ahead != DEFAULT_MAX_AHEAD:
+            raise ValueError(
+                f"max_ahead {self.max_ahead} has no effect in order index, where max_staleness bounds how far ahead "
+                "samplers run. Leave it out, or set order: arrival."
+            )
+        synchronous = self.order == "index" and self.max_staleness == 0
+        if synchronous and not self.in_flight_updates:
+            raise ValueError(
+                "in_flight_updates false has no effect at max_staleness 0 in order index: nothing is in flight when a "
+                "version appears. Leave it out, or raise max_staleness."
+            )
+        if self.max_staleness == 0 and self.max_drift is not None and self.order == "index":
+            raise ValueError(
+                "max_drift has no effect at max_staleness 0 in order index: nothing starts before the version it "
+                "is trained under. Leave it out, or raise max_staleness."
+            )
+        return self
+
+
+class KeepCheckpoints(Frozen):
+    keep_last: int | None = Field(3, ge=1)
+    """Newest checkpoints of the surviving lineage. A resume needs one; two more are there should it be corrupt. null
+    keeps all."""
+
+
+class KeepPolicies(Frozen):
+    keep_every: int = Field(1, ge=0)
+    """Versions whose number this divides. 1 keeps all: weights are what a run is for, and small ones cost little. 0
+    keeps none for their number."""
+    keep_last: int = Field(10, ge=1)
+    """Newest versions. Samplers and the evaluator may still be reading the last few."""
+
+
+class KeepShards(Frozen):
+    keep_last_steps: int | None = Field(None, ge=1)
+    """Newest steps whose trajectories and scores stay, so that they can be trained again. null keeps all: a run that
+    lost them cannot be replayed from its beginning."""
+
+
+class Retention(Frozen):
+    checkpoints: KeepCheckpoints = KeepCheckpoints()
+    policies: KeepPolicies = KeepPolicies()
+    shards: KeepShards = KeepShards()
+    superseded: bool = False
+    """Keep versions and checkpoints that the learner went back over. No resume and no replay reads them."""
+    grace_s: float = Field(3600.0, ge=0)
+    """Nothing younger is removed: it may belong to a reader or writer that is about to use it."""
+    quarantine_s: float = Field(7 * 86400.0, ge=0)
+    """How long data set aside by `maintain quarantine` can be looked at, or put back."""
+
 
 PRETRAIN_CODE = 1
 """Raised whenever pre-training itself changes, so that models made by older code are not taken for new ones."""

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from asyncopd.config.frozen import Frozen
+from asyncopd.config.base import Frozen
 
 
 class WalkConfig(Frozen):

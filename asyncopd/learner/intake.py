@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from asyncopd.arrivals import Arrival, arrivals_of_step, judge, num_taken
 from asyncopd.errors import StorageError
-from asyncopd.open_shards import OpenShards
 from asyncopd.ports import RunLog
-from asyncopd.schedule import Plan
+from asyncopd.schedule import Arrival, OpenShards, Plan, arrivals_of_step, judge, num_taken
 from asyncopd.types import IndexRange, IndexSet, Manifest, ScoredTrajectory
 from asyncopd.worker import Worker
 

@@ -21,8 +21,8 @@ from asyncopd.learner.statistics import StepStatistics
 from asyncopd.losses.contract import Estimator, StepContext
 from asyncopd.losses.gather import gather_logprobs
 from asyncopd.losses.rows import TokenRows
-from asyncopd.modeling import output_embedding, packed_hidden
-from asyncopd.packing import PackedTokens, pack
+from asyncopd.models.causal_lm import output_embedding, packed_hidden
+from asyncopd.models.packing import PackedTokens, pack
 from asyncopd.types import ScoredTrajectory
 
 

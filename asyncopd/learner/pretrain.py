@@ -14,9 +14,9 @@ from torch import nn
 from asyncopd.config import TinyModel
 from asyncopd.learner.optimize import LogprobModel
 from asyncopd.learner.student import learning_rate
-from asyncopd.losses.cross_entropy import cross_entropy
-from asyncopd.modeling import architecture_of_size, build_causal_lm, to_safetensors
-from asyncopd.packing import pack
+from asyncopd.losses.divergences import cross_entropy
+from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.packing import pack
 from asyncopd.ports import Task
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from asyncopd.config.cache import CacheRequirements, check_cache
+from asyncopd.config.recorded import CacheRequirements, check_cache
 from asyncopd.errors import NonFiniteError, SupersededError
 from asyncopd.learner.intake import Batch, intake_of
 from asyncopd.learner.student import Student

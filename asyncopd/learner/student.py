@@ -16,7 +16,7 @@ from torch import nn
 from asyncopd.errors import ShapeError
 from asyncopd.learner.optimize import LogprobModel, StepResult, micro_batches, optimizer_step
 from asyncopd.losses.contract import Estimator
-from asyncopd.modeling import load_safetensors, to_safetensors
+from asyncopd.models.causal_lm import load_safetensors, to_safetensors
 from asyncopd.types import ScoredTrajectory
 
 Schedule = Literal["constant", "linear", "cosine"]

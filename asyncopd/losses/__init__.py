@@ -1,7 +1,7 @@
 """Losses as pure functions of log-probs, one estimator a file, and the binding that picks one by configuration."""
 
+from asyncopd.losses.build import build_estimator
 from asyncopd.losses.contract import Estimator, RowLosses, StepContext
-from asyncopd.losses.estimators import build_estimator
 from asyncopd.losses.gather import GatheredLogprobs, gather_logprobs
 from asyncopd.losses.rows import TokenRows
 

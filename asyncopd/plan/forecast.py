@@ -81,19 +81,22 @@ def best_split(work: Workload, costs: Costs, num_gpus: int, max_staleness: int) 
 def assumptions(work: Workload, costs: Costs) -> Sequence[str]:
     """What the forecast takes for granted, in sentences."""
     unknown = [
-        name for name in ("train_step_s", "publish_s", "fetch_s", "refresh_s", "shard_s", "handover_s", "score_shard_s")
+        name
+        for name in ("train_step_s", "publish_s", "fetch_s", "refresh_s", "shard_s", "handover_s", "score_shard_s")
         if getattr(costs, name) == 0
-    ]  # fmt: skip
+    ]
     said = [
         f"Response lengths: {work.lengths.describe()}; they do not change while the student learns.",
-        "A decode step takes " + ", ".join(
+        "A decode step takes "
+        + ", ".join(
             f"{1000 * s:.2f} ms with {a} active" for a, s in zip(costs.decode.active, costs.decode.step_s, strict=True)
-        ) + "; straight lines between, whatever the context length. Prompts cost nothing.",
+        )
+        + "; straight lines between, whatever the context length. Prompts cost nothing.",
         f"A teacher GPU scores {costs.score_tokens_per_s:,.0f} tokens/s, a learner GPU trains "
         f"{costs.train_tokens_per_s:,.0f} tokens/s; learner GPUs scale without loss.",
         f"{work.num_steps} steps of {work.batch_size} in shards of {work.shard_size}; {work.num_slots} slots an "
         "engine. Wall time runs from the first token to the last version.",
-    ]  # fmt: skip
+    ]
     if costs.speeds != (1.0,):
         shown = ", ".join(f"{speed:.0%}" for speed in costs.speeds)
         said.append(f"Processes share one machine: with 1, 2, … busy each runs at {shown} of its speed.")

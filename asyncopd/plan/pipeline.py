@@ -107,7 +107,7 @@ class _Pipeline:
         self._plan, self._lengths, self._costs, self._fleet = plan, lengths, costs, fleet
         self._num_slots = num_slots
         table = costs.decode.table(num_slots)
-        # As flows/rollout.py: one lane more than fills the engine.
+        # As flows/roles.py: one lane more than fills the engine.
         lanes = -(-num_slots // plan.shard_size) + 1
         self._engines = [_Engine(number, table, lanes) for number in range(fleet.rollout)]
         self._responses: dict[int, _Response] = {}

@@ -22,7 +22,16 @@ from asyncopd.report.intervals import (
     length_s,
 )
 from asyncopd.report.observe import PIPELINE, Observations, Responses, observe
-from asyncopd.summary import Incidents, Lengths, Orchestration, Quality, RoleTime, StalenessFigures, Summary, Tokens
+from asyncopd.report.summary import (
+    Incidents,
+    Lengths,
+    Orchestration,
+    Quality,
+    RoleTime,
+    StalenessFigures,
+    Summary,
+    Tokens,
+)
 from asyncopd.types import Evaluation, Span, TrainStep
 
 STANDSTILL_S = 30.0

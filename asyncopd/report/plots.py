@@ -1,21 +1,108 @@
-"""Plots of quality, training, staleness and response lengths; each returns a PNG. The timeline has its own file."""
+"""How every plot of the report looks: one colour per role, light background, few lines. Colours are Okabe and Ito's,
+which colour-blind readers can tell apart.
+
+Plots of quality, training, staleness and response lengths; each returns a PNG. The timeline has its own file.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from asyncopd.report.measure import accuracy_standard_error
 from asyncopd.report.observe import Observations, Responses
-from asyncopd.report.style import ACCENT, INK, SECOND, Page, missing, styled, tint
 from asyncopd.types import Evaluation, TrainStep
+
+ROLE_COLOURS = {
+    "rollout": "#0072B2",
+    "score": "#E69F00",
+    "learn": "#009E73",
+    "evaluate": "#CC79A7",
+    "pretrain": "#56B4E9",
+}
+OTHER = "#999999"
+INK = "#222222"
+FAINT = "#E3E3E3"
+ACCENT = "#0072B2"
+SECOND = "#D55E00"
+
+_STYLE = {
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.edgecolor": "#888888",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "font.family": "DejaVu Sans",
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+
+
+def role_colour(role: str) -> str:
+    return ROLE_COLOURS.get(role, OTHER)
+
+
+def tint(colour: str, strength: float = 0.28) -> tuple[float, float, float]:
+    """`colour` mixed with white; `strength` 1 is the colour itself."""
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return (1 - strength * (1 - red), 1 - strength * (1 - green), 1 - strength * (1 - blue))
+
+
+styled = rc_context(_STYLE)
+"""Decorates every plot function: matplotlib reads its settings at many moments between creation and saving."""
+
+
+class Page:
+    """One PNG in the making. Uses no pyplot, so any thread may draw."""
+
+    def __init__(self, rows: int, columns: int, *, width: float, height: float, **grid: Any) -> None:
+        """
+        Args:
+            width, height: inches; 110 pixels each.
+            grid: for example `height_ratios`, handed to matplotlib's `subplots`.
+        """
+        self.figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+        FigureCanvasAgg(self.figure)
+        axes = self.figure.subplots(rows, columns, squeeze=False, **grid)
+        self.axes: list[Axes] = list(axes.ravel())
+
+    def png(self) -> bytes:
+        body = io.BytesIO()
+        self.figure.savefig(body, format="png")
+        return body.getvalue()
+
+
+def missing(axes: Axes, what: str) -> None:
+    """Say in place of a plot why there is none."""
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, what, ha="center", va="center", color="#777777", transform=axes.transAxes, wrap=True)
+
 
 FloatArray = NDArray[np.float64]
 
@@ -152,9 +239,15 @@ def plot_staleness(steps: Sequence[TrainStep], max_staleness: int) -> bytes:
     left.grid(axis="x", visible=False)
     first, last = steps[0].step, steps[-1].step
     picture = right.imshow(
-        shares_SA.T, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest",
+        shares_SA.T,
+        origin="lower",
+        aspect="auto",
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
         extent=(first - 0.5, last + 0.5, -0.5, len(shares_A) - 0.5),
-    )  # fmt: skip
+    )
     right.grid(visible=False)
     right.set_title("Step by step")
     right.set_xlabel("learner step")
@@ -189,9 +282,12 @@ def plot_lengths(responses: Responses) -> bytes:
     ends = [("ended by itself (stop)", stopped_B, ACCENT), ("hit the limit (length)", ~stopped_B, SECOND)]
     shown = [(label, lengths_B[chosen], colour) for label, chosen, colour in ends if chosen.any()]
     axes.hist(
-        [lengths for _, lengths, _ in shown], bins=bins.tolist(), stacked=True,
-        color=[colour for _, _, colour in shown], label=[f"{label}: {len(part):,}" for label, part, _ in shown],
-    )  # fmt: skip
+        [lengths for _, lengths, _ in shown],
+        bins=bins.tolist(),
+        stacked=True,
+        color=[colour for _, _, colour in shown],
+        label=[f"{label}: {len(part):,}" for label, part, _ in shown],
+    )
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)
     mean, p99 = float(lengths_B.mean()), float(np.percentile(lengths_B, 99))

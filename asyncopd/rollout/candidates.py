@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from asyncopd.errors import EngineError
-from asyncopd.modeling import load_safetensors, output_embedding, packed_hidden
-from asyncopd.packing import pack
-from asyncopd.sampling import CandidateRule, check_law, draw, law_logprobs, policy_key
+from asyncopd.models.causal_lm import load_safetensors, output_embedding, packed_hidden
+from asyncopd.models.packing import pack
+from asyncopd.models.sampling import CandidateRule, check_law, draw, law_logprobs, policy_key
 from asyncopd.types import Candidates, Trajectory
 
 REPRODUCED_NATS = 0.02

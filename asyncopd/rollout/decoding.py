@@ -7,6 +7,12 @@
 A token depends on seed, trajectory index, position and weights, never on the slot or on what runs beside it.
 Invariant during a step: slots 0 ... num_active−1 are occupied, so that the cache is read through views.
 Suffixes: S slots, A active slots, U uncached ones, C candidates columns.
+
+What the host keeps about responses in progress, and how a finished one becomes a Trajectory.
+
+Suffixes: A active slots, S rows, T response positions, C columns (emitted token, head, draws; then the tail mass).
+
+What every sampler refuses before it starts on a request.
 """
 
 from __future__ import annotations
@@ -20,12 +26,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asyncopd.errors import EngineError
-from asyncopd.packing import PackedTokens, TokenPair, pack
+from asyncopd.models.packing import PackedTokens, TokenPair, pack
+from asyncopd.models.sampling import CandidateRule, check_law, draw, law_logprobs, policy_key
 from asyncopd.ports import SampleRequest
-from asyncopd.rollout.records import OpenResponse, TokenRecords
-from asyncopd.rollout.slot_model import SlotModel
-from asyncopd.sampling import CandidateRule, check_law, draw, law_logprobs, policy_key
-from asyncopd.types import FinishReason, PolicyVersion, PolicyWeights, Trajectory
+from asyncopd.rollout.slots import SlotModel
+from asyncopd.types import Candidates, FinishReason, IntArray, PolicyVersion, PolicyWeights, Trajectory, VersionRun
 
 # Short rows keep the block-causal mask small: attention over C cells costs C² whatever the segments are.
 _ROW_CAPACITY = 128
@@ -210,3 +215,99 @@ class Decoder:
         self._holes.append(slot)
         reason: FinishReason = "stop" if self._last_ids_S[slot] == self._eos_id else "length"
         return response.ticket, self._records.trajectory(response, int(self._counts_S[slot]), reason)
+
+
+class OpenResponse:
+    """One response in progress: its request, the row of its tokens, and which versions produced them."""
+
+    def __init__(self, ticket: int, request: SampleRequest, row: int, version: int) -> None:
+        self.ticket = ticket
+        self.request = request
+        self.row = row
+        self._runs: list[tuple[int, int]] = [(version, 0)]
+        # (version, first response position it produces), in order.
+
+    def start_version(self, version: int, count: int) -> None:
+        """Tokens from response position `count` on come from `version`; a run that got no token is forgotten."""
+        self._runs = [run for run in self._runs if run[1] < count]
+        self._runs.append((version, count))
+
+    def version_runs(self, count: int) -> tuple[VersionRun, ...]:
+        """The runs of the first `count` tokens."""
+        ends = [start for _, start in self._runs[1:]] + [count]
+        return tuple(VersionRun(version, end - start) for (version, start), end in zip(self._runs, ends, strict=True))
+
+
+class TokenRecords:
+    """Ids and log-probs of every response in progress, one row each, filled one position per step."""
+
+    def __init__(self, num_rows: int, max_tokens: int, rule: CandidateRule) -> None:
+        num_columns = 1 + rule.head + rule.num_draws
+        self._rule = rule
+        # Memory is committed by the operating system as positions are written, not here.
+        self._ids_STC = np.zeros((num_rows, max_tokens, num_columns), np.int32)
+        self._logprobs_STC = np.zeros((num_rows, max_tokens, num_columns + 1), np.float32)
+
+    def write(
+        self,
+        rows_A: NDArray[np.int64],
+        positions_A: NDArray[np.int64],
+        ids_AC: NDArray[np.int64],
+        logprobs_AC: NDArray[np.float32],
+    ) -> None:
+        """Record one position of several rows; the last log-prob column is the tail mass."""
+        self._ids_STC[rows_A, positions_A] = ids_AC
+        self._logprobs_STC[rows_A, positions_A] = logprobs_AC
+
+    def response_ids(self, row: int, count: int) -> IntArray:
+        """[count] tokens so far; a view."""
+        return self._ids_STC[row, :count, 0]
+
+    def trajectory(self, response: OpenResponse, count: int, finish_reason: FinishReason) -> Trajectory:
+        """The finished response; its arrays are views into two copies made here."""
+        ids_TC = self._ids_STC[response.row, :count].copy()
+        logprobs_TC = self._logprobs_STC[response.row, :count].copy()
+        head_end = 1 + self._rule.head
+        return Trajectory(
+            index=response.request.index,
+            prompt_id="",
+            prompt_ids=response.request.prompt_ids,
+            response_ids=ids_TC[:, 0],
+            behaviour_logprobs_T=logprobs_TC[:, 0],
+            version_runs=response.version_runs(count),
+            finish_reason=finish_reason,
+            candidates=Candidates(
+                head_ids_TK=ids_TC[:, 1:head_end],
+                head_logprobs_TK=logprobs_TC[:, 1:head_end],
+                tail_logmass_T=logprobs_TC[:, -1],
+                draw_ids_TN=ids_TC[:, head_end:],
+                draw_logprobs_TN=logprobs_TC[:, head_end:-1],
+                law=self._rule.law,
+            ),
+        )
+
+
+def check_request(request: SampleRequest, *, max_context: int, vocab_size: int, has_weights: bool) -> None:
+    """Refuse what an engine cannot serve.
+
+    Raises:
+        EngineError: no weights yet, an empty or invalid prompt, or no room for the response; names the index.
+    """
+    ids, index = request.prompt_ids, request.index
+    if not has_weights:
+        raise EngineError(f"index {index}: the sampler has no weights yet; await refresh(weights) first.")
+    if len(ids) == 0 or request.max_new_tokens < 1:
+        raise EngineError(
+            f"index {index}: {len(ids)} prompt tokens and max_new_tokens {request.max_new_tokens}; "
+            "both must be at least 1."
+        )
+    if len(ids) + request.max_new_tokens > max_context:
+        raise EngineError(
+            f"index {index}: {len(ids)} prompt + {request.max_new_tokens} new tokens exceed max_context "
+            f"{max_context}. Lower the response limit or raise max_context."
+        )
+    if np.min(ids) < 0 or np.max(ids) >= vocab_size:
+        raise EngineError(
+            f"index {index}: prompt ids reach from {np.min(ids)} to {np.max(ids)}, the model's vocabulary has "
+            f"{vocab_size}. Do task and student use the same tokenizer?"
+        )

@@ -23,10 +23,9 @@ import torch
 from transformers import PreTrainedModel
 
 from asyncopd.errors import AsyncOPDError, EngineError
+from asyncopd.models.sampling import CandidateRule
 from asyncopd.ports import SampleRequest
-from asyncopd.rollout.decoding import Decoder
-from asyncopd.rollout.requests import check_request
-from asyncopd.sampling import CandidateRule
+from asyncopd.rollout.decoding import Decoder, check_request
 from asyncopd.types import DrawLaw, PolicyVersion, PolicyWeights, Trajectory
 
 logger = logging.getLogger(__name__)

@@ -15,11 +15,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
-from asyncopd.arrivals import num_taken
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
-from asyncopd.open_shards import OpenShards
 from asyncopd.ports import RunLog, Sampler, SampleRequest, Task
-from asyncopd.schedule import Plan, Seen
+from asyncopd.schedule import OpenShards, Plan, Seen, num_taken
 from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, Trajectory
 from asyncopd.worker import NextShard, Worker
 

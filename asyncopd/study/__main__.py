@@ -19,13 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from asyncopd.config import RunConfig
 from asyncopd.errors import AsyncOPDError
+from asyncopd.local.processes import watch_parent
 from asyncopd.study import estimators, staleness
 from asyncopd.study.loop import LoopSettings
 from asyncopd.study.report import write_estimators, write_staleness
-from asyncopd.study.warm_start import WarmStart, warm_start
-from asyncopd.supervise import watch_parent
-from storage.objects import ObjectStore
-from storage.open import open_store
+from asyncopd.study.worlds import WarmStart, warm_start
+from storage.stores import open_store
+from storage.stores.base import ObjectStore
 
 MAX_WORKERS = 2
 
@@ -66,9 +66,13 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         return
     started = time.monotonic()
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), console=console,
-    ) as progress:  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
         task = progress.add_task("warm start", total=None)
 
         def show(done: float, total: float, what: str) -> None:

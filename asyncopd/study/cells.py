@@ -1,13 +1,19 @@
-"""Finished cells of a study, one JSON object each: written whole or not at all, and never twice."""
+"""Finished cells of a study, one JSON object each: written whole or not at all, and never twice.
+
+A worker process's stdin: lines to work on, and the sign that its parent is gone.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import queue
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from storage.objects import ObjectStore
+from storage.stores.base import ObjectStore
 
 
 def digest(settings: Any) -> str:
@@ -40,3 +46,22 @@ class CellStore:
 
     def _key(self, name: str) -> str:
         return f"{self.folder}/{name}.json"
+
+
+def lines_while_parent_lives() -> Iterator[bytes]:
+    """Lines of stdin, one at a time. At the end of stdin the process ends at once, in the middle of work or not:
+    either the parent closed it because there is no more work, or the parent died."""
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def read() -> None:
+        # Not sys.stdin: a daemon thread inside its lock makes the interpreter abort at exit.
+        buffer = b""
+        while chunk := os.read(0, 65536):
+            *whole, buffer = (buffer + chunk).split(b"\n")
+            for line in whole:
+                lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, name="read-stdin", daemon=True).start()
+    while True:
+        yield lines.get()

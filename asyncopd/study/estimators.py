@@ -18,14 +18,13 @@ import torch
 
 from asyncopd.config import losses as c
 from asyncopd.config.losses import LossConfig
-from asyncopd.modeling import to_safetensors
+from asyncopd.models.causal_lm import to_safetensors
 from asyncopd.study.cells import CellStore, digest
 from asyncopd.study.gradients import Target, measure
 from asyncopd.study.loop import LoopSettings, sample_prompts, train_lagged
-from asyncopd.study.warm_start import WarmStart
-from asyncopd.study.worlds import Prefixes, World, mean_kl, scale_for_drift
-from asyncopd.tasks.walk_oracle import WalkOracle
-from storage.objects import ObjectStore
+from asyncopd.study.worlds import Prefixes, WarmStart, World, mean_kl, scale_for_drift
+from asyncopd.tasks.walk_rules import WalkOracle
+from storage.stores.base import ObjectStore
 
 STUDY_CODE = 1
 """Raised whenever what a cell measures changes."""

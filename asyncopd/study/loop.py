@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from asyncopd.config.losses import LossConfig
 from asyncopd.errors import NonFiniteError
-from asyncopd.evaluate.stage import kl_to_teacher
+from asyncopd.evaluate import kl_to_teacher
 from asyncopd.learner.student import Student
 from asyncopd.losses import build_estimator
 from asyncopd.ports import SampleRequest, Scorer, ScoreRequest
 from asyncopd.rollout.hf import HfSampler
-from asyncopd.study.warm_start import WarmStart
+from asyncopd.study.worlds import WarmStart
 from asyncopd.tasks.walk import WalkTask
 from asyncopd.types import DrawLaw, PolicyVersion, PolicyWeights, ScoredTrajectory, Trajectory
 

@@ -1,32 +1,53 @@
-"""What a study leaves beside its cells: a Parquet table, a Markdown summary and a plot."""
+"""What a study leaves beside its cells: a Parquet table, a Markdown summary and a plot.
+
+Markdown and Parquet of a study's rows.
+"""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 
-from asyncopd.report.style import INK, Page, styled
-from asyncopd.study.tables import markdown_table, parquet
-from storage.objects import ObjectStore
+from asyncopd.report.plots import INK, Page, styled
+from storage.stores.base import ObjectStore
 
 Row = Mapping[str, Any]
 # Okabe and Ito's colours, with a marker each so that no line is told apart by colour alone.
 _LINES = (
-    ("#009E73", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#CC79A7", "v"), ("#E69F00", "D"), ("#56B4E9", "P"),
-    ("#999999", "X"), (INK, "*"),
-)  # fmt: skip
+    ("#009E73", "o"),
+    ("#0072B2", "s"),
+    ("#D55E00", "^"),
+    ("#CC79A7", "v"),
+    ("#E69F00", "D"),
+    ("#56B4E9", "P"),
+    ("#999999", "X"),
+    (INK, "*"),
+)
 _PLOTTED_BIAS = (
-    "head 4 + tail 4", "draws, clip (exact baseline)", "draws, truncate (exact baseline)", "draws, A_old",
-    "draws, no ratio", "reverse KL, teacher top-8, bucket", "reverse KL, student top-8, drop",
-)  # fmt: skip
+    "head 4 + tail 4",
+    "draws, clip (exact baseline)",
+    "draws, truncate (exact baseline)",
+    "draws, A_old",
+    "draws, no ratio",
+    "reverse KL, teacher top-8, bucket",
+    "reverse KL, student top-8, drop",
+)
 _PLOTTED_VARIANCE = (
-    "head 4 + tail 4", "head 8 + tail 8", "draws, leave-one-out", "draws, no baseline", "sampled token alone",
-    "sampled token, exact baseline", "teacher draws 8",
-)  # fmt: skip
+    "head 4 + tail 4",
+    "head 8 + tail 8",
+    "draws, leave-one-out",
+    "draws, no baseline",
+    "sampled token alone",
+    "sampled token, exact baseline",
+    "teacher draws 8",
+)
 
 
 # -- study estimators ---------------------------------------------------------------------------------------------
@@ -184,3 +205,16 @@ def _with_errors(axes: Axes, values_by_lag: Mapping[int, Sequence[float]], name:
         capsize=2.5,
         label=name,
     )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first column is text, the others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows of equal keys as one Parquet object."""
+    body = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), body)
+    return body.getvalue()

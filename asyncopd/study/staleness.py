@@ -22,11 +22,10 @@ import numpy as np
 from asyncopd.config import losses as c
 from asyncopd.config.losses import LossConfig
 from asyncopd.errors import RoleFailedError
-from asyncopd.study.cells import CellStore, digest
-from asyncopd.study.child import lines_while_parent_lives
+from asyncopd.study.cells import CellStore, digest, lines_while_parent_lives
 from asyncopd.study.loop import LoopSettings, evaluate, train_lagged
-from asyncopd.study.warm_start import WarmStart
-from storage.objects import ObjectStore
+from asyncopd.study.worlds import WarmStart
+from storage.stores.base import ObjectStore
 
 STUDY_CODE = 1
 """Raised whenever what a cell measures changes."""
@@ -188,9 +187,15 @@ async def _work(
 ) -> None:
     """One worker process until no cell is missing."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "asyncopd.study", "worker", *arguments,
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "asyncopd.study",
+        "worker",
+        *arguments,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None

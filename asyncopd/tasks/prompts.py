@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from asyncopd.errors import ConfigError
-from asyncopd.tasks.counter import derive, permutation, stream_key
+from asyncopd.models.random import derive, permutation, stream_key
 
 
 @dataclass(frozen=True)

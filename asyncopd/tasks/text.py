@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 
 from asyncopd.errors import ConfigError
+from asyncopd.models.random import stream_key
 from asyncopd.ports import Demonstration, Tokenizer
 from asyncopd.tasks.answers import answers_match, extract_answer
-from asyncopd.tasks.counter import stream_key
 from asyncopd.tasks.prompts import Question, ShuffledStream
 from asyncopd.types import IntArray, Prompt, Split
 

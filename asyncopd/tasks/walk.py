@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncopd.errors import ConfigError
+from asyncopd.models.random import derive, permutation, stream_key, uniform
 from asyncopd.ports import Demonstration, Tokenizer
-from asyncopd.tasks.counter import derive, permutation, stream_key, uniform
 from asyncopd.tasks.walk_rules import EOS_ID, FIRST_NOISE_ID, NUM_OPERATIONS, WalkRules
 from asyncopd.types import IntArray, Prompt, Split
 

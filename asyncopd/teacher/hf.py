@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asyncopd.errors import EngineError
-from asyncopd.modeling import output_embedding, packed_hidden, weights_digest
-from asyncopd.packing import pack
+from asyncopd.models.causal_lm import output_embedding, packed_hidden, weights_digest
+from asyncopd.models.packing import pack
+from asyncopd.models.sampling import inverse_cdf, lane_uniforms, teacher_key
 from asyncopd.ports import ScoreRequest
-from asyncopd.sampling import inverse_cdf, lane_uniforms, teacher_key
 from asyncopd.types import FloatArray, IntArray, TeacherScores, Trajectory
 
 

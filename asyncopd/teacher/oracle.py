@@ -10,8 +10,7 @@ import numpy as np
 
 from asyncopd.errors import ConfigError
 from asyncopd.ports import ScoreRequest
-from asyncopd.tasks.walk_oracle import WalkOracle
-from asyncopd.tasks.walk_rules import OPERATIONS, WalkRules
+from asyncopd.tasks.walk_rules import OPERATIONS, WalkOracle, WalkRules
 from asyncopd.teacher.rows import RowTable, scores_from_rows
 from asyncopd.types import TeacherScores, Trajectory
 

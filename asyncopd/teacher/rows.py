@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncopd.errors import EngineError
+from asyncopd.models.random import derive, stream_key, uniforms
 from asyncopd.ports import ScoreRequest
-from asyncopd.tasks.counter import derive, stream_key, uniforms
 from asyncopd.types import FloatArray, IntArray, TeacherScores, Trajectory
 
 

@@ -4,6 +4,15 @@
     stdout  a line of JSON (started or error), an Arrow IPC stream of the rows, a line of JSON (how it ended)
 
 Starts with imports only and no data, so that one can be kept waiting. Everything it may know comes through stdin.
+
+What SQL of other people may say: one SELECT over the catalog's relations. Checked on DuckDB's own parse tree.
+
+This is the outer of several walls: behind it the connection has no external access and a locked configuration, and
+the process has limits. It is here for its messages, and because `arrow_scan` would take any number for an address.
+
+Damage that a query comes upon: pages carry checksums (storage/schema.py), and readers say so in their own words.
+
+An object's sha256 covers more, its footer too, but needs the whole object: `asyncopd maintain audit` checks that.
 """
 
 from __future__ import annotations
@@ -14,20 +23,17 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
 import duckdb
 import pyarrow as pa
 import pyarrow.ipc
 
-from asyncopd.errors import QueryError, StorageError
-from storage.catalog.allowed import check
-from storage.catalog.connection import connect
-from storage.catalog.damage import is_damage
+from asyncopd.errors import QueryError, ShardCorruptError, StorageError
+from storage.catalog.connection import DataFile, Place, connect
 from storage.catalog.decoders import TokenTexts
-from storage.catalog.files import DataFile, Place
-from storage.catalog.relations import BY_NAME
+from storage.catalog.views import BY_NAME
 
 ADDRESS_SPACE_BYTES = 4 * 2**30
 """On top of the query's memory: what libraries and thread stacks reserve without using it (2.1 GB measured with two
@@ -131,3 +137,87 @@ def _explained(error: BaseException) -> dict[str, Any]:
 def _write(out: BinaryIO, fields: dict[str, Any]) -> None:
     out.write(json.dumps(fields).encode() + b"\n")
     out.flush()
+
+
+TABLE_FUNCTIONS = frozenset({"unnest", "range", "generate_series", "json_each", "json_tree", "repeat"})
+"""Table functions that look at nothing but their arguments."""
+_FORBIDDEN_FUNCTIONS = frozenset(
+    {"getenv", "current_setting", "getvariable", "write_log", "json_execute_serialized_sql", "nextval", "currval"}
+)
+ALLOWED = (
+    "Allowed is one SELECT (also WITH, FROM, VALUES, DESCRIBE, SUMMARIZE) over the relations of the catalog: "
+    "`from documentation` lists them. Files, network, settings and other statements are not."
+)
+
+
+def check(connection: duckdb.DuckDBPyConnection, sql: str, relations: Collection[str]) -> None:
+    """Raise QueryError unless `sql` is one allowed SELECT. Runs nothing of it."""
+    # All rows are fetched, there being one: DuckDB refuses the next query while a result is open.
+    ((serialised,),) = connection.execute("SELECT json_serialize_sql(?)", [sql]).fetchall()
+    tree = json.loads(serialised)
+    if tree.get("error"):
+        raise QueryError(f"{tree.get('error_message', 'the query could not be read')} {ALLOWED}")
+    if len(tree["statements"]) != 1:
+        raise QueryError(f"found {len(tree['statements'])} statements. {ALLOWED}")
+    nodes = list(_nodes(tree["statements"]))
+    named_here = {entry["key"].lower() for node in nodes for entry in (node.get("cte_map") or {}).get("map", [])}
+    known = {*relations, *named_here}
+    for node in nodes:
+        if node.get("type") == "TABLE_FUNCTION":
+            function = node["function"]["function_name"].lower()
+            if function not in TABLE_FUNCTIONS:
+                raise QueryError(
+                    f"table function {function} is not allowed; {', '.join(sorted(TABLE_FUNCTIONS))} are. {ALLOWED}"
+                )
+        elif node.get("type") == "BASE_TABLE":
+            _check_table(node, known, relations)
+        elif node.get("class") == "FUNCTION" and node["function_name"].lower() in _FORBIDDEN_FUNCTIONS:
+            raise QueryError(f"function {node['function_name']} is not allowed. {ALLOWED}")
+
+
+def _check_table(node: dict[str, Any], known: Collection[str], relations: Collection[str]) -> None:
+    name, schema, catalog = node["table_name"].lower(), node.get("schema_name", ""), node.get("catalog_name", "")
+    if name in known and schema in ("", "main") and catalog in ("", "memory"):
+        return
+    full = ".".join(part for part in (catalog, schema, node["table_name"]) if part)
+    raise QueryError(f"there is no relation {full}; there are {', '.join(sorted(relations))}. {ALLOWED}")
+
+
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every object of a parse tree; a loop, because a user decides how deep it is."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            yield node
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
+
+
+_SIGNS = (
+    "CRC checksum verification failed",
+    "could not verify page integrity",
+    "Data corruption detected",
+    "decompression failed",
+    "Corrupted",
+    "deserialize thrift",
+    "Unexpected end of stream",
+    "Parquet magic bytes not found",
+    "Invalid Parquet",
+    # A file that Arrow read into columns that do not fit together.
+    "failed: Invalid: Column",
+)
+
+
+def is_damage(message: str) -> bool:
+    """Is this what DuckDB or Arrow says of a damaged Parquet file?"""
+    return any(sign.lower() in message.lower() for sign in _SIGNS)
+
+
+def damaged(message: str) -> ShardCorruptError:
+    """The error for the caller to raise."""
+    return ShardCorruptError(
+        f"a shard that the query reads is damaged: {message} `asyncopd maintain audit RUN_ID` names it and the command "
+        "that sets it aside; filter by index or run to ask the others."
+    )

@@ -1,24 +1,33 @@
 """A DuckDB connection with the relations of a snapshot. Whoever opens one in-process has all of DuckDB; SQL of other
 people goes through sandbox.py, whose child process opens it with `locked=True`.
+
+Where the Parquet objects of shards are, in terms that a process without our stores and credentials can be given.
+
+From a store to the Place of its objects; for S3 that takes the credentials this process would use itself.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import and_
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+import botocore.session
 import duckdb
+import fsspec
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.fs as pafs
 
+from asyncopd.errors import StorageError
 from storage.catalog.decoders import Decoder, TokenTexts
-from storage.catalog.files import DataFile, Place
-from storage.catalog.record_relations import RECORDS, ROWS
-from storage.catalog.relation import Relation
-from storage.catalog.relations import TEXT_FUNCTION
-from storage.catalog.views import DERIVED
+from storage.catalog.relations import RECORDS, ROWS, Relation
+from storage.catalog.views import DERIVED, TEXT_FUNCTION
+from storage.stores.base import ObjectStore
 
 
 def connect(
@@ -144,3 +153,66 @@ def _vocabulary(token_texts: Mapping[str, TokenTexts], decoder_of: Callable[[str
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """The rows of one complete shard."""
+
+    key: str
+    run: str
+    shard: str
+    row_group: int | None = None
+    """The shard's rows where one object holds several shards; None for the whole object."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Column -> its value in every row: what the folder says of scores, and their rows do not."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file system and the path of the storage root in it."""
+
+    kind: Literal["file", "s3", "memory"]
+    root: str
+    s3: Mapping[str, str] = field(repr=False)
+    """Arguments of pyarrow's S3FileSystem, credentials included: they go through a pipe, never through an environment.
+    Empty for the other kinds."""
+
+    def filesystem(self) -> Any:
+        """The pyarrow file system; `memory` is the present process's own."""
+        if self.kind == "s3":
+            return pafs.S3FileSystem(**self.s3)
+        if self.kind == "memory":
+            return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem("memory")))
+        return pafs.LocalFileSystem()
+
+    def path(self, key: str) -> str:
+        return f"{self.root}/{key}"
+
+
+def place_of(store: ObjectStore) -> Place:
+    """Where the objects of `store` are. Raises StorageError when S3 credentials cannot be found."""
+    scheme, _, rest = store.url.rpartition("://")
+    if scheme == "s3":
+        return Place("s3", rest.strip("/"), _s3_arguments(store.url))
+    if scheme == "memory":
+        return Place("memory", f"/{rest}".rstrip("/"), {})
+    return Place("file", str(Path(rest).expanduser().absolute()), {})
+
+
+def _s3_arguments(url: str) -> dict[str, str]:
+    # The usual chain (environment, profile, instance role), asked here so that the reader needs none of it.
+    session = botocore.session.get_session()
+    credentials = session.get_credentials()
+    if credentials is None:
+        raise StorageError(f"{url}: no S3 credentials found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.")
+    frozen = credentials.get_frozen_credentials()
+    arguments = {
+        "access_key": frozen.access_key,
+        "secret_key": frozen.secret_key,
+        "session_token": frozen.token,
+        "region": session.get_config_variable("region") or "us-east-1",
+        # pyarrow reads AWS_ENDPOINT_URL itself, but then puts the bucket into the host name.
+        "endpoint_override": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+    }
+    return {name: value for name, value in arguments.items() if value}

@@ -25,9 +25,8 @@ import pyarrow.parquet as pq
 
 from asyncopd import __version__
 from asyncopd.errors import QueryError
-from storage.catalog.cut import AsOf
-from storage.catalog.query_process import QueryLimits, RunningQuery
-from storage.catalog.sandbox import Sandbox
+from storage.catalog.rows import AsOf
+from storage.catalog.sandbox import QueryLimits, RunningQuery, Sandbox
 
 ExportFormat = Literal["sft", "parquet", "hf"]
 PROVENANCE = ("run", "index", "version_first", "version_last", "teacher", "teacher_digest")

@@ -15,15 +15,13 @@ from typing import Any
 import pyarrow as pa
 
 from asyncopd.errors import StorageError
-from storage.catalog.cut import AsOf
+from storage.catalog.connection import DataFile, Place, place_of
 from storage.catalog.decoders import TokenTexts
-from storage.catalog.files import DataFile, Place
-from storage.catalog.places import place_of
-from storage.catalog.record_relations import RECORDS
-from storage.catalog.relations import BY_NAME
-from storage.catalog.run_records import RunRecords
-from storage.objects import ObjectStore
+from storage.catalog.relations import RECORDS
+from storage.catalog.rows import AsOf, RunRecords
+from storage.catalog.views import BY_NAME
 from storage.runs import list_runs, open_run
+from storage.stores.base import ObjectStore
 
 _PARALLEL_RUNS = 8
 """Runs read at once; on S3 a cold run costs a request per object."""

@@ -1,0 +1,219 @@
+"""The parts that routes share, as dependencies.
+
+Who may ask for what: bearer tokens with scopes, kept as hashes.
+
+    asyncopd token create --> token, shown once; its sha256 in tokens.json
+    request --Authorization: Bearer--> Client(name, scopes) --needs(scope)--> route
+
+A service that only this machine can reach asks for no token, but a wrong one is refused there too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from fastapi import Path as UrlPath
+from fastapi.dependencies.utils import get_flat_dependant
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
+
+from api.events import Hub
+from api.fold import RunFold
+from api.launcher import RunLauncher
+from api.problems import ProblemError, no_run
+from api.reader import RunReader
+from api.schemas import RUN_ID_PATTERN
+from asyncopd.errors import ConfigError
+
+RunId = Annotated[str, UrlPath(pattern=RUN_ID_PATTERN, description="Id of a run.", examples=["walk-7"])]
+
+
+# The trivial ones are coroutines: FastAPI calls plain functions in a thread each.
+async def reader(request: Request) -> RunReader:
+    found: RunReader = request.app.state.reader
+    return found
+
+
+async def launcher(request: Request) -> RunLauncher:
+    found: RunLauncher = request.app.state.launcher
+    return found
+
+
+async def hub(request: Request) -> Hub:
+    found: Hub = request.app.state.hub
+    return found
+
+
+async def fold(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> RunFold:
+    """The run of the path, read up to now; 404 while it does not exist in storage."""
+    held = runs.held(run_id)
+    return held if held is not None and held.is_fresh else await run_in_threadpool(runs.fold, run_id)
+
+
+async def known_run(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> str:
+    """The id of the path; 404 when neither a run nor a launch has it. A stream must know before it begins."""
+    if runs.held(run_id) is None and not await run_in_threadpool(runs.exists, run_id):
+        raise no_run(run_id)
+    return run_id
+
+
+async def known_query(request: Request) -> None:
+    """Refuse query parameters that the resource does not have: a mistyped filter would silently match everything."""
+    if not request.url.query:
+        return
+    route = request.scope["route"]
+    known = {parameter.alias for parameter in get_flat_dependant(route.dependant).query_params}
+    unknown = [name for name in request.query_params if name not in known]
+    if unknown:
+        expected = ", ".join(sorted(known)) or "none at all"
+        raise ProblemError(
+            422, "unknown-parameter", f"{unknown[0]!r} is no query parameter of this resource; it has {expected}."
+        )
+
+
+Runs = Annotated[RunReader, Depends(reader)]
+Launches = Annotated[RunLauncher, Depends(launcher)]
+Streams = Annotated[Hub, Depends(hub)]
+Fold = Annotated[RunFold, Depends(fold)]
+KnownRun = Annotated[str, Depends(known_run)]
+
+
+PREFIX = "aopd_"
+"""Lets secret scanners find tokens."""
+
+
+class Scope(StrEnum):
+    """What a token allows; each includes those before it."""
+
+    READ = "read"
+    LAUNCH = "launch"
+    ADMIN = "admin"
+
+    @property
+    def included(self) -> frozenset[Scope]:
+        order = list(Scope)
+        return frozenset(order[: order.index(self) + 1])
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who sent a request."""
+
+    name: str
+    scope: Scope
+
+
+class TokenStore:
+    """Tokens of one service in a file that only its owner can read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def create(self, name: str, scope: Scope) -> str:
+        """A new token, which is stored as a hash only. Raises ConfigError when the name is taken."""
+        records = self._read()
+        if any(record["name"] == name for record in records):
+            raise ConfigError(f"there is a token {name!r} already. Choose another name, or revoke it first.")
+        token = PREFIX + secrets.token_urlsafe(32)
+        self._write([*records, {"name": name, "scope": scope.value, "sha256": _hash(token), "created": time.time()}])
+        return token
+
+    def revoke(self, name: str) -> None:
+        """Forget a token; a running service refuses it from the next request on."""
+        records = self._read()
+        kept = [record for record in records if record["name"] != name]
+        if len(kept) == len(records):
+            raise ConfigError(f"there is no token {name!r}. Known: {[r['name'] for r in records] or 'none'}.")
+        self._write(kept)
+
+    def names(self) -> list[tuple[str, Scope, float]]:
+        """(name, scope, Unix time of creation) of every token."""
+        return [(record["name"], Scope(record["scope"]), record["created"]) for record in self._read()]
+
+    def client_of(self, token: str) -> Client | None:
+        """Whose token this is; compares with every hash in constant time."""
+        digest, found = _hash(token), None
+        for record in self._read():
+            if hmac.compare_digest(digest, record["sha256"]):
+                found = Client(record["name"], Scope(record["scope"]))
+        return found
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self._path.is_file():
+            return []
+        records: list[dict[str, Any]] = json.loads(self._path.read_text())
+        return records
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_suffix(".new")
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(records, file, indent=1)
+        temporary.replace(self._path)
+
+
+def _hash(token: str) -> str:
+    # 256 random bits need no slow hash: there is nothing to guess.
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+_bearer = HTTPBearer(auto_error=False, description="A token made by `asyncopd token create`.")
+
+
+def needs(scope: Scope) -> Callable[..., Awaitable[Client]]:
+    """A dependency that lets only clients with `scope` through."""
+
+    async def client(
+        request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None
+    ) -> Client:
+        found = await _authenticated(request, credentials.credentials if credentials else None)
+        if scope not in found.scope.included:
+            raise ProblemError(
+                403,
+                "scope-missing",
+                f"This needs a token with scope {scope}; {found.name!r} has {found.scope}. Make one with "
+                f"`asyncopd token create NAME --scope {scope}`.",
+            )
+        return found
+
+    return client
+
+
+async def _authenticated(request: Request, token: str | None) -> Client:
+    if token is None:
+        if request.app.state.settings.is_loopback:
+            return Client("local", Scope.ADMIN)
+        raise ProblemError(
+            401,
+            "token-missing",
+            "Send `Authorization: Bearer TOKEN`; make one with `asyncopd token create NAME`.",
+            {"WWW-Authenticate": "Bearer"},
+        )
+    found: Client | None = await run_in_threadpool(request.app.state.tokens.client_of, token)
+    if found is None:
+        raise ProblemError(
+            401,
+            "token-unknown",
+            "This token is not known, or was revoked.",
+            {"WWW-Authenticate": 'Bearer error="invalid_token"'},
+        )
+    return found
+
+
+Reader = Depends(needs(Scope.READ))
+Launcher = Depends(needs(Scope.LAUNCH))

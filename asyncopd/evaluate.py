@@ -1,0 +1,216 @@
+"""The evaluator: follows the policy versions of a run and measures chosen ones on held-out prompts.
+
+RunLog --version 0, every k-th, last--> Sampler --responses--> verifier, Scorer --> Evaluation
+
+Differences between students that answered the same prompts with the same random numbers: paired statistics.
+
+Pairing: prompt i is answered once by every student, with the same uniforms. What is easy or hard about a prompt, and
+about its random numbers, is in both answers and cancels in their difference d_i; the standard error of the mean of d_i
+says how well the difference is known for *these two students*, over prompts and draws. It says nothing about training
+them again on other rollouts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncopd.errors import ShapeError
+from asyncopd.ports import RunLog, Sampler, SampleRequest, Scorer, ScoreRequest, Task
+from asyncopd.types import Evaluation, PolicyVersion, PolicyWeights, Prompt, ScoredTrajectory, Trajectory
+from asyncopd.worker import Worker
+
+
+def versions_to_evaluate(num_steps: int, every: int) -> list[int]:
+    """Version numbers an evaluator waits for: the first, every `every`-th and the last; none when `every` is 0."""
+    return sorted({*range(0, num_steps + 1, every), num_steps}) if every else []
+
+
+class EvaluateStage:
+    """Evaluates one run. Prompts and random draws are the same for every version, so differences are paired."""
+
+    def __init__(
+        self,
+        log: RunLog,
+        worker: Worker,
+        *,
+        task: Task,
+        sampler: Sampler,
+        scorer: Scorer,
+        temperature: float,
+        num_prompts: int,
+        max_new_tokens: int,
+    ) -> None:
+        """
+        Args:
+            sampler: with a head, and with draws from the tail; the KL estimate is exact on the head.
+        """
+        self._log, self._worker, self._task, self._sampler, self._scorer = log, worker, task, sampler, scorer
+        self._request = ScoreRequest(top_k=0, num_teacher_draws=0, temperature=temperature, seed=0)
+        self._max_new_tokens = max_new_tokens
+        self._prompts = [task.prompt(index, "eval") for index in range(num_prompts)]
+
+    async def run(self, version_numbers: Sequence[int]) -> None:
+        """Wait for each version in turn and evaluate it; versions already evaluated are not evaluated again."""
+        done = {evaluation.version for evaluation in await asyncio.to_thread(self._log.evaluations)}
+        for number in version_numbers:
+            version = await self._wait_for_version(number)
+            if version in done:
+                continue
+            with self._worker.span("evaluate", f"version {number}"):
+                evaluation = await self.evaluate(version)
+            await asyncio.to_thread(self._log.publish_evaluation, evaluation)
+            self._worker.status["version"] = number
+
+    async def _wait_for_version(self, number: int) -> PolicyVersion:
+        """Wait version by version: the deadline is for one of them, however many lie before `number`."""
+        latest = await asyncio.to_thread(self._log.latest_policy)
+        for step in range(latest.number + 1 if latest else 0, number):
+            await self._worker.wait_for(partial(self._log.find_policy, step), f"version {step} to be published")
+        return await self._worker.wait_for(partial(self._log.find_policy, number), f"version {number} to be published")
+
+    async def evaluate(self, version: PolicyVersion) -> Evaluation:
+        """Sample every held-out prompt once under `version`, verify and score the responses."""
+        scored, correct = await self.respond(await asyncio.to_thread(self._log.read_policy, version))
+        kl_nats, standard_error = kl_to_teacher(scored)
+        return Evaluation(
+            version=version,
+            num_prompts=len(self._prompts),
+            accuracy=float(np.mean(correct)),
+            accuracy_by_group=_accuracy_by_group(self._prompts, correct),
+            kl_nats=kl_nats,
+            kl_standard_error_nats=standard_error,
+            mean_response_tokens=float(np.mean([len(s.trajectory.response_ids) for s in scored])),
+            finished=time.time(),
+        )
+
+    async def respond(self, weights: PolicyWeights) -> tuple[list[ScoredTrajectory], list[bool]]:
+        """One scored response to every held-out prompt, and which of them the verifier accepts.
+
+        Random numbers depend on the prompt alone: other weights answer the same prompts with the same numbers.
+        """
+        await self._sampler.refresh(weights)
+        trajectories = await asyncio.gather(*(self._sample(prompt) for prompt in self._prompts))
+        scores = await self._scorer.score(trajectories, self._request)
+        correct = [
+            self._task.verify(p, t.response_ids.tolist()) for p, t in zip(self._prompts, trajectories, strict=True)
+        ]
+        return [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)], correct
+
+    async def _sample(self, prompt: Prompt) -> Trajectory:
+        return await self._sampler.sample(
+            SampleRequest(index=prompt.index, prompt_ids=prompt.ids, max_new_tokens=self._max_new_tokens)
+        )
+
+
+def kl_to_teacher(batch: Sequence[ScoredTrajectory]) -> tuple[float, float]:
+    """KL(p‖q) per response token on the student's own responses, nats, with its standard error.
+
+    Per prefix the head is summed exactly and the rest is estimated by draws from the tail, so the estimate is unbiased
+    with far less variance than the sampled token alone. The standard error treats responses as independent and is
+    that of the ratio (sum of KL) / (number of tokens).
+
+    Args:
+        batch: trajectories with a head and at least one draw per position, drawn by law `tail`.
+    """
+    sums, lengths = [], []
+    for scored in batch:
+        sums.append(float(kl_per_token(scored).sum(dtype=np.float64)))
+        lengths.append(len(scored.trajectory.response_ids))
+    sums_B, lengths_B = np.array(sums), np.array(lengths)
+    kl = sums_B.sum() / lengths_B.sum()
+    return float(kl), float(math.sqrt(((sums_B - kl * lengths_B) ** 2).sum()) / lengths_B.sum())
+
+
+def kl_per_token(scored: ScoredTrajectory) -> NDArray[np.float64]:
+    """[T] unbiased estimate of KL(p‖q) at each position of one trajectory, nats; see `kl_to_teacher`."""
+    candidates, scores = scored.trajectory.candidates, scored.scores
+    head = candidates.head_logprobs_TK.astype(np.float64)
+    draws = candidates.draw_logprobs_TN.astype(np.float64)
+    on_head_T = (np.exp(head) * (head - scores.head_logprobs_TK)).sum(axis=1)
+    on_tail_T = np.exp(candidates.tail_logmass_T) * (draws - scores.draw_logprobs_TN).mean(axis=1)
+    return np.asarray(on_head_T + on_tail_T)
+
+
+def _accuracy_by_group(prompts: Sequence[Prompt], correct: Sequence[bool]) -> dict[str, float]:
+    by_group: dict[str, list[bool]] = defaultdict(list)
+    for prompt, right in zip(prompts, correct, strict=True):
+        by_group[prompt.group].append(right)
+    return {group: float(np.mean(rights)) for group, rights in sorted(by_group.items()) if group}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one student did on B held-out prompts."""
+
+    correct_B: NDArray[np.float64]
+    """[B] 1 where the verifier accepts the response, else 0."""
+    kl_sum_B: NDArray[np.float64]
+    """[B] KL(student‖teacher) summed over the response's tokens, nats, estimated."""
+    num_tokens_B: NDArray[np.float64]
+    """[B] response tokens, EOS included."""
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct_B.mean())
+
+    @property
+    def kl_nats(self) -> float:
+        """KL per response token, nats: Σ KL / Σ tokens."""
+        return float(self.kl_sum_B.sum() / self.num_tokens_B.sum())
+
+    @property
+    def kl_influence_B(self) -> NDArray[np.float64]:
+        """[B] what each prompt adds to the ratio `kl_nats`, to first order (delta method); mean 0, nats."""
+        return np.asarray((self.kl_sum_B - self.kl_nats * self.num_tokens_B) / self.num_tokens_B.mean())
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Second student minus first, of one figure."""
+
+    value: float
+    paired_error: float
+    """Standard error, prompt by prompt."""
+    unpaired_error: float
+    """Standard error that two students with prompts of their own would have: what pairing saves."""
+
+
+def outcome_of(scored: Sequence[ScoredTrajectory], correct: Sequence[bool]) -> Outcome:
+    """The outcome of responses in the order of their prompts; every response with a head and tail draws."""
+    return Outcome(
+        correct_B=np.array(correct, np.float64),
+        kl_sum_B=np.array([kl_per_token(s).sum() for s in scored]),
+        num_tokens_B=np.array([len(s.trajectory.response_ids) for s in scored], np.float64),
+    )
+
+
+def accuracy_difference(first: Outcome, second: Outcome) -> Difference:
+    """Of the fraction of accepted responses."""
+    return _difference(second.accuracy - first.accuracy, first.correct_B, second.correct_B)
+
+
+def kl_difference(first: Outcome, second: Outcome) -> Difference:
+    """Of the KL per response token, nats; errors by the delta method for a ratio."""
+    return _difference(second.kl_nats - first.kl_nats, first.kl_influence_B, second.kl_influence_B)
+
+
+def _difference(value: float, first_B: NDArray[np.float64], second_B: NDArray[np.float64]) -> Difference:
+    """Raises ShapeError when the students did not answer the same number of prompts, at least two."""
+    if first_B.shape != second_B.shape or len(first_B) < 2:
+        raise ShapeError(
+            f"paired differences need the same prompts, at least two: found {len(first_B)} and {len(second_B)}."
+        )
+    return Difference(
+        value=value,
+        paired_error=math.sqrt((second_B - first_B).var(ddof=1) / len(first_B)),
+        unpaired_error=math.sqrt((first_B.var(ddof=1) + second_B.var(ddof=1)) / len(first_B)),
+    )

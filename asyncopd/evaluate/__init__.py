@@ -1,1 +1,0 @@
-"""Evaluation: sampled-decoding accuracy and KL to the teacher of chosen policy versions."""

@@ -1,0 +1,324 @@
+"""Owns child processes so that none outlives its purpose, whatever is killed and how.
+
+    parent --Popen, own session, stdin pipe, log file--> child --watch_parent()--> ends itself when stdin closes
+       |
+       +--record: pid + start time in <home>/processes/ --+--> `asyncopd down` finds and ends what a crash left
+       +--environment: ASYNCOPD_STACK_HOME, inherited ----+
+
+A pid alone may belong to somebody else by the time it is read; with the start time it names one process for ever.
+
+Keeps the role processes of a run alive on one machine: starts, restarts, stops them, and reports why one failed.
+
+start all --> five times a second: ended well? done with it.  ended badly? start again, up to max_restarts, else fail
+              heartbeat stood still for hang_s although the process lives? SIGKILL, then as above
+stop: SIGTERM to all at once, SIGKILL after the grace; by stdin's end they also stop when this process dies
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from asyncopd.errors import RoleFailedError, StorageError
+
+TERMINATE_GRACE_S = 4.0
+"""From SIGTERM to SIGKILL. Roles stop within a second or two; cancellation promises ten in all."""
+
+
+STACK_HOME = "ASYNCOPD_STACK_HOME"
+"""Environment variable that marks everything a stack started, directly or not, with the home of that stack."""
+
+
+def home() -> Path:
+    """Where this machine's local state lives: $ASYNCOPD_HOME, or `.asyncopd` in the current directory."""
+    return Path(os.environ.get("ASYNCOPD_HOME", ".asyncopd")).absolute()
+
+
+@dataclass(frozen=True)
+class ProcessRecord:
+    """One process this machine's AsyncOPD started."""
+
+    name: str
+    pid: int
+    created: float
+    """Start time, Unix seconds, as the kernel reports it."""
+
+    @property
+    def path(self) -> Path:
+        return home() / "processes" / f"{self.pid}.json"
+
+    def process(self) -> psutil.Process | None:
+        """The process, if it still runs and is the same one."""
+        try:
+            process = psutil.Process(self.pid)
+            if abs(process.create_time() - self.created) > 0.05 or process.status() == psutil.STATUS_ZOMBIE:
+                return None
+        except psutil.NoSuchProcess:
+            return None
+        return process
+
+
+def record_process(name: str, pid: int) -> ProcessRecord:
+    """Put a process on record under `name`, so that `asyncopd down` can end it."""
+    record = ProcessRecord(name, pid, psutil.Process(pid).create_time())
+    record.path.parent.mkdir(parents=True, exist_ok=True)
+    record.path.write_text(json.dumps(asdict(record)))
+    return record
+
+
+def recorded_processes() -> list[ProcessRecord]:
+    """Every process on record that still runs; records of dead ones are removed."""
+    alive = []
+    for path in sorted((home() / "processes").glob("*.json")):
+        try:
+            record = ProcessRecord(**json.loads(path.read_text()))
+        except (json.JSONDecodeError, FileNotFoundError):
+            continue  # being written or removed by its owner at this moment
+        if record.process() is None:
+            path.unlink(missing_ok=True)
+        else:
+            alive.append(record)
+    return alive
+
+
+def marked_processes() -> list[psutil.Process]:
+    """Every process that descends from this home's server or worker, recorded or not.
+
+    A flow puts itself on record only after seconds of importing; a worker killed before that leaves it unknown.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(STACK_HOME) == str(home()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+class Child:
+    """A child process in its own session, with its output in a file and its stdin held open as a lifeline."""
+
+    def __init__(self, name: str, argv: Sequence[str], *, log_path: Path, env: Mapping[str, str] | None = None) -> None:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.name = name
+        self.log_path = log_path
+        with log_path.open("ab") as output:
+            # Not a pipe for output: an orphan that holds one keeps its reader waiting.
+            self._popen = subprocess.Popen(
+                list(argv),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **(env or {})},
+            )
+        self.record = record_process(name, self._popen.pid)
+
+    def exit_status(self) -> int | None:
+        """None while it runs; negative after a signal."""
+        return self._popen.poll()
+
+    def terminate(self) -> None:
+        """Ask it to stop: SIGTERM, without waiting."""
+        if self._popen.poll() is None:
+            self._popen.terminate()
+
+    def kill(self) -> None:
+        """End it whatever it does: SIGKILL, without waiting."""
+        if self._popen.poll() is None:
+            self._popen.kill()
+
+    def close(self) -> None:
+        """Release the lifeline and the record of a child that ended."""
+        if self._popen.stdin is not None:
+            self._popen.stdin.close()
+        self.record.path.unlink(missing_ok=True)
+
+    def tail(self, num_lines: int = 15) -> str:
+        """The end of its output."""
+        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
+
+
+def watch_parent() -> None:
+    """In a child: end this process when the parent is gone. Call once, early.
+
+    A thread blocks on stdin, which is at its end as soon as the parent died, however it died. The process then gets
+    SIGTERM, so that it can publish and retire, and SIGKILL if that takes too long.
+    """
+
+    def wait_for_end() -> None:
+        # Not sys.stdin: a daemon thread inside its lock makes the interpreter abort at exit.
+        while os.read(0, 4096):
+            continue
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(TERMINATE_GRACE_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait_for_end, name="watch-parent", daemon=True).start()
+
+
+def end_processes(processes: Sequence[psutil.Process], grace_s: float = TERMINATE_GRACE_S) -> list[int]:
+    """SIGTERM all processes and their descendants, wait, SIGKILL what is left. Returns the pids that were ended."""
+    family = list({p.pid: p for root in processes for p in (root, *_descendants(root))}.values())
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=grace_s)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=3)
+    return [process.pid for process in family]
+
+
+def _descendants(process: psutil.Process) -> Iterator[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        yield from process.children(recursive=True)
+
+
+STEADY_S = 300.0
+"""A process that lived this long has its restarts again: what kills a role once an hour is not a broken role."""
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """One process to keep alive."""
+
+    role: str
+    """`rollout`, `score`, `learn`, `evaluate` or `pretrain`."""
+    number: int = 0
+    """Tells workers of one role apart."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.number}"
+
+
+class RoleProcesses:
+    """The role processes of one run on this machine."""
+
+    def __init__(
+        self,
+        specs: Sequence[RoleSpec],
+        *,
+        run_id: str,
+        root: str,
+        log_dir: Path,
+        env: dict[str, str],
+        max_restarts: int,
+        hang_s: float,
+        failure_of: Callable[[str], str | None],
+        beats: Callable[[], Mapping[int, object]],
+        bury: Callable[[int], object],
+        say: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            failure_of: role -> the reason its last process published before it ended, if any.
+            beats: pid -> anything that changes with every heartbeat of that process on this machine.
+            bury: told the pid of every child that ended, so that nobody waits for its leases to run out.
+        """
+        self._run_id, self._root, self._log_dir, self._env = run_id, root, log_dir, env
+        self._max_restarts, self._hang_s = max_restarts, hang_s
+        self._restarts_left = {spec.name: max_restarts for spec in specs}
+        self._beats, self._bury = beats, bury
+        self._last_beats: dict[int, tuple[object, float]] = {}
+        """pid -> its last heartbeat, and when this process saw it first, on the monotonic clock."""
+        self._failure_of, self._say = failure_of, say
+        self._children: dict[RoleSpec, Child] = {}
+        self._started: dict[RoleSpec, float] = {}
+        self._specs = specs
+
+    async def run(self) -> None:
+        """Run every role to its end.
+
+        Raises:
+            RoleFailedError: a role ended badly more often than it may be restarted; all others are stopped first.
+        """
+        try:
+            for spec in self._specs:
+                self._start(spec)
+            checked_s = time.monotonic()
+            while self._children:
+                await asyncio.sleep(0.2)
+                if time.monotonic() - checked_s > self._hang_s / 5:
+                    await self._kill_hung()
+                    checked_s = time.monotonic()
+                for spec, child in list(self._children.items()):
+                    status = child.exit_status()
+                    if status is not None:
+                        self._ended(spec, child, status)
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """End every role still running, within about TERMINATE_GRACE_S seconds."""
+        children = list(self._children.values())
+        self._children.clear()
+        alive = [process for child in children if (process := child.record.process()) is not None]
+        end_processes(alive, TERMINATE_GRACE_S)
+        for child in children:
+            child.exit_status()
+            child.close()
+
+    async def _kill_hung(self) -> None:
+        """SIGKILL every child that lives but does not beat: nothing gentler reaches a process that is stopped."""
+        try:
+            beats = await asyncio.to_thread(self._beats)
+        except StorageError:
+            return  # storage that does not answer says nothing about the roles
+        now = time.monotonic()
+        for spec, child in self._children.items():
+            beat = beats.get(child.record.pid)
+            last, since = self._last_beats.get(child.record.pid, (None, now))
+            if beat is None or beat != last:
+                self._last_beats[child.record.pid] = (beat, now)
+            elif now - since > self._hang_s:
+                self._say(f"{spec.name} gave no sign of life for {now - since:.0f} s and is killed")
+                child.kill()
+                self._last_beats[child.record.pid] = (beat, now)
+
+    def _start(self, spec: RoleSpec) -> None:
+        self._started[spec] = time.monotonic()
+        self._children[spec] = Child(
+            spec.name,
+            [
+                *(sys.executable, "-m", "flows.roles", spec.role, "--run-id", self._run_id, "--root", self._root),
+                *("--flow", "--watch-parent"),
+            ],
+            log_path=self._log_dir / f"{spec.name}.log",
+            # Which of several workers this is, so that each takes a GPU of its own (rollout.vllm.devices).
+            env={**self._env, "ASYNCOPD_ROLE_NUMBER": str(spec.number)},
+        )
+
+    def _ended(self, spec: RoleSpec, child: Child, status: int) -> None:
+        del self._children[spec]
+        self._last_beats.pop(child.record.pid, None)
+        child.close()
+        if status == 0:
+            self._say(f"{spec.name} finished")
+            return
+        reason = self._failure_of(spec.role) or child.tail()
+        cause = f"exit status {status}" if status > 0 else f"signal {-status}"
+        with contextlib.suppress(StorageError):  # its leases then run out by themselves
+            self._bury(child.record.pid)
+        if time.monotonic() - self._started[spec] > STEADY_S:
+            self._restarts_left[spec.name] = self._max_restarts
+        if self._restarts_left[spec.name] == 0:
+            raise RoleFailedError(f"{spec.name} ended with {cause}: {reason}\nIts output is in {child.log_path}.")
+        self._restarts_left[spec.name] -= 1
+        self._say(
+            f"{spec.name} ended with {cause} and is started again ({self._restarts_left[spec.name]} left): {reason}"
+        )
+        self._start(spec)

@@ -1,0 +1,277 @@
+"""The local stack: one Prefect server on SQLite, one process worker, and the deployments of prefect.yaml.
+
+asyncopd up     server (if none answers) -> worker (if none runs) -> prefect deploy --all; and the service
+asyncopd down   ends them all, every flow they run, and every role those started
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from asyncopd.errors import StackError
+from asyncopd.local.processes import (
+    STACK_HOME,
+    end_processes,
+    home,
+    marked_processes,
+    record_process,
+    recorded_processes,
+)
+
+POOL = "local"
+SERVER_START_S = 240.0
+"""A fresh home runs every database migration: 30–50 s on two cores, more when they are busy."""
+
+
+def api_url() -> str:
+    """Where Prefect's REST API is: $PREFECT_API_URL, or the address in prefect.toml."""
+    return os.environ.get("PREFECT_API_URL", "http://127.0.0.1:4200/api").rstrip("/")
+
+
+def shown_url() -> str:
+    """`api_url()` as anybody may read it: without the name and password it may carry."""
+    address = urlsplit(api_url())
+    return address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
+
+
+def service_url() -> str:
+    """Where `up` starts the service: $ASYNCOPD_SERVICE_URL, or port 8321 of this machine."""
+    return os.environ.get("ASYNCOPD_SERVICE_URL", "http://127.0.0.1:8321").rstrip("/")
+
+
+def server_answers() -> bool:
+    """Does a Prefect server answer at `api_url()`?"""
+    try:
+        return httpx.get(f"{api_url()}/health", timeout=5).text.strip() == "true"
+    except httpx.HTTPError:
+        return False
+
+
+def up(say: Callable[[str], None]) -> None:
+    """Start what is missing. A second call finds everything running and returns at once.
+
+    Raises:
+        StackError: the port belongs to another program, or the server or worker did not start in time.
+    """
+    _ensure_server(say)
+    _ensure_worker(say)
+    _ensure_deployed(say)
+    # Also when it runs already: one that reports to another server would leave every run waiting.
+    _wait(_worker_online, 60, f"the Prefect worker to report to {api_url()}", home() / "logs" / "worker.log")
+
+
+def up_service(say: Callable[[str], None]) -> None:
+    """Start the service over storage root `runs`, unless it runs. Not part of `up`: `train` does not need it.
+
+    Raises:
+        StackError: the port belongs to another program, or the service did not start in time.
+    """
+    if not any(record.name == "service" for record in recorded_processes()):
+        address = urlsplit(service_url())
+        host, port = address.hostname or "127.0.0.1", address.port or 80
+        with socket.socket() as probe:
+            if probe.connect_ex((host, port)) == 0:
+                raise StackError(
+                    f"port {port} of {host} is in use, so the service cannot start there; server and worker run. Stop "
+                    f"what uses it, or choose another: ASYNCOPD_SERVICE_URL=http://{host}:{port + 1} asyncopd up."
+                )
+        say(f"starting the service at {service_url()}")
+        _spawn(
+            "service",
+            [
+                sys.executable,
+                "-m",
+                "api",
+                "--host",
+                host,
+                "--port",
+                str(port),
+                "--root",
+                "runs",
+                "--configs",
+                "configs",
+            ],
+        )
+    _wait(_service_settled, 120, f"the service at {service_url()}", home() / "logs" / "service.log")
+    if not service_answers():
+        raise StackError(f"the service ended; the reason is at the end of {home() / 'logs' / 'service.log'}.")
+
+
+def service_answers() -> bool:
+    """Does the service answer at `service_url()`?"""
+    try:
+        return httpx.get(f"{service_url()}/healthz", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _service_settled() -> bool:
+    return service_answers() or not any(record.name == "service" for record in recorded_processes())
+
+
+def down(say: Callable[[str], None]) -> None:
+    """End the stack and everything it started, also what a SIGKILL of any part left behind.
+
+    Raises:
+        StackError: something survives SIGKILL.
+    """
+    num_ended = 0
+    names: set[str] = set()
+    # In rounds, because a flow may restart a role that was ended before it.
+    for _ in range(5):
+        records = recorded_processes()
+        # The server last, so that what ends before it can still report how.
+        server = {r.pid for r in records if r.name == "server"}
+        found = {p.pid: p for p in (*(r.process() for r in records), *marked_processes()) if p is not None}
+        if not found:
+            say(f"ended {num_ended} processes: {', '.join(sorted(names))}" if num_ended else "nothing runs")
+            return
+        names |= {r.name for r in records} or {"what they left"}
+        others = [process for pid, process in found.items() if pid not in server]
+        num_ended += len(end_processes(others or list(found.values())))
+    raise StackError(
+        f"processes {sorted(found)} do not end, not even by SIGKILL. See `ps -o pid,stat,wchan,cmd -p PID`."
+    )
+
+
+def status() -> dict[str, Any]:
+    """What runs here: server, worker, flows and roles with their pids."""
+    processes = [{"name": r.name, "pid": r.pid} for r in recorded_processes()]
+    server = server_answers()
+    return {
+        "server": api_url() if server else None,
+        # Prefect calls a killed worker online for another half minute.
+        "worker_online": server and any(p["name"] == "worker" for p in processes) and _worker_online(),
+        "service": service_url() if any(p["name"] == "service" for p in processes) and service_answers() else None,
+        "processes": processes,
+    }
+
+
+def prefect_environment() -> dict[str, str]:
+    """Environment of every Prefect process started here; a user's own variables win."""
+    return {
+        "PREFECT_API_URL": api_url(),
+        "PREFECT_HOME": str(home() / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_CLI_COLORS": "false",
+        # The worker looks for submitted runs this often; the default of 10 s is most of a quickstart's patience.
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
+        # Whole seconds: Prefect 3.7.7 truncates a fraction, and an interval of 0 spins a core.
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "asyncopd",
+        # One compute thread per process: 3–10 times faster than two at these sizes, and reproducible.
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    } | {key: value for key, value in os.environ.items() if key.startswith(("PREFECT_", "OMP_"))}
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment with `prefect_environment` in it."""
+    return {**os.environ, **prefect_environment()}
+
+
+def prefect_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "prefect", *arguments]
+
+
+def _ensure_server(say: Callable[[str], None]) -> None:
+    if server_answers():
+        return
+    address = urlsplit(api_url())
+    if address.hostname not in ("127.0.0.1", "localhost", "::1"):
+        raise StackError(f"no Prefect server answers at {api_url()}, and only a local one can be started here.")
+    port = address.port or 80
+    with socket.socket() as probe:
+        if probe.connect_ex((address.hostname, port)) == 0:
+            raise StackError(
+                f"port {port} of {address.hostname} is in use by something that is not a Prefect server. Stop it, or "
+                f"choose another: PREFECT_API_URL=http://127.0.0.1:{port + 1}/api asyncopd up."
+            )
+    say(f"starting a Prefect server at {api_url()} (a fresh one takes 30–50 s)")
+    log_path = _spawn("server", prefect_command("server", "start", "--host", address.hostname, "--port", str(port)))
+    _wait(server_answers, SERVER_START_S, f"the Prefect server at {api_url()}", log_path)
+
+
+def _ensure_worker(say: Callable[[str], None]) -> None:
+    if any(record.name == "worker" for record in recorded_processes()):
+        return
+    say(f"starting a Prefect worker on work pool {POOL}")
+    # Created here: `prefect deploy` into a pool that does not exist yet only warns, and its runs never start.
+    response = httpx.post(f"{api_url()}/work_pools/", json={"name": POOL, "type": "process"}, timeout=30)
+    if response.status_code not in (201, 409):
+        raise StackError(f"the Prefect server refused work pool {POOL}: {response.status_code} {response.text[:300]}")
+    _spawn("worker", prefect_command("worker", "start", "--pool", POOL, "--type", "process"))
+
+
+def _ensure_deployed(say: Callable[[str], None]) -> None:
+    """Deploy when prefect.yaml or the place of the checkout changed, or the server does not know it."""
+    definition = Path("prefect.yaml")
+    if not definition.is_file():
+        raise StackError(f"{definition.absolute()}: not found. Run asyncopd from the root of the checkout.")
+    stamp = home() / "deployed"
+    now = hashlib.sha256(definition.read_bytes() + str(definition.absolute()).encode()).hexdigest()
+    if stamp.is_file() and stamp.read_text() == now:
+        response = httpx.get(f"{api_url()}/deployments/name/asyncopd/train", timeout=30)
+        if response.status_code == 200:
+            return
+    say("deploying prefect.yaml")
+    result = subprocess.run(
+        prefect_command("--no-prompt", "deploy", "--all"),
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    if result.returncode:
+        raise StackError(f"`prefect deploy --all` failed:\n{(result.stdout + result.stderr)[-2000:]}")
+    stamp.write_text(now)
+
+
+def _worker_online() -> bool:
+    response = httpx.post(f"{api_url()}/work_pools/{POOL}/workers/filter", json={}, timeout=30)
+    return response.status_code == 200 and any(worker["status"] == "ONLINE" for worker in response.json())
+
+
+def _spawn(name: str, argv: list[str]) -> Path:
+    """Start a daemon in its own session. It outlives this process on purpose; `down` ends it by its record."""
+    log_path = home() / "logs" / f"{name}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    (home() / "prefect").mkdir(parents=True, exist_ok=True)
+    with log_path.open("ab") as output:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**child_environment(), STACK_HOME: str(home())},
+        )
+    record_process(name, process.pid)
+    return log_path
+
+
+def _wait(ready: Callable[[], bool], seconds: float, what: str, log_path: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > deadline:
+            tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:]) if log_path.is_file() else ""
+            raise StackError(
+                f"waited {seconds:.0f} s for {what}. If `asyncopd down` and `asyncopd up` do not help, look for the "
+                f"reason at the end of {log_path}:\n{tail}"
+            )
+        time.sleep(0.5)

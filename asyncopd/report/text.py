@@ -1,0 +1,251 @@
+"""A Summary in words and table rows, for Markdown and for the terminal: every figure with its unit, gaps as a dash.
+
+The report as Markdown that reads well in a terminal and on GitHub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from asyncopd.report.summary import Quality, RoleTime, Summary
+
+MISSING = "–"
+
+
+def headline(summary: Summary) -> str:
+    """What the run achieved, in one sentence or two."""
+    done = f"{summary.num_steps} of {summary.num_steps_planned} steps"
+    took = f" in {duration(summary.wall_s)}" if summary.wall_s else ""
+    text = f"Trained {done}{took} {_bound(summary)}."
+    first, last = summary.first, summary.last
+    if first and last and first.version != last.version:
+        gains = []
+        if first.accuracy is not None and last.accuracy is not None:
+            gains.append(f"accuracy {percent(first.accuracy)} -> **{percent(last.accuracy)}**")
+        if first.kl_nats is not None and last.kl_nats is not None:
+            gains.append(f"KL to the teacher {first.kl_nats:.3f} -> **{last.kl_nats:.3f}** nats per token")
+        if gains:
+            text += f" On {last.num_prompts} held-out prompts: {', '.join(gains)}."
+    return text
+
+
+def quality_rows(first: Quality | None, last: Quality | None) -> list[tuple[str, str, str, str]]:
+    """(measure, before, after, change) for every figure of an evaluation; empty without evaluations."""
+    if first is None or last is None:
+        return []
+    rows = [
+        ("accuracy", _accuracy(first), _accuracy(last), _points(first.accuracy, last.accuracy)),
+        *(
+            (
+                f"accuracy, {group}",
+                percent(first.accuracy_by_group.get(group)),
+                percent(last.accuracy_by_group.get(group)),
+                _points(first.accuracy_by_group.get(group), last.accuracy_by_group.get(group)),
+            )
+            for group in sorted({*first.accuracy_by_group, *last.accuracy_by_group})
+        ),
+        ("KL to teacher, nats/token", _kl(first), _kl(last), _difference(first.kl_nats, last.kl_nats, "+.4f")),
+        (
+            "mean response, tokens",
+            number(first.mean_response_tokens, ".1f"),
+            number(last.mean_response_tokens, ".1f"),
+            _difference(first.mean_response_tokens, last.mean_response_tokens, "+.1f"),
+        ),
+    ]
+    if first.version == last.version:
+        return [(name, before, MISSING, MISSING) for name, before, _, _ in rows]
+    return rows
+
+
+def speed_rows(summary: Summary) -> list[tuple[str, str, str]]:
+    """(figure, value, meaning) for throughput, overlap and overhead."""
+    overhead = summary.orchestration
+    kinds = ", ".join(f"{name} {percent(share)}" for name, share in overhead.share_by_kind.items())
+    staleness = summary.staleness
+    ages = f"{number(staleness.mean_versions, '.2f')} / {number(staleness.max_versions, 'd')} versions"
+    per_s = summary.tokens.trained_per_s
+    return [
+        ("wall time", duration(summary.wall_s), "first to last busy moment of rollout, score and learn"),
+        ("throughput", MISSING if per_s is None else f"{per_s:,.0f} tokens/s", "response tokens trained / wall time"),
+        ("overlap", number(summary.overlap, ".2f"), "Σ busy time of rollout, score and learn / wall time"),
+        (
+            "orchestration",
+            percent(overhead.share),
+            "Σ overhead / Σ lifetime of the roles" + (f": {kinds}" if kinds else ""),
+        ),
+        ("orchestration, exposed", percent(overhead.exposed_share), "the part beside which the process did no work"),
+        (
+            "staleness, mean / max",
+            ages,
+            f"over trained tokens; the bound τ is {summary.max_staleness}"
+            + (", and what was older was trained too" if summary.on_stale == "train" else ""),
+        ),
+    ]
+
+
+def role_rows(roles: Mapping[str, RoleTime]) -> list[tuple[str, str, str, str, str]]:
+    """(role, processes, busy seconds, busy share, what it waited for) of every role."""
+    return [
+        (
+            role,
+            str(time.num_workers),
+            f"{time.busy_s:.1f} s",
+            percent(time.busy_share),
+            _waits(time.waiting_s),
+        )
+        for role, time in roles.items()
+    ]
+
+
+def _bound(summary: Summary) -> str:
+    """What the run's order promised about staleness."""
+    at_most = f"at a staleness of at most τ = {summary.max_staleness}"
+    match summary.on_stale:
+        case None:
+            return at_most
+        case "train":
+            return f"in arrival order, also what was older than τ = {summary.max_staleness}"
+        case "drop":
+            return f"in arrival order {at_most} (what was older was dropped)"
+        case "hold":
+            return f"in arrival order {at_most} (what was older is held)"
+
+
+def _waits(waiting_s: Mapping[str, float]) -> str:
+    longest_first = sorted(waiting_s.items(), key=lambda item: -item[1])
+    return ", ".join(f"{what} {seconds:.1f} s" for what, seconds in longest_first if seconds >= 0.05) or MISSING
+
+
+# -- figures as text ----------------------------------------------------------------------------------------------
+def percent(fraction: float | None) -> str:
+    """`43.1 %`, or a dash."""
+    return MISSING if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """`48.2 s`, `4 min 05 s` or `2 h 03 min`, or a dash."""
+    if seconds is None:
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def number(value: float | None, form: str) -> str:
+    """`value` in the given format, or a dash."""
+    return MISSING if value is None else format(value, form)
+
+
+def _difference(before: float | None, after: float | None, form: str) -> str:
+    return MISSING if before is None or after is None else format(after - before, form)
+
+
+def _points(before: float | None, after: float | None) -> str:
+    return MISSING if before is None or after is None else f"{100 * (after - before):+.1f} points"
+
+
+def _accuracy(quality: Quality) -> str:
+    if quality.accuracy is None:
+        return MISSING
+    return f"{100 * quality.accuracy:.1f} ± {100 * (quality.accuracy_standard_error or 0):.1f} %"
+
+
+def _kl(quality: Quality) -> str:
+    return MISSING if quality.kl_nats is None else f"{quality.kl_nats:.4f} ± {quality.kl_standard_error_nats or 0:.4f}"
+
+
+def to_markdown(summary: Summary, folder: str) -> str:
+    """The whole report, without plots.
+
+    Args:
+        folder: where plots and trace are, for the reader to find them.
+    """
+    parts = [
+        f"# {summary.run_id}",
+        headline(summary),
+        *(f"> **Note.** {note}" for note in summary.notes),
+        _quality(summary.first, summary.last),
+        _speed(summary),
+        _roles(summary.roles),
+        _tokens(summary),
+        _incidents(summary),
+        f"Plots, `summary.json` and `trace.json` (open it at https://ui.perfetto.dev) are in `{folder}`.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def with_plots(markdown: str, plots: Mapping[str, str]) -> str:
+    """`markdown` followed by pictures: caption -> file name beside the report."""
+    pictures = [f"### {caption}\n\n![{caption}]({name})" for caption, name in plots.items()]
+    return "\n\n".join([markdown.rstrip("\n"), "## Plots", *pictures]) + "\n"
+
+
+# -- sections -----------------------------------------------------------------------------------------------------
+def _quality(first: Quality | None, last: Quality | None) -> str:
+    rows = quality_rows(first, last)
+    if first is None or last is None:
+        return ""
+    before, after = f"version {first.version}", f"version {last.version}"
+    title = f"## Quality\n\nSampled decoding on {last.num_prompts} held-out prompts, ± one standard error."
+    return f"{title}\n\n{table(('', before, after if last.version != first.version else 'after', 'change'), rows)}"
+
+
+def _speed(summary: Summary) -> str:
+    return f"## Speed\n\n{table(('', 'value', 'meaning'), speed_rows(summary), left=(0, 2))}"
+
+
+def _roles(roles: Mapping[str, RoleTime]) -> str:
+    if not roles:
+        return ""
+    header = ("role", "processes", "busy", "busy / wall time", "waited, while idle, for")
+    return f"### Where the time went\n\n{table(header, role_rows(roles), left=(0, 4))}"
+
+
+def _tokens(summary: Summary) -> str:
+    tokens, lengths, staleness = summary.tokens, summary.lengths, summary.staleness
+    lines = [
+        f"- Response tokens: {tokens.generated:,} generated, {tokens.scored:,} scored, {tokens.trained:,} trained.",
+    ]
+    never = tokens.scored - tokens.trained
+    if never > 0:
+        share = percent(never / tokens.scored)
+        lines.append(f"- {never:,} tokens were scored and never trained, {share} of those scored.")
+    if lengths.num_responses:
+        lines.append(
+            f"- Response length: mean {number(lengths.mean_tokens, '.1f')}, 99th percentile "
+            f"{number(lengths.p99_tokens, '.0f')}, longest {number(lengths.max_tokens, 'd')} tokens; "
+            f"{percent(lengths.stopped_fraction)} ended by themselves, the rest at the limit "
+            f"({lengths.num_responses:,} responses)."
+        )
+    total = sum(staleness.tokens.values())
+    if total:
+        shares = ", ".join(f"{age}: {percent(count / total)}" for age, count in staleness.tokens.items())
+        lines.append(f"- Share of trained tokens by staleness in versions: {shares}.")
+    return "## Tokens\n\n" + "\n".join(lines)
+
+
+def _incidents(summary: Summary) -> str:
+    incidents = summary.incidents
+    lines = [f"- {failure}" for failure in incidents.failures]
+    if incidents.num_extra_workers:
+        lines.append(f"- {incidents.num_extra_workers} role processes were started again (restarts and resumptions).")
+    if incidents.num_rewinds:
+        lines.append(f"- The learner went back to a checkpoint {incidents.num_rewinds} times.")
+    lines += [f"- {count} trajectories were not trained: {reason}." for reason, count in incidents.dropped.items()]
+    lines += [f"- {count} trajectories are held untrained: {reason}." for reason, count in incidents.held.items()]
+    return "## Incidents\n\n" + ("\n".join(lines) or "None: no failure, no restart, nothing dropped.")
+
+
+# -- tables -------------------------------------------------------------------------------------------------------
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """A Markdown table with padded cells, a table in a terminal too; columns not in `left` align right."""
+    widths = [max(len(str(row[column])) for row in (header, *rows)) for column in range(len(header))]
+    widths = [max(3, width) for width in widths]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([line(header), line(rule), *map(line, rows)])

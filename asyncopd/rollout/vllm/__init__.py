@@ -1,1 +1,0 @@
-"""The vLLM sampler: `sampler` runs in the role's process, `recorder` inside vLLM's engine process."""

@@ -1,0 +1,126 @@
+"""What AsyncOPD runs inside vLLM's engine process: draws tokens, and keeps what was drawn until it is fetched.
+
+    logits --RecordingDraw.apply--> law, draws (models/sampling, the hf engine's own) --> all logits −inf but one
+                       |                                                                    vLLM's argmax emits that
+                       +--> store --RecordFetcher.take_records (collective RPC)--> VllmSampler
+
+Both classes are vLLM's official extension points: a logits processor and a worker extension. vLLM's samplers are not
+used because they hand out no draws, their seeds crash the CPU engine, and top-p kernels hide the truncated law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
+
+from asyncopd.models.sampling import CandidateRule, draw, law_logprobs
+from asyncopd.vllm.engine import EngineWorker
+
+TICKET, KEY, LAW = "asyncopd_ticket", "asyncopd_key", "asyncopd_law"
+"""Names in a request's `extra_args` (its ticket and random key) and in the engine's `additional_config`."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step's draws of the whole batch, on their way to the host or there."""
+
+    ids_AC: Tensor
+    logprobs_AC: Tensor
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """Where each token of one response is: its step and its row there, by response position."""
+
+    places: dict[int, tuple[_Step, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One request in vLLM's batch."""
+
+    recording: _Recording
+    key: int
+    output_ids: list[int]
+    """vLLM's own list of the tokens so far; it grows by itself, also while a step is still in flight."""
+
+
+_recordings: dict[str, _Recording] = {}
+"""By ticket. One engine to a process, so one store."""
+
+
+class RecordingDraw(LogitsProcessor):  # type: ignore[misc]  # vLLM is optional, so mypy does not read it
+    """Draws every request's next token by its own random key, and lets vLLM emit exactly that."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        law: dict[str, Any] = vllm_config.additional_config[LAW]
+        self._temperature, self._top_p = law["temperature"], law["top_p"]
+        self._rule = CandidateRule(law["head"], law["num_draws"], law["law"])
+        self._rows: dict[int, _Row] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self._rows, batch_update, _new_row)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """[A, V] float32: 0 at the drawn id, −inf elsewhere. Rows of no request of ours (vLLM's warm-up) stay."""
+        batch_rows = sorted(row for row in self._rows if row < len(logits))
+        if not batch_rows:
+            return logits
+        rows = [self._rows[row] for row in batch_rows]
+        # vLLM counts for us: a preempted request goes on where it was, a chunk of a prompt draws position 0 in vain.
+        positions_A = np.array([len(row.output_ids) for row in rows], np.int64)
+        keys_A = np.array([row.key for row in rows], np.uint64)
+        chosen = slice(None) if len(batch_rows) == len(logits) else torch.tensor(batch_rows, device=logits.device)
+        logprobs_AV = law_logprobs(logits[chosen], temperature=self._temperature, top_p=self._top_p)
+        draws = draw(logprobs_AV, keys_A, positions_A, self._rule)
+        step = _Step(
+            draws.ids_AC.int().to("cpu", non_blocking=True),
+            torch.cat([draws.logprobs_AC, draws.tail_logmass_A[:, None]], dim=1).to("cpu", non_blocking=True),
+        )
+        for place, (row, position) in enumerate(zip(rows, positions_A.tolist(), strict=True)):
+            row.recording.places[position] = (step, place)
+        logits[chosen] = torch.full_like(logprobs_AV, -torch.inf).scatter_(1, draws.ids_AC[:, :1], 0.0)
+        return logits
+
+
+class RecordFetcher(EngineWorker):
+    """Added to vLLM's worker class by `worker_extension_cls`; called through `AsyncLLM.collective_rpc`."""
+
+    def take_records(self, tickets: Sequence[str], abandoned: Sequence[str]) -> list[list[bytes]]:
+        """Remove what is stored for `tickets` and return it; forget `abandoned` ones.
+
+        Returns:
+            For every ticket: ids [T, C] int32 and log-probs [T, C + 1] float32 as raw bytes, C = 1 + K + N.
+        """
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        for ticket in abandoned:
+            _recordings.pop(ticket, None)
+        return [_bytes_of(_recordings.pop(ticket)) for ticket in tickets]
+
+
+def _new_row(params: SamplingParams, _prompt_ids: list[int] | None, output_ids: list[int]) -> _Row | None:
+    extra = params.extra_args or {}
+    if TICKET not in extra:
+        return None
+    # A preempted request comes again under its ticket.
+    recording = _recordings.setdefault(extra[TICKET], _Recording())
+    return _Row(recording, int(extra[KEY]), output_ids)
+
+
+def _bytes_of(recording: _Recording) -> list[bytes]:
+    places = [recording.places[position] for position in sorted(recording.places)]
+    ids_TC = np.stack([step.ids_AC[row].numpy() for step, row in places])
+    logprobs_TC = np.stack([step.logprobs_AC[row].numpy() for step, row in places])
+    return [ids_TC.tobytes(), logprobs_TC.tobytes()]

@@ -1,0 +1,140 @@
+"""What goes into the vLLM sampler's engine process and what comes out: weights as files, records as Trajectories."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from vllm.outputs import CompletionOutput
+
+from asyncopd.errors import EngineError
+from asyncopd.models.sampling import CandidateRule
+from asyncopd.ports import SampleRequest
+from asyncopd.types import Candidates, FinishReason, PolicyWeights, Trajectory, VersionRun
+from asyncopd.vllm.model_folder import ModelFolder
+
+
+class StudentFiles:
+    """The folder from which the engine loads the student, with whatever version was written last."""
+
+    def __init__(self, architecture: Mapping[str, Any]) -> None:
+        """
+        Args:
+            architecture: the student's transformers configuration, `model_type` included.
+        Raises:
+            EngineError: transformers does not know it.
+        """
+        self._expected, self._tied = _tensors_of(architecture)
+        # Untied: vLLM's reload of a tied output embedding leaves the CPU engine its packed copy of the old one.
+        self._architecture = {**architecture, "tie_word_embeddings": False}
+        num_weights = sum(math.prod(shape) for shape in self._expected.values())
+        num_weights += sum(math.prod(self._expected[name]) for name in self._tied.values())
+        self._folder = ModelFolder(4 * num_weights)
+        self.path = str(self._folder.path)
+
+    def write(self, weights: PolicyWeights) -> None:
+        """Put weights where the engine loads them from. Checked first: vLLM only warns about missing tensors.
+
+        Raises:
+            EngineError: not safetensors, or a tensor is missing, unexpected or of another shape; nothing was written.
+        """
+        try:
+            tensors = safetensors.torch.load(weights.safetensors)
+        except safetensors.SafetensorError as error:
+            raise EngineError(f"{len(weights.safetensors)} bytes of weights are not safetensors: {error}.") from error
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for name in sorted(self._expected.keys() | found.keys()):
+            if self._expected.get(name) != found.get(name):
+                raise EngineError(
+                    f"weights of version {weights.version.number} do not fit the {self._architecture['model_type']} "
+                    f"student: tensor {name} should be {self._expected.get(name, 'absent')} and is "
+                    f"{found.get(name, 'absent')}. Were they made with another architecture?"
+                )
+        serialised = weights.safetensors
+        if self._tied:
+            copies = {alias: tensors[name].clone() for alias, name in self._tied.items()}
+            serialised = safetensors.torch.save({**tensors, **copies})
+        self._folder.write(self._architecture, serialised)
+
+    def drop_weights(self) -> None:
+        """Free the memory of a version that the engine has loaded."""
+        self._folder.drop_weights()
+
+    def remove(self) -> None:
+        """Delete the folder; harmless when repeated."""
+        self._folder.remove()
+
+
+def trajectory_of(
+    request: SampleRequest,
+    completion: CompletionOutput,
+    ids_bytes: bytes,
+    logprobs_bytes: bytes,
+    *,
+    rule: CandidateRule,
+    eos_id: int,
+) -> Trajectory:
+    """A finished response, from what vLLM emitted and what the recorder drew (`RecordFetcher.take_records`).
+
+    Raises:
+        EngineError: the two disagree, or a log-prob is NaN.
+    """
+    emitted = list(completion.token_ids)
+    num_columns = 1 + rule.head + rule.num_draws
+    # An asynchronous scheduler may have drawn one token beyond the end.
+    ids_TC = np.frombuffer(ids_bytes, np.int32).reshape(-1, num_columns)[: len(emitted)]
+    logprobs_TC = np.frombuffer(logprobs_bytes, np.float32).reshape(-1, num_columns + 1)[: len(emitted)]
+    if not np.isfinite(logprobs_TC).all():
+        raise EngineError(
+            f"index {request.index}: the student produced NaN under weight versions {completion.weight_versions}; "
+            "check the published weights and the learner's last steps."
+        )
+    if ids_TC[:, 0].tolist() != emitted or completion.weight_versions is None:
+        raise EngineError(
+            f"index {request.index}: vLLM emitted {emitted[:8]}… and the recorder drew {ids_TC[:8, 0].tolist()}…, "
+            f"with versions {completion.weight_versions}. This is a bug of the vllm engine or a vLLM other than 0.32; "
+            "use rollout.engine hf and report it."
+        )
+    head_end = 1 + rule.head
+    reason: FinishReason = "stop" if emitted[-1] == eos_id else "length"
+    return Trajectory(
+        index=request.index,
+        prompt_id="",
+        prompt_ids=request.prompt_ids,
+        response_ids=ids_TC[:, 0],
+        behaviour_logprobs_T=logprobs_TC[:, 0],
+        version_runs=tuple(
+            VersionRun(int(span.version.split(".")[0]), span.end - span.start)
+            for span in completion.weight_versions
+            if span.end > span.start
+        ),
+        finish_reason=reason,
+        candidates=Candidates(
+            head_ids_TK=ids_TC[:, 1:head_end],
+            head_logprobs_TK=logprobs_TC[:, 1:head_end],
+            tail_logmass_T=logprobs_TC[:, -1],
+            draw_ids_TN=ids_TC[:, head_end:],
+            draw_logprobs_TN=logprobs_TC[:, head_end:-1],
+            law=rule.law,
+        ),
+    )
+
+
+def _tensors_of(architecture: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes of a student's tensors by name, tied ones once; and of tied names, which tensor each is. No memory."""
+    try:
+        config = AutoConfig.for_model(**architecture)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise EngineError(f"architecture {dict(architecture)} cannot be built by transformers: {error}") from error
+    first = {id(tensor): name for name, tensor in model.named_parameters()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    tied = {name: first[id(tensor)] for name, tensor in every.items() if first[id(tensor)] != name}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    return shapes, tied

@@ -1,0 +1,145 @@
+"""Back-fill without Prefect: another teacher, wider top-k or new candidates for rollouts that exist.
+
+run's trajectories [--CandidateSource--> candidates/<name>/] --cache, Scorer--> scores/<teacher>[@<what>]/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from asyncopd.config.requests import Backfill, CandidateRequest, candidates_of, folder_of, teacher_of, widths
+from asyncopd.errors import ConfigError
+from asyncopd.learner.restore import find_version
+from asyncopd.local.console import bar
+from asyncopd.models.sampling import CandidateRule
+from asyncopd.ports import ScoreRequest
+from asyncopd.rollout.candidates import CandidateSource
+from asyncopd.teacher.cached import NoCache
+from asyncopd.teacher.stage import Backfilled, BackfillStage
+from asyncopd.types import IndexRange, Trajectory
+from flows.roles import make_model
+from flows.wiring import OpenRun, missing_models, open_stored_run, scorer_of, student_skeleton
+from storage.candidates import find_candidates, publish_candidates, with_candidates
+from storage.replay import source_of
+from storage.run_log import StoredRunLog
+from storage.score_cache import StoredScoreCache
+
+
+@dataclass(frozen=True)
+class StoredCandidates:
+    """`teacher.backfill.CandidateShards`: made by the student that sampled, kept in the run."""
+
+    log: StoredRunLog
+    source: CandidateSource
+    name: str
+    worker: str
+
+    def join(self, shard: IndexRange, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        if find_candidates(self.log, self.name, shard) is None:
+            made = self.source.candidates(trajectories)
+            publish_candidates(self.log, self.name, shard, made, worker=self.worker)
+        return with_candidates(self.log, self.name, shard, list(trajectories))
+
+
+async def run_backfill(root: str, backfill: Backfill, *, console: Console, use_cache: bool) -> Backfilled:
+    """Score every trajectory shard that the run has, under a folder of its own. A replay's are its source's.
+
+    Args:
+        use_cache: keep the answers for other runs, and ask only for what nobody asked before.
+    Raises:
+        ConfigError: settings that cannot work, or nothing to do.
+        EngineError: the teacher or the student that sampled cannot serve a shard.
+    """
+    run = open_stored_run(root, backfill.run_id)
+    source = source_of(run.log)
+    if source is not run.log:
+        run = open_stored_run(root, source.run_id)
+    config = run.config
+    teacher = teacher_of(config, backfill)
+    vocab_size = run.task.tokenizer.vocab_size
+    top_k, num_teacher_draws = widths(config, backfill, vocab_size=vocab_size)
+    wanted = candidates_of(config, backfill)
+    folder = folder_of(config, teacher, top_k=top_k, num_teacher_draws=num_teacher_draws, candidates=wanted)
+    shards = run.log.trajectory_shards()
+    if not shards:
+        raise ConfigError(f"run {run.log.run_id} has no trajectories yet; train it before back-filling.")
+    worker = run.worker("score")
+    asked = OpenRun(run.store, run.log, config.model_copy(update={"teacher": teacher}), run.task)
+    async with worker.alive():
+        for role, model in missing_models(asked).items():
+            console.print(f"making the {role}, which is a tiny model that no run has made yet", highlight=False)
+            make_model(asked, worker, role, model)
+        scorer = scorer_of(asked)
+        try:
+            _check_name(run.log, teacher.name, scorer.digest)
+            if teacher != config.teacher == teacher.model_copy(update={"name": config.teacher.name}):
+                console.print(
+                    f"{teacher.name} differs from the run's own teacher {config.teacher.name} by its name only: the "
+                    "same model is asked, unless what is behind it has changed.",
+                    highlight=False,
+                )
+            with bar(console, f"{run.log.run_id} scores/{folder}", sum(map(len, shards)), "trajectories") as advance:
+                stage = BackfillStage(
+                    run.log,
+                    worker,
+                    folder=folder,
+                    scorer=scorer,
+                    request=ScoreRequest(top_k, num_teacher_draws, config.rollout.temperature, config.seed),
+                    cache=StoredScoreCache(run.store) if use_cache else NoCache(),
+                    candidates=None if wanted is None else _candidates(run, wanted, worker.name),
+                    facts={"backfill": {"teacher": teacher.model_dump(mode="json"), "top_k": top_k}},
+                    lease_s=config.limits.lease_s,
+                    on_shard=advance,
+                )
+                return await stage.run(shards)
+        finally:
+            await scorer.close()
+
+
+def _check_name(log: StoredRunLog, name: str, digest: str) -> None:
+    """Within a run one teacher has one name, so that a mistyped one never has the same teacher asked all over again.
+
+    Raises:
+        ConfigError: the name stands for another teacher there, or the teacher has another name there.
+    """
+    for folder in sorted(log.teachers(), key=lambda folder: _teacher_in(folder) != name):
+        manifests = (log.find_scores(folder, shard) for shard in log.score_shards(folder))
+        found = (manifest.facts.get("teacher_digests") for manifest in manifests if manifest is not None)
+        digests: list[str] = next(filter(None, found), [])
+        if _teacher_in(folder) == name and digests and digest not in digests:
+            raise ConfigError(
+                f"run {log.run_id}: scores/{folder} holds answers of another teacher (digest {digests[0][:12]}, this "
+                f"one has {digest[:12]}). Give it another name with --teacher name=…."
+            )
+        if _teacher_in(folder) != name and digest in digests:
+            raise ConfigError(
+                f"run {log.run_id}: {name} is the teacher whose answers are in scores/{folder}, under another name "
+                f"(digest {digest[:12]} both). Use --teacher name={_teacher_in(folder)}, or give a setting that makes "
+                "it another teacher, for example smoothing=1e-4 or model.path=…."
+            )
+
+
+def _teacher_in(folder: str) -> str:
+    """The teacher's name in that of a folder of scores: `oracle` in `oracle@top16`."""
+    return folder.partition("@")[0]
+
+
+def _candidates(run: OpenRun, wanted: CandidateRequest, worker: str) -> StoredCandidates:
+    config = run.config
+
+    def read_weights(number: int) -> bytes:
+        return run.log.read_policy(find_version(run.log, number)).safetensors
+
+    source = CandidateSource(
+        student_skeleton(run),
+        read_weights,
+        rule=CandidateRule(wanted.head, wanted.num_draws, wanted.law),
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        seed=config.seed,
+        row_capacity=config.learner.row_capacity,
+    )
+    return StoredCandidates(run.log, source, wanted.name, worker)

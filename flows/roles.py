@@ -1,0 +1,264 @@
+"""The five roles of a run: what each does, the Prefect flow around it, and its process.
+
+    python -m flows.roles ROLE ---------> body                lanes of work_on_shards: storage is all it needs
+    python -m flows.roles ROLE --flow --> flow --> body       the same lanes as Prefect task runs
+
+    pretrain   models/                                 once, before the others
+    rollout    policies/ -> trajectories/              hosts one sampler
+    score      trajectories/ -> scores/<teacher>/      hosts one teacher
+    learn      trajectories/ + scores/ -> policies/    one model, to the last step
+    evaluate   policies/ -> evals/                     chosen versions on held-out prompts
+
+More samplers and scorers join a running run with `prefect deployment run rollout/worker -p run_id=…`, or without
+Prefect with `asyncopd worker rollout RUN_ID`; they may come and go at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.exceptions import CancelledRun
+from prefect.states import Cancelled
+
+from asyncopd.config import TinyModel
+from asyncopd.errors import AsyncOPDError, RunStoppedError
+from asyncopd.evaluate import versions_to_evaluate
+from asyncopd.learner.pretrain import make_tiny_model
+from asyncopd.local.processes import watch_parent
+from asyncopd.worker import STOPPED, ShardStage, Worker, run_lanes, until_terminated, work_on_shards
+from flows.wiring import (
+    OpenRun,
+    evaluate_stage,
+    learn_stage,
+    missing_models,
+    open_stored_run,
+    rollout_stage,
+    score_stage,
+    task_of,
+)
+from storage.runs import publish_model
+
+LaneTask = Callable[[ShardStage, int], Awaitable[int]]
+"""`work_on_shards`, plain or as a Prefect task."""
+TaskFactory = Callable[[str, Worker], LaneTask]
+
+
+def plain_task(name: str, worker: Worker) -> LaneTask:
+    """The lanes' work without Prefect around it."""
+    return work_on_shards
+
+
+async def roll_out(run: OpenRun, make_task: TaskFactory = plain_task) -> None:
+    """Sample trajectory shards until all indices of the run are produced."""
+    worker = run.worker("rollout")
+    settings = run.config.rollout
+    async with worker.alive():
+        # The learner stores the student's architecture before it publishes version 0.
+        await worker.wait_for(run.log.latest_policy, "version 0 to be published")
+        stage, sampler = rollout_stage(run, worker)
+        task = make_task("rollout-shards", worker)
+        try:
+            async with stage.following_versions():
+                await run_lanes(
+                    lambda: task(stage, settings.shards_per_task),
+                    # One lane more than fills the engine, so that refilling never waits for a shard to be published.
+                    num_lanes=-(-settings.slots // settings.shard_size) + 1,
+                    shards_per_task=settings.shards_per_task,
+                )
+        finally:
+            await sampler.close()
+
+
+async def score_shards(run: OpenRun, make_task: TaskFactory = plain_task) -> None:
+    """Score trajectory shards with the run's teacher until all of them are scored."""
+    worker = run.worker("score")
+    shards_per_task = run.config.score.shards_per_task
+    async with worker.alive():
+        stage = score_stage(run, worker)
+        task = make_task("score-shards", worker)
+        # Two lanes: one reads or writes Parquet while the other is in the teacher.
+        try:
+            await run_lanes(lambda: task(stage, shards_per_task), num_lanes=2, shards_per_task=shards_per_task)
+        finally:
+            await stage.close()
+
+
+async def train_steps(run: OpenRun) -> None:
+    """Train the run from its newest checkpoint to its last step."""
+    worker = run.worker("learn")
+    async with worker.alive():
+        await learn_stage(run, worker).run()
+
+
+async def evaluate_versions(run: OpenRun) -> None:
+    """Evaluate version 0, every `evaluate_versions.every`-th and the last version as they appear."""
+    worker = run.worker("evaluate")
+    async with worker.alive():
+        await worker.wait_for(run.log.latest_policy, "version 0 to be published")
+        stage, sampler = evaluate_stage(run, worker)
+        try:
+            await stage.run(versions_to_evaluate(run.config.learner.num_steps, run.config.evaluate.every))
+        finally:
+            await sampler.close()
+
+
+async def pretrain_models(run: OpenRun) -> None:
+    """Pre-train the run's tiny models that are not in the cache."""
+    worker = run.worker("pretrain")
+    async with worker.alive():
+        for role, model in missing_models(run).items():
+            await asyncio.to_thread(make_model, run, worker, role, model)
+
+
+def make_model(run: OpenRun, worker: Worker, role: str, model: TinyModel) -> None:
+    """Train one tiny model and publish it under its digest. Repeating it is harmless: the first one is kept."""
+    settings = model.pretrain
+    worker.status.update(model=role, step=0, num_steps=settings.num_steps)
+
+    def on_step(step: int, loss: float) -> None:
+        worker.status.update(step=step, loss_nats=loss)
+
+    with worker.span("pretrain", role):
+        made = make_tiny_model(
+            model, task_of(run.config, settings.seed), row_capacity=run.config.learner.row_capacity, on_step=on_step
+        )
+    publish_model(run.store, run.config.model_digest(model), made.objects, made.facts)
+
+
+def timed_task(name: str, worker: Worker) -> Callable[[ShardStage, int], Awaitable[int]]:
+    """`work_on_shards` as an async Prefect task whose orchestration overhead lands in the worker's timeline.
+
+    One task run covers several shards (`shards_per_task`): it costs the client about 7 ms and the server 11–18 ms, a
+    walk shard takes about 100 ms.
+    """
+
+    @task(name=name, cache_policy=NO_CACHE, persist_result=False)
+    async def shards(stage: ShardStage, max_shards: int) -> tuple[int, float, float]:
+        started = time.time()
+        done = await work_on_shards(stage, max_shards)
+        return done, started, time.time()
+
+    async def measured(stage: ShardStage, max_shards: int) -> int:
+        called = time.time()
+        done, started, finished = await shards(stage, max_shards)
+        worker.record("orchestrate:prefect", called, started, name)
+        worker.record("orchestrate:prefect", finished, time.time(), name)
+        return done
+
+    return measured
+
+
+async def cancelled_with_its_run(body: Awaitable[None]) -> State[Any] | None:
+    """Await `body`; a Cancelled state when the run's record says that it was stopped, None when the work was done."""
+    try:
+        await body
+    except RunStoppedError as stopped:
+        return Cancelled(message=str(stopped))
+    return None
+
+
+@flow(name="rollout", flow_run_name="rollout-{run_id}")
+async def rollout(run_id: str, root: str = "runs") -> State[Any] | None:
+    """Sample trajectory shards of a run until all its indices are produced.
+
+    Args:
+        run_id: a run that `asyncopd/train` created.
+        root: its storage root.
+    """
+    return await cancelled_with_its_run(roll_out(open_stored_run(root, run_id), timed_task))
+
+
+@flow(name="score", flow_run_name="score-{run_id}")
+async def score(run_id: str, root: str = "runs") -> State[Any] | None:
+    """Score the trajectory shards of a run with its teacher until all of them are scored.
+
+    Args:
+        run_id: a run that `asyncopd/train` created.
+        root: its storage root.
+    """
+    return await cancelled_with_its_run(score_shards(open_stored_run(root, run_id), timed_task))
+
+
+@flow(name="learn", flow_run_name="learn-{run_id}")
+async def learn(run_id: str, root: str = "runs") -> State[Any] | None:
+    """Train a run from its newest checkpoint to its last step, publishing a policy version after every step.
+
+    Args:
+        run_id: a run that `asyncopd/train` created.
+        root: its storage root.
+    """
+    return await cancelled_with_its_run(train_steps(open_stored_run(root, run_id)))
+
+
+@flow(name="evaluate", flow_run_name="evaluate-{run_id}")
+async def evaluate(run_id: str, root: str = "runs") -> State[Any] | None:
+    """Evaluate version 0, every `evaluate.every`-th and the last version of a run as they appear.
+
+    Args:
+        run_id: a run that `asyncopd/train` created.
+        root: its storage root.
+    """
+    return await cancelled_with_its_run(evaluate_versions(open_stored_run(root, run_id)))
+
+
+@flow(name="pretrain", flow_run_name="pretrain-{run_id}")
+async def pretrain(run_id: str, root: str = "runs") -> State[Any] | None:
+    """Pre-train the run's student and teacher where they are tiny models and not in the cache.
+
+    Args:
+        run_id: a run that `asyncopd/train` created.
+        root: its storage root.
+    """
+    return await cancelled_with_its_run(pretrain_models(open_stored_run(root, run_id)))
+
+
+BODIES: dict[str, Callable[[OpenRun], Awaitable[None]]] = {
+    "pretrain": pretrain_models,
+    "rollout": roll_out,
+    "score": score_shards,
+    "learn": train_steps,
+    "evaluate": evaluate_versions,
+}
+FLOWS = {"pretrain": pretrain, "rollout": rollout, "score": score, "learn": learn, "evaluate": evaluate}
+
+
+def main() -> None:
+    """Run one role to its end; errors of ours end with status 1 and their message."""
+    parser = argparse.ArgumentParser(prog="python -m flows.roles", description="One role of a run, to its end.")
+    parser.add_argument("role", choices=sorted(BODIES))
+    parser.add_argument("--run-id", required=True)
+    parser.add_argument("--root", required=True, help="storage root of the run")
+    parser.add_argument("--flow", action="store_true", help="as a Prefect flow run of its own")
+    parser.add_argument("--watch-parent", action="store_true", help="end when stdin ends")
+    arguments = parser.parse_args()
+    if arguments.watch_parent:
+        watch_parent()
+    if arguments.flow:
+        sys.exit(asyncio.run(_run_flow(arguments.role, arguments.run_id, arguments.root)))
+    try:
+        run = open_stored_run(arguments.root, arguments.run_id)
+        status = asyncio.run(until_terminated(BODIES[arguments.role](run)))
+    except AsyncOPDError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    sys.exit(status)
+
+
+async def _run_flow(role: str, run_id: str, root: str) -> int:
+    """SIGTERM cancels the flow from within the event loop, so that every `finally` runs: what is finished gets
+    published, claims are released, and the process is gone within a second or two."""
+    try:
+        return await until_terminated(FLOWS[role](run_id=run_id, root=root))
+    except CancelledRun:
+        return STOPPED
+
+
+if __name__ == "__main__":
+    main()

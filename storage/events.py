@@ -1,0 +1,185 @@
+"""What somebody decided about a run after it was created: that it runs, that it stopped, which settings changed.
+
+states/0001.json    running | stopped | failed | completed, written by the flow; workers elsewhere read it
+changes/0001.json   settings that a resume changed; the configuration in force is run.json with these applied
+
+Evaluations, spans and failures: what a run tells about itself.
+
+The arrivals of a run of order `arrival`: numbered records, each written once, which no rewind supersedes.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from asyncopd.schedule import Arrival
+from asyncopd.types import Evaluation, Span
+from storage.layout import RunLayout, parse_version
+from storage.learner_log import Lineage, surviving
+from storage.records import (
+    Failure,
+    NumberedRecords,
+    RunChange,
+    RunState,
+    RunStateName,
+    arrival_from_json,
+    arrival_to_json,
+    evaluation_from_json,
+    evaluation_to_json,
+    failure_from_json,
+    from_json,
+    spans_from_json,
+    spans_to_json,
+    to_json,
+)
+from storage.stores.base import ObjectStore
+
+
+class RunStateLog:
+    """States and changes of one run."""
+
+    store: ObjectStore
+    layout: RunLayout
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What `create_run` stored; `StoredRunLog` has it."""
+        raise NotImplementedError
+
+    def __init__(self) -> None:
+        self._states = NumberedRecords(self.store, self.layout.state)
+        self._changes = NumberedRecords(self.store, self.layout.change)
+
+    def run_state(self) -> RunState | None:
+        """The latest state; None while nobody recorded one. One request when nothing changed, so it can be polled."""
+        states = self.run_states()
+        return states[-1] if states else None
+
+    def run_states(self) -> list[RunState]:
+        """Every state recorded, oldest first."""
+        return [
+            RunState(number=number, state=r["state"], reason=r["reason"], by=r["by"], recorded=r["recorded"])
+            for number, r in enumerate(self._states.read(), start=1)
+        ]
+
+    def record_state(self, state: RunStateName, *, by: str, reason: str = "") -> int:
+        """Append a state. `by` names the flow run, so that a flow ends only what it began itself."""
+        return self._states.append({"state": state, "reason": reason, "by": by, "recorded": time.time()})
+
+    def config(self) -> dict[str, Any]:
+        """The configuration in force: the recorded one, with every change since, in the root it is read from."""
+        config = with_changes(self.record["config"], (change.settings for change in self.changes()))
+        # A run that was copied elsewhere goes on there.
+        config.setdefault("storage", {})["root"] = self.store.url
+        return config
+
+    def changes(self) -> list[RunChange]:
+        """Every change of settings, oldest first."""
+        return [
+            RunChange(settings={key: (old, new) for key, (old, new) in r["settings"].items()}, recorded=r["recorded"])
+            for r in self._changes.read()
+        ]
+
+    def record_change(self, settings: Mapping[str, tuple[Any, Any]]) -> int:
+        """Append a change: dotted key -> (old value, new value). In force for every process started afterwards."""
+        return self._changes.append({"settings": settings, "recorded": time.time()})
+
+
+def with_changes(config: Mapping[str, Any], changes: Iterable[Mapping[str, Sequence[Any]]]) -> dict[str, Any]:
+    """`config` after `changes`, oldest first, each dotted key -> (old value, new value)."""
+    changed: dict[str, Any] = copy.deepcopy(dict(config))
+    for settings in changes:
+        for dotted, (_, new) in settings.items():
+            *sections, name = dotted.split(".")
+            section = changed
+            for part in sections:
+                section = section[part]
+            section[name] = new
+    return changed
+
+
+class ObservationLog:
+    """Evaluations, spans and failures of one run."""
+
+    store: ObjectStore
+    layout: RunLayout
+    lineage: Lineage
+
+    def publish_evaluation(self, evaluation: Evaluation) -> None:
+        """Record the quality of one version; the first evaluation of a version is kept."""
+        self.store.put_if_absent(self.layout.evaluation(evaluation.version), evaluation_to_json(evaluation))
+
+    def evaluations(self) -> list[Evaluation]:
+        """Evaluations of the surviving lineage, by version."""
+        return [self.read_evaluation(key) for key in self.evaluation_keys()]
+
+    def evaluation_keys(self) -> list[str]:
+        """Keys of the evaluations of the surviving lineage, by version. What is stored under one never changes."""
+        keys = self.store.folder(self.layout.evaluations).keys
+        found = [version for key in keys if (version := parse_version(key)) is not None]
+        return [self.layout.evaluation(version) for version in surviving(found, self.lineage.rewinds())]
+
+    def read_evaluation(self, key: str) -> Evaluation:
+        """One evaluation. Raises ObjectMissingError or ShardCorruptError."""
+        return from_json(self.store.get(key), key, evaluation_from_json)
+
+    def publish_spans(self, worker: str, sequence: int, spans: Sequence[Span]) -> None:
+        """Write the `sequence`-th batch of a worker's spans; writing it again replaces it."""
+        self.store.put(self.layout.span(worker, sequence), spans_to_json(spans))
+
+    def spans(self) -> list[Span]:
+        """All spans of all workers, by start."""
+        spans = [span for key in self.span_keys() for span in self.read_spans(key)]
+        return sorted(spans, key=lambda span: span.start)
+
+    def span_keys(self) -> list[str]:
+        """Keys of all batches of spans; those of one worker in order. A worker replaces at most its last."""
+        return self.store.list(self.layout.spans)
+
+    def read_spans(self, key: str) -> list[Span]:
+        """One batch of a worker's spans. Raises ObjectMissingError or ShardCorruptError."""
+        return list(from_json(self.store.get(key), key, spans_from_json))
+
+    def publish_failure(self, role: str, worker: str, reason: str) -> None:
+        """Record why a role failed; every call adds a record."""
+        now = time.time()
+        fields = {"role": role, "worker": worker, "reason": reason, "failed": now}
+        self.store.put(self.layout.failure(now, role, worker), to_json(fields))
+
+    def failures(self) -> list[Failure]:
+        """All failures, oldest first."""
+        return [self.read_failure(key) for key in self.failure_keys()]
+
+    def failure_keys(self) -> list[str]:
+        """Keys of all failures, oldest first. What is stored under one never changes."""
+        return self.store.list(self.layout.failures)
+
+    def read_failure(self, key: str) -> Failure:
+        """One failure. Raises ObjectMissingError or ShardCorruptError."""
+        return from_json(self.store.get(key), key, failure_from_json)
+
+
+class ArrivalLog:
+    """Which shards the learner of one run came to, in which order, and what it decided."""
+
+    store: ObjectStore
+    layout: RunLayout
+
+    def __init__(self) -> None:
+        self._arrivals: list[Arrival] = []
+        self._arrival_lock = threading.Lock()
+
+    def arrivals(self) -> list[Arrival]:
+        """All arrivals, in order. They are numbered without gaps, so one request tells that there is no new one."""
+        with self._arrival_lock:
+            while (body := self.store.find(key := self.layout.arrival(len(self._arrivals)))) is not None:
+                self._arrivals.append(from_json(body, key, arrival_from_json))
+            return list(self._arrivals)
+
+    def record_arrival(self, arrival: Arrival) -> bool:
+        """False when this number was recorded before, by another learner or before a crash; that record counts."""
+        return self.store.put_if_absent(self.layout.arrival(arrival.number), arrival_to_json(arrival))

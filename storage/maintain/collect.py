@@ -1,0 +1,309 @@
+"""Removes what nobody needs: garbage of killed writers, what compaction replaced, and what retention lets go.
+
+    snapshot --> garbage --> manifests that appeared meanwhile? --> removal record --> manifests --> data
+
+The record comes before the first deletion, and a manifest goes before its data: a crash in between leaves unreferenced
+objects, which the next collection removes.
+
+What of a run must stay: a pure function of its policy and its history.
+
+newest checkpoint, and the one before     a resume, also when the newest turns out corrupt
+their versions, and the newest one        what samplers load while the learner goes on
+checkpoint at or before the first kept    where a replay of the kept steps starts; without one, version 0
+all shards from there on                  what that replay, or a resume, trains
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from asyncopd.config.schema import Retention
+from asyncopd.errors import StorageError
+from asyncopd.types import IndexRange, Manifest, PolicyVersion
+from storage.layout import parse_shard, parse_version
+from storage.learner_log import survives
+from storage.manifests import REMOVED, REPLACED, ROW_GROUP, find_manifest, read_objects
+from storage.records import Removal, manifest_to_json, removal_to_json
+from storage.run_view import MANIFESTS, Snapshot, take_snapshot
+from storage.stores.base import ObjectStore
+
+_MUST_READ = (*MANIFESTS, "run", "rewind", "step")
+"""Kinds of record without which it is unknown what is referenced and what counts."""
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """One object that can go."""
+
+    key: str
+    size_bytes: int
+    reason: str
+    """`orphan`, `temporary`, `replaced`, `quarantine`, `retention` or `superseded`."""
+
+
+@dataclass(frozen=True)
+class CollectReport:
+    """What a collection removed, or would remove."""
+
+    run_id: str
+    dry_run: bool
+    removed: tuple[Garbage, ...]
+    num_shards_emptied: int
+    """Shards that keep their manifest without data, so that nobody makes them again."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(garbage.size_bytes for garbage in self.removed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {"num_bytes": self.num_bytes, **asdict(self)}
+
+
+def collect_run(
+    store: ObjectStore,
+    run_id: str,
+    *,
+    retention: Retention | None = None,
+    grace_s: float | None = None,
+    dry_run: bool = False,
+    now: float | None = None,
+) -> CollectReport:
+    """Remove the garbage of a run and what its retention policy lets go.
+
+    Never removes what a manifest that stays names, or anything younger than the grace.
+
+    Args:
+        retention: instead of the run's own.
+        grace_s: instead of the policy's.
+        now: Unix time, seconds; for tests.
+    Raises:
+        StorageError: a record cannot be read, so that it is unknown what is needed; or the newest checkpoint is
+            corrupt, so that older ones are.
+    """
+    now = time.time() if now is None else now
+    snapshot = take_snapshot(store, run_id)
+    _check_readable(snapshot)
+    config = snapshot.config
+    policy = retention or (config.retention if config else Retention())
+    oldest = now - (policy.grace_s if grace_s is None else grace_s)
+    kept = _kept(snapshot, policy)
+    manifests = dict(_removable_manifests(snapshot, policy, kept, oldest))
+    emptied = _removable_shards(snapshot, kept, oldest)
+    if manifests or emptied:
+        _check_resumable(snapshot)
+    data = [*_unreferenced(snapshot, policy, oldest, now), *_freed(snapshot, {**manifests, **emptied})]
+    named_meanwhile = _named_since(snapshot)
+    entries = snapshot.entries
+    garbage = [Garbage(key, entries[key].size_bytes, reason) for key, reason in manifests.items()]
+    garbage += [Garbage(key, entries[key].size_bytes, why) for key, why in data if key not in named_meanwhile]
+    # By the clock of the file system, which `now` need not be.
+    temporary_s = time.time() - oldest
+    temporary = [Garbage(e.key, e.size_bytes, "temporary") for e in store.temporary(temporary_s)]
+    if not dry_run and (garbage or emptied or temporary):
+        _remove(snapshot, garbage, emptied, now)
+        store.discard_temporary(temporary_s)
+    return CollectReport(run_id, dry_run, tuple(garbage + temporary), len(emptied))
+
+
+def empty_shard(store: ObjectStore, key: str, manifest: Manifest, *, reason: str, advice: str, now: float) -> None:
+    """Replace a shard's manifest by one without data: its counts stay, reading it raises, and nobody makes it again."""
+    dropped = (ROW_GROUP, REPLACED)
+    facts = {name: value for name, value in manifest.facts.items() if name not in dropped}
+    facts[REMOVED] = {"reason": reason, "at": now, "advice": advice}
+    store.put(key, manifest_to_json(replace(manifest, objects={}, facts=facts)))
+
+
+def _check_readable(snapshot: Snapshot) -> None:
+    for key, error in snapshot.broken.items():
+        if snapshot.layout.kind_of(key) in _MUST_READ:
+            raise StorageError(
+                f"nothing was collected: without {key} it is unknown what is still needed. See `asyncopd maintain "
+                f"audit {snapshot.layout.run_id}`. ({error})"
+            )
+
+
+def _check_resumable(snapshot: Snapshot) -> None:
+    """Prove that the newest checkpoint can be read before anything a resume without it would need goes."""
+    newest = snapshot.latest_checkpoint()
+    if newest is not None:
+        key = snapshot.layout.checkpoint_manifest(newest.number, newest.rewind)
+        read_objects(snapshot.store, key, snapshot.manifests[key])
+
+
+# -- what can go --------------------------------------------------------------------------------------------------
+def _kept(snapshot: Snapshot, policy: Retention) -> Kept:
+    config = snapshot.config
+    due: set[int] = set()
+    if config is not None and config.evaluate.every:
+        evaluated = {version.number for version in snapshot.states("evaluation")}
+        due = {*range(0, config.learner.num_steps, config.evaluate.every), config.learner.num_steps} - evaluated
+    manifests, layout = snapshot.records["policy"], snapshot.layout
+    emptied = {
+        index
+        for key, manifest in snapshot.records["trajectories"].items()
+        if manifest.facts.get(REMOVED, {}).get("reason") == "retention"
+        for index in (parse_shard(key) or IndexRange(0, 1)).indices
+    }
+    return what_to_keep(
+        policy,
+        checkpoints=snapshot.states("checkpoint"),
+        policies=snapshot.states("policy"),
+        num_steps=max((step.step + 1 for step in snapshot.steps()), default=0),
+        first_stored=max(
+            (s.step + 1 for s in snapshot.steps() if not emptied.isdisjoint(s.indices.indices)), default=0
+        ),
+        wanted=due,
+        bases=lambda version: _bases(manifests.get(layout.policy_manifest(version))),
+    )
+
+
+def _bases(manifest: Manifest | None) -> Iterator[PolicyVersion]:
+    """The versions that a version's weights are a difference to; none where they are stored whole."""
+    chain = (manifest.facts.get("chain") if manifest else None) or {}
+    base = chain.get("base")
+    if base and not chain.get("full"):
+        yield PolicyVersion(base["number"], base["rewind"])
+
+
+def _removable_manifests(snapshot: Snapshot, policy: Retention, kept: Kept, oldest: float) -> Iterator[tuple[str, str]]:
+    """(manifest key, reason) of checkpoints and versions that can go, earlier rewinds first."""
+    for kind, stays in (("checkpoint", kept.checkpoints), ("policy", kept.policies)):
+        versions = {version: key for key in snapshot.records[kind] if (version := parse_version(key)) is not None}
+        # Earlier rewinds first: a removed state must not uncover an older one of the same number.
+        for version in sorted(versions, key=lambda v: (v.rewind, v.number)):
+            key = versions[version]
+            if version in stays or snapshot.entries[key].modified > oldest:
+                continue
+            # One that a later rewind published again counts as soon as that is gone.
+            if survives(version.number, version.rewind, snapshot.rewinds):
+                yield key, "retention"
+            elif not policy.superseded:
+                yield key, "superseded"
+
+
+def _removable_shards(snapshot: Snapshot, kept: Kept, oldest: float) -> dict[str, str]:
+    """Manifest key -> reason, of shards all of whose indices were decided about before the first kept step."""
+    decided = {i for step in snapshot.steps() if step.step < kept.first_step for i in step.indices.indices}
+    return {
+        key: "retention"
+        for kind in ("trajectories", "scores")
+        for key, manifest in snapshot.records[kind].items()
+        if REMOVED not in manifest.facts
+        and snapshot.entries[key].modified <= oldest
+        and decided.issuperset((parse_shard(key) or IndexRange(0, 1)).indices)
+    }
+
+
+def _unreferenced(snapshot: Snapshot, policy: Retention, oldest: float, now: float) -> Iterator[tuple[str, str]]:
+    """(data key, reason) of data that no manifest of the run names."""
+    replaced = {
+        m.facts[REPLACED]["key"]: m.facts[REPLACED]["at"] for m in snapshot.manifests.values() if REPLACED in m.facts
+    }
+    for key, entry in snapshot.entries.items():
+        if snapshot.layout.kind_of(key) != "data" or key in snapshot.references:
+            continue
+        # A reader may hold the manifest that named it until a moment ago: the grace counts from its replacement.
+        unused_since = max(entry.modified, replaced.get(key, 0.0))
+        if key in snapshot.set_aside:
+            since = snapshot.entries[snapshot.set_aside[key]].modified
+            if since <= now - policy.quarantine_s:
+                yield key, "quarantine"
+        elif unused_since <= oldest:
+            yield key, "replaced" if key in replaced else "orphan"
+
+
+def _freed(snapshot: Snapshot, going: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(data key, reason) of data all of whose manifests go."""
+    for key, manifest_keys in snapshot.references.items():
+        if key in snapshot.entries and set(manifest_keys) <= going.keys():
+            yield key, going[manifest_keys[0]]
+
+
+def _named_since(snapshot: Snapshot) -> set[str]:
+    """Data keys of manifests that were published or replaced after the snapshot was taken."""
+    named: set[str] = set()
+    for entry in snapshot.store.entries(snapshot.layout.root):
+        known = snapshot.entries.get(entry.key)
+        if snapshot.layout.kind_of(entry.key) in MANIFESTS and (known is None or known.modified != entry.modified):
+            manifest = find_manifest(snapshot.store, entry.key)
+            named |= set(manifest.objects if manifest else ())
+    return named
+
+
+# -- removing -----------------------------------------------------------------------------------------------------
+def _remove(snapshot: Snapshot, garbage: list[Garbage], emptied: Mapping[str, str], now: float) -> None:
+    store, layout = snapshot.store, snapshot.layout
+    for reason in sorted({item.reason for item in garbage}):
+        keys = {item.key: item.size_bytes for item in garbage if item.reason == reason}
+        store.put(layout.removal(now), removal_to_json(Removal(reason, keys, now)))
+    for key in emptied:
+        advice = "retention.shards.keep_last_steps decides how many steps keep theirs."
+        empty_shard(store, key, snapshot.manifests[key], reason="retention", advice=advice, now=now)
+    # `garbage` names manifests before data.
+    for item in garbage:
+        store.delete(item.key)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays."""
+
+    checkpoints: frozenset[PolicyVersion]
+    policies: frozenset[PolicyVersion]
+    first_step: int
+    """Shards stay unless every index of theirs was decided about by a step before this one."""
+
+
+def what_to_keep(
+    retention: Retention,
+    *,
+    checkpoints: Sequence[PolicyVersion],
+    policies: Sequence[PolicyVersion],
+    num_steps: int,
+    first_stored: int = 0,
+    wanted: Collection[int] = (),
+    bases: Callable[[PolicyVersion], Iterable[PolicyVersion]] = lambda version: (),
+) -> Kept:
+    """
+    Args:
+        checkpoints: of the surviving lineage, oldest first.
+        policies: of the surviving lineage, oldest first.
+        num_steps: steps trained in the surviving lineage.
+        first_stored: steps before this one lost their shards to an earlier policy, which may have kept less.
+        wanted: version numbers somebody will still ask for, such as evaluations that are due.
+        bases: the versions that the weights of a version are stored as a difference to.
+    """
+    count = retention.checkpoints.keep_last
+    kept_checkpoints = set(checkpoints if count is None else checkpoints[-count:])
+    resumable = list(checkpoints[-min(2, count or 2) :])
+    last_steps = retention.shards.keep_last_steps
+    first_kept = max(first_stored, 0 if last_steps is None else num_steps - last_steps)
+    first_step = 0
+    if first_kept > 0 and resumable:
+        starts = [c for c in checkpoints if first_stored <= c.number <= first_kept]
+        if starts:
+            kept_checkpoints.add(starts[-1])
+            first_step = min(starts[-1].number, resumable[0].number)
+    numbers = {0, *wanted, *(checkpoint.number for checkpoint in kept_checkpoints)}
+    every = retention.policies.keep_every
+    kept_policies = {v for v in policies if v.number in numbers or (every and v.number % every == 0)}
+    kept_policies |= set(policies[-retention.policies.keep_last :])
+    return Kept(frozenset(kept_checkpoints), frozenset(_with_bases(kept_policies, bases)), first_step)
+
+
+def _with_bases(
+    versions: Iterable[PolicyVersion], bases: Callable[[PolicyVersion], Iterable[PolicyVersion]]
+) -> set[PolicyVersion]:
+    """`versions` and whatever their weights are differences to, all the way back."""
+    found: set[PolicyVersion] = set()
+    open_versions = list(versions)
+    while open_versions:
+        version = open_versions.pop()
+        if version not in found:
+            found.add(version)
+            open_versions += bases(version)
+    return found

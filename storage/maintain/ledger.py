@@ -1,0 +1,334 @@
+"""What became of every index of a run: the states an index passes through, and the fold of a run's records into them.
+
+    (unseen) --claim--> claimed --produce--> produced --score--> scored --train--> trained
+        |                                                          ^                  |
+        +---------produce: a claim is not durable                  +-----rewind-------+
+
+    (unseen), claimed, produced, scored --drop--> dropped(reason)     filtered at rollout or scoring, or too stale
+    scored                              --hold--> held(reason)        too stale to train now, kept for a replay
+
+A claim of an index that is further on changes nothing (its worker came too late), and neither does a drop or hold that
+is told twice in the same words (by the arrival and by the step). Everything else is a violation: trained twice,
+trained without scores, scored without a trajectory, trained and dropped.
+
+Conservation: admitted = claimed + produced + scored + trained + dropped + held, each index in exactly one of them.
+`storage.maintain.ledger.ledger_of` builds the events from a stored run.
+
+From a stored run to its Ledger: every folder listed once, every manifest and step read once.
+
+    claims/rollout --> Claimed      trajectories/ --> Produced      scores/<teacher>/ --> Scored
+    arrivals/ --> Judged            steps/ and rewinds/ --> Trained and Rewound, by rewind
+
+Folders are listed from the end of the pipeline to its start: whatever a live run adds meanwhile is further up, so that
+it never looks as if something was trained before it was scored.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar, get_args
+
+from asyncopd.errors import LedgerError
+from asyncopd.types import IndexRange, Manifest, PolicyVersion, TrainStep
+from storage.layout import parse_shard, parse_version
+from storage.records import Rewind, from_json, step_from_json
+from storage.run_log import StoredRunLog
+from storage.run_view import Snapshot
+
+State = Literal["claimed", "produced", "scored", "trained", "dropped", "held"]
+STATES: tuple[State, ...] = get_args(State)
+Move = Literal["claim", "produce", "score", "train", "drop", "hold", "rewind"]
+
+_TRANSITIONS: Mapping[tuple[State | None, Move], State] = {
+    (None, "claim"): "claimed",
+    (None, "produce"): "produced",
+    (None, "drop"): "dropped",
+    ("claimed", "claim"): "claimed",
+    ("claimed", "produce"): "produced",
+    ("claimed", "drop"): "dropped",
+    ("produced", "claim"): "produced",
+    ("produced", "score"): "scored",
+    ("produced", "drop"): "dropped",
+    ("scored", "claim"): "scored",
+    ("scored", "train"): "trained",
+    ("scored", "drop"): "dropped",
+    ("scored", "hold"): "held",
+    ("trained", "claim"): "trained",
+    ("trained", "rewind"): "scored",
+    ("dropped", "claim"): "dropped",
+    ("dropped", "drop"): "dropped",
+    ("held", "claim"): "held",
+    ("held", "hold"): "held",
+}
+
+
+@dataclass(frozen=True)
+class IndexState:
+    """Where one index is."""
+
+    state: State
+    reason: str = ""
+    """Why it was dropped or held; empty otherwise."""
+    step: int | None = None
+    """The step that trained it; None otherwise."""
+
+
+# -- events -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Claimed:
+    """A rollout worker took a shard."""
+
+    indices: IndexRange
+
+
+@dataclass(frozen=True)
+class Produced:
+    """A shard of trajectories was published."""
+
+    indices: IndexRange
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    """Filtered at rollout: index -> reason."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A shard of the run's teacher's scores was published."""
+
+    indices: IndexRange
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    """Index -> reason; what was dropped at rollout is dropped here too."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The learner decided, in arrival order, not to train these."""
+
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    held: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An optimizer step."""
+
+    step: int
+    indices: Sequence[int]
+    """Those trained."""
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    held: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rewound:
+    """The learner went back to the state after `to_step` steps: what later steps trained waits to be trained again."""
+
+    to_step: int
+
+
+Event = Claimed | Produced | Scored | Judged | Trained | Rewound
+
+
+# -- one index ----------------------------------------------------------------------------------------------------
+def moved(before: IndexState | None, move: Move, *, reason: str = "", step: int | None = None) -> IndexState:
+    """The state of an index after `move`; `before` is None for an index nothing was heard of.
+
+    Raises:
+        LedgerError: an index in this state cannot make this move, or is dropped or held twice with two reasons.
+    """
+    after = _TRANSITIONS.get((before.state if before else None, move))
+    if after is None:
+        raise LedgerError(f"{move} while {_told(before)}")
+    if before is not None and after == before.state:
+        if move in ("drop", "hold") and reason != before.reason:
+            raise LedgerError(f"{move} ({reason}) while {_told(before)}")
+        return before
+    return IndexState(after, reason if move in ("drop", "hold") else "", step if move == "train" else None)
+
+
+def _told(state: IndexState | None) -> str:
+    if state is None:
+        return "nothing was heard of it"
+    detail = f" by step {state.step}" if state.step is not None else f" ({state.reason})" if state.reason else ""
+    return state.state + detail
+
+
+# -- all of them --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Violation:
+    """A move that an index cannot have made, or an index without a state."""
+
+    index: int
+    problem: str
+
+    def __str__(self) -> str:
+        return f"index {self.index}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The state of every index of a run at one moment."""
+
+    states: Mapping[int, IndexState]
+    admitted: frozenset[int]
+    """Every index any record speaks of, whether or not it could be given a state."""
+    refused: tuple[Violation, ...] = ()
+    """Moves that were not possible; they changed no state."""
+
+    @classmethod
+    def fold(cls, events: Iterable[Event]) -> Ledger:
+        """The ledger after `events`. A move that is not possible is kept as a violation and changes nothing.
+
+        Args:
+            events: each index's own in the order in which they happened; a rewind between the steps it parts.
+        """
+        states: dict[int, IndexState] = {}
+        admitted: set[int] = set()
+        refused: list[Violation] = []
+        for event in events:
+            if isinstance(event, Rewound):
+                for index, state in states.items():
+                    if state.step is not None and state.step >= event.to_step:
+                        states[index] = moved(state, "rewind")
+                continue
+            step = event.step if isinstance(event, Trained) else None
+            for index, move, reason in _moves(event):
+                admitted.add(index)
+                try:
+                    states[index] = moved(states.get(index), move, reason=reason, step=step)
+                except LedgerError as error:
+                    at = f" by step {step}" if step is not None else ""
+                    refused.append(Violation(index, f"{str(error).replace(move, move + at, 1)}"))
+        return cls(states, frozenset(admitted), tuple(refused))
+
+    def state_of(self, index: int) -> IndexState | None:
+        """None when nothing was heard of the index."""
+        return self.states.get(index)
+
+    def counts(self) -> dict[State, int]:
+        """State -> indices in it; every state is named."""
+        found = Counter(state.state for state in self.states.values())
+        return {state: found[state] for state in STATES}
+
+    def reasons(self, state: Literal["dropped", "held"]) -> dict[str, int]:
+        """Reason -> indices that are dropped (or held) for it."""
+        return dict(Counter(s.reason for s in self.states.values() if s.state == state))
+
+    def indices(self, state: State) -> list[int]:
+        """The indices in one state, sorted."""
+        return sorted(index for index, found in self.states.items() if found.state == state)
+
+    def violations(self) -> list[Violation]:
+        """Everything that cannot be: empty for a sound run, finished or not, crashed or not."""
+        homeless = [Violation(index, "no state holds it") for index in sorted(self.admitted - self.states.keys())]
+        return [*self.refused, *homeless]
+
+
+def _moves(event: Claimed | Produced | Scored | Judged | Trained) -> Iterator[tuple[int, Move, str]]:
+    """(index, move, reason) of everything one event says."""
+    match event:
+        case Claimed():
+            yield from ((index, "claim", "") for index in event.indices.indices)
+        case Produced() | Scored():
+            move: Move = "produce" if isinstance(event, Produced) else "score"
+            kept = (index for index in event.indices.indices if index not in event.dropped)
+            yield from ((index, move, "") for index in kept)
+            yield from ((index, "drop", reason) for index, reason in event.dropped.items())
+        case Judged() | Trained():
+            if isinstance(event, Trained):
+                yield from ((index, "train", "") for index in event.indices)
+            yield from ((index, "drop", reason) for index, reason in event.dropped.items())
+            yield from ((index, "hold", reason) for index, reason in event.held.items())
+
+
+_READERS = 8
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+def ledger_of(log: StoredRunLog, teacher: str | None = None) -> Ledger:
+    """The state of every index of a run, finished or not.
+
+    Args:
+        teacher: whose scores count; that of the run's configuration, or else any, when None.
+    Raises:
+        ShardCorruptError: a manifest or step is not readable.
+    """
+    return Ledger.fold(events_of(log, teacher))
+
+
+def events_of(log: StoredRunLog, teacher: str | None = None) -> list[Event]:
+    """What the records of a run say, each index's events in the order in which they happened."""
+    steps = [v for key in log.store.folder(log.layout.steps).keys if (v := parse_version(key)) is not None]
+    rewinds = log.rewinds()
+    arrivals = log.arrivals()
+    score_shards = {name: log.score_shards(name) for name in _teachers(log, teacher)}
+    trajectory_shards = log.trajectory_shards()
+    claims = [log.layout.parse_claim(key) for key in log.store.list(log.layout.claims)]
+
+    events: list[Event] = [Claimed(shard) for shard in sorted({c[1] for c in claims if c[0] == "rollout"})]
+    events += (Produced(shard, _dropped(m)) for shard, m in _read_all(trajectory_shards, log.find_trajectories))
+    for name, shards in score_shards.items():
+
+        def find_scores(shard: IndexRange, name: str = name) -> Manifest | None:
+            return log.find_scores(name, shard)
+
+        events += (Scored(shard, _dropped(m)) for shard, m in _read_all(shards, find_scores))
+    events += (Judged(arrival.dropped, arrival.held) for arrival in arrivals)
+    return events + list(_steps_and_rewinds(log, steps, rewinds))
+
+
+def events_of_snapshot(snapshot: Snapshot, teacher: str | None) -> list[Event]:
+    """The same from records that were read before; `teacher` None takes every teacher's scores."""
+    records, layout = snapshot.records, snapshot.layout
+    claimed = {claim[1] for key in records["claim"] if (claim := layout.parse_claim(key))[0] == "rollout"}
+    events: list[Event] = [Claimed(shard) for shard in sorted(claimed)]
+    for key, manifest in records["trajectories"].items():
+        if (shard := parse_shard(key)) is not None:
+            events.append(Produced(shard, _dropped(manifest)))
+    for key, manifest in records["scores"].items():
+        if (shard := parse_shard(key)) is not None and teacher in (None, layout.parse_teacher(key)):
+            events.append(Scored(shard, _dropped(manifest)))
+    events += (Judged(arrival.dropped, arrival.held) for _, arrival in sorted(records["arrival"].items()))
+    return events + list(_in_lineage(list(records["step"].values()), snapshot.rewinds))
+
+
+def _teachers(log: StoredRunLog, teacher: str | None) -> Sequence[str]:
+    configured = log.record.get("config", {}).get("teacher", {}).get("name")
+    chosen = teacher or configured
+    return [chosen] if chosen else log.teachers()[:1]
+
+
+def _dropped(manifest: Manifest | None) -> dict[int, str]:
+    return dict(manifest.facts.get("dropped", {})) if manifest else {}
+
+
+def _read_all(items: Iterable[_T], read: Callable[[_T], _R]) -> list[tuple[_T, _R]]:
+    """Each item with what `read` gives for it, in order; storage is asked in parallel."""
+    listed = list(items)
+    with ThreadPoolExecutor(_READERS) as readers:
+        return list(zip(listed, readers.map(read, listed), strict=True))
+
+
+def _steps_and_rewinds(
+    log: StoredRunLog, versions: Sequence[PolicyVersion], rewinds: Sequence[Rewind]
+) -> Iterator[Trained | Rewound]:
+    """By rewind: what was trained under it, then the rewind that followed. A superseded learner's late steps too."""
+
+    def read(version: PolicyVersion) -> TrainStep:
+        key = log.layout.step(version.number, version.rewind)
+        return from_json(log.store.get(key), key, step_from_json)
+
+    yield from _in_lineage([step for _, step in _read_all(versions, read)], rewinds)
+
+
+def _in_lineage(steps: Sequence[TrainStep], rewinds: Sequence[Rewind]) -> Iterator[Trained | Rewound]:
+    ordered = sorted(steps, key=lambda step: (step.step, step.rewind))
+    for rewind in range(len(rewinds) + 1):
+        if rewind:
+            yield Rewound(rewinds[rewind - 1].to_step)
+        for step in ordered:
+            if step.rewind == rewind:
+                yield Trained(step.step, step.trained, step.dropped, step.held)
