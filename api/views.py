@@ -8,8 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from api.fold import RunFold
-from api.reader import FINISHED, NUM_TOKENS, STEP, means, stretches
+from api.fold import FINISHED, NUM_TOKENS, STEP, RunFold, means, stretches
 from api.schemas import (
     Checkpoint,
     CheckpointList,

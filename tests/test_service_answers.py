@@ -21,11 +21,11 @@ from synthetic_run import config_of, evaluation, new_log, train_step
 from api import events as hub
 from api import reader, views
 from api.events import Cursor, Feed, Hub
-from api.fold import FRESH_S, History, RunFold
+from api.fold import FRESH_S, NUM_TOKENS, Columns, History, RunFold, means, stretches
 from api.limits import Limits
 from api.main import create_app
 from api.observe import COST_S, Answers
-from api.reader import NUM_TOKENS, Columns, RunReader, means, stretches
+from api.reader import RunReader
 from api.schemas import Schema
 from asyncopd.types import TrainStep
 from storage.run_log import StoredRunLog
