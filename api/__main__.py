@@ -12,8 +12,8 @@ import uvicorn
 
 from api.main import UVICORN, create_app
 from api.settings import ServiceSettings
-from asyncopd.cli.service import tokens_path
 from asyncopd.errors import AsyncOPDError, StackError
+from asyncopd.local.processes import tokens_path
 
 AUTOGROUP = Path("/proc/self/autogroup")
 

@@ -19,8 +19,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from api.deps import Reader
 from api.problems import ProblemError, no_run, responses
 from api.schemas import Question, QuestionList, QuestionParameter, SqlRequest, SqlResult
-from asyncopd.cli.query import plain
 from asyncopd.errors import QueryError
+from storage.catalog.export import plain
 from storage.catalog.sandbox import FileGoneError, QueryLimits, RunningQuery, Sandbox
 from storage.catalog.snapshot import Catalog
 from storage.catalog.stored_queries import StoredQuery, stored_queries

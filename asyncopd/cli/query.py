@@ -12,7 +12,6 @@ import contextlib
 import csv
 import io
 import json
-import math
 import os
 import sys
 from datetime import UTC, datetime
@@ -26,7 +25,7 @@ from rich.table import Table
 from asyncopd.config import parse_override
 from asyncopd.errors import QueryError
 from asyncopd.sql_shell import run_shell
-from storage.catalog.export import export
+from storage.catalog.export import export, plain
 from storage.catalog.rows import AsOf
 from storage.catalog.sandbox import QueryLimits, Sandbox
 from storage.catalog.snapshot import Catalog
@@ -182,20 +181,6 @@ def write_result(rows: Any, style: str, output: Path | None) -> None:
         raise QueryError(f"could not write {output}: {error.strerror}. Name a file in a folder that exists.") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def plain(value: Any) -> Any:
-    """`value` in JSON's own types: times as ISO text, maps as objects, NaN as null."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        is_map = bool(value) and all(isinstance(item, tuple) and len(item) == 2 for item in value)
-        return {str(key): plain(item) for key, item in value} if is_map else [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def _csv(rows: Any) -> str:

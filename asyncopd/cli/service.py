@@ -17,7 +17,7 @@ from rich.table import Table
 
 from api.deps import Scope, TokenStore
 from api.settings import ServiceSettings
-from asyncopd.local.processes import home
+from asyncopd.local.processes import tokens_path
 from storage.runs import list_runs, missing_run
 from storage.stores import open_store
 
@@ -50,11 +50,6 @@ def add_serve(commands: Any) -> None:
     revoke = actions.add_parser("revoke", help="refuse a token from now on")
     revoke.add_argument("name")
     revoke.set_defaults(run=_revoke)
-
-
-def tokens_path() -> Path:
-    """Where this machine's tokens are kept."""
-    return home() / "tokens.json"
 
 
 def _serve(arguments: argparse.Namespace) -> int:

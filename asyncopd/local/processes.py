@@ -46,6 +46,11 @@ def home() -> Path:
     return Path(os.environ.get("ASYNCOPD_HOME", ".asyncopd")).absolute()
 
 
+def tokens_path() -> Path:
+    """Where this machine's tokens are kept."""
+    return home() / "tokens.json"
+
+
 @dataclass(frozen=True)
 class ProcessRecord:
     """One process this machine's AsyncOPD started."""

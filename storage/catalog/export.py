@@ -110,7 +110,7 @@ def _write_jsonl(query: RunningQuery, folder: Path) -> int:
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
         for batch in query.batches():
             for row in batch.to_pylist():
-                file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+                file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
             num_rows += batch.num_rows
     return num_rows
 
@@ -193,14 +193,18 @@ versions that sampled its first and last token), `teacher` and `teacher_digest`.
 """
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types: times as ISO text, maps as objects, NaN as null."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        is_map = bool(value) and all(isinstance(item, tuple) and len(item) == 2 for item in value)
+        return {str(key): plain(item) for key, item in value} if is_map else [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value.isoformat() if isinstance(value, datetime) else value
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def _flush(folder: Path) -> None:
