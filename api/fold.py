@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncopd.config import RunConfig
-from asyncopd.types import Evaluation, IndexRange, Span, TrainStep
-from storage.records import Failure, Heartbeat, Rewind, RunState
+from asyncopd.types import Evaluation, Failure, Heartbeat, IndexRange, Rewind, RunState, Span, TrainStep
 from storage.run_log import StoredRunLog
 
 T = TypeVar("T")

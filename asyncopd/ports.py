@@ -12,13 +12,18 @@ from typing import Any, Protocol
 
 from asyncopd.schedule import Arrival
 from asyncopd.types import (
+    Claim,
     Evaluation,
+    Failure,
+    Heartbeat,
     IndexRange,
     IntArray,
     Manifest,
     PolicyVersion,
     PolicyWeights,
     Prompt,
+    Rewind,
+    RunState,
     Span,
     Split,
     TeacherScores,
@@ -167,35 +172,6 @@ class ScoreCache(Protocol):
         ...
 
 
-class ClaimRecord(Protocol):
-    """A shard, or the learner's place, in somebody's hands."""
-
-    @property
-    def attempt(self) -> int:
-        """1 when nobody held it before."""
-        ...
-
-
-class RunStateRecord(Protocol):
-    """What the flow of a run said about it."""
-
-    @property
-    def number(self) -> int: ...
-
-    @property
-    def state(self) -> str:
-        """`running`, `stopped`, `failed` or `completed`."""
-        ...
-
-    @property
-    def reason(self) -> str: ...
-
-    @property
-    def ended(self) -> bool:
-        """Stopped or failed: every worker of the run ends."""
-        ...
-
-
 class RunLog(Protocol):
     """One Run in storage. Every `publish_*` is durable when it returns and harmless when repeated; reads verify.
 
@@ -230,7 +206,7 @@ class RunLog(Protocol):
         """True when `worker` now holds the shard: nobody did, or the holder's heartbeat stood still for `lease_s`."""
         ...
 
-    def take(self, stage: str, shard: IndexRange, *, worker: str, lease_s: float) -> ClaimRecord | None:
+    def take(self, stage: str, shard: IndexRange, *, worker: str, lease_s: float) -> Claim | None:
         """As `claim`, with the claim itself."""
         ...
 
@@ -242,7 +218,7 @@ class RunLog(Protocol):
         """The worker stops in good order: its unfinished claims are free at once. Final within this process."""
         ...
 
-    def run_state(self) -> RunStateRecord | None:
+    def run_state(self) -> RunState | None:
         """What the run's flow last said about it; None while nobody said anything."""
         ...
 
@@ -313,51 +289,6 @@ class RunLog(Protocol):
     def publish_failure(self, role: str, worker: str, reason: str) -> None: ...
 
 
-class FailureRecord(Protocol):
-    """Why a role failed."""
-
-    @property
-    def role(self) -> str: ...
-
-    @property
-    def worker(self) -> str: ...
-
-    @property
-    def reason(self) -> str: ...
-
-    @property
-    def failed(self) -> float:
-        """Unix time, seconds."""
-        ...
-
-
-class HeartbeatRecord(Protocol):
-    """The last sign of life of a worker."""
-
-    @property
-    def worker(self) -> str: ...
-
-    @property
-    def beaten(self) -> float:
-        """Unix time, seconds, of the worker's clock."""
-        ...
-
-    @property
-    def retired(self) -> bool:
-        """The worker stopped in good order; its `status` is then empty."""
-        ...
-
-    @property
-    def status(self) -> Mapping[str, Any]: ...
-
-
-class RewindRecord(Protocol):
-    """The learner went back to the state after `to_step` steps."""
-
-    @property
-    def to_step(self) -> int: ...
-
-
 class RunHistory(Protocol):
     """One Run for those who only look, reports and progress displays. A run that does not exist yet reads as empty."""
 
@@ -379,19 +310,19 @@ class RunHistory(Protocol):
         """Of all workers, by start."""
         ...
 
-    def heartbeats(self) -> Mapping[str, HeartbeatRecord]:
+    def heartbeats(self) -> Mapping[str, Heartbeat]:
         """By worker."""
         ...
 
-    def failures(self) -> Sequence[FailureRecord]:
+    def failures(self) -> Sequence[Failure]:
         """Oldest first."""
         ...
 
-    def rewinds(self) -> Sequence[RewindRecord]:
+    def rewinds(self) -> Sequence[Rewind]:
         """Oldest first."""
         ...
 
-    def run_state(self) -> RunStateRecord | None:
+    def run_state(self) -> RunState | None:
         """What the run's flow last said about it."""
         ...
 

@@ -24,6 +24,7 @@ DrawLaw = Literal["policy", "tail"]
 """What draws are i.i.d. samples of: `policy` p_old itself, the emitted token being draw 0; `tail` p_old restricted
 to the complement of the head and renormalised there."""
 Split = Literal["train", "eval"]
+RunStateName = Literal["running", "stopped", "failed", "completed"]
 
 
 @dataclass(frozen=True, order=True)
@@ -329,3 +330,95 @@ class Span:
     """Unix time, seconds."""
     detail: str = ""
     """For example the shard or the version."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`worker` took a shard; the claim with the highest attempt counts."""
+
+    stage: str
+    shard: IndexRange
+    attempt: int
+    """1 for the first claim; one more each time a dead worker's claim was taken over."""
+    worker: str
+    claimed: float
+    """Unix time, seconds."""
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The last sign of life of a worker."""
+
+    worker: str
+    beaten: float
+    """Unix time, seconds, of the worker's clock."""
+    retired: bool
+    """The worker stopped in good order."""
+    status: Mapping[str, Any]
+    """Whatever the worker tells about itself."""
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """The learner went back: versions and checkpoints above `to_step` of earlier rewinds are superseded."""
+
+    number: int
+    """1 for the first."""
+    to_step: int
+    """State after this many steps."""
+    worker: str
+    recorded: float
+    """Unix time, seconds."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What the flow of a run last said about it."""
+
+    number: int
+    """1 for the first."""
+    state: RunStateName
+    reason: str
+    """Why it stopped or failed; may be empty."""
+    by: str
+    """The flow run that said so."""
+    recorded: float
+    """Unix time, seconds."""
+
+    @property
+    def ended(self) -> bool:
+        """Was the run stopped from outside or by an error? Then its workers stop too, wherever they are."""
+        return self.state in ("stopped", "failed")
+
+
+@dataclass(frozen=True)
+class RunChange:
+    """Settings that were changed when a run was resumed."""
+
+    settings: Mapping[str, tuple[Any, Any]]
+    """Dotted key -> (old value, new value)."""
+    recorded: float
+    """Unix time, seconds."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a role failed."""
+
+    role: str
+    worker: str
+    reason: str
+    failed: float
+    """Unix time, seconds."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Things taken out of the run on purpose: by retention, or because they were corrupt."""
+
+    reason: str
+    """`retention`, `orphan` or `quarantine`."""
+    keys: Mapping[str, int]
+    """Key -> bytes. Written before the first key is deleted."""
+    removed: float
+    """Unix time, seconds."""

@@ -40,9 +40,9 @@ from asyncopd.local.processes import TERMINATE_GRACE_S, RoleProcesses, RoleSpec,
 from asyncopd.local.stack import prefect_environment
 from asyncopd.report import write_report
 from asyncopd.schedule import LEARNER_PLACE
+from asyncopd.types import RunStateName
 from flows.preflight import preflight
 from storage.launches import LaunchLog
-from storage.records import RunStateName
 from storage.run_log import StoredRunLog
 from storage.runs import create_run, find_model, list_runs, open_run
 from storage.stores import open_store

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from asyncopd.errors import ShardCorruptError
-from asyncopd.types import IndexRange
+from asyncopd.types import Claim, Heartbeat, IndexRange
 from storage.layout import RunLayout
-from storage.records import Claim, Heartbeat, claim_from_json, from_json, heartbeat_from_json, to_json
+from storage.records import claim_from_json, from_json, heartbeat_from_json, to_json
 from storage.stores.base import ObjectStore
 
 

@@ -17,15 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from asyncopd.schedule import Arrival
-from asyncopd.types import Evaluation, Span
+from asyncopd.types import Evaluation, Failure, RunChange, RunState, RunStateName, Span
 from storage.layout import RunLayout, parse_version
 from storage.learner_log import Lineage, surviving
 from storage.records import (
-    Failure,
     NumberedRecords,
-    RunChange,
-    RunState,
-    RunStateName,
     arrival_from_json,
     arrival_to_json,
     evaluation_from_json,

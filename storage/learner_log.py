@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from asyncopd.errors import StorageError
-from asyncopd.types import PolicyVersion, TrainStep
+from asyncopd.types import PolicyVersion, Rewind, TrainStep
 from storage.layout import RunLayout, new_attempt, parse_version
 from storage.manifests import publish, read_manifest, read_objects
-from storage.records import Rewind, from_json, rewind_from_json, rewind_to_json, step_from_json, step_to_json
+from storage.records import from_json, rewind_from_json, rewind_to_json, step_from_json, step_to_json
 from storage.stores.base import ObjectStore
 
 

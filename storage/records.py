@@ -14,12 +14,23 @@ import math
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from asyncopd.errors import ShapeError, ShardCorruptError, StorageError
 from asyncopd.schedule import Arrival
-from asyncopd.types import Evaluation, IndexRange, IndexSet, Manifest, PolicyVersion, Span, TrainStep
+from asyncopd.types import (
+    Evaluation,
+    Failure,
+    Heartbeat,
+    IndexRange,
+    IndexSet,
+    Manifest,
+    PolicyVersion,
+    Removal,
+    Rewind,
+    Span,
+    TrainStep,
+)
 from storage.stores.base import ObjectStore
 
 T = TypeVar("T")
@@ -31,101 +42,6 @@ _SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n\}')
 _SEAL_BYTES = len(b',\n "sha256": ""\n}') + 64
 _BAD_FIELDS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, ShapeError)
 """What building a value raises when a field is missing or has the wrong type."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """`worker` took a shard; the claim with the highest attempt counts."""
-
-    stage: str
-    shard: IndexRange
-    attempt: int
-    """1 for the first claim; one more each time a dead worker's claim was taken over."""
-    worker: str
-    claimed: float
-    """Unix time, seconds."""
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """The last sign of life of a worker."""
-
-    worker: str
-    beaten: float
-    """Unix time, seconds, of the worker's clock."""
-    retired: bool
-    """The worker stopped in good order."""
-    status: Mapping[str, Any]
-    """Whatever the worker tells about itself."""
-
-
-@dataclass(frozen=True)
-class Rewind:
-    """The learner went back: versions and checkpoints above `to_step` of earlier rewinds are superseded."""
-
-    number: int
-    """1 for the first."""
-    to_step: int
-    """State after this many steps."""
-    worker: str
-    recorded: float
-    """Unix time, seconds."""
-
-
-RunStateName = Literal["running", "stopped", "failed", "completed"]
-
-
-@dataclass(frozen=True)
-class RunState:
-    """What the flow of a run last said about it."""
-
-    number: int
-    """1 for the first."""
-    state: RunStateName
-    reason: str
-    """Why it stopped or failed; may be empty."""
-    by: str
-    """The flow run that said so."""
-    recorded: float
-    """Unix time, seconds."""
-
-    @property
-    def ended(self) -> bool:
-        """Was the run stopped from outside or by an error? Then its workers stop too, wherever they are."""
-        return self.state in ("stopped", "failed")
-
-
-@dataclass(frozen=True)
-class RunChange:
-    """Settings that were changed when a run was resumed."""
-
-    settings: Mapping[str, tuple[Any, Any]]
-    """Dotted key -> (old value, new value)."""
-    recorded: float
-    """Unix time, seconds."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a role failed."""
-
-    role: str
-    worker: str
-    reason: str
-    failed: float
-    """Unix time, seconds."""
-
-
-@dataclass(frozen=True)
-class Removal:
-    """Things taken out of the run on purpose: by retention, or because they were corrupt."""
-
-    reason: str
-    """`retention`, `orphan` or `quarantine`."""
-    keys: Mapping[str, int]
-    """Key -> bytes. Written before the first key is deleted."""
-    removed: float
-    """Unix time, seconds."""
 
 
 def to_json(fields: Mapping[str, Any]) -> bytes:

@@ -12,14 +12,11 @@ from typing import Any
 
 from asyncopd.config import RunConfig
 from asyncopd.errors import StorageError
-from asyncopd.types import Evaluation, Manifest, PolicyVersion, TrainStep
+from asyncopd.types import Evaluation, Heartbeat, Manifest, PolicyVersion, Removal, Rewind, TrainStep
 from storage.events import with_changes
 from storage.layout import RunLayout, parse_version
 from storage.learner_log import surviving
 from storage.records import (
-    Heartbeat,
-    Removal,
-    Rewind,
     arrival_from_json,
     claim_from_json,
     evaluation_from_json,

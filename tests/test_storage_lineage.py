@@ -12,9 +12,8 @@ from storage_builders import make_evaluation, make_step, make_weights, memory_lo
 
 import storage.policies
 from asyncopd.errors import ObjectMissingError, StorageError
-from asyncopd.types import PolicyVersion
+from asyncopd.types import PolicyVersion, Rewind
 from storage.learner_log import possible_rewinds, survives, surviving
-from storage.records import Rewind
 from storage.run_log import StoredRunLog
 from storage.stores.base import MemoryStore
 

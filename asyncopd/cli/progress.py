@@ -27,9 +27,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from asyncopd.config import RunConfig
-from asyncopd.ports import HeartbeatRecord, RunHistory
+from asyncopd.ports import RunHistory
 from asyncopd.report.text import duration, number, percent
-from asyncopd.types import Evaluation, TrainStep
+from asyncopd.types import Evaluation, Heartbeat, TrainStep
 
 WINDOW_S = 5.0
 """Over which rates are averaged; several shards of the quickstart."""
@@ -214,7 +214,7 @@ class ProgressWatch:
         # Before its first step a run makes models, and the learner's process starts.
         return "no learner gives a sign of life" if self._steps and "learn" not in alive else None
 
-    def _silent_s(self, beat: HeartbeatRecord) -> float:
+    def _silent_s(self, beat: Heartbeat) -> float:
         age_s = self._wall_clock() - beat.beaten
         return age_s if age_s > _SILENT_HEARTBEATS * self._heartbeat_s else 0.0
 

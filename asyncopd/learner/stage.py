@@ -18,9 +18,9 @@ from asyncopd.config.recorded import CacheRequirements, check_cache
 from asyncopd.errors import NonFiniteError, SupersededError
 from asyncopd.learner.intake import Batch, intake_of
 from asyncopd.learner.student import Student
-from asyncopd.ports import ClaimRecord, RunLog
+from asyncopd.ports import RunLog
 from asyncopd.schedule import LEARNER_PLACE, Plan
-from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
+from asyncopd.types import Claim, PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
 from asyncopd.worker import Worker
 
 
@@ -86,7 +86,7 @@ class LearnStage:
             if next_batch is not None:
                 next_batch.cancel()
 
-    def _take_place(self) -> ClaimRecord | None:
+    def _take_place(self) -> Claim | None:
         return self._log.take("learn", LEARNER_PLACE, worker=self._worker.name, lease_s=self._lease_s)
 
     def _resume(self, attempt: int) -> int:

@@ -18,13 +18,13 @@ from functools import cached_property
 from typing import Any
 
 from asyncopd.errors import StorageError
-from asyncopd.types import Evaluation, IndexRange, Manifest, PolicyVersion, TrainStep
+from asyncopd.types import Evaluation, IndexRange, Manifest, PolicyVersion, Rewind, TrainStep
 from storage.catalog.connection import DataFile
 from storage.catalog.decoders import TokenTexts, token_texts_of
 from storage.layout import parse_version
 from storage.learner_log import surviving
 from storage.manifests import read_manifest
-from storage.records import Rewind, evaluation_from_json, from_json, spans_from_json, step_from_json
+from storage.records import evaluation_from_json, from_json, spans_from_json, step_from_json
 from storage.run_log import StoredRunLog
 from storage.schema import SCHEMA_VERSION
 

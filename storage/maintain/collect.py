@@ -22,11 +22,11 @@ from typing import Any
 
 from asyncopd.config.schema import Retention
 from asyncopd.errors import StorageError
-from asyncopd.types import IndexRange, Manifest, PolicyVersion
+from asyncopd.types import IndexRange, Manifest, PolicyVersion, Removal
 from storage.layout import parse_shard, parse_version
 from storage.learner_log import survives
 from storage.manifests import REMOVED, REPLACED, ROW_GROUP, find_manifest, read_objects
-from storage.records import Removal, manifest_to_json, removal_to_json
+from storage.records import manifest_to_json, removal_to_json
 from storage.run_view import MANIFESTS, Snapshot, take_snapshot
 from storage.stores.base import ObjectStore
 

@@ -32,9 +32,9 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
 from asyncopd.errors import LedgerError
-from asyncopd.types import IndexRange, Manifest, PolicyVersion, TrainStep
+from asyncopd.types import IndexRange, Manifest, PolicyVersion, Rewind, TrainStep
 from storage.layout import parse_shard, parse_version
-from storage.records import Rewind, from_json, step_from_json
+from storage.records import from_json, step_from_json
 from storage.run_log import StoredRunLog
 from storage.run_view import Snapshot
 

@@ -17,13 +17,13 @@ import time
 from dataclasses import dataclass, field, replace
 
 from asyncopd.errors import ObjectMissingError, StorageError
-from asyncopd.types import IndexRange, Manifest, PolicyVersion, PolicyWeights
+from asyncopd.types import IndexRange, Manifest, PolicyVersion, PolicyWeights, Removal, Rewind
 from storage.layout import MODELS, parse_shard, parse_version, quarantined, run_of
 from storage.learner_log import survives
 from storage.maintain.collect import empty_shard
 from storage.maintain.findings import Mend
 from storage.manifests import REMOVED
-from storage.records import Removal, Rewind, removal_to_json, rewind_to_json
+from storage.records import removal_to_json, rewind_to_json
 from storage.run_log import StoredRunLog
 from storage.run_view import Snapshot, take_snapshot
 from storage.stores.base import ObjectStore
