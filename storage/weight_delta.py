@@ -4,7 +4,7 @@
 
 A word is one element's bits as an unsigned integer, so NaN payloads and −0.0 are bits like any others. A difference is
 taken modulo 2^bits and stored as ±n: one AdamW step moves most bfloat16 weights by one unit in the last place, so the
-differences compress to a fraction of the new values (docs/weights.md). The object itself is a safetensors file.
+differences compress to a fraction of the new values (docs/performance.md). The object itself is a safetensors file.
 """
 
 from __future__ import annotations

@@ -262,7 +262,7 @@ class Score(Frozen):
 
 
 class Publish(Frozen):
-    """How policy versions are stored for the samplers (docs/weights.md)."""
+    """How policy versions are stored for the samplers (docs/storage.md)."""
 
     kind: Literal["full", "delta"] = "full"
     """`delta` stores what changed since the version before. It pays in bfloat16 at small learning rates; the
