@@ -28,11 +28,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from asyncopd.config import RunConfig, load_config
-from asyncopd.ports import SampleRequest
+from asyncopd.ports import Sampler, SampleRequest
+from asyncopd.rollout.stage import RolloutStage
 from asyncopd.types import PolicyVersion, PolicyWeights, Trajectory
-from asyncopd.worker import run_lanes, work_on_shards
-from flows.roles import score_shards as score
-from flows.roles import train_steps as learn
+from asyncopd.worker import Worker
+from flows import roles
 from flows.wiring import OpenRun, open_stored_run, rollout_stage
 from storage.runs import create_run
 from storage.stores import open_store
@@ -93,23 +93,14 @@ class CappedSampler:
 
 
 # -- roles, one process each --------------------------------------------------------------------------------------
-async def roll_out(run: OpenRun, size: Size) -> None:
-    worker, settings = run.worker("rollout"), run.config.rollout
-    async with worker.alive():
-        await worker.wait_for(run.log.latest_policy, "version 0 to be published")
+def be_role(role: str, root: str, run_id: str, size: Size) -> None:
+    def capped_stage(run: OpenRun, worker: Worker) -> tuple[RolloutStage, Sampler]:
         stage, sampler = rollout_stage(run, worker)
         stage._sampler = CappedSampler(sampler, size)
-        try:
-            async with stage.following_versions():
-                lanes = -(-settings.slots // settings.shard_size) + 1
-                await run_lanes(lambda: work_on_shards(stage, 4), num_lanes=lanes, shards_per_task=4)
-        finally:
-            await sampler.close()
+        return stage, sampler
 
-
-def be_role(role: str, root: str, run_id: str, size: Size) -> None:
-    run = open_stored_run(root, run_id)
-    asyncio.run(roll_out(run, size) if role == "rollout" else {"score": score, "learn": learn}[role](run))
+    roles.rollout_stage = capped_stage
+    asyncio.run(roles.BODIES[role](open_stored_run(root, run_id)))
 
 
 # -- one run ------------------------------------------------------------------------------------------------------
@@ -168,15 +159,15 @@ def measure(root: Path, size: Size, tiny: bool, max_staleness: int, steps: int) 
     log = create_run(open_store(config.storage.root), run_id, record)
     command = [sys.executable, __file__, "--root", config.storage.root, "--run-id", run_id, *(["--tiny"] * tiny)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    roles = {
+    processes = {
         role: subprocess.Popen([*command, "--role", role], env=environment) for role in ("learn", "rollout", "score")
     }
     try:
-        for role, process in roles.items():
+        for role, process in processes.items():
             if process.wait():
                 raise SystemExit(f"{role} of {run_id} ended with status {process.returncode}")
     finally:
-        for process in roles.values():
+        for process in processes.values():
             process.kill()
     all_steps = log.steps()
     measured = all_steps[WARM_UP_STEPS:]

@@ -28,19 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from asyncopd.config import load_config
-from asyncopd.evaluate import versions_to_evaluate
 from asyncopd.report import summarise
-from asyncopd.worker import run_lanes, work_on_shards
-from flows.roles import make_model
-from flows.wiring import (
-    OpenRun,
-    evaluate_stage,
-    learn_stage,
-    missing_models,
-    open_stored_run,
-    rollout_stage,
-    score_stage,
-)
+from flows.roles import BODIES
+from flows.wiring import open_stored_run
 from storage.maintain.ledger import ledger_of
 from storage.runs import create_run
 from storage.stores import open_store
@@ -75,48 +65,6 @@ class Measured:
     kl_nats: float
 
 
-# -- roles, one process each --------------------------------------------------------------------------------------
-async def roll_out(run: OpenRun) -> None:
-    worker, settings = run.worker("rollout"), run.config.rollout
-    async with worker.alive():
-        await worker.wait_for(run.log.latest_policy, "version 0 to be published")
-        stage, sampler = rollout_stage(run, worker)
-        try:
-            async with stage.following_versions():
-                await _lanes(stage, -(-settings.slots // settings.shard_size) + 1)
-        finally:
-            await sampler.close()
-
-
-async def score(run: OpenRun) -> None:
-    worker = run.worker("score")
-    async with worker.alive():
-        await _lanes(score_stage(run, worker), 2)
-
-
-async def learn(run: OpenRun) -> None:
-    worker = run.worker("learn")
-    async with worker.alive():
-        await learn_stage(run, worker).run()
-
-
-async def evaluate(run: OpenRun) -> None:
-    worker = run.worker("evaluate")
-    async with worker.alive():
-        stage, sampler = evaluate_stage(run, worker)
-        try:
-            await stage.run(versions_to_evaluate(run.config.learner.num_steps, run.config.evaluate.every))
-        finally:
-            await sampler.close()
-
-
-async def _lanes(stage: Any, num_lanes: int) -> None:
-    await run_lanes(lambda: work_on_shards(stage, 4), num_lanes=num_lanes, shards_per_task=4)
-
-
-ROLES = {"rollout": roll_out, "score": score, "learn": learn, "evaluate": evaluate}
-
-
 # -- one run ------------------------------------------------------------------------------------------------------
 def measure(mode: str, root: Path, overrides: dict[str, Any], steps: int) -> Measured:
     """One run of one mode, and what it came to."""
@@ -126,8 +74,7 @@ def measure(mode: str, root: Path, overrides: dict[str, Any], steps: int) -> Mea
     record = {"config": config.model_dump(mode="json"), "config_hash": config.digest(), "created": time.time()}
     create_run(open_store(str(root)), run_id, record)
     run = open_stored_run(str(root), run_id)
-    for role, model in missing_models(run).items():
-        make_model(run, run.worker("pretrain"), role, model)
+    asyncio.run(BODIES["pretrain"](run))
     _run_roles(run_id, root, ["learn", "rollout", "score"])
     _run_roles(run_id, root, ["evaluate"])  # alone, so that it takes nothing from the others
     summary, ledger = summarise(run.log, config), ledger_of(run.log)
@@ -203,11 +150,11 @@ def main() -> None:
     parser.add_argument("--tau", type=int, default=2, help="max_staleness (default 2)")
     parser.add_argument("--max-ahead", type=int, default=2, help="of the arrival modes (default 2)")
     parser.add_argument("--table", action="store_true", help="only print what was measured before")
-    parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=BODIES, help=argparse.SUPPRESS)
     parser.add_argument("--run-id", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.role:
-        asyncio.run(ROLES[arguments.role](open_stored_run(str(arguments.root), arguments.run_id)))
+        asyncio.run(BODIES[arguments.role](open_stored_run(str(arguments.root), arguments.run_id)))
         return
     # SIGTERM (of `timeout`, for example) as an exception, so that `_run_roles` ends its children.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))

@@ -20,8 +20,9 @@ from asyncopd.rollout.candidates import CandidateSource
 from asyncopd.teacher.cached import NoCache
 from asyncopd.teacher.stage import Backfilled, BackfillStage
 from asyncopd.types import IndexRange, Trajectory
+from flows.engines import make_scorer, student_skeleton
 from flows.roles import make_model
-from flows.wiring import OpenRun, missing_models, open_stored_run, scorer_of, student_skeleton
+from flows.wiring import OpenRun, missing_models, open_stored_run
 from storage.candidates import find_candidates, publish_candidates, with_candidates
 from storage.replay import source_of
 from storage.run_log import StoredRunLog
@@ -72,7 +73,7 @@ async def run_backfill(root: str, backfill: Backfill, *, console: Console, use_c
         for role, model in missing_models(asked).items():
             console.print(f"making the {role}, which is a tiny model that no run has made yet", highlight=False)
             make_model(asked, worker, role, model)
-        scorer = scorer_of(asked)
+        scorer = make_scorer(asked.config, asked.task, asked.store)
         try:
             _check_name(run.log, teacher.name, scorer.digest)
             if teacher != config.teacher == teacher.model_copy(update={"name": config.teacher.name}):
@@ -134,7 +135,7 @@ def _candidates(run: OpenRun, wanted: CandidateRequest, worker: str) -> StoredCa
         return run.log.read_policy(find_version(run.log, number)).safetensors
 
     source = CandidateSource(
-        student_skeleton(run),
+        student_skeleton(run.log),
         read_weights,
         rule=CandidateRule(wanted.head, wanted.num_draws, wanted.law),
         temperature=config.rollout.temperature,

@@ -31,7 +31,8 @@ from asyncopd.study.counterfactual import (
     whole_batches,
 )
 from asyncopd.types import IndexRange, ScoredTrajectory
-from flows.wiring import OpenRun, student_of, student_skeleton
+from flows.engines import student_skeleton
+from flows.wiring import OpenRun, student_of
 from storage.replay import ScoresView, check_counterfactual, check_log, read_shard, read_step, scores_view
 
 MIN_MEASURED = 8
@@ -199,7 +200,7 @@ def measure(
 
 
 async def _state(run: OpenRun, version: int) -> Mapping[str, bytes]:
-    student = student_of(run.config, student_skeleton(run))
+    student = student_of(run.config, student_skeleton(run.log))
     await train_to(run.log, student, version, read_step=partial(read_step, run.log, run.config))
     return student.checkpoint()
 
@@ -212,7 +213,7 @@ async def _train(
     read: Callable[[int], ScoredTrajectory],
     on_step: Callable[[], None],
 ) -> list[StepFigures]:
-    student = student_of(run.config, student_skeleton(run))
+    student = student_of(run.config, student_skeleton(run.log))
     student.restore(state)
     steps = {clock: indices for clock, indices in enumerate(consumption.steps) if clock >= first}
     return await asyncio.to_thread(train_in_order, student, steps, read=read, on_step=on_step)

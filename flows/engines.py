@@ -1,43 +1,70 @@
-"""The part of the composition root that makes vLLM engines and teachers behind HTTP.
+"""Models and engines of a run: from its RunConfig to the samplers and scorers that the roles host, `hf` and `vllm`.
 
-Imports vLLM only in the functions that make an engine: it is an extra, and its import takes ten seconds.
+Imports vLLM only in the functions that make such an engine: it is an extra, and its import takes ten seconds.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, PreTrainedModel
 
-from asyncopd.config import ModelConfig, OpenAITeacher, RunConfig, TinyModel, VllmTeacher
+from asyncopd.config import HfTeacher, ModelConfig, OpenAITeacher, OracleTeacher, RunConfig, TinyModel, VllmTeacher
 from asyncopd.errors import ConfigError
-from asyncopd.ports import Task
+from asyncopd.models.causal_lm import build_causal_lm, load_causal_lm, load_safetensors
+from asyncopd.ports import Scorer, Task
+from asyncopd.rollout.hf import HfSampler
+from asyncopd.tasks.walk import WalkTask
+from asyncopd.teacher.hf import HfScorer
 from asyncopd.teacher.openai import OpenAIScorer
+from asyncopd.teacher.oracle import OracleScorer
 from asyncopd.types import DrawLaw
 from asyncopd.vllm.model_folder import ModelFolder
+from storage.run_log import StoredRunLog
+from storage.runs import read_model
+from storage.stores.base import ObjectStore
 
 if TYPE_CHECKING:
     from asyncopd.vllm.sampler import VllmSampler
-
-    # As above.
     from asyncopd.vllm.scorer import VllmScorer
 
+EVALUATION_HEAD = 8
+"""Ids per position on which an evaluation sums KL(p‖q) exactly; four draws estimate the rest."""
 
-def vllm_sampler(
-    config: RunConfig, task: Task, architecture: Mapping[str, Any], *, head: int, num_draws: int, law: DrawLaw
-) -> VllmSampler:
-    """A sampler of the student whose `architecture` the learner stored."""
-    # vLLM is an extra, and its import takes ten seconds.
+
+# -- models -------------------------------------------------------------------------------------------------------
+def load_model(config: RunConfig, store: ObjectStore, model: ModelConfig) -> PreTrainedModel:
+    """A model with its weights, float32: from the cache of pre-trained ones, or from its own directory."""
+    if not isinstance(model, TinyModel):
+        return load_causal_lm(model.path)
+    objects = read_model(store, config.model_digest(model))
+    causal_lm = build_causal_lm(json.loads(objects["config.json"]), seed=0)
+    load_safetensors(causal_lm, objects["model.safetensors"])
+    return causal_lm
+
+
+def student_skeleton(log: StoredRunLog) -> PreTrainedModel:
+    """The student's architecture without its weights, as the learner stored it: samplers fetch weights by version."""
+    return build_causal_lm(json.loads(log.read_architecture()["config.json"]), seed=0)
+
+
+# -- samplers -----------------------------------------------------------------------------------------------------
+def rollout_sampler(config: RunConfig, task: Task, log: StoredRunLog) -> HfSampler | VllmSampler:
+    """The sampler of a rollout worker, recording what the run's loss needs; the learner has stored the architecture."""
+    cached = config.cached()
+    head, num_draws, law = cached.head, cached.num_draws, cached.law or "policy"
+    if config.rollout.engine != "vllm":
+        return _hf_sampler(config, task, log, head=head, num_draws=num_draws, law=law, seed=config.seed)
     from asyncopd.vllm.sampler import VllmSampler
 
     settings = config.rollout.vllm
     if not config.staleness.in_flight_updates:
         settings = settings.model_copy(update={"in_flight": "finish"})
     return VllmSampler(
-        architecture,
+        json.loads(log.read_architecture()["config.json"]),
         slots=config.rollout.slots,
         max_context=_max_context(config, task),
         temperature=config.rollout.temperature,
@@ -51,22 +78,71 @@ def vllm_sampler(
     )
 
 
-def vllm_scorer(
-    config: RunConfig, task: Task, teacher: VllmTeacher, made_here: Mapping[str, bytes] | None
-) -> VllmScorer:
-    """A teacher in a vLLM engine, which starts at once: the run's first responses are sampled meanwhile.
+def evaluation_sampler(config: RunConfig, task: Task, log: StoredRunLog) -> HfSampler:
+    """The evaluator's sampler. Another seed than training: held-out prompts carry the same indices."""
+    return _hf_sampler(config, task, log, head=EVALUATION_HEAD, num_draws=4, law="tail", seed=config.seed + 1)
 
-    Args:
-        made_here: objects of a model that was pre-trained here, which is written to a folder first.
-    """
-    # As above.
+
+def _hf_sampler(
+    config: RunConfig, task: Task, log: StoredRunLog, *, head: int, num_draws: int, law: DrawLaw, seed: int
+) -> HfSampler:
+    return HfSampler(
+        student_skeleton(log).to(_device()),
+        slots=config.rollout.slots,
+        max_context=_max_context(config, task),
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        head=head,
+        num_draws=num_draws,
+        law=law,
+        seed=seed,
+        eos_id=task.tokenizer.eos_id,
+        in_flight_updates=config.staleness.in_flight_updates,
+    )
+
+
+# -- scorers ------------------------------------------------------------------------------------------------------
+def make_scorer(config: RunConfig, task: Task, store: ObjectStore) -> Scorer:
+    """The run's teacher."""
+    teacher = config.teacher
+    if isinstance(teacher, OracleTeacher):
+        assert isinstance(task, WalkTask)
+        return OracleScorer(task.rules, smoothing=teacher.smoothing, name=teacher.name)
+    if isinstance(teacher, VllmTeacher):
+        return _vllm_scorer(config, task, store, teacher)
+    if isinstance(teacher, OpenAITeacher):
+        return _openai_scorer(config, task, teacher)
+    return _hf_scorer(config, task, store, teacher)
+
+
+def evaluation_scorer(config: RunConfig, task: Task, store: ObjectStore) -> Scorer:
+    """The run's teacher for its evaluations: what vLLM serves in the score process, transformers serves here."""
+    if isinstance(config.teacher, VllmTeacher):
+        return _hf_scorer(config, task, store, config.teacher)
+    return make_scorer(config, task, store)
+
+
+def _hf_scorer(config: RunConfig, task: Task, store: ObjectStore, teacher: HfTeacher | VllmTeacher) -> HfScorer:
+    return HfScorer(
+        load_model(config, store, teacher.model).to(_device()),
+        name=teacher.name,
+        tokenizer_digest=task.tokenizer.digest,
+        row_capacity=config.score.row_capacity,
+    )
+
+
+def _vllm_scorer(config: RunConfig, task: Task, store: ObjectStore, teacher: VllmTeacher) -> VllmScorer:
+    """A teacher in a vLLM engine, which starts at once: the run's first responses are sampled meanwhile."""
     from asyncopd.vllm.scorer import VllmScorer
 
     folder = None
-    if made_here is not None:
-        folder = ModelFolder(len(made_here["model.safetensors"]))
-        folder.write(json.loads(made_here["config.json"]), made_here["model.safetensors"])
-    path = str(folder.path) if folder else teacher.model.path  # type: ignore[union-attr]
+    if isinstance(teacher.model, TinyModel):
+        made = read_model(store, config.model_digest(teacher.model))
+        folder = ModelFolder(len(made["model.safetensors"]))
+        folder.write(json.loads(made["config.json"]), made["model.safetensors"])
+        path = str(folder.path)
+    else:
+        path = teacher.model.path
     scorer = VllmScorer(
         path,
         name=teacher.name,
@@ -81,7 +157,7 @@ def vllm_scorer(
     return scorer
 
 
-def openai_scorer(config: RunConfig, task: Task, teacher: OpenAITeacher) -> OpenAIScorer:
+def _openai_scorer(config: RunConfig, task: Task, teacher: OpenAITeacher) -> OpenAIScorer:
     """A teacher behind HTTP."""
     variable = teacher.api_key_variable
     if variable is not None and variable not in os.environ:
@@ -102,6 +178,11 @@ def openai_scorer(config: RunConfig, task: Task, teacher: OpenAITeacher) -> Open
         max_retries=teacher.max_retries,
         api_key=os.environ[variable] if variable else None,
     )
+
+
+def _device() -> torch.device:
+    """Where the hf engines of a role run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _max_context(config: RunConfig, task: Task) -> int:

@@ -17,7 +17,8 @@ from asyncopd.models.causal_lm import load_safetensors
 from asyncopd.ports import ScoreRequest
 from asyncopd.teacher.hf import HfScorer
 from asyncopd.types import Trajectory
-from flows.wiring import OpenRun, open_stored_run, student_skeleton
+from flows.engines import student_skeleton
+from flows.wiring import OpenRun, open_stored_run
 
 
 def logprobs_under(run: OpenRun, index: int, version: int) -> list[float]:
@@ -32,7 +33,7 @@ def logprobs_under(run: OpenRun, index: int, version: int) -> list[float]:
     policy = run.log.find_policy(version)
     if policy is None:
         raise ObjectMissingError(f"run {run.log.run_id}: policy version {version} is not stored (any more).")
-    model = student_skeleton(run)
+    model = student_skeleton(run.log)
     load_safetensors(model, run.log.read_policy(policy).safetensors)
     scorer = HfScorer(model, name="student", tokenizer_digest=run.task.tokenizer.digest)
     request = ScoreRequest(top_k=0, num_teacher_draws=0, temperature=run.config.rollout.temperature, seed=0)

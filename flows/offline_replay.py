@@ -23,7 +23,8 @@ from asyncopd.learner.restore import find_version, publish_start, train_to
 from asyncopd.learner.stage import LearnStage
 from asyncopd.local.console import Advance, bar
 from asyncopd.worker import Worker
-from flows.wiring import OpenRun, evaluate_stage, open_stored_run, student_of, student_skeleton
+from flows.engines import student_skeleton
+from flows.wiring import OpenRun, evaluate_stage, open_stored_run, student_of
 from storage.replay import ReplayLog, read_step, resolved_replay
 from storage.runs import create_run, list_runs
 
@@ -79,7 +80,7 @@ async def train_replay(parent: OpenRun, child: OpenRun, replay: Replay, *, conso
     first = first_step(parent.config, child.config, replay)
     worker = child.worker("learn")
     async with worker.alive():
-        student = student_of(child.config, student_skeleton(child))
+        student = student_of(child.config, student_skeleton(child.log))
         is_exact = True
         if child.log.latest_checkpoint() is None:
             if replay.start == "weights":
@@ -163,7 +164,7 @@ async def _restore_parent_state(
     parent: OpenRun, replay: Replay, restore: Callable[[Mapping[str, bytes]], None], *, console: Console
 ) -> bool:
     """Give the child's student the parent's state, trained under the parent's own settings. Was it reached exactly?"""
-    student = student_of(parent.config, student_skeleton(parent))
+    student = student_of(parent.config, student_skeleton(parent.log))
     with bar(console, f"to version {replay.first_version}", replay.first_version, "steps at most") as advance:
         reached = await train_to(
             parent.log,

@@ -19,10 +19,11 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any
 
-from prefect import flow, task
+from prefect import Flow, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.exceptions import CancelledRun
@@ -49,6 +50,7 @@ from storage.runs import publish_model
 LaneTask = Callable[[ShardStage, int], Awaitable[int]]
 """`work_on_shards`, plain or as a Prefect task."""
 TaskFactory = Callable[[str, Worker], LaneTask]
+RoleFlow = Flow[[str, str], Coroutine[Any, Any, State[Any] | None]]
 
 
 def plain_task(name: str, worker: Worker) -> LaneTask:
@@ -165,59 +167,42 @@ async def cancelled_with_its_run(body: Awaitable[None]) -> State[Any] | None:
     return None
 
 
-@flow(name="rollout", flow_run_name="rollout-{run_id}")
-async def rollout(run_id: str, root: str = "runs") -> State[Any] | None:
-    """Sample trajectory shards of a run until all its indices are produced.
+def role_flow(role: str, description: str, body: Callable[[OpenRun], Awaitable[None]]) -> RoleFlow:
+    """A role's body as a Prefect flow; `run_id` is a run that `asyncopd/train` created, `root` its storage root."""
 
-    Args:
-        run_id: a run that `asyncopd/train` created.
-        root: its storage root.
-    """
-    return await cancelled_with_its_run(roll_out(open_stored_run(root, run_id), timed_task))
+    async def run_role(run_id: str, root: str = "runs") -> State[Any] | None:
+        return await cancelled_with_its_run(body(open_stored_run(root, run_id)))
 
-
-@flow(name="score", flow_run_name="score-{run_id}")
-async def score(run_id: str, root: str = "runs") -> State[Any] | None:
-    """Score the trajectory shards of a run with its teacher until all of them are scored.
-
-    Args:
-        run_id: a run that `asyncopd/train` created.
-        root: its storage root.
-    """
-    return await cancelled_with_its_run(score_shards(open_stored_run(root, run_id), timed_task))
+    # Prefect names a flow's entrypoint after its function.
+    run_role.__name__ = run_role.__qualname__ = role
+    return flow(name=role, flow_run_name=f"{role}-{{run_id}}", description=description)(run_role)
 
 
-@flow(name="learn", flow_run_name="learn-{run_id}")
-async def learn(run_id: str, root: str = "runs") -> State[Any] | None:
-    """Train a run from its newest checkpoint to its last step, publishing a policy version after every step.
-
-    Args:
-        run_id: a run that `asyncopd/train` created.
-        root: its storage root.
-    """
-    return await cancelled_with_its_run(train_steps(open_stored_run(root, run_id)))
-
-
-@flow(name="evaluate", flow_run_name="evaluate-{run_id}")
-async def evaluate(run_id: str, root: str = "runs") -> State[Any] | None:
-    """Evaluate version 0, every `evaluate.every`-th and the last version of a run as they appear.
-
-    Args:
-        run_id: a run that `asyncopd/train` created.
-        root: its storage root.
-    """
-    return await cancelled_with_its_run(evaluate_versions(open_stored_run(root, run_id)))
-
-
-@flow(name="pretrain", flow_run_name="pretrain-{run_id}")
-async def pretrain(run_id: str, root: str = "runs") -> State[Any] | None:
-    """Pre-train the run's student and teacher where they are tiny models and not in the cache.
-
-    Args:
-        run_id: a run that `asyncopd/train` created.
-        root: its storage root.
-    """
-    return await cancelled_with_its_run(pretrain_models(open_stored_run(root, run_id)))
+rollout = role_flow(
+    "rollout",
+    "Sample trajectory shards of a run until all its indices are produced.",
+    partial(roll_out, make_task=timed_task),
+)
+score = role_flow(
+    "score",
+    "Score the trajectory shards of a run with its teacher until all of them are scored.",
+    partial(score_shards, make_task=timed_task),
+)
+learn = role_flow(
+    "learn",
+    "Train a run from its newest checkpoint to its last step, publishing a policy version after every step.",
+    train_steps,
+)
+evaluate = role_flow(
+    "evaluate",
+    "Evaluate version 0, every `evaluate.every`-th and the last version of a run as they appear.",
+    evaluate_versions,
+)
+pretrain = role_flow(
+    "pretrain",
+    "Pre-train the run's student and teacher where they are tiny models and not in the cache.",
+    pretrain_models,
+)
 
 
 BODIES: dict[str, Callable[[OpenRun], Awaitable[None]]] = {
@@ -255,7 +240,7 @@ async def _run_flow(role: str, run_id: str, root: str) -> int:
     """SIGTERM cancels the flow from within the event loop, so that every `finally` runs: what is finished gets
     published, claims are released, and the process is gone within a second or two."""
     try:
-        return await until_terminated(FLOWS[role](run_id=run_id, root=root))
+        return await until_terminated(FLOWS[role](run_id, root))
     except CancelledRun:
         return STOPPED
 

@@ -25,8 +25,8 @@ async def finished_run(root: Path) -> OpenRun:
     run = pipeline.new_run(pipeline.small_config(root, staleness__max_staleness=2, evaluate__every=2))
     await pipeline.run_all(run)
     run.log.record_rewind(2, worker="learn-x")  # as if steps 2 and 3 had been lost
-    await pipeline.learn(run)
-    await pipeline.evaluate(open_stored_run(str(root), RUN_ID))
+    await pipeline.train_steps(run)
+    await pipeline.evaluate_versions(open_stored_run(str(root), RUN_ID))
     run.log.publish_failure("learn", "learn-x", "a reason")
     return run
 

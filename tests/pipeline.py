@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from asyncopd.config import RunConfig, load_config
-from asyncopd.evaluate import versions_to_evaluate
-from asyncopd.worker import run_lanes, work_on_shards
-from flows.roles import make_model
-from flows.wiring import (
-    OpenRun,
-    evaluate_stage,
-    learn_stage,
-    missing_models,
-    open_stored_run,
-    rollout_stage,
-    score_stage,
-)
+from flows.roles import evaluate_versions, pretrain_models, roll_out, score_shards, train_steps
+from flows.wiring import OpenRun, open_stored_run
 from storage.runs import create_run
 from storage.stores import open_store
 
@@ -44,51 +35,15 @@ def new_run(config: RunConfig, run_id: str = "small-1") -> OpenRun:
     record = {"config": config.model_dump(mode="json"), "config_hash": config.digest(), "created": time.time()}
     create_run(open_store(config.storage.root), run_id, record)
     run = open_stored_run(config.storage.root, run_id)
-    worker = run.worker("pretrain")
-    for role, model in missing_models(run).items():
-        make_model(run, worker, role, model)
+    # In a thread, because tests that have an event loop call this too.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, pretrain_models(run)).result()
     return run
-
-
-async def roll_out(run: OpenRun) -> None:
-    worker = run.worker("rollout")
-    async with worker.alive():
-        await worker.wait_for(run.log.latest_policy, "version 0 to be published")
-        stage, sampler = rollout_stage(run, worker)
-        try:
-            async with stage.following_versions():
-                await run_lanes(lambda: work_on_shards(stage, 2), num_lanes=3, shards_per_task=2)
-        finally:
-            await sampler.close()
-
-
-async def score(run: OpenRun) -> None:
-    worker = run.worker("score")
-    async with worker.alive():
-        stage = score_stage(run, worker)
-        await run_lanes(lambda: work_on_shards(stage, 2), num_lanes=2, shards_per_task=2)
-
-
-async def learn(run: OpenRun) -> None:
-    worker = run.worker("learn")
-    async with worker.alive():
-        await learn_stage(run, worker).run()
-
-
-async def evaluate(run: OpenRun) -> None:
-    worker = run.worker("evaluate")
-    async with worker.alive():
-        await worker.wait_for(run.log.latest_policy, "version 0 to be published")
-        stage, sampler = evaluate_stage(run, worker)
-        try:
-            await stage.run(versions_to_evaluate(run.config.learner.num_steps, run.config.evaluate.every))
-        finally:
-            await sampler.close()
 
 
 async def run_all(run: OpenRun) -> None:
     """Every role of a run at once, each with its own view of storage."""
     root, run_id = run.config.storage.root, run.log.run_id
     async with asyncio.TaskGroup() as roles:
-        for role in (roll_out, score, learn, evaluate):
+        for role in (roll_out, score_shards, train_steps, evaluate_versions):
             roles.create_task(role(open_stored_run(root, run_id)))

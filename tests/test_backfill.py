@@ -28,7 +28,8 @@ from asyncopd.teacher.mixture import mix
 from asyncopd.teacher.stage import Backfilled
 from asyncopd.types import Candidates, VersionRun
 from flows.backfill import run_backfill
-from flows.wiring import OpenRun, open_stored_run, scorer_of, student_skeleton
+from flows.engines import make_scorer, student_skeleton
+from flows.wiring import OpenRun, open_stored_run
 from storage.candidates import read_candidates
 from storage.score_cache import StoredScoreCache
 
@@ -100,7 +101,7 @@ def test_each_token_has_candidates_from_the_version_that_produced_it(run: OpenRu
     recorded = max(run.log.read_trajectories(run.log.trajectory_shards()[0]), key=lambda t: len(t.response_ids))
     num_tokens = len(recorded.response_ids)
     assert num_tokens > 4
-    model, rows = student_skeleton(run), {}
+    model, rows = student_skeleton(run.log), {}
     weights_by_number = {version.number: run.log.read_policy(version).safetensors for version in run.log.policies()}
     for number in (0, 6):
         load_safetensors(model, weights_by_number[number])
@@ -116,7 +117,7 @@ def test_each_token_has_candidates_from_the_version_that_produced_it(run: OpenRu
         behaviour_logprobs_T=at(recorded.response_ids)[:, 0].astype(np.float32),
     )
     source = CandidateSource(
-        student_skeleton(run),
+        student_skeleton(run.log),
         weights_by_number.__getitem__,
         rule=CandidateRule(3, 5, "tail"),
         temperature=1.0,
@@ -144,9 +145,9 @@ def test_policy_draws_start_with_the_emitted_token(run: OpenRun) -> None:
 
 
 def test_weights_that_did_not_sample_a_response_are_refused(run: OpenRun) -> None:
-    other = to_safetensors(student_skeleton(run))  # the architecture's random initialisation
+    other = to_safetensors(student_skeleton(run.log))  # the architecture's random initialisation
     source = CandidateSource(
-        student_skeleton(run),
+        student_skeleton(run.log),
         lambda number: other,
         rule=CandidateRule(2, 2, "tail"),
         temperature=1.0,
@@ -275,7 +276,7 @@ async def test_only_unknown_trajectories_reach_the_teacher(tmp_path: Path) -> No
     run = open_stored_run(str(tmp_path), "small-1")
     trajectories = [t for shard in run.log.trajectory_shards() for t in run.log.read_trajectories(shard)]
     request = ScoreRequest(top_k=3, num_teacher_draws=2, temperature=1.0, seed=0)
-    scorer = scorer_of(run)
+    scorer = make_scorer(run.config, run.task, run.store)
     first = await score_through(StoredScoreCache(run.store), scorer, trajectories[:3], request, worker="a")
     # Another process, with a cache object of its own.
     second = await score_through(StoredScoreCache(run.store), scorer, trajectories, request, worker="b")

@@ -21,13 +21,13 @@ from storage.run_log import StoredRunLog
 async def rolled_out(config: RunConfig, run_id: str = "small-1") -> OpenRun:
     """A run whose version 0 has sampled everything, scored; nothing is trained."""
     run = pipeline.new_run(config, run_id)
-    learner = asyncio.create_task(pipeline.learn(open_stored_run(config.storage.root, run_id)))
+    learner = asyncio.create_task(pipeline.train_steps(open_stored_run(config.storage.root, run_id)))
     while run.log.latest_policy() is None:
         await asyncio.sleep(0.01)
     learner.cancel()
     await asyncio.gather(learner, return_exceptions=True)
     assert run.log.steps() == []
-    await asyncio.gather(pipeline.roll_out(run), pipeline.score(run))
+    await asyncio.gather(pipeline.roll_out(run), pipeline.score_shards(run))
     return run
 
 
@@ -51,7 +51,7 @@ async def test_a_log_without_the_arrays_of_the_loss_is_refused_before_training(
     # The same log, read by a learner of another loss, as replaying it is.
     replayed = RunConfig.model_validate({**run.config.model_dump(mode="json"), "loss": loss})
     with pytest.raises(ConfigError) as caught:
-        await pipeline.learn(OpenRun(run.store, run.log, replayed, run.task))
+        await pipeline.train_steps(OpenRun(run.store, run.log, replayed, run.task))
     message = str(caught.value)
     assert column in message
     assert f"asyncopd backfill {run.log.run_id}" in message
@@ -75,7 +75,7 @@ async def test_a_non_finite_step_is_recorded_with_its_indices_and_publishes_noth
 
     monkeypatch.setattr(StoredRunLog, "read_scores", poisoned)
     with pytest.raises(NonFiniteError, match="step 1, indices 000008-000015"):
-        await pipeline.learn(run)
+        await pipeline.train_steps(run)
     reason = run.log.failures()[-1].reason
     assert reason.startswith("NonFiniteError: step 1, indices 000008-000015")
     assert "Indices with a non-finite loss: 13." in reason
@@ -86,7 +86,7 @@ async def test_a_non_finite_step_is_recorded_with_its_indices_and_publishes_noth
 
     # Once the cause is gone, the run goes on where it stood.
     monkeypatch.undo()
-    await pipeline.learn(run)
+    await pipeline.train_steps(run)
     assert [step.step for step in run.log.steps()] == [0, 1, 2, 3]
 
 

@@ -127,7 +127,7 @@ async def test_an_untrained_shard_is_made_again_by_a_worker_that_joins(tmp_path:
     # All shards are rolled out under version 0, so that a shard made again has the same tokens.
     config = pipeline.small_config(tmp_path, staleness__max_staleness=4, evaluate__every=0)
     run = pipeline.new_run(config)
-    learning = asyncio.create_task(pipeline.learn(open_stored_run(str(tmp_path), run.log.run_id)))
+    learning = asyncio.create_task(pipeline.train_steps(open_stored_run(str(tmp_path), run.log.run_id)))
     await pipeline.roll_out(run)
     shard = IndexRange(12, 16)
     before = run.log.read_trajectories(shard)
@@ -138,7 +138,7 @@ async def test_an_untrained_shard_is_made_again_by_a_worker_that_joins(tmp_path:
     await pipeline.roll_out(run)
     tokens = [trajectory.response_ids.tolist() for trajectory in run.log.read_trajectories(shard)]
     assert tokens == [trajectory.response_ids.tolist() for trajectory in before]
-    await pipeline.score(run)
+    await pipeline.score_shards(run)
     await learning
     assert trained(run.log) == list(range(32))
     assert findings(run.store) == []

@@ -65,7 +65,7 @@ async def test_a_rewound_learner_trains_the_same_trajectories_to_the_same_weight
 
     rewind = run.log.record_rewind(2, worker="test")  # as if steps 2 and 3 had been lost
     assert ledger_of(run.log).counts()["trained"] == 2 * run.config.learner.batch_size
-    await pipeline.learn(open_stored_run(str(tmp_path), run.log.run_id))
+    await pipeline.train_steps(open_stored_run(str(tmp_path), run.log.run_id))
     after = run.log.steps()
     assert [(step.step, step.rewind) for step in after] == [(0, 0), (1, 0), (2, rewind + 1), (3, rewind + 1)]
     assert [(s.indices, s.dropped, s.held) for s in after] == [(s.indices, s.dropped, s.held) for s in before]
@@ -84,15 +84,15 @@ async def test_a_learner_killed_in_mid_run_neither_loses_nor_repeats_anything(tm
 
     async with asyncio.TaskGroup() as roles:
         roles.create_task(pipeline.roll_out(another()))
-        roles.create_task(pipeline.score(another()))
+        roles.create_task(pipeline.score_shards(another()))
         for stop_after in (1, 4):  # before the first checkpoint, and between two
-            learner = asyncio.create_task(pipeline.learn(another()))
+            learner = asyncio.create_task(pipeline.train_steps(another()))
             while run.log.find_step(stop_after) is None:
                 assert not learner.done()
                 await asyncio.sleep(0.002)
             learner.cancel()
             await asyncio.wait([learner])
-        await pipeline.learn(another())
+        await pipeline.train_steps(another())
     assert len(run.log.rewinds()) == 2
     check_arrival_run(run)
 

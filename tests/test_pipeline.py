@@ -57,7 +57,7 @@ async def test_a_stopped_learner_goes_on_from_its_checkpoint_to_the_same_weights
 
     worker = run.worker("learn")
     rewind = run.log.record_rewind(2, worker=worker.name)  # as if steps 2 and 3 had been lost
-    await pipeline.learn(run)
+    await pipeline.train_steps(run)
     resumed = run.log.latest_policy()
     rewind += 1  # the learner records its own, so that whoever trained before it cannot publish into its lineage
     assert (resumed.number, resumed.rewind) == (4, rewind)
@@ -69,7 +69,7 @@ async def test_a_second_learner_call_on_a_finished_run_does_nothing(tmp_path: Pa
     run = pipeline.new_run(pipeline.small_config(tmp_path, evaluate__every=0))
     await pipeline.run_all(run)
     before = run.log.policies()
-    await pipeline.learn(run)
+    await pipeline.train_steps(run)
     assert run.log.policies() == before
 
 
