@@ -24,7 +24,7 @@ from asyncopd.types import IndexRange, Manifest
 from storage.layout import parse_shard
 from storage.manifests import REMOVED, REPLACED, ROW_GROUP, find_manifest, read_objects, sha256
 from storage.records import manifest_to_json
-from storage.run_view import Snapshot, take_snapshot
+from storage.run_view import RunView
 from storage.schema import parquet_options
 from storage.stores.base import ObjectStore
 
@@ -67,7 +67,7 @@ def compact_run(store: ObjectStore, run_id: str, *, max_rows: int = MAX_ROWS, dr
     Raises:
         ShardCorruptError, ObjectMissingError: a shard is not what its manifest promises; audit the run first.
     """
-    snapshot = take_snapshot(store, run_id)
+    snapshot = RunView.everything(store, run_id)
     settled = _settled(snapshot)
     num_shards = num_objects = before = after = 0
     for kind, folder in _folders(snapshot):
@@ -79,20 +79,20 @@ def compact_run(store: ObjectStore, run_id: str, *, max_rows: int = MAX_ROWS, dr
     return CompactReport(run_id, dry_run, num_shards, num_objects, before, after)
 
 
-def _settled(snapshot: Snapshot) -> set[int]:
+def _settled(snapshot: RunView) -> set[int]:
     """Indices that neither the learner nor a resume will read again, short of a corrupt checkpoint."""
     newest = snapshot.latest_checkpoint()
     before = newest.number if newest else 0
     return {index for step in snapshot.steps() if step.step < before for index in step.indices.indices}
 
 
-def _folders(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
+def _folders(snapshot: RunView) -> Iterator[tuple[str, str]]:
     yield "trajectories", snapshot.layout.trajectories
     for folder in sorted({key.rsplit("/", 1)[0] for key in snapshot.records["scores"]}):
         yield "scores", folder
 
 
-def _groups(snapshot: Snapshot, kind: str, folder: str, settled: set[int], max_rows: int) -> Iterator[list[_Shard]]:
+def _groups(snapshot: RunView, kind: str, folder: str, settled: set[int], max_rows: int) -> Iterator[list[_Shard]]:
     """Runs of two or more neighbouring shards that fit one object together."""
     group: list[_Shard] = []
     stop, rows, size = -1, 0, 0
@@ -108,7 +108,7 @@ def _groups(snapshot: Snapshot, kind: str, folder: str, settled: set[int], max_r
         yield group
 
 
-def _candidates(snapshot: Snapshot, kind: str, folder: str, settled: set[int]) -> Iterator[tuple[IndexRange, _Shard]]:
+def _candidates(snapshot: RunView, kind: str, folder: str, settled: set[int]) -> Iterator[tuple[IndexRange, _Shard]]:
     """Settled shards that have an object of their own, in index order."""
     shards = {parse_shard(key): key for key in snapshot.records[kind] if key.rsplit("/", 1)[0] == folder}
     for shard_range, key in sorted((shard, key) for shard, key in shards.items() if shard is not None):
@@ -119,14 +119,14 @@ def _candidates(snapshot: Snapshot, kind: str, folder: str, settled: set[int]) -
             yield shard_range, _Shard(key, manifest, data_key, promise["size_bytes"])
 
 
-def _merge(snapshot: Snapshot, kind: str, folder: str, group: Sequence[_Shard]) -> int:
+def _merge(snapshot: RunView, kind: str, folder: str, group: Sequence[_Shard]) -> int:
     """Merge a group, in parts where its Parquet schema changes; returns the size of what it wrote, bytes."""
     read = [(shard, _table(read_objects(snapshot.store, shard.key, shard.manifest)[shard.data_key])) for shard in group]
     parts = [list(part) for _, part in itertools.groupby(read, key=lambda pair: pair[1].schema)]
     return sum(_merge_part(snapshot, kind, folder, part) for part in parts)
 
 
-def _merge_part(snapshot: Snapshot, kind: str, folder: str, part: Sequence[tuple[_Shard, Any]]) -> int:
+def _merge_part(snapshot: RunView, kind: str, folder: str, part: Sequence[tuple[_Shard, Any]]) -> int:
     """Write one merged object and point the shards' manifests to it; returns its size, bytes."""
     store, tables = snapshot.store, [table for _, table in part]
     body = _encode(kind, tables)

@@ -1,21 +1,43 @@
-"""Everything a run has stored, at one moment: what audit, collect, compact and quarantine reason about.
+"""Everything a run has stored, read once and extended: page, terminal, report, SQL rows and audit look through this.
 
-A run that goes on while it is listed gives a snapshot that may lack the newest objects; nothing in it is wrong.
+numbered records --probed-->  records by kind and key,  --learner_log.surviving--> steps, evaluations, versions, ...
+folders ----------listed--->  each read once            --refresh--> History (storage/history.py)
+the whole run ----listed, with sizes and damage--> `everything`, which maintenance reasons about
 """
 
 from __future__ import annotations
 
+import math
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from typing import Any
 
 from asyncopd.config import RunConfig
-from asyncopd.errors import StorageError
-from asyncopd.types import Evaluation, Heartbeat, Manifest, PolicyVersion, Removal, Rewind, TrainStep
+from asyncopd.config.schema import Limits
+from asyncopd.errors import ShardCorruptError, StorageError
+from asyncopd.schedule import Arrival
+from asyncopd.types import (
+    Claim,
+    Evaluation,
+    Failure,
+    Heartbeat,
+    IndexRange,
+    Manifest,
+    PolicyVersion,
+    Removal,
+    Rewind,
+    RunState,
+    Span,
+    TrainStep,
+)
 from storage.events import with_changes
-from storage.layout import RunLayout, parse_version
-from storage.learner_log import surviving
+from storage.history import History, RunStatus, is_alive, role_of, status_of
+from storage.launches import LaunchLog, WishRecord
+from storage.layout import RunLayout, parse_shard, parse_version
+from storage.learner_log import possible_rewinds, surviving
 from storage.records import (
     arrival_from_json,
     claim_from_json,
@@ -29,6 +51,8 @@ from storage.records import (
     spans_from_json,
     step_from_json,
 )
+from storage.replay import source_of
+from storage.run_log import StoredRunLog
 from storage.stores.base import Entry, ObjectStore
 
 PARSERS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
@@ -54,51 +78,261 @@ PARSERS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "removal": removal_from_json,
 }
 MANIFESTS = ("architecture", "trajectories", "scores", "candidates", "policy", "policy_full", "checkpoint")
-ALIVE_S = 10.0
-"""A heartbeat younger than this means a live worker, unless it retired; the default lease."""
+UNFLUSHED = ("claim", "heartbeat")
+"""Kinds that a power cut may leave half-written: nobody is refused anything for it."""
+_PARALLEL_REQUESTS = 16
+"""Records read at once from S3, where each costs a request."""
 
 
-@dataclass
-class Snapshot:
-    """The objects of one run, parsed; filled by `take_snapshot`."""
+class RunView:
+    """One run. `read` and `refresh` ask storage for what is new; everything else tells what was read.
 
-    store: ObjectStore
-    layout: RunLayout
-    entries: dict[str, Entry] = field(default_factory=dict)
-    """Every object below the run's folder, by key."""
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Kind -> key -> what the record says; kinds without objects are present and empty."""
-    broken: dict[str, StorageError] = field(default_factory=dict)
-    """Records that cannot be read."""
-    unknown: list[str] = field(default_factory=list)
-    """Keys that the layout does not know: nothing is concluded from them, but what they name is not garbage, and those
-    that carry a checksum must match it."""
-    references: dict[str, list[str]] = field(default_factory=dict)
-    """Data key -> keys of the manifests that promise it, quarantined ones not included."""
+    A run that does not exist reads as empty. Safe to share between threads.
+    """
 
-    set_aside: dict[str, str] = field(default_factory=dict)
-    """Data key -> key of the quarantined manifest that promises it."""
+    def __init__(self, log: StoredRunLog, *, fresh_s: float = 0.0) -> None:
+        """
+        Args:
+            log: of the run. A replay's shards are those of the run that was sampled.
+            fresh_s: a history this young, seconds, is not read again by `refresh`.
+        """
+        self.log, self.store, self.layout, self.run_id = log, log.store, log.layout, log.run_id
+        self.records: dict[str, dict[str, Any]] = {kind: {} for kind in PARSERS}
+        """Kind -> key -> what the record says; kinds without objects are present and empty."""
+        self.entries: dict[str, Entry] = {}
+        """Every object below the run's folder, by key. Like all below, filled by `everything` only."""
+        self.broken: dict[str, StorageError] = {}
+        """Records that cannot be read."""
+        self.unknown: list[str] = []
+        """Keys that the layout does not know: nothing is concluded from them, but what they name is not garbage, and
+        those that carry a checksum must match it."""
+        self.references: dict[str, list[str]] = {}
+        """Data key -> keys of the manifests that promise it, quarantined ones not included."""
+        self.set_aside: dict[str, str] = {}
+        """Data key -> key of the quarantined manifest that promises it."""
+        self.history = History()
+        self._shards: RunLayout = source_of(log).layout
+        self._config: tuple[int, RunConfig] | None = None
+        self._is_complete = False
+        self._fresh_s, self._refreshed = fresh_s, -math.inf
+        self._lock = threading.RLock()
 
+    @classmethod
+    def everything(cls, store: ObjectStore, run_id: str) -> RunView:
+        """All that a run has stored at one moment, for maintenance: sizes, every record, and what is wrong with some.
+
+        It never changes afterwards. A run that goes on meanwhile may lack its newest objects; nothing in it is wrong.
+        """
+        view = cls(StoredRunLog(store, run_id))
+        view.entries = {entry.key: entry for entry in store.entries(view.layout.root)}
+        for key in list(view.entries):
+            kind = view.layout.kind_of(key)
+            if kind == "unknown":
+                view.unknown.append(key)
+            if kind in PARSERS or (kind in ("unknown", "quarantined") and key.endswith(".json")):
+                view._examine(kind, key)
+        view._is_complete = True
+        return view
+
+    # -- asking storage -------------------------------------------------------------------------------------------
+    def read(self, *kinds: str) -> RunView:
+        """Read what is new of these kinds of record (names of PARSERS), in this order.
+
+        Raises:
+            ShardCorruptError: a record is not what was written. Half-written claims and heartbeats are left out.
+            StorageError: storage does not answer, or newer code wrote a record.
+        """
+        layout, shards = self.layout, self._shards
+        numbered = {"state": layout.state, "change": layout.change, "rewind": layout.rewind, "arrival": shards.arrival}
+        folders = {
+            "trajectories": shards.trajectories,
+            "policy": layout.policies,
+            "checkpoint": layout.checkpoints,
+            "step": layout.steps,
+            "evaluation": layout.evaluations,
+            "heartbeat": layout.heartbeats,
+            "spans": layout.spans,
+            "failure": layout.failures,
+        }
+        trees = {"scores": shards.all_scores, "claim": layout.claims}
+        with self._lock:
+            for kind in () if self._is_complete else kinds:
+                if kind == "run":
+                    self._find(kind, layout.record)
+                elif kind in numbered:
+                    first = 0 if kind == "arrival" else 1
+                    while self._find(kind, numbered[kind](first + len(self.records[kind]))) is not None:
+                        pass
+                else:
+                    keys = self.store.list(trees[kind]) if kind in trees else self.store.folder(folders[kind]).keys
+                    self._read_listed(kind, keys)
+        return self
+
+    @property
+    def is_fresh(self) -> bool:
+        """Was storage asked a moment ago?"""
+        return time.monotonic() - self._refreshed < self._fresh_s
+
+    def refresh(self) -> RunView:
+        """Bring `history` up to date, unless that was done a moment ago: a probe for each kind of numbered record and
+        for the next step, and listings of evaluations, failures and heartbeats. Raises as `read` does."""
+        with self._lock:
+            if not self.is_fresh:
+                self.history = self._look(self.history)
+                self._refreshed = time.monotonic()
+        return self
+
+    def find_step(self, number: int) -> TrainStep | None:
+        """Step `number` of the surviving lineage, as far as rewinds were read."""
+        # Step s made state s + 1, and counts exactly when that state does.
+        for rewind in possible_rewinds(number + 1, self.rewinds):
+            step: TrainStep | None = self._find("step", self.layout.step(number, rewind))
+            if step is not None:
+                return step
+        return None
+
+    def find_policy(self, number: int) -> PolicyVersion | None:
+        """Version `number` of the surviving lineage, as far as rewinds were read."""
+        candidates = (PolicyVersion(number, rewind) for rewind in possible_rewinds(number, self.rewinds))
+        return next((v for v in candidates if self._find("policy", self.layout.policy_manifest(v)) is not None), None)
+
+    def find_wish(self) -> WishRecord | None:
+        """What a user last asked of the run."""
+        return LaunchLog(self.store).find_wish(self.run_id)
+
+    def status(self, now: float | None = None) -> RunStatus:
+        """The state of the run as of the last `refresh`, and by what was asked of it up to now."""
+        return status_of(self.history, self.config.learner.num_steps, self.find_wish(), now)
+
+    def is_finished(self, config: RunConfig) -> bool:
+        """Is every step of `config` trained, and the last version evaluated where evaluations are on?"""
+        last = config.learner.num_steps
+        if self.read("rewind").find_step(last - 1) is None:
+            return False
+        return not config.evaluate.every or any(e.version.number == last for e in self.read("evaluation").evaluations())
+
+    # -- the run itself -------------------------------------------------------------------------------------------
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What `create_run` stored. Raises ObjectMissingError."""
+        found: dict[str, Any] | None = self._find("run", self.layout.record)
+        if found is None:
+            raise self.store.missing(self.layout.record)
+        return found
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration in force: the recorded one with every change since, in the root it is read from."""
+        if self._config is None:
+            self.read("change")
+        num_changes = len(self.records["change"])
+        if self._config is None or self._config[0] != num_changes:
+            changes = [change["settings"] for _, change in sorted(self.records["change"].items())]
+            fields = with_changes(self.record["config"], changes)
+            # A run that was copied elsewhere goes on there.
+            fields.setdefault("storage", {})["root"] = self.store.url
+            self._config = (num_changes, RunConfig.model_validate(fields))
+        return self._config[1]
+
+    def find_config(self) -> RunConfig | None:
+        """The same; None when the run's record is gone, broken, or holds none."""
+        try:
+            return self.config
+        except (StorageError, KeyError, ValueError):
+            return None
+
+    @property
+    def run_states(self) -> list[RunState]:
+        """What the flow said about the run, oldest first."""
+        return [
+            RunState(number=number, state=r["state"], reason=r["reason"], by=r["by"], recorded=r["recorded"])
+            for number, (_, r) in enumerate(sorted(self.records["state"].items()), start=1)
+        ]
+
+    # -- what counts ----------------------------------------------------------------------------------------------
+    @property
+    def rewinds(self) -> list[Rewind]:
+        """Those that count: numbered from 1 without a gap."""
+        by_number = {rewind.number: rewind for rewind in list(self.records["rewind"].values())}
+        return [by_number[n] for n in takewhile(by_number.__contains__, range(1, len(by_number) + 1))]
+
+    def states(self, kind: str) -> list[PolicyVersion]:
+        """The surviving states of `policy`, `checkpoint` or `evaluation` records, oldest first."""
+        parsed = (parse_version(key) for key in list(self.records[kind]))
+        return surviving((version for version in parsed if version is not None), self.rewinds)
+
+    def steps(self) -> list[TrainStep]:
+        """The steps of the surviving lineage, in order."""
+        by_state = {PolicyVersion(s.step + 1, s.rewind): s for s in list(self.records["step"].values())}
+        return [by_state[state] for state in surviving(by_state, self.rewinds)]
+
+    def evaluations(self) -> list[Evaluation]:
+        """The evaluations of the surviving lineage, by version."""
+        found = self.records["evaluation"]
+        return [found[self.layout.evaluation(version)] for version in self.states("evaluation")]
+
+    def latest_checkpoint(self) -> PolicyVersion | None:
+        """The newest complete checkpoint of the surviving lineage."""
+        states = self.states("checkpoint")
+        return states[-1] if states else None
+
+    # -- shards ---------------------------------------------------------------------------------------------------
     @property
     def manifests(self) -> dict[str, Manifest]:
         """All readable manifests, by key."""
         return {key: manifest for kind in MANIFESTS for key, manifest in self.records[kind].items()}
 
-    @property
-    def config(self) -> RunConfig | None:
-        """The run's configuration in force; None when its record is gone, broken, or has none."""
-        record = self.records["run"].get(self.layout.record, {})
-        changes = [change["settings"] for _, change in sorted(self.records["change"].items())]
-        try:
-            return RunConfig.model_validate(with_changes(record["config"], changes))
-        except (KeyError, ValueError):
-            return None
+    def trajectories(self) -> dict[IndexRange, Manifest]:
+        """The manifest of every shard of trajectories, in index order."""
+        return _by_shard(self.records["trajectories"])
 
-    @property
-    def rewinds(self) -> list[Rewind]:
-        """Those that count: numbered from 1 without a gap."""
-        by_number = {rewind.number: rewind for rewind in self.records["rewind"].values()}
-        return [by_number[n] for n in range(1, len(by_number) + 1) if all(m in by_number for m in range(1, n + 1))]
+    def scores(self, teacher: str) -> dict[IndexRange, Manifest]:
+        """The manifest of every shard of a teacher's scores, in index order."""
+        return _by_shard({k: m for k, m in list(self.records["scores"].items()) if self.teacher_of(k) == teacher})
+
+    def teachers(self) -> list[str]:
+        """The teachers that have scored something, sorted."""
+        return sorted({self.teacher_of(key) for key in list(self.records["scores"])})
+
+    def teacher_of(self, key: str) -> str:
+        """The teacher of a key of scores/."""
+        return self._shards.parse_teacher(key)
+
+    # -- what happened --------------------------------------------------------------------------------------------
+    def arrivals(self) -> list[Arrival]:
+        """The shards the learner came to, in that order."""
+        return [arrival for _, arrival in sorted(self.records["arrival"].items())]
+
+    def failures(self) -> list[Failure]:
+        """Why roles failed, oldest first."""
+        return [failure for _, failure in sorted(self.records["failure"].items())]
+
+    def claims(self) -> list[Claim]:
+        """Every claim ever made, by stage, shard and attempt; a half-written one is nobody's."""
+        found = {
+            key: Claim(*self.layout.parse_claim(key), *fields) for key, fields in list(self.records["claim"].items())
+        }
+        return sorted(found.values(), key=lambda claim: (claim.stage, claim.shard, claim.attempt))
+
+    def spans(self) -> list[Span]:
+        """All spans of all workers, by start."""
+        spans = [span for batch in list(self.records["spans"].values()) for span in batch]
+        return sorted(spans, key=lambda span: span.start)
+
+    def beats(self) -> dict[str, Heartbeat]:
+        """The last heartbeat of every worker, by worker."""
+        return {beat.worker: beat for _, beat in sorted(self.records["heartbeat"].items())}
+
+    def alive_workers(self, role: str = "", now: float | None = None) -> list[str]:
+        """Workers, of one role or all, that give signs of life."""
+        config = self.find_config()
+        lease_s = (config.limits if config else Limits()).lease_s
+        moment = time.time() if now is None else now
+        return [
+            worker
+            for worker, beat in self.beats().items()
+            if is_alive(beat, lease_s=lease_s, now=moment) and role_of(beat).startswith(role)
+        ]
 
     @property
     def removed_keys(self) -> set[str]:
@@ -106,70 +340,92 @@ class Snapshot:
         removals: list[Removal] = list(self.records["removal"].values())
         return {key for removal in removals for key in removal.keys}
 
-    def states(self, kind: str) -> list[PolicyVersion]:
-        """The surviving states of `policy`, `checkpoint` or `evaluation` records, oldest first."""
-        parsed = (parse_version(key) for key in self.records[kind])
-        return surviving((version for version in parsed if version is not None), self.rewinds)
+    # -- private --------------------------------------------------------------------------------------------------
+    def _look(self, known: History) -> History:
+        self.read("state")
+        states = self.run_states
+        if known.is_over and len(states) == len(known.states):
+            return known
+        if len(states) != len(known.states):
+            # A resume may have changed settings, and says that it runs afterwards.
+            self.read("change")
+        rewinds = self.read("rewind").rewinds
+        if known.steps and len(rewinds) == len(known.rewinds):
+            steps = list(known.steps)
+        else:
+            steps = self.steps() or self.read("step").steps()
+        num_kept = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], zip(known.steps, steps, strict=False)))
+        # A replay's first step has its parent's number.
+        while (step := self.find_step(steps[-1].step + 1 if steps else 0)) is not None:
+            steps.append(step)
+        self.read("evaluation", "failure", "heartbeat")
+        return History(
+            states=states,
+            rewinds=rewinds,
+            steps=steps,
+            evaluations=self.evaluations(),
+            failures=self.failures(),
+            beats=self.beats(),
+            columns=known.columns.extended(steps, num_kept),
+        )
 
-    def steps(self) -> list[TrainStep]:
-        """The steps of the surviving lineage, in order."""
-        by_state = {PolicyVersion(s.step + 1, s.rewind): s for s in self.records["step"].values()}
-        return [by_state[state] for state in surviving(by_state, self.rewinds)]
+    def _find(self, kind: str, key: str) -> Any:
+        """What the record under `key` says; None when there is none. Read once it is there."""
+        with self._lock:
+            if key not in self.records[kind] and not self._is_complete:
+                body = self.store.find(key)
+                if body is not None:
+                    self.records[kind][key] = from_json(body, key, PARSERS[kind])
+            return self.records[kind].get(key)
 
-    def evaluations(self) -> list[Evaluation]:
-        """All evaluations, superseded ones too."""
-        return list(self.records["evaluation"].values())
+    def _read_listed(self, kind: str, keys: Sequence[str]) -> None:
+        layout = self._shards if kind in ("trajectories", "scores") else self.layout
+        known = self.records[kind]
+        # A worker overwrites its heartbeat, and its newest spans when it failed to write them.
+        is_open = set(keys) if kind == "heartbeat" else set()
+        if kind == "spans":
+            is_open = set({key.rsplit(".", 2)[0]: key for key in keys}.values())
+        wanted = [k for k in keys if (k not in known or k in is_open) and layout.kind_of(k) == kind]
+        for key, body in zip(wanted, self._bodies(wanted), strict=True):
+            try:
+                if body is not None:
+                    known[key] = from_json(body, key, PARSERS[kind])
+            except ShardCorruptError:
+                if kind not in UNFLUSHED:
+                    raise
+                if kind == "claim":
+                    known[key] = ("?", 0.0)
 
-    def latest_checkpoint(self) -> PolicyVersion | None:
-        """The newest complete checkpoint of the surviving lineage."""
-        states = self.states("checkpoint")
-        return states[-1] if states else None
+    def _bodies(self, keys: Sequence[str]) -> Iterable[bytes | None]:
+        if not self.store.url.startswith("s3://"):
+            return map(self.store.find, keys)
+        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+            return list(pool.map(self.store.find, keys))
 
-    def alive_workers(self, role: str = "", now: float | None = None) -> list[str]:
-        """Workers, of one role or all, whose heartbeat is young and that did not retire."""
-        oldest = (time.time() if now is None else now) - ALIVE_S
-        beats: dict[str, Heartbeat] = self.records["heartbeat"]
-        return [
-            beat.worker
-            for key, beat in sorted(beats.items())
-            if not beat.retired
-            and self.entries[key].modified > oldest
-            and beat.status.get("role", beat.worker.partition("-")[0]).startswith(role)
-        ]
-
-
-def take_snapshot(store: ObjectStore, run_id: str) -> Snapshot:
-    """List a run and read all its records. A run that does not exist gives an empty snapshot."""
-    layout = RunLayout(run_id)
-    snapshot = Snapshot(store, layout, {entry.key: entry for entry in store.entries(layout.root)})
-    snapshot.records = {kind: {} for kind in PARSERS}
-    for key in list(snapshot.entries):
-        kind = layout.kind_of(key)
-        if kind == "unknown":
-            snapshot.unknown.append(key)
-        if kind in PARSERS or (kind in ("unknown", "quarantined") and key.endswith(".json")):
-            _read(snapshot, kind, key)
-    return snapshot
+    def _examine(self, kind: str, key: str) -> None:
+        """Read one record of `everything`."""
+        body = self.store.find(key)
+        if body is None:
+            del self.entries[key]  # deleted since the listing
+            return
+        try:
+            value = from_json(body, key, PARSERS.get(kind, manifest_from_json))
+        except StorageError as error:
+            if kind in PARSERS or (kind == "unknown" and _is_damaged(body, key)):
+                self.broken[key] = error
+            return
+        if kind in PARSERS:
+            self.records[kind][key] = value
+        if kind == "quarantined":
+            self.set_aside.update(dict.fromkeys(value.objects, key))
+        elif isinstance(value, Manifest):
+            for promised in value.objects:
+                self.references.setdefault(promised, []).append(key)
 
 
-def _read(snapshot: Snapshot, kind: str, key: str) -> None:
-    body = snapshot.store.find(key)
-    if body is None:
-        del snapshot.entries[key]  # deleted since the listing
-        return
-    try:
-        value = from_json(body, key, PARSERS.get(kind, manifest_from_json))
-    except StorageError as error:
-        if kind in PARSERS or (kind == "unknown" and _is_damaged(body, key)):
-            snapshot.broken[key] = error
-        return
-    if kind in PARSERS:
-        snapshot.records[kind][key] = value
-    if kind == "quarantined":
-        snapshot.set_aside.update(dict.fromkeys(value.objects, key))
-    elif isinstance(value, Manifest):
-        for promised in value.objects:
-            snapshot.references.setdefault(promised, []).append(key)
+def _by_shard(manifests: Mapping[str, Manifest]) -> dict[IndexRange, Manifest]:
+    found = {shard: m for key, m in list(manifests.items()) if (shard := parse_shard(key)) is not None}
+    return dict(sorted(found.items()))
 
 
 def _is_damaged(body: bytes, key: str) -> bool:

@@ -17,7 +17,7 @@ from storage.layout import model_manifest, parse_shard, parse_version
 from storage.maintain.checks import DataChecks, check_conservation, check_lineage
 from storage.maintain.findings import AuditReport, Finding, Mend
 from storage.manifests import REMOVED, REPLACED
-from storage.run_view import MANIFESTS, Snapshot, take_snapshot
+from storage.run_view import MANIFESTS, RunView
 from storage.stores.base import ObjectStore
 
 GRACE_S = 3600.0
@@ -65,10 +65,10 @@ def audit_run(
     )
 
 
-def _look(store: ObjectStore, run_id: str, grace_s: float, checks: DataChecks) -> tuple[Snapshot, list[Finding]]:
-    snapshot = take_snapshot(store, run_id)
+def _look(store: ObjectStore, run_id: str, grace_s: float, checks: DataChecks) -> tuple[RunView, list[Finding]]:
+    snapshot = RunView.everything(store, run_id)
     mend = Mend(store.url, run_id)
-    config = snapshot.config
+    config = snapshot.find_config()
     findings = [*_check_records(snapshot, mend), *checks.check(snapshot)]
     findings += check_lineage(snapshot, config, mend)
     findings += check_conservation(snapshot, config, mend)
@@ -80,7 +80,7 @@ def _look(store: ObjectStore, run_id: str, grace_s: float, checks: DataChecks) -
     return snapshot, findings
 
 
-def _check_records(snapshot: Snapshot, mend: Mend) -> Iterator[Finding]:
+def _check_records(snapshot: RunView, mend: Mend) -> Iterator[Finding]:
     """Records that cannot be read, or that lie under a key that is not theirs."""
     layout = snapshot.layout
     from_a_copy = "restore it from a copy; nothing else can make it again"
@@ -126,7 +126,7 @@ def _said(kind: str, value: object) -> object:
     return value.facts.get("index_range")  # type: ignore[attr-defined]
 
 
-def _check_garbage(snapshot: Snapshot, mend: Mend, grace_s: float) -> Iterator[Finding]:
+def _check_garbage(snapshot: RunView, mend: Mend, grace_s: float) -> Iterator[Finding]:
     """Data that no manifest names, and files that killed writers left half-written."""
     oldest = time.time() - grace_s
     replaced = {m.facts[REPLACED]["key"] for m in snapshot.manifests.values() if REPLACED in m.facts}
@@ -142,7 +142,7 @@ def _check_garbage(snapshot: Snapshot, mend: Mend, grace_s: float) -> Iterator[F
         yield Finding("temporary", entry.key, f"no temporary file older than {grace_s:.0f} s", found, mend.collect())
 
 
-def _notes(snapshot: Snapshot) -> Iterator[str]:
+def _notes(snapshot: RunView) -> Iterator[str]:
     for kind in ("trajectories", "scores"):
         reasons = [m.facts[REMOVED]["reason"] for m in snapshot.records[kind].values() if REMOVED in m.facts]
         for reason in sorted(set(reasons)):

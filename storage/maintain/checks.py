@@ -17,11 +17,11 @@ from asyncopd.types import IndexRange, Manifest, PolicyVersion, TrainStep
 from storage.layout import parse_shard, parse_version
 from storage.learner_log import possible_rewinds
 from storage.maintain.findings import Finding, Mend
-from storage.maintain.ledger import Ledger, events_of_snapshot
+from storage.maintain.ledger import Ledger, events_of
 from storage.manifests import REMOVED, ROW_GROUP, find_manifest, sha256
 from storage.parquet import decode_scores, decode_trajectories
 from storage.run_log import check_rows
-from storage.run_view import Snapshot
+from storage.run_view import RunView
 from storage.stores.base import ObjectStore
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class DataChecks:
     def num_verified(self) -> int:
         return len(self._verified)
 
-    def check(self, snapshot: Snapshot) -> list[Finding]:
+    def check(self, snapshot: RunView) -> list[Finding]:
         """Everything that a manifest of the run promises."""
         findings = [
             finding
@@ -70,7 +70,7 @@ class DataChecks:
             findings += self._check_body(key, self._store.find(key), manifest_key, promise)
         return findings
 
-    def _check_data(self, snapshot: Snapshot, key: str, manifest_keys: list[str]) -> list[Finding]:
+    def _check_data(self, snapshot: RunView, key: str, manifest_keys: list[str]) -> list[Finding]:
         manifests = {name: m for name in manifest_keys if (m := snapshot.manifests.get(name)) is not None}
         entry = snapshot.entries.get(key)
         promises = tuple((name, m.objects[key]["sha256"]) for name, m in manifests.items())
@@ -129,7 +129,7 @@ def _check_promises(mend: Mend, key: str, manifest: Manifest) -> Iterator[Findin
         yield Finding("mismatch", key, "at least one data object", "none", mend.quarantine(key))
 
 
-def check_lineage(snapshot: Snapshot, config: RunConfig | None, mend: Mend) -> list[Finding]:
+def check_lineage(snapshot: RunView, config: RunConfig | None, mend: Mend) -> list[Finding]:
     """Findings about the surviving lineage; `config` is None when the run's record cannot be read."""
     findings = [*_check_rewinds(snapshot, mend), *_check_versions(snapshot, mend), *_check_steps(snapshot, mend)]
     findings += _check_digests(snapshot, mend)
@@ -138,7 +138,7 @@ def check_lineage(snapshot: Snapshot, config: RunConfig | None, mend: Mend) -> l
     return findings
 
 
-def _check_rewinds(snapshot: Snapshot, mend: Mend) -> Iterator[Finding]:
+def _check_rewinds(snapshot: RunView, mend: Mend) -> Iterator[Finding]:
     """Rewinds are numbered without gaps, and nothing is published under one that is not recorded."""
     recorded = {rewind.number for rewind in snapshot.records["rewind"].values()}
     used = {
@@ -154,7 +154,7 @@ def _check_rewinds(snapshot: Snapshot, mend: Mend) -> Iterator[Finding]:
             yield Finding("missing", key, f"the record of rewind {number}", found, mend.quarantine(key))
 
 
-def _check_versions(snapshot: Snapshot, mend: Mend) -> Iterator[Finding]:
+def _check_versions(snapshot: RunView, mend: Mend) -> Iterator[Finding]:
     """Every version up to the newest is there, unless it was removed on purpose."""
     present = {version.number for version in snapshot.states("policy")}
     unreadable = _versions(snapshot.broken, snapshot.layout.policies)
@@ -174,7 +174,7 @@ def _check_versions(snapshot: Snapshot, mend: Mend) -> Iterator[Finding]:
             yield Finding("mismatch", key, expected, str(step.version), mend.quarantine(key))
 
 
-def _check_steps(snapshot: Snapshot, mend: Mend) -> Iterator[Finding]:
+def _check_steps(snapshot: RunView, mend: Mend) -> Iterator[Finding]:
     """Every step that something later proves has its record."""
     trained = {step.step for step in snapshot.steps()}
     unreadable = _versions(snapshot.broken, snapshot.layout.steps)
@@ -193,7 +193,7 @@ def _check_steps(snapshot: Snapshot, mend: Mend) -> Iterator[Finding]:
         yield Finding("missing", key, f"the record of step {step}", found, mend.quarantine(key))
 
 
-def _check_digests(snapshot: Snapshot, mend: Mend) -> Iterator[Finding]:
+def _check_digests(snapshot: RunView, mend: Mend) -> Iterator[Finding]:
     """A checkpoint's weights are those its version published."""
     checkpoints: dict[str, Manifest] = snapshot.records["checkpoint"]
     for key, checkpoint in checkpoints.items():
@@ -214,7 +214,7 @@ def _full_weights(policy: Manifest) -> set[str]:
     return {promise["sha256"] for key, promise in policy.objects.items() if key.endswith(".safetensors")}
 
 
-def _check_due(snapshot: Snapshot, config: RunConfig, mend: Mend) -> Iterator[Finding]:
+def _check_due(snapshot: RunView, config: RunConfig, mend: Mend) -> Iterator[Finding]:
     """What the configuration asks for by now: architecture, checkpoints, evaluations."""
     layout = snapshot.layout
     if snapshot.records["policy"] and layout.architecture_manifest not in snapshot.entries:
@@ -232,7 +232,7 @@ def _check_due(snapshot: Snapshot, config: RunConfig, mend: Mend) -> Iterator[Fi
     every = config.evaluate.every
     evaluated = {state.number for state in snapshot.states("evaluation")}
     # An evaluator goes on with the next version when the learner goes back, so a superseded evaluation excuses one.
-    seen = {e.version.number for e in snapshot.evaluations()} | _versions(snapshot.broken, layout.evaluations)
+    seen = _versions({*snapshot.records["evaluation"], *snapshot.broken}, layout.evaluations)
     for number in range(0, max(evaluated, default=0), every) if every else ():
         if number not in seen:
             key = layout.evaluation(PolicyVersion(number, 0))
@@ -248,7 +248,7 @@ def _versions(keys: Iterable[str], folder: str) -> set[int]:
 Shards = Mapping[IndexRange, Manifest]
 
 
-def check_conservation(snapshot: Snapshot, config: RunConfig | None, mend: Mend) -> list[Finding]:
+def check_conservation(snapshot: RunView, config: RunConfig | None, mend: Mend) -> list[Finding]:
     """Shards that overlap, scores without trajectories, indices trained twice or without data, counts that differ."""
     trajectories = _shards(snapshot.records["trajectories"])
     by_teacher: dict[str, dict[IndexRange, Manifest]] = {}
@@ -278,7 +278,7 @@ def _shards(manifests: Mapping[str, Manifest]) -> dict[IndexRange, Manifest]:
     return {shard: manifest for key, manifest in manifests.items() if (shard := parse_shard(key)) is not None}
 
 
-def _overlaps(snapshot: Snapshot, folder: str, shards: Shards, mend: Mend) -> Iterator[Finding]:
+def _overlaps(snapshot: RunView, folder: str, shards: Shards, mend: Mend) -> Iterator[Finding]:
     last: IndexRange | None = None
     for shard in sorted(shards):
         if last is not None and shard.start < last.stop:
@@ -288,7 +288,7 @@ def _overlaps(snapshot: Snapshot, folder: str, shards: Shards, mend: Mend) -> It
         last = shard if last is None or shard.stop > last.stop else last
 
 
-def _scores_fit(snapshot: Snapshot, folder: str, scores: Shards, trajectories: Shards, mend: Mend) -> Iterator[Finding]:
+def _scores_fit(snapshot: RunView, folder: str, scores: Shards, trajectories: Shards, mend: Mend) -> Iterator[Finding]:
     """Scores belong to a stored shard, count its tokens, and come from one teacher."""
     digests = sorted({tuple(manifest.facts.get("teacher_digests", ())) for manifest in scores.values()} - {()})
     for shard, manifest in sorted(scores.items()):
@@ -316,7 +316,7 @@ def _scores_fit(snapshot: Snapshot, folder: str, scores: Shards, trajectories: S
             yield Finding("mismatch", key, expected, f"scores by teacher {own}", mend.quarantine(key))
 
 
-def _trained_once(snapshot: Snapshot, steps: Iterable[TrainStep], mend: Mend) -> Iterator[Finding]:
+def _trained_once(snapshot: RunView, steps: Iterable[TrainStep], mend: Mend) -> Iterator[Finding]:
     owner: dict[int, int] = {}
     for step in steps:
         taken = [index for index in step.indices.indices if index in owner]
@@ -327,17 +327,17 @@ def _trained_once(snapshot: Snapshot, steps: Iterable[TrainStep], mend: Mend) ->
         owner.update(dict.fromkeys(step.indices.indices, step.step))
 
 
-def _impossible_moves(snapshot: Snapshot, teacher: str | None, mend: Mend) -> Iterator[Finding]:
+def _impossible_moves(snapshot: RunView, teacher: str | None, mend: Mend) -> Iterator[Finding]:
     """What the ledger refuses: trained and dropped, trained without having been scored, and whatever else cannot be."""
     if snapshot.broken:
         return  # what a broken record said is missing from the ledger, and the record is a finding already
-    for violation in Ledger.fold(events_of_snapshot(snapshot, teacher)).violations():
+    for violation in Ledger.fold(events_of(snapshot, teacher)).violations():
         expected = "moves that storage/maintain/ledger.py draws"
         yield Finding("ledger", snapshot.layout.root, expected, str(violation), mend.resume())
 
 
 def _has_data(
-    snapshot: Snapshot,
+    snapshot: RunView,
     folder: str,
     shards: Shards,
     steps: Iterable[TrainStep],
@@ -367,7 +367,7 @@ def _indices(key: str) -> Iterable[int]:
 
 
 def _follows_the_plan(
-    snapshot: Snapshot, steps: Iterable[TrainStep], scores: Shards, config: RunConfig, mend: Mend
+    snapshot: RunView, steps: Iterable[TrainStep], scores: Shards, config: RunConfig, mend: Mend
 ) -> Iterator[Finding]:
     """Index order: step s trains [s·B, (s+1)·B), all tokens of it, none staler than τ."""
     plan = config.plan

@@ -27,7 +27,7 @@ from storage.layout import parse_shard, parse_version
 from storage.learner_log import survives
 from storage.manifests import REMOVED, REPLACED, ROW_GROUP, find_manifest, read_objects
 from storage.records import manifest_to_json, removal_to_json
-from storage.run_view import MANIFESTS, Snapshot, take_snapshot
+from storage.run_view import MANIFESTS, RunView
 from storage.stores.base import ObjectStore
 
 _MUST_READ = (*MANIFESTS, "run", "rewind", "step")
@@ -85,9 +85,9 @@ def collect_run(
             corrupt, so that older ones are.
     """
     now = time.time() if now is None else now
-    snapshot = take_snapshot(store, run_id)
+    snapshot = RunView.everything(store, run_id)
     _check_readable(snapshot)
-    config = snapshot.config
+    config = snapshot.find_config()
     policy = retention or (config.retention if config else Retention())
     oldest = now - (policy.grace_s if grace_s is None else grace_s)
     kept = _kept(snapshot, policy)
@@ -117,7 +117,7 @@ def empty_shard(store: ObjectStore, key: str, manifest: Manifest, *, reason: str
     store.put(key, manifest_to_json(replace(manifest, objects={}, facts=facts)))
 
 
-def _check_readable(snapshot: Snapshot) -> None:
+def _check_readable(snapshot: RunView) -> None:
     for key, error in snapshot.broken.items():
         if snapshot.layout.kind_of(key) in _MUST_READ:
             raise StorageError(
@@ -126,7 +126,7 @@ def _check_readable(snapshot: Snapshot) -> None:
             )
 
 
-def _check_resumable(snapshot: Snapshot) -> None:
+def _check_resumable(snapshot: RunView) -> None:
     """Prove that the newest checkpoint can be read before anything a resume without it would need goes."""
     newest = snapshot.latest_checkpoint()
     if newest is not None:
@@ -135,8 +135,8 @@ def _check_resumable(snapshot: Snapshot) -> None:
 
 
 # -- what can go --------------------------------------------------------------------------------------------------
-def _kept(snapshot: Snapshot, policy: Retention) -> Kept:
-    config = snapshot.config
+def _kept(snapshot: RunView, policy: Retention) -> Kept:
+    config = snapshot.find_config()
     due: set[int] = set()
     if config is not None and config.evaluate.every:
         evaluated = {version.number for version in snapshot.states("evaluation")}
@@ -169,7 +169,7 @@ def _bases(manifest: Manifest | None) -> Iterator[PolicyVersion]:
         yield PolicyVersion(base["number"], base["rewind"])
 
 
-def _removable_manifests(snapshot: Snapshot, policy: Retention, kept: Kept, oldest: float) -> Iterator[tuple[str, str]]:
+def _removable_manifests(snapshot: RunView, policy: Retention, kept: Kept, oldest: float) -> Iterator[tuple[str, str]]:
     """(manifest key, reason) of checkpoints and versions that can go, earlier rewinds first."""
     for kind, stays in (("checkpoint", kept.checkpoints), ("policy", kept.policies)):
         versions = {version: key for key in snapshot.records[kind] if (version := parse_version(key)) is not None}
@@ -185,7 +185,7 @@ def _removable_manifests(snapshot: Snapshot, policy: Retention, kept: Kept, olde
                 yield key, "superseded"
 
 
-def _removable_shards(snapshot: Snapshot, kept: Kept, oldest: float) -> dict[str, str]:
+def _removable_shards(snapshot: RunView, kept: Kept, oldest: float) -> dict[str, str]:
     """Manifest key -> reason, of shards all of whose indices were decided about before the first kept step."""
     decided = {i for step in snapshot.steps() if step.step < kept.first_step for i in step.indices.indices}
     return {
@@ -198,7 +198,7 @@ def _removable_shards(snapshot: Snapshot, kept: Kept, oldest: float) -> dict[str
     }
 
 
-def _unreferenced(snapshot: Snapshot, policy: Retention, oldest: float, now: float) -> Iterator[tuple[str, str]]:
+def _unreferenced(snapshot: RunView, policy: Retention, oldest: float, now: float) -> Iterator[tuple[str, str]]:
     """(data key, reason) of data that no manifest of the run names."""
     replaced = {
         m.facts[REPLACED]["key"]: m.facts[REPLACED]["at"] for m in snapshot.manifests.values() if REPLACED in m.facts
@@ -216,14 +216,14 @@ def _unreferenced(snapshot: Snapshot, policy: Retention, oldest: float, now: flo
             yield key, "replaced" if key in replaced else "orphan"
 
 
-def _freed(snapshot: Snapshot, going: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _freed(snapshot: RunView, going: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """(data key, reason) of data all of whose manifests go."""
     for key, manifest_keys in snapshot.references.items():
         if key in snapshot.entries and set(manifest_keys) <= going.keys():
             yield key, going[manifest_keys[0]]
 
 
-def _named_since(snapshot: Snapshot) -> set[str]:
+def _named_since(snapshot: RunView) -> set[str]:
     """Data keys of manifests that were published or replaced after the snapshot was taken."""
     named: set[str] = set()
     for entry in snapshot.store.entries(snapshot.layout.root):
@@ -235,7 +235,7 @@ def _named_since(snapshot: Snapshot) -> set[str]:
 
 
 # -- removing -----------------------------------------------------------------------------------------------------
-def _remove(snapshot: Snapshot, garbage: list[Garbage], emptied: Mapping[str, str], now: float) -> None:
+def _remove(snapshot: RunView, garbage: list[Garbage], emptied: Mapping[str, str], now: float) -> None:
     store, layout = snapshot.store, snapshot.layout
     for reason in sorted({item.reason for item in garbage}):
         keys = {item.key: item.size_bytes for item in garbage if item.reason == reason}

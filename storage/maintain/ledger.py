@@ -12,31 +12,22 @@ is told twice in the same words (by the arrival and by the step). Everything els
 trained without scores, scored without a trajectory, trained and dropped.
 
 Conservation: admitted = claimed + produced + scored + trained + dropped + held, each index in exactly one of them.
-`storage.maintain.ledger.ledger_of` builds the events from a stored run.
-
-From a stored run to its Ledger: every folder listed once, every manifest and step read once.
 
     claims/rollout --> Claimed      trajectories/ --> Produced      scores/<teacher>/ --> Scored
     arrivals/ --> Judged            steps/ and rewinds/ --> Trained and Rewound, by rewind
-
-Folders are listed from the end of the pipeline to its start: whatever a live run adds meanwhile is further up, so that
-it never looks as if something was trained before it was scored.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 from asyncopd.errors import LedgerError
-from asyncopd.types import IndexRange, Manifest, PolicyVersion, Rewind, TrainStep
-from storage.layout import parse_shard, parse_version
-from storage.records import from_json, step_from_json
+from asyncopd.types import IndexRange, Manifest
 from storage.run_log import StoredRunLog
-from storage.run_view import Snapshot
+from storage.run_view import RunView
 
 State = Literal["claimed", "produced", "scored", "trained", "dropped", "held"]
 STATES: tuple[State, ...] = get_args(State)
@@ -243,11 +234,6 @@ def _moves(event: Claimed | Produced | Scored | Judged | Trained) -> Iterator[tu
             yield from ((index, "hold", reason) for index, reason in event.held.items())
 
 
-_READERS = 8
-_T = TypeVar("_T")
-_R = TypeVar("_R")
-
-
 def ledger_of(log: StoredRunLog, teacher: str | None = None) -> Ledger:
     """The state of every index of a run, finished or not.
 
@@ -256,79 +242,31 @@ def ledger_of(log: StoredRunLog, teacher: str | None = None) -> Ledger:
     Raises:
         ShardCorruptError: a manifest or step is not readable.
     """
-    return Ledger.fold(events_of(log, teacher))
+    return Ledger.fold(events_of(RunView(log), teacher))
 
 
-def events_of(log: StoredRunLog, teacher: str | None = None) -> list[Event]:
-    """What the records of a run say, each index's events in the order in which they happened."""
-    steps = [v for key in log.store.folder(log.layout.steps).keys if (v := parse_version(key)) is not None]
-    rewinds = log.rewinds()
-    arrivals = log.arrivals()
-    score_shards = {name: log.score_shards(name) for name in _teachers(log, teacher)}
-    trajectory_shards = log.trajectory_shards()
-    claims = [log.layout.parse_claim(key) for key in log.store.list(log.layout.claims)]
+def events_of(view: RunView, teacher: str | None = None) -> list[Event]:
+    """What the records of a run say, each index's events in the order in which they happened.
 
-    events: list[Event] = [Claimed(shard) for shard in sorted({c[1] for c in claims if c[0] == "rollout"})]
-    events += (Produced(shard, _dropped(m)) for shard, m in _read_all(trajectory_shards, log.find_trajectories))
-    for name, shards in score_shards.items():
-
-        def find_scores(shard: IndexRange, name: str = name) -> Manifest | None:
-            return log.find_scores(name, shard)
-
-        events += (Scored(shard, _dropped(m)) for shard, m in _read_all(shards, find_scores))
-    events += (Judged(arrival.dropped, arrival.held) for arrival in arrivals)
-    return events + list(_steps_and_rewinds(log, steps, rewinds))
-
-
-def events_of_snapshot(snapshot: Snapshot, teacher: str | None) -> list[Event]:
-    """The same from records that were read before; `teacher` None takes every teacher's scores."""
-    records, layout = snapshot.records, snapshot.layout
-    claimed = {claim[1] for key in records["claim"] if (claim := layout.parse_claim(key))[0] == "rollout"}
-    events: list[Event] = [Claimed(shard) for shard in sorted(claimed)]
-    for key, manifest in records["trajectories"].items():
-        if (shard := parse_shard(key)) is not None:
-            events.append(Produced(shard, _dropped(manifest)))
-    for key, manifest in records["scores"].items():
-        if (shard := parse_shard(key)) is not None and teacher in (None, layout.parse_teacher(key)):
-            events.append(Scored(shard, _dropped(manifest)))
-    events += (Judged(arrival.dropped, arrival.held) for _, arrival in sorted(records["arrival"].items()))
-    return events + list(_in_lineage(list(records["step"].values()), snapshot.rewinds))
-
-
-def _teachers(log: StoredRunLog, teacher: str | None) -> Sequence[str]:
-    configured = log.record.get("config", {}).get("teacher", {}).get("name")
-    chosen = teacher or configured
-    return [chosen] if chosen else log.teachers()[:1]
-
-
-def _dropped(manifest: Manifest | None) -> dict[int, str]:
-    return dict(manifest.facts.get("dropped", {})) if manifest else {}
-
-
-def _read_all(items: Iterable[_T], read: Callable[[_T], _R]) -> list[tuple[_T, _R]]:
-    """Each item with what `read` gives for it, in order; storage is asked in parallel."""
-    listed = list(items)
-    with ThreadPoolExecutor(_READERS) as readers:
-        return list(zip(listed, readers.map(read, listed), strict=True))
-
-
-def _steps_and_rewinds(
-    log: StoredRunLog, versions: Sequence[PolicyVersion], rewinds: Sequence[Rewind]
-) -> Iterator[Trained | Rewound]:
-    """By rewind: what was trained under it, then the rewind that followed. A superseded learner's late steps too."""
-
-    def read(version: PolicyVersion) -> TrainStep:
-        key = log.layout.step(version.number, version.rewind)
-        return from_json(log.store.get(key), key, step_from_json)
-
-    yield from _in_lineage([step for _, step in _read_all(versions, read)], rewinds)
-
-
-def _in_lineage(steps: Sequence[TrainStep], rewinds: Sequence[Rewind]) -> Iterator[Trained | Rewound]:
-    ordered = sorted(steps, key=lambda step: (step.step, step.rewind))
-    for rewind in range(len(rewinds) + 1):
+    They are read from the end of the pipeline to its start: whatever a live run adds meanwhile is further up, so that
+    it never looks as if something was trained before it was scored.
+    """
+    view.read("run", "step", "rewind", "arrival", "scores", "trajectories", "claim")
+    claimed = sorted({claim.shard for claim in view.claims() if claim.stage == "rollout"})
+    events: list[Event] = [Claimed(shard) for shard in claimed]
+    events += (Produced(shard, _dropped(manifest)) for shard, manifest in view.trajectories().items())
+    configured = view.records["run"].get(view.layout.record, {}).get("config", {}).get("teacher", {}).get("name")
+    scores = view.scores(teacher or configured or next(iter(view.teachers()), ""))
+    events += (Scored(shard, _dropped(manifest)) for shard, manifest in scores.items())
+    events += (Judged(arrival.dropped, arrival.held) for arrival in view.arrivals())
+    # By rewind: what was trained under it, then the rewind that followed. A superseded learner's late steps too.
+    steps = sorted(view.records["step"].values(), key=lambda step: step.step)
+    for rewind in range(len(view.rewinds) + 1):
         if rewind:
-            yield Rewound(rewinds[rewind - 1].to_step)
-        for step in ordered:
-            if step.rewind == rewind:
-                yield Trained(step.step, step.trained, step.dropped, step.held)
+            events.append(Rewound(view.rewinds[rewind - 1].to_step))
+        events += (Trained(s.step, s.trained, s.dropped, s.held) for s in steps if s.rewind == rewind)
+    return events
+
+
+def _dropped(manifest: Manifest) -> dict[int, str]:
+    return dict(manifest.facts.get("dropped", {}))

@@ -14,18 +14,18 @@ anything else  set aside; an observation is lost
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from asyncopd.errors import ObjectMissingError, StorageError
 from asyncopd.types import IndexRange, Manifest, PolicyVersion, PolicyWeights, Removal, Rewind
 from storage.layout import MODELS, parse_shard, parse_version, quarantined, run_of
-from storage.learner_log import survives
+from storage.learner_log import survives, surviving
 from storage.maintain.collect import empty_shard
 from storage.maintain.findings import Mend
 from storage.manifests import REMOVED
 from storage.records import removal_to_json, rewind_to_json
 from storage.run_log import StoredRunLog
-from storage.run_view import Snapshot, take_snapshot
+from storage.run_view import RunView
 from storage.stores.base import ObjectStore
 
 _WORKER = "maintain"
@@ -54,13 +54,13 @@ def set_aside(store: ObjectStore, key: str) -> Quarantine:
     run_id = run_of(key)
     if run_id is None:
         return _shared_model(store, key)
-    snapshot = take_snapshot(store, run_id)
+    snapshot = RunView.everything(store, run_id)
     kind = snapshot.layout.kind_of(key)
     done = Quarantine(key)
     if kind == "data":
         for manifest_key in _manifests_of(snapshot, key):
             _one(snapshot, snapshot.layout.kind_of(manifest_key), manifest_key, done)
-            snapshot = take_snapshot(store, run_id)
+            snapshot = RunView.everything(store, run_id)
     else:
         _one(snapshot, kind, key, done)
     gone = {old: store.size(new) for old, new in done.moved.items() if not store.exists(old)}
@@ -72,7 +72,7 @@ def set_aside(store: ObjectStore, key: str) -> Quarantine:
     return done
 
 
-def _one(snapshot: Snapshot, kind: str, key: str, done: Quarantine) -> None:
+def _one(snapshot: RunView, kind: str, key: str, done: Quarantine) -> None:
     match kind:
         case "run" | "arrival" | "change":
             # Arrivals and changes are numbered: without one, those after it count for nothing either.
@@ -107,7 +107,7 @@ _OBSERVATIONS = {
 }
 
 
-def _manifests_of(snapshot: Snapshot, key: str) -> list[str]:
+def _manifests_of(snapshot: RunView, key: str) -> list[str]:
     if key not in snapshot.references:
         raise ObjectMissingError(
             f"{key}: no manifest names it. If it exists it is garbage: "
@@ -117,7 +117,7 @@ def _manifests_of(snapshot: Snapshot, key: str) -> list[str]:
 
 
 # -- shards -------------------------------------------------------------------------------------------------------
-def _trajectories(snapshot: Snapshot, key: str, done: Quarantine) -> None:
+def _trajectories(snapshot: RunView, key: str, done: Quarantine) -> None:
     shard, layout = _shard_of(key), snapshot.layout
     # Whatever teachers there are: their scores speak of tokens that will not come back.
     dependent = {k: layout.kind_of(k) for k in snapshot.entries}
@@ -143,7 +143,7 @@ def _trajectories(snapshot: Snapshot, key: str, done: Quarantine) -> None:
     )
 
 
-def _scores(snapshot: Snapshot, key: str, done: Quarantine) -> None:
+def _scores(snapshot: RunView, key: str, done: Quarantine) -> None:
     shard = _shard_of(key)
     teacher = snapshot.layout.parse_teacher(key)
     rolled_out = snapshot.records["trajectories"].get(
@@ -161,7 +161,7 @@ def _scores(snapshot: Snapshot, key: str, done: Quarantine) -> None:
     )
 
 
-def _keep_without_data(snapshot: Snapshot, keys: list[str], trained_in: str, done: Quarantine) -> None:
+def _keep_without_data(snapshot: RunView, keys: list[str], trained_in: str, done: Quarantine) -> None:
     """Leave manifests that name no data: what was trained is not made, and not trained, again."""
     for key in keys:
         manifest = snapshot.manifests.get(key) or _rebuilt(snapshot, key)
@@ -177,13 +177,13 @@ def _keep_without_data(snapshot: Snapshot, keys: list[str], trained_in: str, don
     )
 
 
-def _rebuilt(snapshot: Snapshot, key: str) -> Manifest:
+def _rebuilt(snapshot: RunView, key: str) -> Manifest:
     """A manifest for a shard whose own is gone or cannot be read."""
     shard, kind = _shard_of(key), snapshot.layout.kind_of(key)
     return Manifest(kind, {}, time.time(), _WORKER, {"index_range": [shard.start, shard.stop], "num_rows": 0})
 
 
-def _free_claims(snapshot: Snapshot, shard: IndexRange, stage: str, done: Quarantine) -> None:
+def _free_claims(snapshot: RunView, shard: IndexRange, stage: str, done: Quarantine) -> None:
     """Set the shard's claims aside: a holder that is alive would keep everybody else from it."""
     for key in [key for key in snapshot.entries if snapshot.layout.kind_of(key) == "claim"]:
         claimed_stage, claimed, _ = snapshot.layout.parse_claim(key)
@@ -192,7 +192,7 @@ def _free_claims(snapshot: Snapshot, shard: IndexRange, stage: str, done: Quaran
 
 
 # -- learner ------------------------------------------------------------------------------------------------------
-def _checkpoint(snapshot: Snapshot, key: str, done: Quarantine) -> None:
+def _checkpoint(snapshot: RunView, key: str, done: Quarantine) -> None:
     _move(snapshot, key, done)
     rest = [state for state in snapshot.states("checkpoint") if state != parse_version(key)]
     number = rest[-1].number if rest else 0
@@ -204,11 +204,11 @@ def _checkpoint(snapshot: Snapshot, key: str, done: Quarantine) -> None:
         done.consequences.append("but trajectories after it were removed: restore the checkpoint, or start a new run.")
 
 
-def _first_index(snapshot: Snapshot, step: int) -> float:
+def _first_index(snapshot: RunView, step: int) -> float:
     return min((min(s.indices.indices) for s in snapshot.steps() if s.step >= step), default=float("inf"))
 
 
-def _policy(snapshot: Snapshot, key: str, done: Quarantine) -> None:
+def _policy(snapshot: RunView, key: str, done: Quarantine) -> None:
     version = parse_version(key)
     assert version is not None
     log = StoredRunLog(snapshot.store, snapshot.layout.run_id)
@@ -237,7 +237,7 @@ def _policy(snapshot: Snapshot, key: str, done: Quarantine) -> None:
         )
 
 
-def _step(snapshot: Snapshot, key: str, done: Quarantine) -> None:
+def _step(snapshot: RunView, key: str, done: Quarantine) -> None:
     version = parse_version(key)
     assert version is not None
     before = [state.number for state in snapshot.states("checkpoint") if state.number <= version.number]
@@ -246,7 +246,7 @@ def _step(snapshot: Snapshot, key: str, done: Quarantine) -> None:
     _move(snapshot, key, done)
 
 
-def _go_back(snapshot: Snapshot, to_step: int, done: Quarantine) -> None:
+def _go_back(snapshot: RunView, to_step: int, done: Quarantine) -> None:
     """Record a rewind, so that the steps from `to_step` on no longer count and a resume trains them again."""
     learners = snapshot.alive_workers("learn")
     if learners:
@@ -263,7 +263,7 @@ def _go_back(snapshot: Snapshot, to_step: int, done: Quarantine) -> None:
     )
 
 
-def _rewind(snapshot: Snapshot, key: str, done: Quarantine) -> None:
+def _rewind(snapshot: RunView, key: str, done: Quarantine) -> None:
     number = int(key.rsplit("/", 1)[1].removesuffix(".json"))
     if snapshot.records["rewind"].get(key) is not None:
         raise StorageError(f"{key} can be read, and nothing would count as it should without it. It stays.")
@@ -273,10 +273,9 @@ def _rewind(snapshot: Snapshot, key: str, done: Quarantine) -> None:
     if steps:
         to_step = min(steps)
     else:
-        older = [r for r in snapshot.records["rewind"].values() if r.number < number]
-        before = replace(snapshot, records={**snapshot.records, "rewind": {str(r.number): r for r in older}})
-        newest = before.latest_checkpoint()
-        to_step = newest.number if newest else 0
+        older = [rewind for rewind in snapshot.rewinds if rewind.number < number]
+        checkpoints = [v for k in snapshot.records["checkpoint"] if (v := parse_version(k)) is not None]
+        to_step = max((state.number for state in surviving(checkpoints, older)), default=0)
     if key in snapshot.entries:
         _move(snapshot, key, done)
     snapshot.store.put(key, rewind_to_json(Rewind(number, to_step, _WORKER, time.time())))
@@ -284,7 +283,7 @@ def _rewind(snapshot: Snapshot, key: str, done: Quarantine) -> None:
 
 
 # -- both ---------------------------------------------------------------------------------------------------------
-def _move(snapshot: Snapshot, key: str, done: Quarantine) -> None:
+def _move(snapshot: RunView, key: str, done: Quarantine) -> None:
     body = snapshot.store.find(key)
     if body is None:
         return  # lost already: what follows is the same
