@@ -14,11 +14,11 @@ from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
-from asyncopd.cli.maintain import collected, find_run
 from storage.compact import compact_run
 from storage.maintain.audit import GRACE_S, audit_run
 from storage.maintain.collect import collect_run
 from storage.maintain.findings import to_text
+from storage.runs import find_run
 from storage.stores import open_store
 
 
@@ -54,5 +54,5 @@ def _act(action: str, store: Any, run_id: str, grace_s: float, dry_run: bool) ->
         report = audit_run(store, run_id, grace_s=grace_s)
         return to_text(report), report.is_clean
     if action == "collect":
-        return collected(collect_run(store, run_id, grace_s=grace_s, dry_run=dry_run)), True
+        return collect_run(store, run_id, grace_s=grace_s, dry_run=dry_run).to_text(), True
     return json.dumps(compact_run(store, run_id, dry_run=dry_run).to_dict(), indent=1), True

@@ -13,8 +13,8 @@ from typing import Literal
 from prefect import flow, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
 
-from asyncopd.cli.study import study_command
 from asyncopd.errors import RoleFailedError
+from asyncopd.study import study_command
 from storage.stores import open_store
 
 

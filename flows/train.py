@@ -32,7 +32,6 @@ from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled
 
 from asyncopd import __version__
-from asyncopd.cli.progress import is_finished
 from asyncopd.config import RunConfig, TinyModel, load_config
 from asyncopd.config.resume import safe_changes
 from asyncopd.errors import ConfigError
@@ -44,7 +43,7 @@ from asyncopd.types import RunStateName
 from flows.preflight import preflight
 from storage.launches import LaunchLog
 from storage.run_log import StoredRunLog
-from storage.runs import create_run, find_model, list_runs, open_run
+from storage.runs import create_run, find_model, is_finished, list_runs, open_run
 from storage.stores import open_store
 
 PROGRESS_S = 10.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from asyncopd.config import RunConfig
 from asyncopd.errors import RunMissingError, StorageError
 from asyncopd.types import Manifest
 from storage.layout import RUNS, RunLayout, model_manifest, model_object, new_attempt
@@ -58,6 +59,20 @@ def missing_run(store: ObjectStore, run_id: str) -> RunMissingError:
     return RunMissingError(
         f"there is no run {run_id} in {store.url}. Existing runs: {newest}. Name another storage root with --root."
     )
+
+
+def find_run(store: ObjectStore, run_id: str) -> str:
+    """`run_id` itself. Raises RunMissingError when the root has no object of such a run."""
+    if not store.list(RunLayout(run_id).root):
+        raise missing_run(store, run_id)
+    return run_id
+
+
+def is_finished(log: StoredRunLog, config: RunConfig) -> bool:
+    """Is every step trained, and the last version evaluated where evaluations are on?"""
+    last = config.learner.num_steps
+    trained = log.find_step(last - 1) is not None
+    return trained and (not config.evaluate.every or any(e.version.number == last for e in log.evaluations()))
 
 
 def list_runs(store: ObjectStore) -> list[str]:

@@ -1,8 +1,9 @@
-"""`asyncopd sql`, its shell, `asyncopd export`, and `asyncopd.open_run`, as a user meets them."""
+"""`asyncopd sql`, `asyncopd export`, and `asyncopd.open_run`, as a user meets them."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -15,19 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from catalog_builders import root_of, scored, written_log
-from prompt_toolkit.application import create_app_session
-from prompt_toolkit.completion import CompleteEvent
-from prompt_toolkit.document import Document
-from prompt_toolkit.input import create_pipe_input
-from prompt_toolkit.output import DummyOutput
-from rich.console import Console
 from storage_builders import fresh_log, make_trajectories
 
 import asyncopd
 from asyncopd.cli import main
 from asyncopd.cli.query import parse_time
 from asyncopd.errors import ObjectMissingError, QueryError, StorageError
-from asyncopd.sql_shell import SqlCompleter, answer, run_shell
 from asyncopd.types import IndexRange
 from storage.catalog.decoders import Decoder, TokenTexts, token_class, token_texts_of
 from storage.catalog.sandbox import Sandbox
@@ -93,37 +87,15 @@ def test_as_of_and_run_choose_what_is_seen(root: str, capsys: pytest.CaptureFixt
         parse_time("yesterday")
 
 
-def test_the_shell_answers_until_it_is_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ASYNCOPD_HOME", str(tmp_path))
-    console = Console(record=True, width=200, file=(tmp_path / "out").open("w"))
-    with (
-        Sandbox(Catalog(written_log().store)) as sandbox,
-        create_pipe_input() as keys,
-        create_app_session(input=keys, output=DummyOutput()),
-    ):
-        keys.send_text("SELECT 40\r + 2 AS answer;\r.columns claims\rSELECT nonsense FROM runs;\r.quit\r")
-        assert run_shell(sandbox, None, console=console) == 0
-    shown = console.export_text()
-    assert "42" in shown
-    assert "1 for the first claim" in shown
-    assert "QueryError" in shown
-    assert "40" in (tmp_path / "sql_history").read_text()
-
-
-def test_the_shell_runs_stored_queries_and_completes_words() -> None:
-    with Sandbox(Catalog(written_log().store)) as sandbox:
-        assert "first" in answer(sandbox, "made_version version=2")
-        assert "no parameter" in answer(sandbox, "made_version versoin=2")
-    assert "superseded_steps" in answer(sandbox, ".tables")
-    assert "engine_mismatch" in answer(sandbox, ".list")
-
-    def words(text: str) -> list[str]:
-        return [c.text for c in SqlCompleter().get_completions(Document(text), CompleteEvent())]
-
-    assert "trajectories" in words("SELECT * FROM traj")
-    assert words("SELECT * FROM tokens WHERE behav") == ["behaviour_logprob"]
-    assert words("SELECT behav") == []
-    assert "kl_by_position" in words("kl_by_p")
+def test_a_query_may_come_by_standard_input_and_without_one_is_said_what_to_give(
+    root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("SELECT 40 + 2 AS answer"))
+    assert run("sql", "--root", root, "--format", "csv") == 0
+    assert capsys.readouterr().out == "answer\n42\n"
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert run("sql", "--root", root) == 2
+    assert "there is no query. Give a SELECT" in capsys.readouterr().err
 
 
 def test_an_sft_export_has_text_and_where_each_row_came_from(root: str, tmp_path: Path) -> None:

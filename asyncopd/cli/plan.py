@@ -1,85 +1,180 @@
-"""`asyncopd plan`: what a fleet of GPUs would do, simulated with the run's own scheduling rule. Loads no torch."""
+"""`asyncopd plan` and `asyncopd study`: what can be known before a run. Loads no torch.
+
+A plan is simulated with the run's own scheduling rule; a study is measured in a child process.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
+import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from asyncopd.cli import STOPPED_BY_USER
 from asyncopd.config import RunConfig
 from asyncopd.errors import ConfigError
 from asyncopd.plan.calibrate import calibrate
 from asyncopd.plan.costs import Costs, DecodeCurve, Fleet
 from asyncopd.plan.forecast import Forecast, Workload, assumptions, best_split, forecast
 from asyncopd.plan.lengths import Lengths, Lognormal, Observed
+from asyncopd.study import study_command
+from storage.run_log import StoredRunLog
 from storage.runs import open_run
 from storage.stores import open_store
 
-SECONDS = {
-    "train-step-s": "of a step whatever its tokens and GPUs",
-    "score-shard-s": "of scoring a shard whatever its tokens",
-    "publish-s": "of the learner after each step, until the version can be read",
-    "fetch-s": "until an engine has read a version",
-    "refresh-s": "an engine stands still to load it",
-    "prefill-token-s": "for each token in flight at a refresh, whose cache is rebuilt",
-    "shard-s": "an engine stands still for each finished shard",
-    "handover-s": "from a finished shard to its scores in the learner, besides scoring",
-    "switch-s": "of time-shared GPUs at each change between sampling and training",
+Gpus = Annotated[int, Parameter(metavar="N")]
+Seconds = Annotated[float | None, Parameter(metavar="S")]
+Rate = Annotated[float | None, Parameter(metavar="X")]
+Out = Annotated[str, Parameter(metavar="DIR", help="Cells, tables and plot; finished cells are reused.")]
+Models = Annotated[str, Parameter("--root", help="Storage root whose cache of pre-trained models is used.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Given:
+    """What is said on the command line; the rest is read from a run, or has its default.
+
+    Attributes:
+        lengths: A run's, or lognormal:mean=…,p99=…,max=….
+        costs_of: Read costs and lengths from this synchronous run.
+        root: Storage root of those runs.
+        decode: Seconds of a decode step by active slots: 1:0.006,512:0.02.
+        score_tokens_per_s: Of one teacher GPU.
+        train_tokens_per_s: Of one learner GPU.
+        train_step_s: Seconds of a step whatever its tokens and GPUs.
+        score_shard_s: Seconds of scoring a shard whatever its tokens.
+        publish_s: Seconds of the learner after each step, until the version can be read.
+        fetch_s: Seconds until an engine has read a version.
+        refresh_s: Seconds an engine stands still to load it.
+        prefill_token_s: Seconds for each token in flight at a refresh, whose cache is rebuilt.
+        shard_s: Seconds an engine stands still for each finished shard.
+        handover_s: Seconds from a finished shard to its scores in the learner, besides scoring.
+        switch_s: Seconds of time-shared GPUs at each change between sampling and training.
+        speeds: Speed with 1, 2, … processes busy on one machine, e.g. 1,0.9,0.6.
+        batch_size: Trajectories a step (default 256).
+        shard_size: Trajectories a shard (default 64).
+        slots: Responses an engine generates at once (default 256).
+        steps: Learner steps to simulate (default 40).
+        seed: Of the lengths.
+    """
+
+    lengths: Annotated[str | None, Parameter(metavar="RUN_ID|LAW")] = None
+    costs_of: Annotated[str | None, Parameter(metavar="RUN_ID")] = None
+    root: str = "runs"
+    decode: Annotated[str | None, Parameter(metavar="N:S,…")] = None
+    score_tokens_per_s: Rate = None
+    train_tokens_per_s: Rate = None
+    train_step_s: Seconds = None
+    score_shard_s: Seconds = None
+    publish_s: Seconds = None
+    fetch_s: Seconds = None
+    refresh_s: Seconds = None
+    prefill_token_s: Seconds = None
+    shard_s: Seconds = None
+    handover_s: Seconds = None
+    switch_s: Seconds = None
+    speeds: Annotated[str | None, Parameter(metavar="X,…")] = None
+    batch_size: int | None = None
+    shard_size: int | None = None
+    slots: int | None = None
+    steps: int | None = None
+    seed: int = 0
+
+    def resolve(self) -> tuple[Workload, Costs]:
+        """What is to be simulated. Raises ConfigError that names everything that is missing."""
+        self._check()
+        shape = DecodeCurve.parse(self.decode or "")
+        costs = {
+            name: value for name, value in vars(self).items() if name in Costs.__annotations__ and value is not None
+        }
+        costs |= {"decode": shape, **({"speeds": _speeds(self.speeds)} if self.speeds else {})}
+        asked = {
+            "batch_size": self.batch_size,
+            "shard_size": self.shard_size,
+            "num_slots": self.slots,
+            "num_steps": self.steps,
+        }
+        sizes = {name: value for name, value in asked.items() if value is not None}
+        if self.costs_of:
+            work, measured = calibrate(*_stored(self.root, self.costs_of), shape)
+            lengths = self._lengths() if self.lengths else work.lengths
+            costs = {**vars(measured), **costs, "decode": measured.decode}
+            return Workload(**{**vars(work), **sizes, "lengths": lengths, "seed": self.seed}), Costs(**costs)
+        defaults = {"batch_size": 256, "shard_size": 64, "num_slots": 256, "num_steps": 40}
+        return Workload(self._lengths(), **{**defaults, **sizes}, seed=self.seed), Costs(**costs)
+
+    def _check(self) -> None:
+        needed = {"decode": NEEDED["decode"]} if self.costs_of else NEEDED
+        missing = [what for name, what in needed.items() if getattr(self, name) is None]
+        if missing:
+            hint = "" if self.costs_of else " All but --decode can be read from a synchronous run: --costs-of RUN_ID."
+            raise ConfigError(f"the forecast needs {'; '.join(missing)}.{hint}")
+
+    def _lengths(self) -> Lengths:
+        asked = self.lengths or ""
+        if asked.startswith("lognormal:"):
+            return Lognormal.parse(asked)
+        log, config = _stored(self.root, asked)
+        shards = [shard for shard in config.plan.shards() if log.find_trajectories(shard) is not None]
+        lengths = tuple(len(t.response_ids) for shard in shards for t in log.read_trajectories(shard))
+        if not lengths:
+            raise ConfigError(f"run {asked} has produced no responses yet.")
+        return Observed(lengths, asked)
+
+
+NEEDED = {
+    "decode": "--decode N:S,…: seconds of a decode step by active slots, for example 1:0.006,512:0.02",
+    "lengths": "--lengths: a run id, or for example lognormal:mean=3000,p99=16000,max=16384",
+    "score_tokens_per_s": "--score-tokens-per-s X, of one teacher GPU",
+    "train_tokens_per_s": "--train-tokens-per-s X, of one learner GPU",
 }
+NOTHING = Given()
 
 
-def add_plan(commands: Any) -> None:
-    """Add `plan` to the parser's commands."""
-    about = "predict throughput, overlap and staleness of a fleet, and its best split (docs/capacity.md)"
-    plan = commands.add_parser("plan", help=about, description=about)
-    plan.add_argument("--lengths", metavar="RUN_ID|LAW", help="a run's, or lognormal:mean=…,p99=…,max=…")
-    plan.add_argument("--costs-of", metavar="RUN_ID", help="read costs and lengths from this synchronous run")
-    plan.add_argument("--root", default="runs", help="storage root of those runs (default: runs)")
-    for role in ("rollout", "teacher", "learner"):
-        plan.add_argument(f"--{role}-gpus", type=int, default=1, metavar="N")
-    plan.add_argument("--tau", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16], metavar="T", help="staleness bounds")
-    plan.add_argument("--decode", metavar="N:S,…", help="seconds of a decode step by active slots: 1:0.006,512:0.02")
-    plan.add_argument("--score-tokens-per-s", type=float, metavar="X", help="of one teacher GPU")
-    plan.add_argument("--train-tokens-per-s", type=float, metavar="X", help="of one learner GPU")
-    for name, what in SECONDS.items():
-        plan.add_argument(f"--{name}", type=float, metavar="S", help=f"seconds {what}")
-    plan.add_argument(
-        "--speeds", metavar="X,…", help="speed with 1, 2, … processes busy on one machine, e.g. 1,0.9,0.6"
-    )
-    plan.add_argument("--batch-size", type=int, help="trajectories a step (default 256)")
-    plan.add_argument("--shard-size", type=int, help="trajectories a shard (default 64)")
-    plan.add_argument("--slots", type=int, help="responses an engine generates at once (default 256)")
-    plan.add_argument("--steps", type=int, help="learner steps to simulate (default 40)")
-    plan.add_argument("--seed", type=int, default=0, help="of the lengths")
-    plan.add_argument("--no-best", action="store_true", help="do not look for the best split")
-    plan.add_argument("--json", metavar="FILE", help="write everything here too")
-    plan.set_defaults(run=_run)
+def plan(
+    *,
+    given: Given = NOTHING,
+    rollout_gpus: Gpus = 1,
+    teacher_gpus: Gpus = 1,
+    learner_gpus: Gpus = 1,
+    tau: Annotated[tuple[int, ...], Parameter(metavar="T", consume_multiple=True)] = (0, 1, 2, 4, 8, 16),
+    no_best: bool = False,
+    json_: Annotated[Path | None, Parameter("--json", metavar="FILE")] = None,
+) -> int:
+    """Forecast a fleet.
 
-
-def _run(arguments: argparse.Namespace) -> int:
-    work, costs = _inputs(arguments)
-    fleet = Fleet(arguments.rollout_gpus, arguments.teacher_gpus, arguments.learner_gpus)
+    Args:
+        rollout_gpus: GPUs that sample.
+        teacher_gpus: GPUs that score.
+        learner_gpus: GPUs that train.
+        tau: Staleness bounds, one or more.
+        no_best: Do not look for the best split.
+        json_: Write everything here too.
+    """
+    work, costs = given.resolve()
+    fleet = Fleet(rollout_gpus, teacher_gpus, learner_gpus)
     shared = fleet.rollout + fleet.learner
     baseline = forecast(work, costs, Fleet(shared, fleet.teacher, shared, time_shared=True), 0)
-    rows = [forecast(work, costs, fleet, tau) for tau in arguments.tau]
+    rows = [forecast(work, costs, fleet, bound) for bound in tau]
     said = assumptions(work, costs)
-    console = Console()
+    console = Console(highlight=False)
     console.print(_table(f"{fleet.describe()}, and time-shared", [baseline, *rows], baseline))
     best: list[Forecast] = []
-    if not arguments.no_best:
-        console.print(f"trying every split of {fleet.num_gpus} GPUs …", highlight=False)
-        best = [best_split(work, costs, fleet.num_gpus, tau) for tau in arguments.tau]
+    if not no_best:
+        console.print(f"trying every split of {fleet.num_gpus} GPUs …")
+        best = [best_split(work, costs, fleet.num_gpus, bound) for bound in tau]
         console.print(_table(f"the best split of {fleet.num_gpus} GPUs", best, baseline))
     console.print("Assumptions:", style="bold")
     for sentence in said:
-        console.print(f"- {sentence}", highlight=False)
-    if arguments.json:
+        console.print(f"- {sentence}")
+    if json_ is not None:
         record = {
             "workload": {**asdict(work), "lengths": work.lengths.describe()},
             "costs": asdict(costs),
@@ -88,8 +183,30 @@ def _run(arguments: argparse.Namespace) -> int:
             "fleet": [asdict(row) for row in rows],
             "best_splits": [asdict(row) for row in best],
         }
-        Path(arguments.json).write_text(json.dumps(record, indent=1))
+        json_.write_text(json.dumps(record, indent=1))
     return 0
+
+
+def estimators(*, out: Out, root: Models = "runs") -> int:
+    """Measure gradients."""
+    return _run_study("estimators", out=out, root=root)
+
+
+def staleness(*, out: Out, root: Models = "runs", quick: bool = False, workers: Literal[1, 2] = 2) -> int:
+    """Measure training at a fixed lag.
+
+    Args:
+        quick: 63 short cells, under 10 minutes on two cores.
+        workers: Processes.
+    """
+    return _run_study("staleness", out=out, root=root, quick=quick, workers=workers)
+
+
+def _run_study(name: str, **options: Any) -> int:
+    try:
+        return subprocess.call(study_command(name, **options), env={**os.environ, "OMP_NUM_THREADS": "1"})
+    except KeyboardInterrupt:
+        return STOPPED_BY_USER
 
 
 def _table(title: str, rows: Sequence[Forecast], baseline: Forecast) -> Table:
@@ -98,10 +215,9 @@ def _table(title: str, rows: Sequence[Forecast], baseline: Forecast) -> Table:
         table.add_column(heading, justify="left" if heading == "GPUs" else "right", no_wrap=True)
     for row in rows:
         gpus, busy = row.fleet, (row.rollout_busy, row.teacher_busy, row.learner_busy)
+        apart = f"{gpus.rollout}R + {gpus.teacher}T + {gpus.learner}L"
         table.add_row(
-            f"{gpus.rollout}RL + {gpus.teacher}T"
-            if gpus.time_shared
-            else f"{gpus.rollout}R + {gpus.teacher}T + {gpus.learner}L",
+            f"{gpus.rollout}RL + {gpus.teacher}T" if gpus.time_shared else apart,
             str(row.max_staleness),
             f"{row.tokens_per_s:,.0f}",
             f"{row.tokens_per_s / baseline.tokens_per_s:.2f}",
@@ -112,71 +228,9 @@ def _table(title: str, rows: Sequence[Forecast], baseline: Forecast) -> Table:
     return table
 
 
-# -- what is asked about ------------------------------------------------------------------------------------------
-def _inputs(arguments: argparse.Namespace) -> tuple[Workload, Costs]:
-    given = {
-        name.replace("-", "_"): value
-        for name in (*SECONDS, "score-tokens-per-s", "train-tokens-per-s")
-        if (value := getattr(arguments, name.replace("-", "_"))) is not None
-    }
-    if arguments.speeds:
-        given["speeds"] = _speeds(arguments.speeds)
-    _check_given(arguments)
-    shape = DecodeCurve.parse(arguments.decode)
-    sizes = {
-        "batch_size": arguments.batch_size,
-        "shard_size": arguments.shard_size,
-        "num_slots": arguments.slots,
-        "num_steps": arguments.steps,
-    }
-    if arguments.costs_of:
-        log, config = _stored(arguments.root, arguments.costs_of)
-        work, costs = calibrate(log, config, shape)
-        lengths = _lengths(arguments) if arguments.lengths else work.lengths
-        own = {
-            "batch_size": work.batch_size,
-            "shard_size": work.shard_size,
-            "num_slots": work.num_slots,
-            "num_steps": work.num_steps,
-        }
-        chosen = {name: own[name] if value is None else value for name, value in sizes.items()}
-        return Workload(lengths, **chosen, seed=arguments.seed), Costs(**{**vars(costs), **given})
-    defaults = {"batch_size": 256, "shard_size": 64, "num_slots": 256, "num_steps": 40}
-    chosen = {name: defaults[name] if value is None else value for name, value in sizes.items()}
-    return Workload(_lengths(arguments), **chosen, seed=arguments.seed), Costs(decode=shape, **given)
-
-
-NEEDED = {
-    "decode": "--decode N:S,…: seconds of a decode step by active slots, for example 1:0.006,512:0.02",
-    "lengths": "--lengths: a run id, or for example lognormal:mean=3000,p99=16000,max=16384",
-    "score_tokens_per_s": "--score-tokens-per-s X, of one teacher GPU",
-    "train_tokens_per_s": "--train-tokens-per-s X, of one learner GPU",
-}
-
-
-def _check_given(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError that names everything that is missing, so that nobody finds out one by one."""
-    needed = ["decode"] if arguments.costs_of else list(NEEDED)
-    missing = [NEEDED[name] for name in needed if getattr(arguments, name) is None]
-    if missing:
-        hint = "" if arguments.costs_of else " All but --decode can be read from a synchronous run: --costs-of RUN_ID."
-        raise ConfigError(f"the forecast needs {'; '.join(missing)}.{hint}")
-
-
-def _lengths(arguments: argparse.Namespace) -> Lengths:
-    if arguments.lengths.startswith("lognormal:"):
-        return Lognormal.parse(arguments.lengths)
-    log, config = _stored(arguments.root, arguments.lengths)
-    shards = [shard for shard in config.plan.shards() if log.find_trajectories(shard) is not None]
-    lengths = tuple(len(t.response_ids) for shard in shards for t in log.read_trajectories(shard))
-    if not lengths:
-        raise ConfigError(f"run {arguments.lengths} has produced no responses yet.")
-    return Observed(lengths, arguments.lengths)
-
-
-def _stored(root: str, run_id: str) -> tuple[Any, RunConfig]:
+def _stored(root: str, run_id: str) -> tuple[StoredRunLog, RunConfig]:
     log = open_run(open_store(root), run_id)
-    return log, RunConfig.model_validate(log.record["config"])
+    return log, RunConfig.model_validate(log.config())
 
 
 def _speeds(text: str) -> tuple[float, ...]:

@@ -40,13 +40,6 @@ _SILENT_HEARTBEATS = 4.0
 """Heartbeat intervals after which a worker is called silent."""
 
 
-def is_finished(log: RunHistory, config: RunConfig) -> bool:
-    """Is every step trained, and the last version evaluated where evaluations are on?"""
-    last = config.learner.num_steps
-    trained = log.find_step(last - 1) is not None
-    return trained and (not config.evaluate.every or any(e.version.number == last for e in log.evaluations()))
-
-
 @dataclass(frozen=True)
 class RoleProgress:
     """One worker that is alive, or was a moment ago."""

@@ -1,31 +1,30 @@
-"""`asyncopd sql`: one query, a stored one, the list of those, or a shell. Every query runs in the sandbox.
+"""`asyncopd sql` and `asyncopd export`: what a query selects, on the screen, in a file, or as a dataset.
 
-Rows of a query as a table for the screen, CSV, JSON lines or Parquet.
-
-`asyncopd export`: what a query selects, as a dataset to train on elsewhere.
+Every query runs in the sandbox. Rows leave as a table for the screen, CSV, JSON lines or Parquet.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import io
 import json
 import os
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pyarrow.parquet as pq
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
 from asyncopd.config import parse_override
 from asyncopd.errors import QueryError
-from asyncopd.sql_shell import run_shell
-from storage.catalog.export import export, plain
+from storage.catalog.export import ExportFormat, plain
+from storage.catalog.export import export as export_dataset
 from storage.catalog.rows import AsOf
 from storage.catalog.sandbox import QueryLimits, Sandbox
 from storage.catalog.snapshot import Catalog
@@ -33,45 +32,122 @@ from storage.catalog.stored_queries import find_query, stored_queries
 from storage.runs import list_runs
 from storage.stores import open_store
 
+Format = Literal["table", "csv", "json", "parquet"]
+BY_ENDING: dict[str, Format] = {".csv": "csv", ".json": "json", ".parquet": "parquet"}
 DEFAULT_LIMIT = 1000
 """Rows: more than anyone reads on a screen, little enough to print at once."""
+MAX_CELL = 200
+"""Characters of a cell on the screen."""
+EXPORT_MEMORY_BYTES = 2 * 2**30
+"""An export may sort and join more than a question does; it is the user's own machine."""
 
 
-def add_sql(commands: Any) -> None:
-    """Add `sql` to the parser's commands."""
-    parser = commands.add_parser("sql", help="ask the run log in SQL (docs/queries.md); without a query: a shell")
-    parser.add_argument("query", nargs="?", help="a SELECT, or the name of a stored query (--list)")
-    parser.add_argument("--list", action="store_true", help="list the stored queries")
-    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--format", choices=FORMATS, help="default: by the ending of --output, else table")
-    parser.add_argument("--output", metavar="FILE", help="write there instead of the screen; must not exist")
-    parser.add_argument("--limit", type=int, default=DEFAULT_LIMIT, help=f"rows (default {DEFAULT_LIMIT}, 0: all)")
-    add_scope(parser)
-    parser.set_defaults(run=_run)
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Scope:
+    """Which runs a query sees, as of when, and how long it may take.
+
+    Attributes:
+        root: Storage root.
+        runs: Only this run; may be repeated.
+        as_of_version: As it was when policy version V was published.
+        as_of_time: As it was then: ISO time (UTC unless it says) or Unix s.
+        timeout: Seconds a query may take.
+    """
+
+    root: str = "runs"
+    runs: Annotated[tuple[str, ...], Parameter("--run", metavar="RUN_ID")] = ()
+    as_of_version: Annotated[int | None, Parameter(metavar="V")] = None
+    as_of_time: Annotated[str | None, Parameter(metavar="TIME")] = None
+    timeout: Annotated[float, Parameter(metavar="S")] = 60.0
+
+    def catalog(self) -> Catalog:
+        """Raises QueryError when the root has no runs."""
+        store = open_store(self.root)
+        if not list_runs(store):
+            # An empty catalog would answer, and a mistyped root would look like a log without rows.
+            raise QueryError(f"there are no runs in {self.root}. Name the storage root with --root.")
+        return Catalog(store, self.runs or None)
+
+    def as_of(self) -> AsOf | None:
+        """The moment that is looked at; None for now."""
+        if self.as_of_version is None and self.as_of_time is None:
+            return None
+        return AsOf(version=self.as_of_version, time=None if self.as_of_time is None else parse_time(self.as_of_time))
 
 
-def add_scope(parser: argparse.ArgumentParser) -> None:
-    """Options that say which runs, at which moment, with which limits."""
-    parser.add_argument("--root", default="runs", help="storage root (default: runs)")
-    parser.add_argument("--run", dest="runs", action="append", metavar="RUN_ID", help="only this run; may be repeated")
-    parser.add_argument("--as-of-version", type=int, metavar="V", help="as it was when policy version V was published")
-    parser.add_argument("--as-of-time", metavar="TIME", help="as it was then: ISO time (UTC unless it says) or Unix s")
-    parser.add_argument(
-        "--timeout", type=float, default=60.0, metavar="S", help="seconds a query may take (default 60)"
-    )
+EVERYTHING = Scope()
 
 
-def scope_of(arguments: argparse.Namespace) -> tuple[Catalog, AsOf | None]:
-    """The catalog and the moment that `add_scope`'s options name."""
-    as_of = None
-    if arguments.as_of_version is not None or arguments.as_of_time is not None:
-        moment = None if arguments.as_of_time is None else parse_time(arguments.as_of_time)
-        as_of = AsOf(version=arguments.as_of_version, time=moment)
-    store = open_store(arguments.root)
-    if not list_runs(store):
-        # An empty catalog would answer, and a mistyped root would look like a log without rows.
-        raise QueryError(f"there are no runs in {arguments.root}. Name the storage root with --root.")
-    return Catalog(store, arguments.runs), as_of
+def sql(
+    query: str | None = None,
+    /,
+    *,
+    list_: Annotated[bool, Parameter("--list")] = False,
+    parameters: Annotated[tuple[str, ...], Parameter("-p", metavar="NAME=VALUE")] = (),
+    format: Format | None = None,
+    output: Annotated[Path | None, Parameter(metavar="FILE")] = None,
+    limit: int = DEFAULT_LIMIT,
+    scope: Scope = EVERYTHING,
+) -> int:
+    """Ask the run log.
+
+    Args:
+        query: A SELECT, or the name of a stored query (--list); without it, read from standard input.
+        list_: List the stored queries.
+        parameters: A parameter of a stored query, or $NAME of a SELECT; may be repeated.
+        format: Default: by the ending of --output, else table.
+        output: Write there instead of the screen; must not exist.
+        limit: Rows; 0 for all.
+    """
+    console = Console()
+    if list_:
+        console.print(_stored())
+        return 0
+    if limit < 0:
+        raise QueryError(f"--limit {limit}: expected a number of rows, or 0 for all.")
+    if query is None and sys.stdin.isatty():
+        raise QueryError(
+            'there is no query. Give a SELECT, for example asyncopd sql "select run, max(version) from policies group '
+            'by run", or the name of a stored query: asyncopd sql --list.'
+        )
+    catalog, as_of = scope.catalog(), scope.as_of()
+    text, given = resolve(sys.stdin.read() if query is None else query, parameters)
+    style = format or (BY_ENDING.get(output.suffix, "table") if output else "table")
+    with Sandbox(catalog, QueryLimits(max_rows=limit, timeout_s=scope.timeout)) as sandbox:
+        result = sandbox.query(text, given, as_of=as_of)
+    notes = Console(stderr=True, highlight=False, soft_wrap=True)
+    if output is not None or style == "parquet":
+        write_result(result.table, style, output)
+        if output is not None:
+            notes.print(f"{_num_rows(result.table)} written to {output} ({style})")
+    else:
+        print(text_of_result(result.table, style, width=console.width if console.is_terminal else None), end="")
+    if result.truncated:
+        notes.print(f"only the first {limit} rows; --limit 0 gives all.")
+    return 0
+
+
+def export(
+    query: str,
+    /,
+    *,
+    format: ExportFormat,
+    output: Annotated[Path, Parameter(metavar="DIR")],
+    scope: Scope = EVERYTHING,
+) -> int:
+    """Write a dataset.
+
+    Args:
+        query: A SELECT with columns run and index, for example: "select run, index from trajectories where correct".
+        format: What is written (docs/queries.md).
+        output: New folder; must not exist.
+    """
+    limits = QueryLimits(max_rows=0, timeout_s=scope.timeout, memory_bytes=EXPORT_MEMORY_BYTES, max_result_bytes=0)
+    with Sandbox(scope.catalog(), limits) as sandbox:
+        num_rows = export_dataset(sandbox, query, format, output, limits=limits, as_of=scope.as_of())
+    Console().print(f"{num_rows} rows in {output}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def parse_time(text: str) -> float:
@@ -85,38 +161,7 @@ def parse_time(text: str) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    console = Console()
-    if arguments.list:
-        print_stored(console)
-        return 0
-    if arguments.limit < 0:
-        raise QueryError(f"--limit {arguments.limit}: expected a number of rows, or 0 for all.")
-    catalog, as_of = scope_of(arguments)
-    limits = QueryLimits(max_rows=arguments.limit, timeout_s=arguments.timeout)
-    if arguments.query is None and sys.stdin.isatty():
-        with Sandbox(catalog, limits, prestart=True) as sandbox:
-            return run_shell(sandbox, as_of, console=console)
-    sql, parameters = resolve(arguments.query or sys.stdin.read(), arguments.parameters)
-    output = Path(arguments.output) if arguments.output else None
-    style = arguments.format or (_format_of(output) if output else "table")
-    with Sandbox(catalog, limits) as sandbox:
-        result = sandbox.query(sql, parameters, as_of=as_of)
-    if output is not None or style == "parquet":
-        write_result(result.table, style, output)
-        if output is not None:
-            rows = f"{result.table.num_rows:,} row{'' if result.table.num_rows == 1 else 's'}"
-            written = f"{rows} written to {output} ({style})"
-            Console(stderr=True).print(written, highlight=False, soft_wrap=True)
-    else:
-        print(text_of_result(result.table, style, width=console.width if console.is_terminal else None), end="")
-    if result.truncated:
-        note = f"only the first {arguments.limit} rows; --limit 0 gives all."
-        Console(stderr=True).print(note, highlight=False, soft_wrap=True)
-    return 0
-
-
-def resolve(query: str, assignments: list[str]) -> tuple[str, dict[str, Any]]:
+def resolve(query: str, assignments: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
     """(SQL, parameters) of a query or of a stored query's name. Raises QueryError."""
     given = dict(parse_override(text) for text in assignments)
     stored = find_query(query)
@@ -127,22 +172,15 @@ def resolve(query: str, assignments: list[str]) -> tuple[str, dict[str, Any]]:
     return query, given
 
 
-def print_stored(console: Console) -> None:
-    """All stored queries with their parameters."""
+def _stored() -> Table:
     table = Table("name", "question", "parameters")
     for query in stored_queries().values():
         parameters = ", ".join(f"{parameter.name}={parameter.default}" for parameter in query.parameters)
         table.add_row(query.name, query.question, parameters)
-    console.print(table)
+    return table
 
 
-def _format_of(output: Path) -> str:
-    return {".csv": "csv", ".json": "json", ".parquet": "parquet"}.get(output.suffix, "table")
-
-
-FORMATS = ("table", "csv", "json", "parquet")
-_MAX_CELL = 200
-"""Characters of a cell on the screen."""
+# -- rows as text and files ------------------------------------------------------------------------------------------
 
 
 def text_of_result(rows: Any, style: str, *, width: int | None = None) -> str:
@@ -201,12 +239,12 @@ def _table(rows: Any, width: int | None) -> str:
         table.add_row(*(_shown(value) for value in row.values()))
     sink = io.StringIO()
     Console(file=sink, width=width or 10_000, markup=False, emoji=False, highlight=False).print(table)
-    return f"{sink.getvalue()}{rows.num_rows} row{'' if rows.num_rows == 1 else 's'}\n"
+    return f"{sink.getvalue()}{_num_rows(rows)}\n"
 
 
 def _shown(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else _cell(value)
-    return text if len(text) <= _MAX_CELL else text[: _MAX_CELL - 1] + "…"
+    return text if len(text) <= MAX_CELL else text[: MAX_CELL - 1] + "…"
 
 
 def _cell(value: Any) -> str:
@@ -216,30 +254,5 @@ def _cell(value: Any) -> str:
     return json.dumps(shown, ensure_ascii=False) if isinstance(shown, dict | list) else str(shown)
 
 
-_MEMORY_BYTES = 2 * 2**30
-"""An export may sort and join more than a question does; it is the user's own machine."""
-
-
-def add_export(commands: Any) -> None:
-    """Add `export` to the parser's commands."""
-    description = "write what a query selects as a dataset, every row with its run, index, policy versions and teacher"
-    parser = commands.add_parser("export", help="write selected trajectories as a dataset", description=description)
-    parser.add_argument(
-        "query",
-        help='a SELECT with columns run and index, for example: "select run, index from trajectories where correct"',
-    )
-    parser.add_argument("--format", choices=("sft", "parquet", "hf"), required=True)
-    parser.add_argument("--output", required=True, metavar="DIR", help="new folder; must not exist")
-    add_scope(parser)
-    parser.set_defaults(run=_run_export)
-
-
-def _run_export(arguments: argparse.Namespace) -> int:
-    catalog, as_of = scope_of(arguments)
-    limits = QueryLimits(max_rows=0, timeout_s=arguments.timeout, memory_bytes=_MEMORY_BYTES, max_result_bytes=0)
-    with Sandbox(catalog, limits) as sandbox:
-        num_rows = export(
-            sandbox, arguments.query, arguments.format, Path(arguments.output), limits=limits, as_of=as_of
-        )
-    Console().print(f"{num_rows} rows in {arguments.output}", highlight=False, soft_wrap=True)
-    return 0
+def _num_rows(rows: Any) -> str:
+    return f"{rows.num_rows:,} row{'' if rows.num_rows == 1 else 's'}"

@@ -9,8 +9,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from asyncopd.config import RunConfig, parse_override
 from asyncopd.config.requests import Backfill
@@ -218,3 +220,25 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"run {arguments.run_id} has no trajectories yet; train it before back-filling.")
     else:
         check_counterfactual(log)
+
+
+# Until these are functions of their own: what cyclopts is asked goes to the parser above.
+Tokens = Annotated[str, Parameter(allow_leading_hyphen=True)]
+
+
+def replay(*tokens: Tokens) -> int:
+    return _parsed("replay", tokens)
+
+
+def backfill(*tokens: Tokens) -> int:
+    return _parsed("backfill", tokens)
+
+
+def counterfactual(*tokens: Tokens) -> int:
+    return _parsed("counterfactual", tokens)
+
+
+def _parsed(command: str, tokens: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="asyncopd")
+    add_replay(parser.add_subparsers())
+    return _run(parser.parse_args([command, *tokens]))

@@ -6,3 +6,13 @@
 Both store every finished cell as one object (cells.py), so a killed study goes on where it stood. Run as
 `asyncopd study ...` or `python -m asyncopd.study ...`.
 """
+
+from __future__ import annotations
+
+import sys
+
+
+def study_command(study: str, *, out: str, root: str, quick: bool = False, workers: int = 2) -> list[str]:
+    """The child process of a study; that process loads torch, this module does not."""
+    options = ["--out", out, "--models", root, "--workers", str(workers), *(["--quick"] if quick else [])]
+    return [sys.executable, "-m", "asyncopd.study", study, *options]

@@ -62,6 +62,13 @@ class CollectReport:
         """For `--json`."""
         return {"num_bytes": self.num_bytes, **asdict(self)}
 
+    def to_text(self) -> str:
+        """For people."""
+        verb = "would remove" if self.dry_run else "removed"
+        lines = [f"{g.reason:10}  {g.size_bytes:>12,} bytes  {g.key}" for g in self.removed]
+        shards = f"; {self.num_shards_emptied} shards keep their manifest only" if self.num_shards_emptied else ""
+        return "\n".join([*lines, f"{verb} {len(self.removed)} objects, {self.num_bytes:,} bytes{shards}"])
+
 
 def collect_run(
     store: ObjectStore,

@@ -1,0 +1,215 @@
+"""`asyncopd train | status | config`: a run from its configuration to its report.
+
+    config --preflight--> local stack --create_flow_run--> flow asyncopd/train --follow--> report
+                                                  Ctrl-C --cancel--> stopped; nothing stored is lost
+
+A mistake in the configuration is refused here, although the flow checks the same: it should not have to wait for a
+server to start.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from cyclopts import Parameter
+from rich.console import Console
+
+from asyncopd.cli import STOPPED_BY_USER, Overrides, Root
+from asyncopd.cli.follow import follow, show_report, show_status
+from asyncopd.config import RunConfig, load_config, parse_override
+from asyncopd.config.resume import differences, safe_changes
+from asyncopd.errors import ConfigError, ServerAwayError
+from asyncopd.local import stack
+from asyncopd.local.prefect_api import FlowRun, create_flow_run
+from asyncopd.local.processes import home
+from flows.preflight import preflight
+from storage.run_log import StoredRunLog
+from storage.runs import is_finished, list_runs, open_run
+from storage.stores import open_store
+
+QUICKSTART = "configs/quickstart.yaml"
+FAILED = 1
+NOT_RUNNING = 3
+"""Status of `asyncopd status` where no server or no worker runs."""
+CANCEL_S = 30.0
+"""Patience with a cancelled flow; its roles stop within ten seconds."""
+SERVER_AWAY_S = 60.0
+"""A server may be away this long, as while it is started again, before following a run gives up."""
+
+
+def train(
+    config: str | None = None,
+    /,
+    *,
+    overrides: Overrides = (),
+    run_id: str | None = None,
+    root: Annotated[str | None, Parameter(help="Storage root (default: the configuration's storage.root).")] = None,
+) -> int:
+    """Train, or go on with a run that stopped.
+
+    Args:
+        config: YAML file (default configs/quickstart.yaml).
+        run_id: Go on with this run, or give a new one this id.
+    """
+    console = Console()
+    asked = dict(parse_override(text) for text in overrides) | ({"storage.root": root} if root else {})
+    # Where runs are is known before anything else of the configuration is.
+    where = load_config(config or QUICKSTART, {k: v for k, v in asked.items() if k == "storage.root"}).storage.root
+    if run_id is not None and run_id in list_runs(open_store(where)):
+        resolved, parameters = _to_resume(config, asked, run_id, where)
+        report = home() / "reports" / run_id
+        if is_finished(_log_of(resolved, run_id), resolved) and report.is_dir():
+            show_report(report, console=console)
+            return 0
+    else:
+        resolved = load_config(config or QUICKSTART, asked)
+        if run_id is not None and config is None and not overrides:
+            stored_config(where, run_id)  # refuses: there is no such run
+        run_id = run_id or f"{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+        parameters = {"run_id": run_id, "config": str(Path(config or QUICKSTART)), "overrides": asked}
+    preflight(resolved)
+    stack.up(lambda line: console.print(f"[dim]{line}[/]", highlight=False))
+    return _see_through(resolved, run_id, {name: value for name, value in parameters.items() if value}, console)
+
+
+def status(run_id: str | None = None, /, *, root: Root = "runs") -> int:
+    """Show what runs.
+
+    Args:
+        run_id: Of the run whose roles are shown; without it, the local stack is.
+    """
+    console = Console(highlight=False)
+    if run_id is not None:
+        config = stored_config(root, run_id)
+        show_status(_log_of(config, run_id), config, console=Console())
+        return 0
+    found = stack.status()
+    console.print(f"server: {found['server'] or 'none'}")
+    console.print(f"worker: {'online' if found['worker_online'] else 'none'}")
+    console.print(f"service: {found['service'] or 'none'}")
+    for process in found["processes"]:
+        console.print(f"  {process['name']} (pid {process['pid']})")
+    return 0 if found["server"] and found["worker_online"] else NOT_RUNNING
+
+
+def config(config: str = QUICKSTART, /, *, overrides: Overrides = (), schema: bool = False) -> int:
+    """Show a configuration.
+
+    Args:
+        config: YAML file.
+        schema: Print the JSON schema instead.
+    """
+    if schema:
+        print(json.dumps(RunConfig.model_json_schema(), indent=2))
+        return 0
+    resolved = load_config(config, dict(parse_override(text) for text in overrides))
+    print(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), end="")
+    print(f"# digest {resolved.digest()}")
+    return 0
+
+
+def stored_config(root: str, run_id: str) -> RunConfig:
+    """The configuration a run of `root` was made with. Raises RunMissingError."""
+    return RunConfig.model_validate(open_run(open_store(root), run_id).config())
+
+
+def _to_resume(
+    source: str | None, overrides: dict[str, Any], run_id: str, root: str
+) -> tuple[RunConfig, dict[str, Any]]:
+    """(what a run goes on with: its stored configuration and safe changes; the flow's parameters).
+
+    Raises:
+        ConfigError: another change was asked for, or the run is a replay.
+    """
+    stored = stored_config(root, run_id)
+    parent = _log_of(stored, run_id).record.get("parent")
+    if parent:
+        raise ConfigError(
+            f"run {run_id} is a replay of {parent['run_id']} and has no sampler. Repeat the "
+            "`asyncopd replay` command that made it to go on with it."
+        )
+    asked = load_config(source or stored.model_dump(mode="json"), overrides)
+    safe_changes(stored, asked, run_id=run_id)
+    changed = {key: new for key, (_, new) in differences(stored, asked).items()}
+    return asked, {"run_id": run_id, "root": asked.storage.root, "overrides": changed}
+
+
+def _see_through(config: RunConfig, run_id: str, parameters: dict[str, Any], console: Console) -> int:
+    """Start the flow and follow it to its end. Returns the exit status."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in parameters.items()}
+    shown = " ".join(f"-p {repr(f'{n}={text}') if ' ' in text else f'{n}={text}'}" for n, text in texts.items())
+    console.print(f"$ prefect deployment run asyncopd/train {shown}", markup=False, highlight=False, soft_wrap=True)
+    flow_run = create_flow_run("asyncopd/train", parameters, name=run_id)
+    try:
+        state = follow(_log_of(config, run_id), config, console=console, is_over=_patiently(flow_run))
+    except KeyboardInterrupt:
+        return _cancel(flow_run, config, run_id, console)
+    if state == "COMPLETED":
+        show_report(home() / "reports" / run_id, console=console)
+        return 0
+    console.print(f"[bold red]{state}[/]: ", end="")
+    console.print(flow_run.message(), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Logs of its roles: {home() / 'logs' / run_id}/", highlight=False, soft_wrap=True)
+    console.print(_how_to_go_on(config, run_id), highlight=False, soft_wrap=True)
+    return FAILED
+
+
+def _patiently(flow_run: FlowRun) -> Callable[[], str | None]:
+    """The flow run's terminal state, bridging a server that is away for up to SERVER_AWAY_S."""
+    last_answer = time.monotonic()
+
+    def terminal_state() -> str | None:
+        nonlocal last_answer
+        try:
+            state = flow_run.terminal_state()
+        except ServerAwayError:
+            if time.monotonic() - last_answer > SERVER_AWAY_S:
+                raise
+            return None  # it may be restarting; storage has what matters
+        last_answer = time.monotonic()
+        return state
+
+    return terminal_state
+
+
+def _cancel(flow_run: FlowRun, config: RunConfig, run_id: str, console: Console) -> int:
+    console.print("\nstopping every role …", highlight=False)
+    started = time.monotonic()
+    is_over = _patiently(flow_run)
+    try:
+        flow_run.cancel()
+    except ServerAwayError as error:
+        console.print(f"{error} End everything with: asyncopd down", highlight=False, soft_wrap=True)
+        console.print(_how_to_go_on(config, run_id), highlight=False, soft_wrap=True)
+        return STOPPED_BY_USER
+    while is_over() is None:
+        if time.monotonic() - started > CANCEL_S:
+            console.print(
+                f"the flow did not stop within {CANCEL_S:.0f} s. End it, and everything else, with: asyncopd down",
+                highlight=False,
+            )
+            return STOPPED_BY_USER
+        time.sleep(0.2)
+    console.print(f"stopped after {time.monotonic() - started:.1f} s; nothing stored is lost.", highlight=False)
+    console.print(_how_to_go_on(config, run_id), highlight=False, soft_wrap=True)
+    return STOPPED_BY_USER
+
+
+def _how_to_go_on(config: RunConfig, run_id: str) -> str:
+    """The command that resumes a run, or says that the flow never came to create it."""
+    root = config.storage.root
+    if run_id not in list_runs(open_store(root)):
+        return f"Run {run_id} was not created yet; start it again as before."
+    option = "" if root == RunConfig().storage.root else f" --root {root}"
+    return f"Go on with: asyncopd train --run-id {run_id}{option}"
+
+
+def _log_of(config: RunConfig, run_id: str) -> StoredRunLog:
+    return StoredRunLog(open_store(config.storage.root), run_id)
