@@ -30,12 +30,12 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 
 from api.events import Hub
-from api.fold import RunFold
 from api.launcher import RunLauncher
 from api.problems import ProblemError, no_run
 from api.reader import RunReader
 from api.schemas import RUN_ID_PATTERN
 from asyncopd.errors import ConfigError
+from storage.run_view import RunView
 
 RunId = Annotated[str, UrlPath(pattern=RUN_ID_PATTERN, description="Id of a run.", examples=["walk-7"])]
 
@@ -56,10 +56,10 @@ async def hub(request: Request) -> Hub:
     return found
 
 
-async def fold(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> RunFold:
+async def fold(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> RunView:
     """The run of the path, read up to now; 404 while it does not exist in storage."""
     held = runs.held(run_id)
-    return held if held is not None and held.is_fresh else await run_in_threadpool(runs.fold, run_id)
+    return held if held is not None and held.is_fresh else await run_in_threadpool(runs.view, run_id)
 
 
 async def known_run(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> str:
@@ -86,7 +86,7 @@ async def known_query(request: Request) -> None:
 Runs = Annotated[RunReader, Depends(reader)]
 Launches = Annotated[RunLauncher, Depends(launcher)]
 Streams = Annotated[Hub, Depends(hub)]
-Fold = Annotated[RunFold, Depends(fold)]
+Fold = Annotated[RunView, Depends(fold)]
 KnownRun = Annotated[str, Depends(known_run)]
 
 

@@ -23,10 +23,11 @@ from weakref import WeakKeyDictionary
 
 from starlette.concurrency import run_in_threadpool
 
-from api.fold import History, RunFold
 from api.reader import TERMINAL, RunReader
 from api.schemas import Event, EventKind
 from asyncopd.types import Evaluation, TrainStep
+from storage.history import History
+from storage.run_view import RunView
 
 _CURSOR = re.compile(r"e(\d+)-(\d+)\.f(\d+)\.r(\d+)\.s(\d+)-(\d+)\.t(\d+)")
 
@@ -248,14 +249,14 @@ class Hub:
 
     def __init__(self, reader: RunReader, poll_s: float) -> None:
         self._reader, self._poll_s = reader, poll_s
-        self._feeds: WeakKeyDictionary[RunFold, Feed] = WeakKeyDictionary()
+        self._feeds: WeakKeyDictionary[RunView, Feed] = WeakKeyDictionary()
         self._tails: dict[str, _Tail] = {}
         self._turn = asyncio.Lock()
 
-    async def feed(self, fold: RunFold) -> Feed:
-        """A run's feed, up to what `fold` has read."""
-        feed = self._feed_of(fold)
-        if not feed.is_at(history := fold.history):
+    async def feed(self, view: RunView) -> Feed:
+        """A run's feed, up to what `view` has read."""
+        feed = self._feed_of(view)
+        if not feed.is_at(history := view.history):
             await run_in_threadpool(feed.extend, history)
         return feed
 
@@ -315,11 +316,11 @@ class Hub:
 
     def _look(self, run_id: str, tail: _Tail) -> bool:
         """Bring the tail up to date; is there news?"""
-        fold = self._reader.find_fold(run_id)
-        if fold is None:
+        view = self._reader.find(run_id)
+        if view is None:
             history, feed = History(), tail.feed
         else:
-            history, feed = fold.refresh().history, self._feed_of(fold)
+            history, feed = view.refresh().history, self._feed_of(view)
         feed.extend(history)
         tail.feed = feed
         # From the same history as the events: they are complete up to an end.
@@ -331,8 +332,8 @@ class Hub:
         is_news, tail.num_told = len(feed) != tail.num_told, len(feed)
         return is_news or bool(tail.end)
 
-    def _feed_of(self, fold: RunFold) -> Feed:
-        return self._feeds.setdefault(fold, Feed())
+    def _feed_of(self, view: RunView) -> Feed:
+        return self._feeds.setdefault(view, Feed())
 
     def _forget(self, run_id: str, tail: _Tail) -> None:
         if tail.task is not None and tail.num_clients == 0:

@@ -88,7 +88,7 @@ class RunLauncher:
         replayed = not self._launches.record_launch(run_id, launch)
         if replayed:
             self._check_same(run_id, launch, idempotency_key)
-        elif self._reader.find_fold(run_id) is not None:
+        elif self._reader.find(run_id) is not None:
             raise ProblemError(409, "run-exists", f"Run {run_id} exists. Choose another run_id, or resume it.")
         if self._launches.find_flow_run(run_id) is None:
             try:
@@ -129,7 +129,7 @@ class RunLauncher:
                 "To train more, launch another or replay this one.",
             )
         launch = self._launches.find_launch(run_id)
-        known = self._reader.find_fold(run_id) is not None
+        known = self._reader.find(run_id) is not None
         # A run that its flow never came to create is created now.
         config = {} if known or launch is None else {"config": launch["config"]}
         self._start(run_id, {"run_id": run_id, **config})

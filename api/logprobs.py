@@ -16,9 +16,9 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import Fold, Reader
-from api.fold import RunFold
 from api.problems import ProblemError, responses
 from api.schemas import LogprobsOut
+from storage.run_view import RunView
 
 router = APIRouter(prefix="/v1/runs/{run_id}/trajectories", tags=["trajectories"], dependencies=[Reader])
 MAX_WAITING = 8
@@ -118,7 +118,7 @@ async def get_logprobs(
     return LogprobsOut(version=number, logprobs=await logprobs.logprobs(fold.log.run_id, index, number))
 
 
-def _checked(fold: RunFold, index: int, version: int | None) -> int:
+def _checked(fold: RunView, index: int, version: int | None) -> int:
     """The version that is asked for. Raises ProblemError 404 for what is not stored, before a process starts."""
     log = fold.log
     if log.shard_of(index) is None:

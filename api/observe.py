@@ -21,7 +21,6 @@ from fastapi.responses import StreamingResponse
 from api import views
 from api.deps import Fold, KnownRun, Reader, Streams
 from api.events import Cursor
-from api.fold import RunFold
 from api.problems import responses
 from api.schemas import (
     CheckpointList,
@@ -34,6 +33,7 @@ from api.schemas import (
     Throughput,
     Timeline,
 )
+from storage.run_view import RunView
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["observations"], dependencies=[Reader])
 MaxPoints = Annotated[
@@ -167,7 +167,7 @@ class _Made:
     cost_s: float
     """CPU time that making it took."""
 
-    def serves(self, fold: RunFold, age_s: float) -> bool:
+    def serves(self, fold: RunView, age_s: float) -> bool:
         # The end of a run is never withheld: whoever was told of it asks for the last curves.
         is_current = self.counters == fold.history.counters or not fold.history.is_over
         factor = min(max(self.cost_s / COST_S, 1.0), MAX_FACTOR)
@@ -184,7 +184,7 @@ class Answers:
         self._making: dict[str, asyncio.Future[_Made]] = {}
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="view")
 
-    async def get(self, key: str, fold: RunFold, make: Callable[[RunFold], Schema | bytes]) -> bytes:
+    async def get(self, key: str, fold: RunView, make: Callable[[RunView], Schema | bytes]) -> bytes:
         """The answer under `key`: `make(fold)`, or what it was less than `age_s` ago, longer where it costs much."""
         made = self._made.get(key)
         if made is not None and made.serves(fold, self._age_s):
@@ -210,7 +210,7 @@ class Answers:
             self._num_bytes -= len(dropped.body)
 
 
-def _make(fold: RunFold, make: Callable[[RunFold], Schema | bytes]) -> _Made:
+def _make(fold: RunView, make: Callable[[RunView], Schema | bytes]) -> _Made:
     # Both before it is made: what comes meanwhile makes it old.
     counters, now, used_s = fold.history.counters, time.monotonic(), time.thread_time()
     made = make(fold)
@@ -226,7 +226,7 @@ class Answer:
         self._key = f"{request.url.path}?{request.url.query}"
         self._fold = fold
 
-    async def __call__(self, make: Callable[[RunFold], Schema | bytes]) -> Response:
+    async def __call__(self, make: Callable[[RunView], Schema | bytes]) -> Response:
         """`make(fold)` as JSON; it is called in a thread, unless another request was answered a moment ago."""
         return json_response(await self._answers.get(self._key, self._fold, make))
 

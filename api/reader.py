@@ -1,6 +1,6 @@
-"""Runs as the service shows them: read from storage, folded as they grow, never held longer than they stay true.
+"""Runs as the service shows them: read from storage as they grow, never held longer than they stay true.
 
-    RunReader --one RunFold for each run--> Run
+    RunReader --one RunView for each run--> Run
 
 Every method that reads blocks: routes are plain functions, which FastAPI calls in threads, and streams call them in
 threads. `held` does not.
@@ -9,18 +9,18 @@ threads. `held` does not.
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from api.fold import NUM_TOKENS, History, RunFold
 from api.problems import no_run
-from api.schemas import Latest, Progress, Run, RunStatus
+from api.schemas import Latest, Progress, Run
 from asyncopd.errors import StorageError
 from asyncopd.types import TrainStep
+from storage.history import NUM_TOKENS, History, RunStatus, is_silent, role_of, status_of
 from storage.launches import LaunchLog, WishRecord
 from storage.layout import RunLayout
 from storage.records import from_json
+from storage.run_view import RunView
 from storage.runs import list_runs, open_run
 from storage.stores.base import ObjectStore
 
@@ -28,8 +28,8 @@ MAX_STEPS = 100_000
 """Steps kept in memory, over all runs; 10,000 are about 30 MB."""
 QUEUED = "waiting for a worker to start the flow"
 SPARKLINE_POINTS = 60
-SILENT_S, STARTING_S = 30.0, 120.0
-"""Without a sign of life for so long, a run's processes count as gone; longer where its roles may just be starting."""
+FRESH_S = 0.25
+"""A history this young is not read again: fifty requests a second cost four looks."""
 TERMINAL: frozenset[RunStatus] = frozenset({"paused", "cancelled", "succeeded", "failed"})
 """States in which no flow works on the run."""
 
@@ -40,7 +40,7 @@ class RunReader:
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
         self.launches = LaunchLog(store)
-        self._folds: OrderedDict[str, RunFold] = OrderedDict()
+        self._views: OrderedDict[str, RunView] = OrderedDict()
         self._created: dict[str, float] = {}
         self._lock = threading.Lock()
 
@@ -49,23 +49,23 @@ class RunReader:
         return sorted({*list_runs(self.store), *self.launches.launches()})
 
     def exists(self, run_id: str) -> bool:
-        return self.find_fold(run_id) is not None or self.launches.find_launch(run_id) is not None
+        return self.find(run_id) is not None or self.launches.find_launch(run_id) is not None
 
-    def fold(self, run_id: str) -> RunFold:
+    def view(self, run_id: str) -> RunView:
         """A run that exists in storage, read up to now. Raises ProblemError 404 otherwise."""
-        fold = self.find_fold(run_id)
-        if fold is None:
+        view = self.find(run_id)
+        if view is None:
             raise no_run(run_id, " yet: it is queued, and its flow creates it" if self.exists(run_id) else "")
-        return fold.refresh()
+        return view.refresh()
 
-    def held(self, run_id: str) -> RunFold | None:
+    def held(self, run_id: str) -> RunView | None:
         """A run that is in memory, as it was last read. Reads nothing."""
         with self._lock:
-            if run_id in self._folds:
-                self._folds.move_to_end(run_id)
-            return self._folds.get(run_id)
+            if run_id in self._views:
+                self._views.move_to_end(run_id)
+            return self._views.get(run_id)
 
-    def find_fold(self, run_id: str) -> RunFold | None:
+    def find(self, run_id: str) -> RunView | None:
         """The same, not refreshed; None where there is no such run."""
         if (held := self.held(run_id)) is not None:
             return held
@@ -76,12 +76,12 @@ class RunReader:
         if not self.store.exists(record):
             return None
         # A replay reads the shards of the run that was sampled.
-        fold = RunFold(open_run(self.store, run_id))
+        view = RunView(open_run(self.store, run_id), fresh_s=FRESH_S)
         with self._lock:
-            fold = self._folds.setdefault(run_id, fold)
-            while len(self._folds) > 1 and sum(len(f.steps) for f in self._folds.values()) > MAX_STEPS:
-                self._folds.popitem(last=False)
-        return fold
+            view = self._views.setdefault(run_id, view)
+            while len(self._views) > 1 and sum(len(v.history.steps) for v in self._views.values()) > MAX_STEPS:
+                self._views.popitem(last=False)
+        return view
 
     def created(self, run_id: str) -> float:
         """When a run was created, or its launch stored; Unix seconds, 0 where nobody wrote it down."""
@@ -104,26 +104,26 @@ class RunReader:
 
     def run(self, run_id: str) -> Run:
         """A run, or a launch that is still queued. Raises ProblemError 404."""
-        fold = self.find_fold(run_id)
-        if fold is not None:
-            fold.refresh()
+        view = self.find(run_id)
+        if view is not None:
+            view.refresh()
             wish = self.launches.find_wish(run_id)
-            return run_of(fold, wish, self.launches.find_flow_run(run_id), self.created(run_id))
+            return run_of(view, wish, self.launches.find_flow_run(run_id), self.created(run_id))
         return self._queued(run_id)
 
     def status(self, run_id: str, history: History) -> RunStatus:
         """The state of a run of which `history` is known, or of a queued launch. Raises ProblemError 404."""
-        fold = self.held(run_id)
-        if fold is None:
+        view = self.held(run_id)
+        if view is None:
             return self._queued(run_id).status
-        return status_of(history, fold.config.learner.num_steps, self.launches.find_wish(run_id))
+        return status_of(history, view.config.learner.num_steps, self.launches.find_wish(run_id))
 
     def is_abandoned(self, run_id: str) -> bool:
         """Did a flow say that it runs, and is it gone without having said more?"""
-        fold = self.find_fold(run_id)
-        if fold is None:
+        view = self.find(run_id)
+        if view is None:
             return False
-        history = fold.refresh().history
+        history = view.refresh().history
         is_said_to_run = bool(history.states) and not history.is_over
         return is_said_to_run and is_silent(history, self.launches.find_wish(run_id))
 
@@ -148,24 +148,24 @@ class RunReader:
         )
 
 
-def run_of(fold: RunFold, wish: WishRecord | None, flow_run_id: str | None, created: float) -> Run:
+def run_of(view: RunView, wish: WishRecord | None, flow_run_id: str | None, created: float) -> Run:
     """A run as it is shown."""
-    record, history = fold.log.record, fold.history
+    record, history = view.log.record, view.history
     steps = history.steps
-    status = status_of(history, fold.config.learner.num_steps, wish)
+    status = status_of(history, view.config.learner.num_steps, wish)
     failure = history.failures[-1] if history.failures and status == "failed" else None
     return Run(
-        id=fold.log.run_id,
-        name=fold.config.name,
+        id=view.log.run_id,
+        name=view.config.name,
         status=status,
-        phase=_phase(history, status, fold.config.learner.num_steps),
+        phase=_phase(history, status, view.config.learner.num_steps),
         created=created,
         updated=steps[-1].finished if steps else None,
         config_hash=record.get("config_hash"),
         parent=record.get("parent"),
         progress=Progress(
             steps=len(steps),
-            total_steps=fold.config.learner.num_steps - history.first_step,
+            total_steps=view.config.learner.num_steps - history.first_step,
             tokens=int(history.columns.values(NUM_TOKENS).sum()),
         ),
         latest=_latest(history),
@@ -173,41 +173,6 @@ def run_of(fold: RunFold, wish: WishRecord | None, flow_run_id: str | None, crea
         error=f"{failure.role}: {failure.reason}" if failure else None,
         flow_run_id=flow_run_id or (history.states[-1].by if history.states else None),
     )
-
-
-def status_of(history: History, num_steps: int, wish: WishRecord | None) -> RunStatus:
-    """What the flow recorded, and what a user asked since; `num_steps` are planned."""
-    state = history.states[-1] if history.states else None
-    if state is None:
-        if history.steps and history.steps[-1].step + 1 >= num_steps:
-            return "succeeded"
-        # A replay has no flow of its own that would record its state.
-        return "running" if history.steps else "queued"
-    if state.state == "completed":
-        return "succeeded"
-    asked = wish.wish if wish is not None and wish.recorded > state.recorded else None
-    # A flow that died with its machine records nothing more: what was asked of it counts as done.
-    is_gone = state.ended or is_silent(history, None if asked == "running" else wish)
-    if asked == "running" and is_gone:
-        return "queued"  # resumed, and its flow has not begun
-    if state.state == "failed":
-        return "failed"
-    if state.state == "stopped":
-        return "paused" if wish is not None and wish.wish == "paused" else "cancelled"
-    if asked in (None, "running"):
-        return "running"
-    if asked == "paused":
-        return "paused" if is_gone else "pausing"
-    return "cancelled" if is_gone else "cancelling"
-
-
-def is_silent(history: History, wish: WishRecord | None = None) -> bool:
-    """Was there no sign of life for so long that the processes must be gone? A wish gives them time to follow it."""
-    beats = history.beats.values()
-    signs = [*(state.recorded for state in history.states[-1:]), *(beat.beaten for beat in beats)]
-    signs += [wish.recorded] if wish is not None else []
-    patience_s = SILENT_S if any(not beat.retired for beat in beats) else STARTING_S
-    return time.time() - max(signs, default=0.0) > patience_s
 
 
 def _phase(history: History, status: RunStatus, num_steps: int) -> str:
@@ -219,11 +184,9 @@ def _phase(history: History, status: RunStatus, num_steps: int) -> str:
     if not beats:
         is_trained = bool(history.steps) and history.steps[-1].step + 1 >= num_steps
         return "trained; its flow is about to end" if is_trained else "starting its roles"
-    if all(beat.status.get("role") == "pretrain" for beat in beats):
+    if all(role_of(beat) == "pretrain" for beat in beats):
         return "making its models"
-    waits = sorted(
-        f"{beat.status.get('role')} waits for {w}" for beat in beats if (w := beat.status.get("waiting_for"))
-    )
+    waits = sorted(f"{role_of(beat)} waits for {w}" for beat in beats if (w := beat.status.get("waiting_for")))
     return "training" + (f": {'; '.join(waits)}" if waits else "")
 
 

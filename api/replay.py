@@ -14,7 +14,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header
 
 from api.deps import Fold, Launcher, Runs
-from api.fold import RunFold
 from api.problems import ProblemError, responses
 from api.schemas import BackfillRequest, ReplayRequest, Work
 from asyncopd.config import parse_override
@@ -22,6 +21,7 @@ from asyncopd.config.requests import Backfill, Replay, parse_settings, split_arm
 from asyncopd.errors import ConfigError
 from asyncopd.local.prefect_api import create_flow_run
 from storage.replay import check_backfill, check_scores, replay_of, resolved_replay, vocab_size_of
+from storage.run_view import RunView
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["replays"], dependencies=[Launcher])
 IdempotencyKey = Annotated[
@@ -82,9 +82,9 @@ def backfill_run(asked: BackfillRequest, fold: Fold, runs: Runs, idempotency_key
     return Work(parent=run_id, flow_run_id=flow_run.id)
 
 
-def _replay_of(asked: ReplayRequest, fold: RunFold) -> tuple[Replay, list[str]]:
+def _replay_of(asked: ReplayRequest, fold: RunView) -> tuple[Replay, list[str]]:
     """The replay and the arms of its comparison. Raises ConfigError, or ProblemError 409 before the first step."""
-    if not fold.steps:
+    if not fold.history.steps:
         raise ProblemError(409, "nothing-to-replay", f"Run {fold.log.run_id} has trained no step yet.")
     arms = [" ".join(_assignments(arm, {})) for arm in asked.compare]
     for arm, text in zip(asked.compare, arms, strict=True):
@@ -93,7 +93,7 @@ def _replay_of(asked: ReplayRequest, fold: RunFold) -> tuple[Replay, list[str]]:
     replay, _ = replay_of(
         fold.log.run_id,
         fold.config,
-        num_steps=fold.steps[-1].step + 1,
+        num_steps=fold.history.steps[-1].step + 1,
         steps=asked.steps,
         start=asked.start,
         overrides=_assignments(asked.overrides, asked.scores),
@@ -103,7 +103,7 @@ def _replay_of(asked: ReplayRequest, fold: RunFold) -> tuple[Replay, list[str]]:
     return replay, arms
 
 
-def _child_id(replay: Replay, fold: RunFold) -> str | None:
+def _child_id(replay: Replay, fold: RunView) -> str | None:
     """The id of the run that the flow will make; None where that takes a tokenizer the service does not load.
 
     Raises:

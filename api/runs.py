@@ -10,7 +10,8 @@ from fastapi import APIRouter, Header, Query, Response
 from api.deps import Fold, Launcher, Launches, Reader, RunId, Runs
 from api.observe import json_response
 from api.problems import responses
-from api.schemas import RUN_ID_PATTERN, Run, RunConfigOut, RunCreate, RunPage, RunStatus
+from api.schemas import RUN_ID_PATTERN, Run, RunConfigOut, RunCreate, RunPage
+from storage.history import RunStatus
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 

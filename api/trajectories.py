@@ -14,7 +14,6 @@ import numpy as np
 from fastapi import APIRouter, Path, Query, Response
 
 from api.deps import Reader
-from api.fold import RunFold
 from api.observe import Answered
 from api.problems import ProblemError, responses
 from api.schemas import Alternative, Token, TrajectoryOut, TrajectoryPage, TrajectorySummary
@@ -22,6 +21,7 @@ from asyncopd.config import RunConfig
 from asyncopd.ports import Task, Tokenizer
 from asyncopd.tasks.build import build_task
 from asyncopd.types import IndexRange, Manifest, TeacherScores, Trajectory
+from storage.run_view import RunView
 
 router = APIRouter(prefix="/v1/runs/{run_id}/trajectories", tags=["trajectories"], dependencies=[Reader])
 MAX_SHARDS_READ = 50
@@ -61,7 +61,7 @@ class Filter:
 
 
 _Known = OrderedDict[IndexRange, tuple[tuple[Manifest | None, Manifest | None], Sequence[Row]]]
-_rows: WeakKeyDictionary[RunFold, _Known] = WeakKeyDictionary()
+_rows: WeakKeyDictionary[RunView, _Known] = WeakKeyDictionary()
 
 
 @router.get("", operation_id="list_trajectories", response_model=TrajectoryPage, responses=responses(404))
@@ -90,7 +90,7 @@ async def get_trajectory(
     return await answer(lambda fold: trajectory_of(fold, index))
 
 
-def page_of(fold: RunFold, after: int, limit: int, shown: Filter) -> TrajectoryPage:
+def page_of(fold: RunView, after: int, limit: int, shown: Filter) -> TrajectoryPage:
     """At most `limit` trajectories above index `after`, in index order."""
     found: list[TrajectorySummary] = []
     shards = [shard for shard in fold.log.trajectory_shards() if shard.stop > after + 1]
@@ -106,7 +106,7 @@ def page_of(fold: RunFold, after: int, limit: int, shown: Filter) -> TrajectoryP
     return TrajectoryPage(data=found)
 
 
-def trajectory_of(fold: RunFold, index: int) -> TrajectoryOut:
+def trajectory_of(fold: RunView, index: int) -> TrajectoryOut:
     """One trajectory. Raises ProblemError 404."""
     shard = fold.log.shard_of(index)
     trajectory = None
@@ -118,7 +118,7 @@ def trajectory_of(fold: RunFold, index: int) -> TrajectoryOut:
         )
     scores = _scores_of(fold, shard).get(index)
     tokenizer = task_of(fold.config).tokenizer
-    step = next((s for s in fold.steps if index in s.indices.indices), None)
+    step = next((s for s in fold.history.steps if index in s.indices.indices), None)
     return TrajectoryOut(
         summary=_summary(trajectory, scores),
         prompt=tokenizer.decode(trajectory.prompt_ids.tolist()),
@@ -149,7 +149,7 @@ def _task_of(task: str, seed: int) -> Task:
     return build_task(config, seed=seed, tokenizer=None)
 
 
-def _rows_of(fold: RunFold, shard: IndexRange) -> Sequence[Row]:
+def _rows_of(fold: RunView, shard: IndexRange) -> Sequence[Row]:
     """The rows of a shard, decoded once: its manifests say whether it is still the same."""
     manifests = (fold.log.find_trajectories(shard), fold.log.find_scores(fold.config.teacher.name, shard))
     known = _rows.setdefault(fold, OrderedDict())
@@ -169,7 +169,7 @@ def _rows_of(fold: RunFold, shard: IndexRange) -> Sequence[Row]:
     return rows
 
 
-def _scores_of(fold: RunFold, shard: IndexRange) -> dict[int, TeacherScores]:
+def _scores_of(fold: RunView, shard: IndexRange) -> dict[int, TeacherScores]:
     teacher = fold.config.teacher.name
     if fold.log.find_scores(teacher, shard) is None:
         return {}

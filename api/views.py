@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
-from api.fold import FINISHED, NUM_TOKENS, STEP, RunFold, means, stretches
 from api.schemas import (
     Checkpoint,
     CheckpointList,
@@ -23,12 +23,14 @@ from api.schemas import (
     Timeline,
 )
 from asyncopd.types import Span
+from storage.history import FINISHED, NUM_TOKENS, STEP
 from storage.learner_log import surviving
+from storage.run_view import RunView
 
 
-def metrics_of(fold: RunFold, keys: Sequence[str] | None, first: int, stop: int | None, max_points: int) -> Metrics:
+def metrics_of(view: RunView, keys: Sequence[str] | None, first: int, stop: int | None, max_points: int) -> Metrics:
     """Means of the metrics `keys`, or of all, over stretches of the steps from `first` to before `stop`."""
-    columns = fold.history.columns
+    columns = view.history.columns
     # By number, not by place: a replay's first step has its parent's number.
     numbers = columns.values(STEP)
     chosen = (numbers >= first) & (numbers < (np.inf if stop is None else stop))
@@ -47,9 +49,9 @@ def metrics_of(fold: RunFold, keys: Sequence[str] | None, first: int, stop: int 
     )
 
 
-def staleness_of(fold: RunFold, first: int, stop: int | None, max_points: int) -> Staleness:
+def staleness_of(view: RunView, first: int, stop: int | None, max_points: int) -> Staleness:
     """Trained tokens by staleness, over the same stretches."""
-    steps = [step for step in fold.steps if first <= step.step and (stop is None or step.step < stop)]
+    steps = [step for step in view.history.steps if first <= step.step and (stop is None or step.step < stop)]
     bounds = [*stretches(len(steps), max_points).tolist(), len(steps)]
     groups = [steps[start:end] for start, end in pairwise(bounds)]
     versions = sorted({age for step in steps for age in step.staleness_tokens})
@@ -57,13 +59,13 @@ def staleness_of(fold: RunFold, first: int, stop: int | None, max_points: int) -
         steps=[float(np.mean([step.step for step in group])) for group in groups],
         versions=versions,
         tokens=[[sum(s.staleness_tokens.get(age, 0) for s in group) for group in groups] for age in versions],
-        max_staleness=fold.config.staleness.max_staleness,
+        max_staleness=view.config.staleness.max_staleness,
     )
 
 
-def throughput_of(fold: RunFold, max_points: int) -> Throughput:
+def throughput_of(view: RunView, max_points: int) -> Throughput:
     """Tokens per second of each stage, in equal stretches of the time from the first to the last of them."""
-    stages = {**fold.shard_tokens(), "trained": [(step.finished, step.num_tokens) for step in fold.steps]}
+    stages = {**_published(view), "trained": [(step.finished, step.num_tokens) for step in view.history.steps]}
     times = [when for events in stages.values() for when, _ in events]
     if not times or min(times) == max(times):
         return Throughput(seconds=[], generated=[], scored=[], trained=[])
@@ -76,14 +78,23 @@ def throughput_of(fold: RunFold, max_points: int) -> Throughput:
     return Throughput(seconds=middles.tolist(), **{stage: rate.tolist() for stage, rate in rates.items()})
 
 
-def policies_of(fold: RunFold) -> PolicyList:
+def _published(view: RunView) -> dict[str, list[tuple[float, int]]]:
+    """`generated` and `scored` -> (Unix time of publication, tokens) of every shard."""
+    view.read("scores", "trajectories")
+    stages = {"generated": view.trajectories(), "scored": view.scores(view.config.teacher.name)}
+    return {
+        stage: [(manifest.created, int(manifest.facts["num_tokens"])) for manifest in shards.values()]
+        for stage, shards in stages.items()
+    }
+
+
+def policies_of(view: RunView) -> PolicyList:
     """The surviving lineage, what it superseded, and the rewinds."""
-    made = {step.version: step.finished for step in fold.steps}
-    quality = {evaluation.version: evaluation for evaluation in fold.history.evaluations}
+    made = {step.version: step.finished for step in view.history.steps}
+    quality = {evaluation.version: evaluation for evaluation in view.history.evaluations}
+    published, rewinds = view.listed("policy"), view.read("rewind").rewinds
+    kept = surviving(published, rewinds)
     policies = []
-    published = fold.log.published_policies()
-    found_rewinds = fold.log.rewinds()
-    kept = surviving(published, found_rewinds)
     for version in kept:
         evaluation = quality.get(version)
         policies.append(
@@ -95,18 +106,21 @@ def policies_of(fold: RunFold) -> PolicyList:
                 kl_nats=evaluation.kl_nats if evaluation else None,
             )
         )
-    rewinds = [{"rewind": r.number, "to_step": r.to_step, "time": r.recorded} for r in found_rewinds]
     are_kept = set(kept)
-    superseded = [Policy(number=v.number, rewind=v.rewind) for v in published if v not in are_kept]
-    return PolicyList(data=policies, superseded=superseded, rewinds=rewinds)
+    return PolicyList(
+        data=policies,
+        superseded=[Policy(number=v.number, rewind=v.rewind) for v in published if v not in are_kept],
+        rewinds=[{"rewind": r.number, "to_step": r.to_step, "time": r.recorded} for r in rewinds],
+    )
 
 
-def checkpoints_of(fold: RunFold) -> CheckpointList:
+def checkpoints_of(view: RunView) -> CheckpointList:
     """Of the surviving lineage."""
-    return CheckpointList(data=[Checkpoint(step=step, rewind=rewind) for step, rewind in fold.log.checkpoints()])
+    states = surviving(view.listed("checkpoint"), view.read("rewind").rewinds)
+    return CheckpointList(data=[Checkpoint(step=state.number, rewind=state.rewind) for state in states])
 
 
-def evaluations_of(fold: RunFold) -> EvaluationList:
+def evaluations_of(view: RunView) -> EvaluationList:
     """Of the surviving lineage."""
     return EvaluationList(
         data=[
@@ -120,14 +134,14 @@ def evaluations_of(fold: RunFold) -> EvaluationList:
                 mean_response_tokens=e.mean_response_tokens,
                 finished=e.finished,
             )
-            for e in fold.history.evaluations
+            for e in view.history.evaluations
         ]
     )
 
 
-def timeline_of(fold: RunFold, start_s: float, stop_s: float | None, max_spans: int) -> Timeline:
+def timeline_of(view: RunView, start_s: float, stop_s: float | None, max_spans: int) -> Timeline:
     """Spans between `start_s` and `stop_s` after the first, in a lane for each worker."""
-    spans = fold.spans()
+    spans = view.read("spans").spans()
     if not spans:
         return Timeline(origin=0.0, duration_s=0.0, resolution_s=0.0, lanes=[])
     origin = spans[0].start
@@ -163,3 +177,18 @@ def _lane(role: str, worker: str, spans: Sequence[Span], origin: float, resoluti
         activities=[str(j[2]) for j in joined],
         details=[str(j[3]) for j in joined],
     )
+
+
+def stretches(num: int, max_points: int) -> NDArray[np.int64]:
+    """Where each of at most `max_points` stretches of `num` steps begins."""
+    return np.arange(0, num, max(1, -(-num // max_points)))
+
+
+def means(values: NDArray[np.float64], starts: NDArray[np.int64]) -> list[float | None]:
+    """Mean of the finite values of each stretch; None where there is none."""
+    if not len(values):
+        return []
+    finite = np.isfinite(values)
+    nums = np.add.reduceat(finite, starts, dtype=np.int64)
+    sums = np.add.reduceat(np.where(finite, values, 0.0), starts)
+    return [total / num if num else None for total, num in zip(sums.tolist(), nums.tolist(), strict=True)]

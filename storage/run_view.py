@@ -144,17 +144,6 @@ class RunView:
         """
         layout, shards = self.layout, self._shards
         numbered = {"state": layout.state, "change": layout.change, "rewind": layout.rewind, "arrival": shards.arrival}
-        folders = {
-            "trajectories": shards.trajectories,
-            "policy": layout.policies,
-            "checkpoint": layout.checkpoints,
-            "step": layout.steps,
-            "evaluation": layout.evaluations,
-            "heartbeat": layout.heartbeats,
-            "spans": layout.spans,
-            "failure": layout.failures,
-        }
-        trees = {"scores": shards.all_scores, "claim": layout.claims}
         with self._lock:
             for kind in () if self._is_complete else kinds:
                 if kind == "run":
@@ -164,9 +153,13 @@ class RunView:
                     while self._find(kind, numbered[kind](first + len(self.records[kind]))) is not None:
                         pass
                 else:
-                    keys = self.store.list(trees[kind]) if kind in trees else self.store.folder(folders[kind]).keys
-                    self._read_listed(kind, keys)
+                    self._read_listed(kind, self._list(kind))
         return self
+
+    def listed(self, kind: str) -> list[PolicyVersion]:
+        """The versions with a `policy`, `checkpoint`, `step` or `evaluation` record, sorted. Reads a listing only."""
+        keys = list(self.records[kind]) if self._is_complete else self._list(kind)
+        return sorted(version for key in keys if (version := parse_version(key)) is not None)
 
     @property
     def is_fresh(self) -> bool:
@@ -377,6 +370,22 @@ class RunView:
                 if body is not None:
                     self.records[kind][key] = from_json(body, key, PARSERS[kind])
             return self.records[kind].get(key)
+
+    def _list(self, kind: str) -> list[str]:
+        """Keys of the folder with records of this kind, and of others beside them."""
+        layout, shards = self.layout, self._shards
+        trees = {"scores": shards.all_scores, "claim": layout.claims}
+        folders = {
+            "trajectories": shards.trajectories,
+            "policy": layout.policies,
+            "checkpoint": layout.checkpoints,
+            "step": layout.steps,
+            "evaluation": layout.evaluations,
+            "heartbeat": layout.heartbeats,
+            "spans": layout.spans,
+            "failure": layout.failures,
+        }
+        return self.store.list(trees[kind]) if kind in trees else self.store.folder(folders[kind]).keys
 
     def _read_listed(self, kind: str, keys: Sequence[str]) -> None:
         layout = self._shards if kind in ("trajectories", "scores") else self.layout

@@ -21,14 +21,16 @@ from synthetic_run import config_of, evaluation, new_log, train_step
 from api import events as hub
 from api import reader, views
 from api.events import Cursor, Feed, Hub
-from api.fold import FRESH_S, NUM_TOKENS, Columns, History, RunFold, means, stretches
 from api.limits import Limits
 from api.main import create_app
 from api.observe import COST_S, Answers
-from api.reader import RunReader
+from api.reader import FRESH_S, RunReader
 from api.schemas import Schema
+from api.views import means, stretches
 from asyncopd.types import TrainStep
+from storage.history import NUM_TOKENS, Columns, History
 from storage.run_log import StoredRunLog
+from storage.run_view import RunView
 from storage.stores import open_store
 
 
@@ -39,10 +41,10 @@ def log(tmp_path: Path) -> StoredRunLog:
     return log
 
 
-def fold_of(log: StoredRunLog) -> RunFold:
-    fold = RunReader(log.store).find_fold(log.run_id)
-    assert fold is not None
-    return fold
+def view_of(log: StoredRunLog) -> RunView:
+    view = RunReader(log.store).find(log.run_id)
+    assert view is not None
+    return view
 
 
 # -- answers ------------------------------------------------------------------------------------------------------
@@ -53,32 +55,32 @@ class Made(Schema):
 async def test_all_who_ask_at_once_wait_for_one_computation(log: StoredRunLog) -> None:
     calls = []
 
-    def make(fold: RunFold) -> Made:
+    def make(view: RunView) -> Made:
         calls.append(threading.current_thread())
         time.sleep(0.1)
         return Made(number=len(calls))
 
-    answers, fold = Answers(age_s=60.0), fold_of(log).refresh()
-    found = await asyncio.gather(*(answers.get("key", fold, make) for _ in range(50)))
+    answers, view = Answers(age_s=60.0), view_of(log).refresh()
+    found = await asyncio.gather(*(answers.get("key", view, make) for _ in range(50)))
     assert set(found) == {b'{"number":1}'}
-    assert await answers.get("key", fold, make) == b'{"number":1}'
+    assert await answers.get("key", view, make) == b'{"number":1}'
     assert threading.main_thread() not in calls  # the event loop is free meanwhile
-    assert await answers.get("another", fold, make) == b'{"number":2}'
+    assert await answers.get("another", view, make) == b'{"number":2}'
 
 
 async def test_what_could_not_be_answered_is_asked_again(log: StoredRunLog) -> None:
     outcomes: list[Any] = [RuntimeError("storage was away"), Made(number=7)]
 
-    def make(fold: RunFold) -> Made:
+    def make(view: RunView) -> Made:
         outcome = outcomes.pop(0)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
-    answers, fold = Answers(age_s=60.0), fold_of(log).refresh()
+    answers, view = Answers(age_s=60.0), view_of(log).refresh()
     with pytest.raises(RuntimeError, match="away"):
-        await answers.get("key", fold, make)
-    assert await answers.get("key", fold, make) == b'{"number":7}'
+        await answers.get("key", view, make)
+    assert await answers.get("key", view, make) == b'{"number":7}'
 
 
 def test_the_end_of_a_run_is_never_withheld(log: StoredRunLog, tmp_path: Path) -> None:
@@ -98,21 +100,21 @@ def test_the_end_of_a_run_is_never_withheld(log: StoredRunLog, tmp_path: Path) -
 async def test_what_takes_long_to_make_is_kept_longer(log: StoredRunLog) -> None:
     made = []
 
-    def cheap(fold: RunFold) -> Made:
+    def cheap(view: RunView) -> Made:
         made.append("cheap")
         return Made(number=len(made))
 
-    def costly(fold: RunFold) -> Made:
+    def costly(view: RunView) -> Made:
         made.append("costly")
         began = time.thread_time()
         while time.thread_time() - began < 5 * COST_S:
             pass
         return Made(number=len(made))
 
-    answers, fold = Answers(age_s=0.5), fold_of(log).refresh()
+    answers, view = Answers(age_s=0.5), view_of(log).refresh()
     for _ in range(2):
-        await answers.get("cheap", fold, cheap)
-        await answers.get("costly", fold, costly)
+        await answers.get("cheap", view, cheap)
+        await answers.get("costly", view, costly)
         await asyncio.sleep(0.6)
     assert sorted(made) == ["cheap", "cheap", "costly"]
 
@@ -195,7 +197,7 @@ async def test_a_client_misses_and_repeats_nothing_when_its_run_is_read_anew(
             # Memory is short: the run leaves it, and comes back with the next look.
             monkeypatch.setattr(reader, "MAX_STEPS", 0)
             new_log(log.store, config_of(), "another")
-            runs.find_fold("another")
+            runs.find("another")
             assert runs.held(log.run_id) is None
             monkeypatch.undo()
         log.publish_step(train_step(number, finished=float(number)))
@@ -215,9 +217,9 @@ async def test_an_event_that_a_list_found_first_reaches_the_streams_too(log: Sto
     waiting = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(FRESH_S)
     log.publish_step(train_step(0))
-    fold = runs.held(log.run_id)
-    assert fold is not None
-    await watching.feed(await asyncio.to_thread(fold.refresh))  # between two looks of the stream's own
+    view = runs.held(log.run_id)
+    assert view is not None
+    await watching.feed(await asyncio.to_thread(view.refresh))  # between two looks of the stream's own
     assert b"event: step" in await asyncio.wait_for(waiting, 5)
     await stream.aclose()
 
@@ -292,7 +294,7 @@ async def test_a_silent_stream_says_that_it_lives(log: StoredRunLog, monkeypatch
 
 async def test_the_last_client_that_leaves_ends_the_looking(log: StoredRunLog, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
-    monkeypatch.setattr(RunFold, "refresh", lambda fold: looks.append(fold) or fold)
+    monkeypatch.setattr(RunView, "refresh", lambda view: looks.append(view) or view)
     watching = Hub(RunReader(log.store), poll_s=0.01)
     first, second = (watching.stream(log.run_id, Cursor()) for _ in range(2))
     for stream in (first, second):

@@ -20,7 +20,7 @@ from fastapi.testclient import TestClient
 from service_world import DONE, LIVE, Prefect, client_of, make_root, prefect_stand_in, settings_of
 from synthetic_run import config_of, new_log
 
-from api.fold import FRESH_S
+from api.reader import FRESH_S
 from asyncopd.local import prefect_api as flow_runs
 from flows.train import _wish
 from storage.launches import LaunchLog
