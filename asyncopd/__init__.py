@@ -1,15 +1,25 @@
-"""AsyncOPD: asynchronous on-policy distillation whose shard log is the queue."""
+"""AsyncOPD: asynchronous on-policy distillation whose shard log is the queue.
+
+    prompts        Trajectory           TeacherScores         ScoredTrajectory        TrainStep
+       |  rollout/ ----------> teacher/ -----------> (index order, staleness) --> learner/ ---> PolicyVersion
+       |     ^                                                                  losses/            |
+       |     +------------------------- PolicyVersion: fetched by number, never pushed <-----------+
+
+    every arrow is an immutable object in storage; flows/ starts the roles, api/ and SQL only read
+
+Read in this order: types -> schedule -> ports -> flows/train -> flows/roles -> worker -> rollout/stage -> teacher/stage
+-> learner/stage -> losses/head_tail -> storage/manifests. docs/architecture.md says what a crash at each arrow costs.
+"""
 
 import importlib
 
 __version__ = "0.1.0"
 
-
 _FROM_STORAGE = {"open_run": "storage.catalog.notebook", "AsOf": "storage.catalog.rows"}
 
 
 def __getattr__(name: str) -> object:
-    """`asyncopd.open_run` and `asyncopd.AsOf`, found when they are asked for: storage is above this package."""
+    """`asyncopd.open_run` and `asyncopd.AsOf`, for notebooks: the one import that points up, made when it is used."""
     if name in _FROM_STORAGE:
         return getattr(importlib.import_module(_FROM_STORAGE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
