@@ -64,6 +64,12 @@ def test_the_path_through_the_code_has_twelve_files() -> None:
     assert [file for file in files if not (ROOT / file).is_file()] == []
 
 
+def test_the_index_of_docs_names_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {path.name for path in (ROOT / "docs").iterdir() if path.is_file()} - {"README.md"}
+    assert {name for name in pages if f"]({name})" not in index} == set()
+
+
 @page
 def test_make_targets_exist(path: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
