@@ -1,6 +1,4 @@
-"""The parts that routes share, as dependencies.
-
-Who may ask for what: bearer tokens with scopes, kept as hashes.
+"""What routes ask for: the service's parts, the run of the path, and a client who may.
 
     asyncopd token create --> token, shown once; its sha256 in tokens.json
     request --Authorization: Bearer--> Client(name, scopes) --needs(scope)--> route
@@ -17,7 +15,6 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -37,61 +34,10 @@ from api.schemas import RUN_ID_PATTERN
 from asyncopd.errors import ConfigError
 from storage.run_view import RunView
 
-RunId = Annotated[str, UrlPath(pattern=RUN_ID_PATTERN, description="Id of a run.", examples=["walk-7"])]
-
-
-# The trivial ones are coroutines: FastAPI calls plain functions in a thread each.
-async def reader(request: Request) -> RunReader:
-    found: RunReader = request.app.state.reader
-    return found
-
-
-async def launcher(request: Request) -> RunLauncher:
-    found: RunLauncher = request.app.state.launcher
-    return found
-
-
-async def hub(request: Request) -> Hub:
-    found: Hub = request.app.state.hub
-    return found
-
-
-async def fold(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> RunView:
-    """The run of the path, read up to now; 404 while it does not exist in storage."""
-    held = runs.held(run_id)
-    return held if held is not None and held.is_fresh else await run_in_threadpool(runs.view, run_id)
-
-
-async def known_run(run_id: RunId, runs: Annotated[RunReader, Depends(reader)]) -> str:
-    """The id of the path; 404 when neither a run nor a launch has it. A stream must know before it begins."""
-    if runs.held(run_id) is None and not await run_in_threadpool(runs.exists, run_id):
-        raise no_run(run_id)
-    return run_id
-
-
-async def known_query(request: Request) -> None:
-    """Refuse query parameters that the resource does not have: a mistyped filter would silently match everything."""
-    if not request.url.query:
-        return
-    route = request.scope["route"]
-    known = {parameter.alias for parameter in get_flat_dependant(route.dependant).query_params}
-    unknown = [name for name in request.query_params if name not in known]
-    if unknown:
-        expected = ", ".join(sorted(known)) or "none at all"
-        raise ProblemError(
-            422, "unknown-parameter", f"{unknown[0]!r} is no query parameter of this resource; it has {expected}."
-        )
-
-
-Runs = Annotated[RunReader, Depends(reader)]
-Launches = Annotated[RunLauncher, Depends(launcher)]
-Streams = Annotated[Hub, Depends(hub)]
-Fold = Annotated[RunView, Depends(fold)]
-KnownRun = Annotated[str, Depends(known_run)]
-
-
 PREFIX = "aopd_"
 """Lets secret scanners find tokens."""
+
+_bearer = HTTPBearer(auto_error=False, description="A token made by `asyncopd token create`.")
 
 
 class Scope(StrEnum):
@@ -172,11 +118,18 @@ def _hash(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-_bearer = HTTPBearer(auto_error=False, description="A token made by `asyncopd token create`.")
+# Dependencies are coroutines: FastAPI calls plain functions in a thread each.
+def part(name: str) -> Any:
+    """The dependency on a part of the service, as `create_app` made it: `app.state.<name>`."""
+
+    async def of_app(request: Request) -> Any:
+        return getattr(request.app.state, name)
+
+    return Depends(of_app)
 
 
-def needs(scope: Scope) -> Callable[..., Awaitable[Client]]:
-    """A dependency that lets only clients with `scope` through."""
+def needs(scope: Scope) -> Any:
+    """The dependency that lets only clients with `scope` through."""
 
     async def client(
         request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None
@@ -191,7 +144,7 @@ def needs(scope: Scope) -> Callable[..., Awaitable[Client]]:
             )
         return found
 
-    return client
+    return Depends(client)
 
 
 async def _authenticated(request: Request, token: str | None) -> Client:
@@ -215,5 +168,40 @@ async def _authenticated(request: Request, token: str | None) -> Client:
     return found
 
 
-Reader = Depends(needs(Scope.READ))
-Launcher = Depends(needs(Scope.LAUNCH))
+Reader = needs(Scope.READ)
+Launcher = needs(Scope.LAUNCH)
+Runs = Annotated[RunReader, part("reader")]
+Launches = Annotated[RunLauncher, part("launcher")]
+Streams = Annotated[Hub, part("hub")]
+RunId = Annotated[str, UrlPath(pattern=RUN_ID_PATTERN, description="Id of a run.", examples=["walk-7"])]
+
+
+async def fold(run_id: RunId, runs: Runs) -> RunView:
+    """The run of the path, read up to now; 404 while it does not exist in storage."""
+    held = runs.held(run_id)
+    return held if held is not None and held.is_fresh else await run_in_threadpool(runs.view, run_id)
+
+
+async def known_run(run_id: RunId, runs: Runs) -> str:
+    """The id of the path; 404 when neither a run nor a launch has it. A stream must know before it begins."""
+    if runs.held(run_id) is None and not await run_in_threadpool(runs.exists, run_id):
+        raise no_run(run_id)
+    return run_id
+
+
+async def known_query(request: Request) -> None:
+    """Refuse query parameters that the resource does not have: a mistyped filter would silently match everything."""
+    if not request.url.query:
+        return
+    route = request.scope["route"]
+    known = {parameter.alias for parameter in get_flat_dependant(route.dependant).query_params}
+    unknown = [name for name in request.query_params if name not in known]
+    if unknown:
+        expected = ", ".join(sorted(known)) or "none at all"
+        raise ProblemError(
+            422, "unknown-parameter", f"{unknown[0]!r} is no query parameter of this resource; it has {expected}."
+        )
+
+
+Fold = Annotated[RunView, Depends(fold)]
+KnownRun = Annotated[str, Depends(known_run)]

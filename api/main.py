@@ -7,19 +7,15 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
 
-from api import configs, health, logprobs, observe, pages, problems, runs, trajectories
-from api import replay as offline
-from api import sql as queries
+from api import health, observe, pages, problems, replay, runs, sql, trajectories
 from api.deps import TokenStore, known_query
 from api.events import Hub
 from api.health import RequestMeter, RunCollector
 from api.launcher import RunLauncher
 from api.limits import Limits
-from api.logprobs import LogprobDesk
-from api.observe import Answers
 from api.reader import RunReader
 from api.settings import ServiceSettings
-from api.sql import QueryDesk
+from api.sql import QueryQueue
 from asyncopd import __version__
 from asyncopd.errors import ConfigError
 from storage.stores import open_store
@@ -64,10 +60,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.settings, app.state.tokens, app.state.reader, app.state.registry = settings, tokens, reader, registry
     app.state.launcher = RunLauncher(reader, root=settings.root, configs=settings.configs)
     app.state.hub = Hub(reader, settings.poll_s)
-    app.state.answers = Answers(settings.answer_age_s)
-    app.state.desk = QueryDesk(reader.store)
-    app.state.logprobs = LogprobDesk(settings.root)
-    for module in (runs, observe, trajectories, logprobs, offline, queries, configs, health):
+    app.state.queries = QueryQueue(reader.store)
+    for module in (runs, observe, trajectories, replay, sql, pages, health):
         app.include_router(module.router, dependencies=[Depends(known_query)])
     pages.install(app)
     problems.install(app)

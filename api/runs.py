@@ -8,7 +8,6 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 
 from api.deps import Fold, Launcher, Launches, Reader, RunId, Runs
-from api.observe import json_response
 from api.problems import responses
 from api.schemas import RUN_ID_PATTERN, Run, RunConfigOut, RunCreate, RunPage
 from storage.history import RunStatus
@@ -41,7 +40,7 @@ def create_run(
     return launched.run
 
 
-@router.get("", dependencies=[Reader], operation_id="list_runs", response_model=RunPage, responses=responses())
+@router.get("", dependencies=[Reader], operation_id="list_runs", responses=responses())
 def list_runs(
     runs: Runs,
     status: Annotated[
@@ -54,7 +53,7 @@ def list_runs(
         str | None, Query(description="`next_cursor` of the page before.", examples=["walk-7"], pattern=RUN_ID_PATTERN)
     ] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Runs per page.", examples=[20])] = 20,
-) -> Response:
+) -> RunPage:
     """Runs, newest first by creation."""
     ids = runs.newest(name or "")
     if after is not None:
@@ -63,13 +62,13 @@ def list_runs(
     # One by one: without a filter, what is not on the page is not read.
     shown = (run for run in map(runs.run, ids) if status is None or run.status in status)
     page = list(islice(shown, limit + 1))
-    return json_response(RunPage(data=page[:limit], next_cursor=page[limit - 1].id if len(page) > limit else None))
+    return RunPage(data=page[:limit], next_cursor=page[limit - 1].id if len(page) > limit else None)
 
 
-@router.get("/{run_id}", dependencies=[Reader], operation_id="get_run", response_model=Run, responses=responses(404))
-def get_run(run_id: RunId, runs: Runs) -> Response:
+@router.get("/{run_id}", dependencies=[Reader], operation_id="get_run", responses=responses(404))
+def get_run(run_id: RunId, runs: Runs) -> Run:
     """One run."""
-    return json_response(runs.run(run_id))
+    return runs.run(run_id)
 
 
 @router.get("/{run_id}/config", dependencies=[Reader], operation_id="get_run_config", responses=responses(404))

@@ -303,15 +303,6 @@ class TrajectoryOut(Schema):
     staleness: int | None = field("Learner version then − version_first.", 1, None)
 
 
-class LogprobsOut(Schema):
-    """A response under the weights of one version."""
-
-    version: int = field("The policy version.", 70)
-    logprobs: list[float] = field(
-        "log p of each response token, nats, at the run's temperature over the whole vocabulary.", [-0.4]
-    )
-
-
 # -- queries ------------------------------------------------------------------------------------------------------
 class SqlRequest(Schema):
     """One SELECT over the catalog's relations; docs/queries.md lists them."""

@@ -28,8 +28,6 @@ class ServiceSettings:
     """Sustained rate of one client; twice as many may come at once. A page asks for five things a second."""
     poll_s: float = 0.5
     """Between looks at a run that somebody watches; one look serves every watcher."""
-    answer_age_s: float = 1.0
-    """Whoever asks for a view of a run that goes on within this time gets the same bytes; the page asks every 1.5 s."""
 
     @cached_property
     def is_loopback(self) -> bool:

@@ -1,6 +1,6 @@
 """`/v1/sql`: SELECTs of anybody over the run log, each in a process of its own, and the questions that are stored.
 
-request -> QueryDesk: MAX_CONCURRENT at work, MAX_WAITING in line, the rest 503 -> Sandbox -> child process
+request -> QueryQueue: MAX_CONCURRENT at work, MAX_WAITING in line, the rest 503 -> Sandbox -> child process
 client gone -> the child is killed
 """
 
@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
-from api.deps import Reader
+from api.deps import Reader, part
 from api.problems import ProblemError, no_run, responses
 from api.schemas import Question, QuestionList, QuestionParameter, SqlRequest, SqlResult
 from asyncopd.errors import QueryError
@@ -35,32 +35,26 @@ MAX_RESULT_BYTES = 8 * 2**20
 TIMEOUT_S = 30.0
 
 
+@dataclass
 class _Asked:
     """One request at work, which may be cancelled at any moment, also before its process exists."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: RunningQuery | None = None
-        self._is_cancelled = False
+    running: RunningQuery | None = None
+    is_cancelled: bool = False
 
     def begins(self, running: RunningQuery) -> None:
-        with self._lock:
-            self._running = running
-            if self._is_cancelled:
-                running.cancel()
+        # Said before it is looked at, here and below: of two threads the second sees what the first said.
+        self.running = running
+        if self.is_cancelled:
+            running.cancel()
 
     def cancel(self) -> None:
-        with self._lock:
-            self._is_cancelled = True
-            if self._running is not None:
-                self._running.cancel()
-
-    def check(self) -> None:
-        if self._is_cancelled:
-            raise QueryError("the query was cancelled.")
+        self.is_cancelled = True
+        if self.running is not None:
+            self.running.cancel()
 
 
-class QueryDesk:
+class QueryQueue:
     """Answers queries without blocking the event loop."""
 
     def __init__(self, store: ObjectStore, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -111,7 +105,8 @@ class QueryDesk:
             return self._query(asked, state)
 
     def _query(self, asked: SqlRequest, state: _Asked) -> bytes:
-        state.check()
+        if state.is_cancelled:
+            raise QueryError("the query was cancelled.")
         limits = QueryLimits(max_rows=asked.limit, timeout_s=self._timeout_s, max_result_bytes=MAX_RESULT_BYTES)
         running = self._sandbox.start(asked.sql, asked.parameters, limits=limits, runs=asked.runs)
         state.begins(running)
@@ -133,25 +128,16 @@ async def _gone(request: Request) -> None:
         continue
 
 
-def desk(request: Request) -> QueryDesk:
-    found: QueryDesk = request.app.state.desk
-    return found
-
-
 @router.post("", operation_id="run_sql", response_model=SqlResult, responses=responses(404, 413))
-async def run_sql(asked: SqlRequest, request: Request, queries: Annotated[QueryDesk, Depends(desk)]) -> Response:
+async def run_sql(asked: SqlRequest, request: Request, queries: Annotated[QueryQueue, part("queries")]) -> Response:
     """Run one SELECT over the run log: read-only, in a sandboxed process, for at most 30 s."""
     return Response(await queries.answer(asked, request), media_type="application/json")
 
 
 @router.get("/questions", operation_id="list_questions", responses=responses())
+@cache
 def list_questions() -> QuestionList:
     """Stored questions, each with SQL that runs as it stands."""
-    return _questions()
-
-
-@cache
-def _questions() -> QuestionList:
     return QuestionList(
         data=[
             Question(

@@ -11,10 +11,9 @@ from typing import Annotated
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Path, Query
 
-from api.deps import Reader
-from api.observe import Answered
+from api.deps import Fold, Reader
 from api.problems import ProblemError, responses
 from api.schemas import Alternative, Token, TrajectoryOut, TrajectoryPage, TrajectorySummary
 from asyncopd.config import RunConfig
@@ -64,9 +63,9 @@ _Known = OrderedDict[IndexRange, tuple[tuple[Manifest | None, Manifest | None], 
 _rows: WeakKeyDictionary[RunView, _Known] = WeakKeyDictionary()
 
 
-@router.get("", operation_id="list_trajectories", response_model=TrajectoryPage, responses=responses(404))
-async def list_trajectories(
-    answer: Answered,
+@router.get("", operation_id="list_trajectories", responses=responses(404))
+def list_trajectories(
+    fold: Fold,
     after: Annotated[int, Query(ge=-1, description="`next_cursor` of the page before.", examples=[-1])] = -1,
     limit: Annotated[int, Query(ge=1, le=500, description="Trajectories per page.", examples=[50])] = 50,
     version: Annotated[
@@ -77,17 +76,17 @@ async def list_trajectories(
         str | None, Query(max_length=100, description="Only this difficulty.", examples=["noise 0.35"])
     ] = None,
     min_tokens: Annotated[int, Query(ge=1, description="Only responses at least this long.", examples=[1])] = 1,
-) -> Response:
+) -> TrajectoryPage:
     """Responses in index order, filtered."""
-    return await answer(lambda fold: page_of(fold, after, limit, Filter(version, correct, group, min_tokens)))
+    return page_of(fold, after, limit, Filter(version, correct, group, min_tokens))
 
 
-@router.get("/{index}", operation_id="get_trajectory", response_model=TrajectoryOut, responses=responses(404))
-async def get_trajectory(
-    answer: Answered, index: Annotated[int, Path(ge=0, description="Address in the run.", examples=[128])]
-) -> Response:
+@router.get("/{index}", operation_id="get_trajectory", responses=responses(404))
+def get_trajectory(
+    fold: Fold, index: Annotated[int, Path(ge=0, description="Address in the run.", examples=[128])]
+) -> TrajectoryOut:
     """A response token by token, with what teacher and student thought at each."""
-    return await answer(lambda fold: trajectory_of(fold, index))
+    return trajectory_of(fold, index)
 
 
 def page_of(fold: RunView, after: int, limit: int, shown: Filter) -> TrajectoryPage:

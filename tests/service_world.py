@@ -69,7 +69,6 @@ def settings_of(root: str, folder: Path, **changes: Any) -> ServiceSettings:
             "configs": CONFIGS,
             "tokens": folder / "tokens.json",
             "poll_s": 0.05,
-            "answer_age_s": 0.0,
             "requests_per_s": 10_000.0,
             **changes,
         }

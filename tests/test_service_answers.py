@@ -23,9 +23,7 @@ from api import reader, views
 from api.events import Cursor, Feed, Hub
 from api.limits import Limits
 from api.main import create_app
-from api.observe import COST_S, Answers
 from api.reader import FRESH_S, RunReader
-from api.schemas import Schema
 from api.views import means, stretches
 from asyncopd.types import TrainStep
 from storage.history import NUM_TOKENS, Columns, History
@@ -48,79 +46,24 @@ def view_of(log: StoredRunLog) -> RunView:
 
 
 # -- answers ------------------------------------------------------------------------------------------------------
-class Made(Schema):
-    number: int
-
-
-async def test_all_who_ask_at_once_wait_for_one_computation(log: StoredRunLog) -> None:
-    calls = []
-
-    def make(view: RunView) -> Made:
-        calls.append(threading.current_thread())
-        time.sleep(0.1)
-        return Made(number=len(calls))
-
-    answers, view = Answers(age_s=60.0), view_of(log).refresh()
-    found = await asyncio.gather(*(answers.get("key", view, make) for _ in range(50)))
-    assert set(found) == {b'{"number":1}'}
-    assert await answers.get("key", view, make) == b'{"number":1}'
-    assert threading.main_thread() not in calls  # the event loop is free meanwhile
-    assert await answers.get("another", view, make) == b'{"number":2}'
-
-
-async def test_what_could_not_be_answered_is_asked_again(log: StoredRunLog) -> None:
-    outcomes: list[Any] = [RuntimeError("storage was away"), Made(number=7)]
-
-    def make(view: RunView) -> Made:
-        outcome = outcomes.pop(0)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    answers, view = Answers(age_s=60.0), view_of(log).refresh()
-    with pytest.raises(RuntimeError, match="away"):
-        await answers.get("key", view, make)
-    assert await answers.get("key", view, make) == b'{"number":7}'
-
-
-def test_the_end_of_a_run_is_never_withheld(log: StoredRunLog, tmp_path: Path) -> None:
+def test_a_view_is_as_new_as_the_last_look_and_the_end_of_a_run_is_never_withheld(
+    log: StoredRunLog, tmp_path: Path
+) -> None:
     # A client that was told of the end reads the curves a last time; a remembered answer would miss the last steps.
-    client = client_of(settings_of(log.store.url, tmp_path, answer_age_s=60.0))
+    client = client_of(settings_of(log.store.url, tmp_path))
     path = f"/v1/runs/{log.run_id}/metrics"
-    log.publish_step(train_step(0))
-    assert client.get(path).json()["steps"] == [0.0]
-    log.publish_step(train_step(1))
-    time.sleep(FRESH_S)
-    assert client.get(path).json()["steps"] == [0.0]  # the run goes on: at most a minute old, here
+    for number in range(2):
+        log.publish_step(train_step(number))
+        time.sleep(FRESH_S)
+        assert client.get(path).json()["steps"] == [float(n) for n in range(number + 1)]
+    log.publish_step(train_step(2))
     log.record_state("completed", by="flow")
     time.sleep(FRESH_S)
-    assert client.get(path).json()["steps"] == [0.0, 1.0]
-
-
-async def test_what_takes_long_to_make_is_kept_longer(log: StoredRunLog) -> None:
-    made = []
-
-    def cheap(view: RunView) -> Made:
-        made.append("cheap")
-        return Made(number=len(made))
-
-    def costly(view: RunView) -> Made:
-        made.append("costly")
-        began = time.thread_time()
-        while time.thread_time() - began < 5 * COST_S:
-            pass
-        return Made(number=len(made))
-
-    answers, view = Answers(age_s=0.5), view_of(log).refresh()
-    for _ in range(2):
-        await answers.get("cheap", view, cheap)
-        await answers.get("costly", view, costly)
-        await asyncio.sleep(0.6)
-    assert sorted(made) == ["cheap", "cheap", "costly"]
+    assert client.get(path).json()["steps"] == [0.0, 1.0, 2.0]
 
 
 def test_other_parameters_are_another_answer(tmp_path: Path) -> None:
-    client = client_of(settings_of(make_root(tmp_path / "runs"), tmp_path, answer_age_s=60.0))
+    client = client_of(settings_of(make_root(tmp_path / "runs"), tmp_path))
     found = [
         client.get(f"/v1/runs/{run}/metrics", params={"to_step": n}).json() for run in (DONE, LIVE) for n in (2, 4)
     ]

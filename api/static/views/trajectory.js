@@ -10,11 +10,8 @@ const NO_TOP_K = "The teacher's own likeliest tokens were not recorded (recordin
 
 export async function trajectory(node, [id, index], signal) {
   const path = `/v1/runs/${encodeURIComponent(id)}`, at = (i) => `/runs/${encodeURIComponent(id)}/trajectories/${i}`;
-  /** @type {null | (() => Promise<void>)} */
-  let ask = null;
   addEventListener("keydown", (e) => {
     if (/** @type {any} */ (e.target).closest?.("input,textarea,select") || e.ctrlKey || e.metaKey || e.altKey) return;
-    if (e.key === "n") ask?.();
     if (e.key === "j") go(at(Number(index) + 1));
     if (e.key === "k" && Number(index)) go(at(Number(index) - 1));
   }, { signal });
@@ -29,8 +26,8 @@ export async function trajectory(node, [id, index], signal) {
   if (!found) return;
   const { summary, tokens, trained_at_step: step } = found;
   const drift = step === null ? null : (await get(`${path}/metrics?key=train/drift_nats&from_step=${step}&to_step=${step + 1}`, signal)).series["train/drift_nats"]?.[0] ?? null;
-  const later = step === null ? "this response is not trained yet"
-    : `the learner had it at step ${step} and kept the mean over the step's tokens, drift KL(sampling‖current) ${num(drift)} nats`;
+  const later = step === null ? "This response is not trained yet."
+    : `The learner had it at step ${step} and kept the mean over the step's tokens, drift KL(sampling‖current) ${num(drift)} nats.`;
   const detail = h("div", { class: "card detail", "aria-live": "off" }, h("p", { class: "quiet" }, "Point at a token, or move between them with the arrow keys."));
   const colour = (token) => {
     if (token.teacher_logprob === null) return "transparent";
@@ -46,32 +43,17 @@ export async function trajectory(node, [id, index], signal) {
   const side = (title, setting, list, token, note = "") => h("div", {}, h("h2", {}, title), list.length
     ? table([["token", 0], ["id", 1], ["log-prob", 1], ["prob", 1]], list.map((a) => [a.id === token.id ? h("strong", {}, a.text) : a.text, a.id, logprob(a.logprob), a.logprob === null ? "–" : pct(Math.exp(a.logprob))]), title)
     : h("p", { class: "quiet" }, `Not recorded; a run keeps it with ${setting}.`), list.length > 0 && note && h("p", { class: "quiet" }, note));
-  let picked = 0, /** @type {any} */ now = null, asking = "";
-  const waited = h("span", { "aria-hidden": "true" });  // its seconds are not read out one by one
-  // Computed on demand: nobody stores what later weights say of every old token.
-  ask = async () => {
-    if (asking) return;
-    asking = "The newest weights are being loaded, which takes about ten seconds … ";
-    const began = performance.now(), tick = () => { waited.textContent = `${Math.floor((performance.now() - began) / 1000)} s`; };
-    const clock = setInterval(tick, 1000);
-    tick();
-    pick(picked);
-    try { now = await get(`${path}/trajectories/${index}/logprobs`, signal); asking = ""; } catch (error) {
-      if (signal.aborted) return;
-      asking = `Not computed: ${error.message}`;
-    } finally { clearInterval(clock); waited.textContent = ""; }
-    pick(picked);
-  };
+  let picked = 0;
   function pick(t) {
     for (const [i, is] of /** @type {[number, boolean][]} */ ([[picked, false], [t, true]])) { buttons[i].setAttribute("aria-pressed", String(is)); buttons[i].tabIndex = is ? 0 : -1; }
     picked = t;
     const token = tokens[t];
     const gap = token.teacher_logprob === null ? null : token.teacher_logprob - token.behaviour_logprob;
     const facts = [["log p when sampled", logprob(token.behaviour_logprob)], ["log q", logprob(token.teacher_logprob)], ["log q − log p", logprob(gap)],
-      ...now ? [[`log p now (v${now.version})`, logprob(now.logprobs[t])]] : [], ["position", t], ["id", token.id], ["policy version", token.version]];
+      ["position", t], ["id", token.id], ["policy version", token.version]];
     fill(detail, h("p", {}, h("strong", { class: "picked" }, token.text)),
       h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))),
-      !now && h("p", { class: "quiet", role: "status" }, asking || h("button", { type: "button", onclick: ask }, "log p now (n)"), asking ? waited : ` under the newest weights; ${later}.`),
+      h("p", { class: "quiet" }, later),
       h("div", { class: "sides" }, found.teacher_top_of === "topk" ? side("Teacher's likeliest", "recording.top_k", token.teacher_top, token) : side("Teacher on student's likeliest", "recording.top_k", token.teacher_top, token, NO_TOP_K), side("Sampling student's likeliest", "recording.head", token.student_top, token)));
   }
   const text = h("div", { class: "tokens card", role: "group", "aria-label": "Response" });
