@@ -10,6 +10,7 @@ from learner_builders import scored_batch
 from asyncopd.config import losses as c
 from asyncopd.learner.statistics import drawn_masses, ratio_metrics
 from asyncopd.losses import TokenRows, build_estimator
+from asyncopd.metrics import DRIFT, ESS, SUPPORT_MASS_STUDENT, SUPPORT_MASS_TEACHER
 
 
 @pytest.mark.parametrize(
@@ -31,18 +32,18 @@ def test_support_coverage_of_draws_counts_every_distinct_id_once(config: c.LossC
     for row, ids in enumerate(ids_TJ.tolist()):
         teacher = dict(zip(rows.topk_ids_TK[row].tolist(), rows.topk_logprobs_TK[row].tolist(), strict=True))
         student = sum(float(student_TV[row, i].exp()) for i in set(ids))
-        assert float(found["loss/support_mass_student"][row]) == pytest.approx(student, rel=1e-5)
+        assert float(found[SUPPORT_MASS_STUDENT][row]) == pytest.approx(student, rel=1e-5)
         expected = sum(np.exp(teacher[i]) for i in set(ids))
-        assert float(found["loss/support_mass_teacher"][row]) == pytest.approx(expected, rel=1e-5)
+        assert float(found[SUPPORT_MASS_TEACHER][row]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_ratio_metrics_are_neutral_without_drift_and_k3_is_never_negative() -> None:
     neutral = ratio_metrics(np.zeros(7, np.float32))
-    assert neutral["train/drift_nats"] == 0
-    assert neutral["train/ess_fraction"] == pytest.approx(1)
+    assert neutral[DRIFT] == 0
+    assert neutral[ESS] == pytest.approx(1)
     rng = np.random.default_rng(0)
     p_old, other = rng.dirichlet(np.full(30, 5.0)), rng.dirichlet(np.full(30, 5.0))
     p_new = (p_old + other) / 2
     draws = rng.choice(30, 200_000, p=p_old)
     found = ratio_metrics(np.log(p_new / p_old)[draws].astype(np.float32))
-    assert found["train/drift_nats"] == pytest.approx((p_old * np.log(p_old / p_new)).sum(), rel=0.02)
+    assert found[DRIFT] == pytest.approx((p_old * np.log(p_old / p_new)).sum(), rel=0.02)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from asyncopd.config.losses import CacheRequirements, HeadTailConfig, LossConfig, check_cache
+from asyncopd.config.losses import HeadTailConfig, LossConfig
+from asyncopd.config.recorded import CacheRequirements, check_cache
 from asyncopd.errors import ConfigError
 from asyncopd.losses import build_estimator
 from asyncopd.types import Candidates, ScoredTrajectory, TeacherScores, Trajectory, VersionRun

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from losses_world import make_world
 from torch import Tensor
 
+from asyncopd.losses.build import prefix_weights
 from asyncopd.losses.corrections import (
     Corrected,
     clip,
@@ -25,7 +26,7 @@ from asyncopd.losses.corrections import (
 )
 from asyncopd.losses.divergences import bucket, drop, reverse_kl
 from asyncopd.losses.logspace import MAX_LOG_RATIO, importance_log_ratio, log1mexp, unit_log_ratio
-from asyncopd.losses.policy_gradient import leave_one_out_baseline, prefix_weights
+from asyncopd.losses.policy_gradient import leave_one_out_baseline
 
 log_ratios = st.lists(st.floats(-3, 3), min_size=1, max_size=30)
 

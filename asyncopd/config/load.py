@@ -10,6 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from asyncopd.config.base import Kinds
 from asyncopd.config.schema import RunConfig
 from asyncopd.errors import ConfigError
 
@@ -177,7 +178,8 @@ def _dotted(loc: tuple[int | str, ...], raw: Any) -> str:
 def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
-        for inner in _models_in(field.annotation):
+        kinds = (kind for known in field.metadata if isinstance(known, Kinds) for kind in known)
+        for inner in (*_models_in(field.annotation), *kinds):
             yield from _dotted_keys(inner, f"{prefix}{name}.")
 
 

@@ -17,7 +17,8 @@ from pydantic import Field, model_validator
 
 from asyncopd.config.base import Frozen
 from asyncopd.config.engines import OpenAITeacher, VllmEngine, VllmSampling
-from asyncopd.config.losses import CacheRequirements, HeadTailConfig, LossConfig
+from asyncopd.config.losses import HeadTailConfig, LossConfig
+from asyncopd.config.recorded import CacheRequirements
 from asyncopd.config.tasks import TaskConfig, WalkConfig
 from asyncopd.schedule import OnStale, Order, Plan
 from asyncopd.types import DrawLaw

@@ -21,6 +21,7 @@ from asyncopd.learner.statistics import StepStatistics
 from asyncopd.losses.contract import Estimator, StepContext
 from asyncopd.losses.gather import gather_logprobs
 from asyncopd.losses.rows import TokenRows
+from asyncopd.metrics import GRAD_NORM, LOSS, Metric, recorded
 from asyncopd.models.causal_lm import output_embedding, packed_hidden
 from asyncopd.models.packing import PackedTokens, pack
 from asyncopd.types import ScoredTrajectory
@@ -109,20 +110,20 @@ def optimizer_step(
             # DDP averages over ranks, the step's loss is a sum over them.
             accelerator.backward(loss_sum * (accelerator.num_processes / num_tokens))
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip)
-    metrics = statistics.reduced(accelerator) | {"train/grad_norm": float(grad_norm)}
-    if not np.isfinite(metrics["train/loss_nats"]) or not np.isfinite(metrics["train/grad_norm"]):
+    metrics = statistics.reduced(accelerator) | {GRAD_NORM: float(grad_norm)}
+    if not np.isfinite([metrics[LOSS], metrics[GRAD_NORM]]).all():
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(_non_finite(metrics, statistics.non_finite_indices(accelerator)))
     optimizer.step()
-    return StepResult(metrics=metrics, num_tokens=num_tokens)
+    return StepResult(metrics=recorded(metrics), num_tokens=num_tokens)
 
 
-def _non_finite(metrics: Mapping[str, float], indices: Sequence[int]) -> str:
+def _non_finite(metrics: Mapping[Metric, float], indices: Sequence[int]) -> str:
     named = ", ".join(map(str, indices[:8])) + (" …" if len(indices) > 8 else "")
     return (
-        f"loss {metrics['train/loss_nats']} with gradient norm {metrics['train/grad_norm']}; both must be finite. "
+        f"loss {metrics[LOSS]} with gradient norm {metrics[GRAD_NORM]}; both must be finite. "
         f"The step was abandoned and nothing was published. Indices with a non-finite loss: {named or 'none'}. "
-        "Statistics: " + ", ".join(f"{key} {value:.6g}" for key, value in sorted(metrics.items())) + "."
+        "Statistics: " + ", ".join(f"{key} {value:.6g}" for key, value in sorted(recorded(metrics).items())) + "."
     )
 
 

@@ -18,6 +18,22 @@ from asyncopd.config.recorded import CacheRequirements, check_cache
 from asyncopd.errors import NonFiniteError, SupersededError
 from asyncopd.learner.intake import Batch, intake_of
 from asyncopd.learner.student import Student
+from asyncopd.metrics import (
+    ACCURACY,
+    DROPPED_TRAJECTORIES,
+    HELD_TRAJECTORIES,
+    LR,
+    RESPONSE_TOKENS_MAX,
+    RESPONSE_TOKENS_MEAN,
+    SECONDS,
+    STALE_TRAJECTORIES,
+    STALENESS_MAX,
+    STALENESS_MEAN,
+    STOPPED,
+    TRAJECTORIES,
+    Metric,
+    recorded,
+)
 from asyncopd.ports import RunLog
 from asyncopd.schedule import LEARNER_PLACE, Plan
 from asyncopd.types import Claim, PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
@@ -136,7 +152,7 @@ class LearnStage:
         version = PolicyVersion(step + 1, self._rewind)
         with self._worker.span("orchestrate:publish", f"version {version.number}"):
             await asyncio.to_thread(self._publish, version)
-            record = self._record(step, version, batch, dict(result.metrics) | {"train/seconds": seconds})
+            record = self._record(step, version, batch, result.metrics, seconds)
             await asyncio.to_thread(self._log.publish_step, record)
             if (step + 1) % self._checkpoint_every == 0 or step + 1 == self._plan.num_steps:
                 objects = await asyncio.to_thread(self._student.checkpoint)
@@ -154,39 +170,42 @@ class LearnStage:
         weights = PolicyWeights(version, self._student.weights())
         self._log.publish_policy(weights, worker=self._worker.name, facts={"step": version.number})
 
-    def _record(self, step: int, version: PolicyVersion, batch: Batch, metrics: dict[str, float]) -> TrainStep:
+    def _record(
+        self, step: int, version: PolicyVersion, batch: Batch, measured: Mapping[str, float], seconds: float
+    ) -> TrainStep:
         staleness = staleness_tokens(batch.scored, learner_version=self._learner_version(step))
+        own = {SECONDS: seconds, LR: self._student.lr(step), **self._batch_metrics(step, batch, staleness)}
         return TrainStep(
             step=step,
             rewind=self._rewind,
             indices=batch.indices,
             version=version,
             num_tokens=sum(staleness.values()),
-            metrics=metrics | {"train/lr": self._student.lr(step)} | self._batch_metrics(step, batch, staleness),
+            metrics={**measured, **recorded(own)},
             staleness_tokens=staleness,
             finished=time.time(),
             dropped=batch.dropped,
             held=batch.held,
         )
 
-    def _batch_metrics(self, step: int, batch: Batch, staleness: Mapping[int, int]) -> dict[str, float]:
+    def _batch_metrics(self, step: int, batch: Batch, staleness: Mapping[int, int]) -> dict[Metric, float]:
         """What a step reports about its trajectories, trained or not."""
         trajectories = [scored.trajectory for scored in batch.scored]
         lengths = [len(trajectory.response_ids) for trajectory in trajectories]
         bound, learner = self._plan.max_staleness, self._learner_version(step)
         metrics = {
-            "train/staleness_mean_versions": sum(s * n for s, n in staleness.items()) / sum(lengths),
-            "train/staleness_max_versions": float(max(staleness)),
-            "train/trajectories": float(len(trajectories)),
-            "train/stale_trajectories": float(sum(learner - t.version_oldest > bound for t in trajectories)),
-            "train/dropped_trajectories": float(len(batch.dropped)),
-            "train/held_trajectories": float(len(batch.held)),
-            "rollout/response_tokens_mean": sum(lengths) / len(lengths),
-            "rollout/response_tokens_max": float(max(lengths)),
-            "rollout/stopped_fraction": float(np.mean([t.finish_reason == "stop" for t in trajectories])),
+            STALENESS_MEAN: sum(s * n for s, n in staleness.items()) / sum(lengths),
+            STALENESS_MAX: float(max(staleness)),
+            TRAJECTORIES: float(len(trajectories)),
+            STALE_TRAJECTORIES: float(sum(learner - t.version_oldest > bound for t in trajectories)),
+            DROPPED_TRAJECTORIES: float(len(batch.dropped)),
+            HELD_TRAJECTORIES: float(len(batch.held)),
+            RESPONSE_TOKENS_MEAN: sum(lengths) / len(lengths),
+            RESPONSE_TOKENS_MAX: float(max(lengths)),
+            STOPPED: float(np.mean([t.finish_reason == "stop" for t in trajectories])),
         }
         verified = [t.correct for t in trajectories if t.correct is not None]
-        return metrics | ({"rollout/accuracy": float(np.mean(verified))} if verified else {})
+        return metrics | ({ACCURACY: float(np.mean(verified))} if verified else {})
 
 
 def staleness_tokens(batch: Sequence[ScoredTrajectory], learner_version: int) -> dict[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +14,27 @@ from torch import Tensor
 
 from asyncopd.losses.contract import RowLosses
 from asyncopd.losses.rows import TokenRows
+from asyncopd.metrics import (
+    CLIPPED,
+    DRIFT,
+    ENTROPY,
+    ESS,
+    KL,
+    LOSS,
+    MASKED,
+    RATIO_MAX,
+    RATIO_P01,
+    RATIO_P50,
+    RATIO_P99,
+    SUPPORT_MASS_STUDENT,
+    SUPPORT_MASS_TEACHER,
+    TRUNCATED,
+    Metric,
+)
 
-_AFFECTED = ("loss/clipped_fraction", "loss/masked_fraction", "loss/truncated_fraction")
+T = TypeVar("T")
+
+_ALWAYS = (CLIPPED, MASKED, TRUNCATED)
 """Reported by every step, 0 where the estimator has no correction that could do it."""
 
 
@@ -23,8 +42,8 @@ class StepStatistics:
     """Collects per-token arrays over the micro-batches of one optimizer step."""
 
     def __init__(self) -> None:
-        self._arrays: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
-        self._maxima: set[str] = set()
+        self._arrays: dict[Metric, list[NDArray[np.float32]]] = defaultdict(list)
+        self._log_ratios: list[NDArray[np.float32]] = []
         self._non_finite: set[int] = set()
 
     def add(self, rows: TokenRows, ids_TJ: Tensor, logprobs_TJ: Tensor, entropy_T: Tensor, losses: RowLosses) -> None:
@@ -34,47 +53,45 @@ class StepStatistics:
             logprobs_TJ: [T, J] log p_θ there, nats, detached.
             entropy_T: [T] entropy of p_θ, nats.
         """
-        self._keep("loss", losses.loss_T)
-        self._keep("log_ratio", logprobs_TJ[:, 0] - rows.behaviour_logprobs_T)
-        self._keep("kl", rows.behaviour_logprobs_T - rows.teacher_logprobs_T)
-        self._keep("entropy", entropy_T)
-        self._maxima |= losses.maxima_T.keys()
-        statistics_T = {**losses.statistics_T, **losses.maxima_T}
-        if "loss/support_mass_student" not in statistics_T:
-            statistics_T |= drawn_masses(rows, ids_TJ, logprobs_TJ)
-        for key, values_T in statistics_T.items():
-            self._keep(key, values_T)
+        self._log_ratios.append(_on_cpu(logprobs_TJ[:, 0] - rows.behaviour_logprobs_T))
+        own = {
+            LOSS: losses.loss_T,
+            # One draw per prefix from the sampling policy: unbiased for KL(p_old‖q) on its own responses.
+            KL: rows.behaviour_logprobs_T - rows.teacher_logprobs_T,
+            ENTROPY: entropy_T,
+        }
+        masses = {} if SUPPORT_MASS_STUDENT in losses.statistics_T else drawn_masses(rows, ids_TJ, logprobs_TJ)
+        for metric, values_T in {**own, **losses.statistics_T, **masses}.items():
+            self._arrays[metric].append(_on_cpu(values_T))
         self._non_finite.update(rows.trajectory_T[~torch.isfinite(losses.loss_T.detach())].tolist())
 
     def non_finite_indices(self, accelerator: Accelerator) -> list[int]:
         """Trajectories with a token whose loss is NaN or infinite, of all ranks, sorted."""
-        everyones: list[set[int]] = [self._non_finite] * accelerator.num_processes
-        if accelerator.num_processes > 1:
-            torch.distributed.all_gather_object(everyones, self._non_finite)
-        return sorted(set().union(*everyones))
+        return sorted(set().union(*_of_all_ranks(self._non_finite, accelerator)))
 
-    def _keep(self, key: str, values_T: Tensor) -> None:
-        self._arrays[key].append(values_T.detach().float().cpu().numpy())
-
-    def reduced(self, accelerator: Accelerator) -> dict[str, float]:
-        """Metrics over all micro-batches and ranks; docs/metrics.md has a line for each key."""
-        arrays = {key: np.concatenate(parts) for key, parts in self._arrays.items()}
-        if accelerator.num_processes > 1:
-            gathered: list[dict[str, NDArray[np.float32]]] = [{} for _ in range(accelerator.num_processes)]
-            torch.distributed.all_gather_object(gathered, arrays)
-            arrays = {key: np.concatenate([part[key] for part in gathered]) for key in arrays}
-        metrics: dict[str, float] = {
-            "train/loss_nats": float(arrays.pop("loss").mean(dtype=np.float64)),
-            # One draw per prefix from the sampling policy: unbiased for KL(p_old‖q) on its own responses.
-            "train/kl_nats": float(arrays.pop("kl").mean(dtype=np.float64)),
-            "train/entropy_nats": float(arrays.pop("entropy").mean(dtype=np.float64)),
-        } | dict(ratio_metrics(arrays.pop("log_ratio")))
-        for key, values_T in arrays.items():
-            metrics[key] = float(values_T.max() if key in self._maxima else values_T.mean(dtype=np.float64))
-        return dict.fromkeys(_AFFECTED, 0.0) | metrics
+    def reduced(self, accelerator: Accelerator) -> dict[Metric, float]:
+        """Over all micro-batches and ranks, as each metric's reduction says."""
+        mine = {metric: np.concatenate(parts) for metric, parts in self._arrays.items()}
+        everyones = _of_all_ranks((mine, np.concatenate(self._log_ratios)), accelerator)
+        arrays = {metric: np.concatenate([theirs[metric] for theirs, _ in everyones]) for metric in mine}
+        reduced = {metric: metric.reduced(values_T) for metric, values_T in arrays.items()}
+        ratios = ratio_metrics(np.concatenate([log_ratios for _, log_ratios in everyones]))
+        return {**dict.fromkeys(_ALWAYS, 0.0), **reduced, **ratios}
 
 
-def drawn_masses(rows: TokenRows, ids_TJ: Tensor, logprobs_TJ: Tensor) -> dict[str, Tensor]:
+def _on_cpu(values_T: Tensor) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = values_T.detach().float().cpu().numpy()
+    return values
+
+
+def _of_all_ranks(value: T, accelerator: Accelerator) -> list[T]:
+    everyones = [value] * accelerator.num_processes
+    if accelerator.num_processes > 1:
+        torch.distributed.all_gather_object(everyones, value)
+    return everyones
+
+
+def drawn_masses(rows: TokenRows, ids_TJ: Tensor, logprobs_TJ: Tensor) -> dict[Metric, Tensor]:
     """P_S and Q_S of an estimator that has draws for a support: S is the set of ids it looked at, each counted once.
 
     Args:
@@ -102,12 +119,12 @@ def drawn_masses(rows: TokenRows, ids_TJ: Tensor, logprobs_TJ: Tensor) -> dict[s
     found_TJ = torch.searchsorted(known_ids_TL, ids_TJ).clamp(max=known_ids_TL.shape[1] - 1)
     teacher_TJ = known_logprobs_TL.gather(-1, order_TL.gather(-1, found_TJ))
     return {
-        "loss/support_mass_student": (logprobs_TJ.gather(-1, by_id_TJ).exp() * counts_TJ).sum(-1),
-        "loss/support_mass_teacher": (teacher_TJ.exp() * counts_TJ).sum(-1),
+        SUPPORT_MASS_STUDENT: (logprobs_TJ.gather(-1, by_id_TJ).exp() * counts_TJ).sum(-1),
+        SUPPORT_MASS_TEACHER: (teacher_TJ.exp() * counts_TJ).sum(-1),
     }
 
 
-def ratio_metrics(log_ratio_T: NDArray[np.float32]) -> Mapping[str, float]:
+def ratio_metrics(log_ratio_T: NDArray[np.float32]) -> dict[Metric, float]:
     """Drift, effective sample size and percentiles of the ratio p_θ/p_old on sampled tokens.
 
     Drift is the k3 estimator of KL(p_old‖p_θ) under p_old's own samples: e^{-r} + r − 1 with r = log p_old − log p_θ,
@@ -120,10 +137,10 @@ def ratio_metrics(log_ratio_T: NDArray[np.float32]) -> Mapping[str, float]:
     ratio = np.exp(log_ratio)
     p01, p50, p99 = np.percentile(ratio, [1, 50, 99])
     return {
-        "train/drift_nats": float((ratio - log_ratio - 1).mean()),
-        "train/ess_fraction": float(ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)),
-        "train/ratio_p01": float(p01),
-        "train/ratio_p50": float(p50),
-        "train/ratio_p99": float(p99),
-        "train/ratio_max": float(ratio.max()),
+        DRIFT: float((ratio - log_ratio - 1).mean()),
+        ESS: float(ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)),
+        RATIO_P01: float(p01),
+        RATIO_P50: float(p50),
+        RATIO_P99: float(p99),
+        RATIO_MAX: float(ratio.max()),
     }

@@ -1,4 +1,4 @@
-"""Losses as pure functions of log-probs, one estimator a file, and the binding that picks one by configuration."""
+"""Losses as pure functions of log-probs by family, and the estimators that bind them to settings and cached columns."""
 
 from asyncopd.losses.build import build_estimator
 from asyncopd.losses.contract import Estimator, RowLosses, StepContext

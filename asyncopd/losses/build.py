@@ -1,190 +1,95 @@
-"""From a LossConfig to the estimator the learner calls: the only place where names meet functions."""
+"""From a loss section to the estimator that the learner calls, with the weight of prefixes where that is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import assert_never
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from asyncopd.config.losses import (
-    Clip,
-    CorrectionConfig,
-    CrossEntropyConfig,
-    Decoupled,
-    DenseForwardKLConfig,
-    DenseReverseKLConfig,
-    ForwardKLConfig,
-    ForwardKLDrawsConfig,
-    GeneralisedJSDConfig,
-    HeadTailConfig,
-    LossConfig,
-    M2po,
-    Mask,
-    NoCorrection,
-    NPDConfig,
-    PolicyGradientConfig,
-    ReverseKLConfig,
-    SkewKLConfig,
-    TailName,
-    Truncate,
-)
-from asyncopd.losses.contract import Estimator, RowLosses, StepContext
-from asyncopd.losses.corrections import (
-    Corrected,
-    clip,
-    decoupled,
-    m2po,
-    mask,
-    no_correction,
-    second_moment_threshold,
-    truncate,
-)
-from asyncopd.losses.divergences import (
-    bucket,
-    drop,
-    forward_kl,
-    generalised_jsd,
-    renormalise,
-    reverse_kl,
-    skew_forward_kl,
-    skew_reverse_kl,
-)
-from asyncopd.losses.estimators import (
-    Baseline,
-    CrossEntropy,
-    DrawBaseline,
-    Draws,
-    ExactBaseline,
-    HeadTail,
-    NearPolicy,
-    Outcomes,
-    PolicyGradient,
-    PrefixWeighted,
-    SupportDivergence,
-    TeacherDraws,
-    first_draws,
-    full_support,
-    sampled_token,
-    student_support,
-    teacher_support,
-)
-from asyncopd.losses.logspace import importance_log_ratio, unit_log_ratio
-from asyncopd.losses.policy_gradient import (
-    behaviour_advantage,
-    current_advantage,
-    leave_one_out_baseline,
-    no_baseline,
-)
+from asyncopd.config.losses import LossSettings, OnPolicySettings
+from asyncopd.losses import divergences, head_tail, policy_gradient
+from asyncopd.losses.contract import Estimator, RowLosses, StepContext, estimator_of
+from asyncopd.losses.logspace import importance_log_ratio
+from asyncopd.losses.rows import TokenRows
+from asyncopd.metrics import PREFIX_TRUNCATED, PREFIX_WEIGHT
 
-__all__ = ["Estimator", "RowLosses", "StepContext", "build_estimator"]
-
-_TAILS: dict[TailName, Outcomes] = {"bucket": bucket, "drop": drop, "renormalise": renormalise}
+FAMILIES = (head_tail, policy_gradient, divergences)
+"""The modules whose estimators exist: importing one registers them with `estimator_of`."""
 
 
-def build_estimator(config: LossConfig) -> Estimator:
-    """The estimator that `config` names, with its prefix weight if it asks for one."""
-    estimator = _unweighted(config)
-    if isinstance(config, NPDConfig | CrossEntropyConfig) or config.max_prefix_weight is None:
-        return estimator
-    return PrefixWeighted(estimator, config.max_prefix_weight)
+def build_estimator(settings: LossSettings) -> Estimator:
+    """The estimator that `settings` describe, with its prefix weight if they ask for one.
+
+    Raises:
+        ConfigError: the settings have no function.
+    """
+    estimator = estimator_of(settings)
+    if isinstance(settings, OnPolicySettings) and settings.max_prefix_weight is not None:
+        return PrefixWeighted(estimator, settings.max_prefix_weight)
+    return estimator
 
 
-def _unweighted(config: LossConfig) -> Estimator:
-    match config:
-        case HeadTailConfig():
-            return HeadTail(config.head, config.num_draws, config.teacher_top_k)
-        case PolicyGradientConfig():
-            return _policy_gradient(config)
-        case DenseForwardKLConfig():
-            # A full support has no tail to bucket: `drop` is exact there.
-            return SupportDivergence(full_support, drop, forward_kl)
-        case DenseReverseKLConfig():
-            return SupportDivergence(full_support, drop, reverse_kl)
-        case ForwardKLConfig():
-            return SupportDivergence(partial(teacher_support, top_k=config.top_k), _TAILS[config.tail], forward_kl)
-        case ForwardKLDrawsConfig():
-            return TeacherDraws(config.num_teacher_draws)
-        case ReverseKLConfig():
-            support = {"teacher": teacher_support, "student": student_support}[config.support]
-            return SupportDivergence(partial(support, top_k=config.top_k), _TAILS[config.tail], reverse_kl)
-        case GeneralisedJSDConfig():
-            divergence = partial(generalised_jsd, beta=config.beta)
-            return SupportDivergence(partial(teacher_support, top_k=config.top_k), bucket, divergence)
-        case SkewKLConfig():
-            skew = {"forward": skew_forward_kl, "reverse": skew_reverse_kl}[config.direction]
-            return SupportDivergence(
-                partial(teacher_support, top_k=config.top_k), bucket, partial(skew, alpha=config.alpha)
-            )
-        case NPDConfig():
-            return NearPolicy(config.top_k, _TAILS[config.tail], config.kl_weight)
-        case CrossEntropyConfig():
-            return CrossEntropy()
-        case _:
-            assert_never(config)
+@dataclass(frozen=True)
+class PrefixWeighted:
+    """Another estimator, each row weighted by how much likelier the current student is to reach its prefix."""
+
+    inner: Estimator
+    max_weight: float
+
+    @property
+    def needs_step_pass(self) -> bool:
+        return self.inner.needs_step_pass
+
+    def student_ids(self, rows: TokenRows) -> Tensor:
+        return torch.cat([rows.response_ids_T[:, None], self.inner.student_ids(rows)], -1)
+
+    def step_context(self, rows: TokenRows, student_logprobs_TJ: Tensor) -> StepContext:
+        return self.inner.step_context(rows, student_logprobs_TJ[:, 1:])
+
+    def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
+        losses = self.inner(rows, student_logprobs_TJ[:, 1:], context)
+        weights = prefix_weights(
+            student_logprobs_TJ[:, 0], rows.behaviour_logprobs_T, rows.trajectory_T, max_weight=self.max_weight
+        )
+        statistics_T = {
+            **losses.statistics_T,
+            PREFIX_WEIGHT: weights.weight_T,
+            PREFIX_TRUNCATED: weights.truncated_T.to(weights.weight_T.dtype),
+        }
+        return RowLosses(losses.loss_T * weights.weight_T, statistics_T)
 
 
-def _policy_gradient(config: PolicyGradientConfig) -> PolicyGradient:
-    baselines: dict[str, Baseline] = {
-        "none": DrawBaseline(no_baseline),
-        "leave_one_out": DrawBaseline(leave_one_out_baseline),
-        "exact": ExactBaseline(),
-    }
-    correct, affected_key = _correction(config.correction)
-    return PolicyGradient(
-        draws=sampled_token if config.num_draws == 1 else partial(first_draws, num_draws=config.num_draws),
-        log_ratio={"importance": importance_log_ratio, "none": unit_log_ratio}[config.ratio],
-        advantage={"current": _current, "behaviour": _behaviour}[config.advantage],
-        baseline=baselines[config.baseline],
-        correct=correct,
-        needs_step_pass=isinstance(config.correction, M2po),
-        affected_key=affected_key,
+@dataclass(frozen=True)
+class PrefixWeights:
+    weight_T: Tensor
+    """[T] in (0, max_weight], detached."""
+    truncated_T: Tensor
+    """[T] bool: the product exceeded the cap."""
+
+
+def prefix_weights(
+    student_logprobs_T: Tensor, behaviour_logprobs_T: Tensor, trajectory_T: Tensor, *, max_weight: float
+) -> PrefixWeights:
+    """w_t = min(Π_{s<t} ρ(y_s), c): how much more often the current student would have reached prefix s_t.
+
+    The product runs over the previous tokens of the same response only; the first token has weight 1. Untruncated it
+    makes E_{p_old} over prefixes an E_{p_θ}; its variance grows exponentially with t, hence the cap, and hence off by
+    default. Rows must be whole trajectories in response order. The summed log is exact to float64.
+
+    Args:
+        student_logprobs_T: [T] log p_θ of the sampled tokens, nats; not differentiated.
+        behaviour_logprobs_T: [T] log p_old of them, nats.
+        trajectory_T: [T] int64, constant over the consecutive rows of a trajectory.
+        max_weight: c >= 1.
+    """
+    log_ratio_T = importance_log_ratio(student_logprobs_T.detach(), behaviour_logprobs_T).double()
+    before_T = log_ratio_T.cumsum(0) - log_ratio_T
+    _, lengths = torch.unique_consecutive(trajectory_T, return_counts=True)
+    first_rows = lengths.cumsum(0) - lengths
+    log_product_T = before_T - before_T[first_rows].repeat_interleave(lengths)
+    log_cap = torch.tensor(max_weight, dtype=torch.float64).log()
+    return PrefixWeights(
+        weight_T=log_product_T.clamp(max=log_cap.item()).exp().to(student_logprobs_T.dtype),
+        truncated_T=log_product_T > log_cap,
     )
-
-
-def _current(student_logprobs_TN: Tensor, draws: Draws) -> Tensor:
-    return current_advantage(student_logprobs_TN, draws.teacher_logprobs_TN)
-
-
-def _behaviour(student_logprobs_TN: Tensor, draws: Draws) -> Tensor:
-    del student_logprobs_TN
-    return behaviour_advantage(draws.behaviour_logprobs_TN, draws.teacher_logprobs_TN)
-
-
-def _correction(config: CorrectionConfig) -> tuple[Callable[[Tensor, Tensor, StepContext], Corrected], str]:
-    match config:
-        case NoCorrection():
-            return lambda log_ratio, advantage, _: no_correction(log_ratio, advantage), "loss/clipped_fraction"
-        case Clip():
-            bounds = {"epsilon_low": config.epsilon_low, "epsilon_high": config.epsilon_high}
-            dual_clip = float("inf") if config.dual_clip is None else config.dual_clip
-            return lambda log_ratio, advantage, _: clip(
-                log_ratio, advantage, dual_clip=dual_clip, **bounds
-            ), "loss/clipped_fraction"
-        case Decoupled():
-            return lambda log_ratio, advantage, _: decoupled(
-                log_ratio,
-                advantage,
-                # One optimizer step per learner step: the snapshot at its start is the student itself.
-                log_ratio.detach(),
-                epsilon_low=config.epsilon_low,
-                epsilon_high=config.epsilon_high,
-                max_behaviour_weight=config.max_behaviour_weight,
-            ), "loss/masked_fraction"
-        case M2po():
-            return lambda log_ratio, advantage, context: m2po(
-                log_ratio,
-                advantage,
-                threshold=second_moment_threshold(context.required_shifts_H(), budget=config.budget),
-            ), "loss/clipped_fraction"
-        case Truncate():
-            return lambda log_ratio, advantage, _: truncate(
-                log_ratio, advantage, max_ratio=config.max_ratio
-            ), "loss/truncated_fraction"
-        case Mask():
-            return lambda log_ratio, advantage, _: mask(
-                log_ratio, advantage, max_ratio=config.max_ratio
-            ), "loss/masked_fraction"
-        case _:
-            assert_never(config)

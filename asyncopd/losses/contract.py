@@ -4,19 +4,24 @@ TokenRows --student_ids--> ids [T, J] --gather--> log p_θ [T, J] --__call__--> 
                                           |
                                           +--step_context, micro-batches and ranks joined, before the first
                                              backward, only where needs_step_pass--> StepContext
+
+An estimator's module binds it to its settings beside its mathematics: `@estimator_of.register`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import singledispatch
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from asyncopd.config.losses import LossSettings
 from asyncopd.errors import ConfigError
 from asyncopd.losses.rows import TokenRows
+from asyncopd.metrics import Metric
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class StepContext:
     """What an estimator must know about the whole optimizer step before it judges one row of it."""
 
     harmful_shifts_H: Tensor | None = None
-    """[H] |log ρ| of the step's harmful draws (m2po.py), any order; None where no pass over the step was made.
+    """[H] |log ρ| of the step's harmful draws (corrections.py), any order; None where no pass over the step was made.
     One 1-D tensor, so that ranks can gather it."""
 
     @classmethod
@@ -52,10 +57,8 @@ class RowLosses:
 
     loss_T: Tensor
     """[T] nats, with gradient."""
-    statistics_T: Mapping[str, Tensor] = field(default_factory=dict)
-    """`loss/name` -> [T], detached; reduced by the mean over trained tokens."""
-    maxima_T: Mapping[str, Tensor] = field(default_factory=dict)
-    """`loss/name` -> [T], detached; reduced by the maximum."""
+    statistics_T: Mapping[Metric, Tensor] = field(default_factory=dict)
+    """[T] each, detached; the metric says how they reduce."""
 
 
 class Estimator(Protocol):
@@ -87,3 +90,26 @@ class Estimator(Protocol):
             context: of the whole optimizer step; StepContext() where `needs_step_pass` is False.
         """
         ...
+
+
+class NoStepPass:
+    """Base of the estimators that judge every row on its own."""
+
+    needs_step_pass = False
+
+    def step_context(self, rows: TokenRows, student_logprobs_TJ: Tensor) -> StepContext:
+        del rows, student_logprobs_TJ
+        return StepContext()
+
+
+@singledispatch
+def estimator_of(settings: LossSettings) -> Estimator:
+    """The estimator that `settings` describe, without prefix weight.
+
+    Raises:
+        ConfigError: nothing is registered for this class of settings.
+    """
+    raise ConfigError(
+        f"loss.name {settings.name!r} has settings ({type(settings).__name__}) but no function. Register one with "
+        "@estimator_of.register in a module that asyncopd/losses/build.py imports (CONTRIBUTING.md)."
+    )

@@ -13,12 +13,18 @@ A per-micro-batch τ would make the loss depend on how the step is split; hence 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import singledispatch
 
 import torch
 from torch import Tensor
 
+from asyncopd.config.losses import Clip, CorrectionSettings, Decoupled, M2po, Mask, NoCorrection, Truncate
+from asyncopd.errors import ConfigError
+from asyncopd.losses.contract import StepContext
 from asyncopd.losses.logspace import MAX_LOG_RATIO
+from asyncopd.metrics import CLIPPED, MASKED, TRUNCATED, Metric
 
 
 @dataclass(frozen=True)
@@ -190,3 +196,72 @@ def m2po(log_ratio_TN: Tensor, advantage_TN: Tensor, *, threshold: float) -> Cor
     clipped_TN = harmful(log_ratio_TN, advantage_TN) & (log_ratio_TN.detach().abs() > threshold)
     bounded_TN = log_ratio_TN.detach().clamp(-threshold, threshold)
     return Corrected(torch.where(clipped_TN, bounded_TN, log_ratio_TN).exp() * advantage_TN, clipped_TN)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A configured correction."""
+
+    correct: Callable[[Tensor, Tensor, StepContext], Corrected]
+    """(log ρ, A) [T, N] and what is known of the whole step -> what takes the place of ρ·A."""
+    affected: Metric
+    """Counts what it changed."""
+    needs_step_pass: bool = False
+
+
+@singledispatch
+def correction_of(settings: CorrectionSettings) -> Correction:
+    """The correction that `settings` describe. Raises ConfigError when nothing is registered for them."""
+    raise ConfigError(f"loss.correction {settings.name!r} has settings but no function (CONTRIBUTING.md).")
+
+
+@correction_of.register
+def _(settings: NoCorrection) -> Correction:
+    return Correction(lambda log_ratio, advantage, _: no_correction(log_ratio, advantage), CLIPPED)
+
+
+@correction_of.register
+def _(settings: Clip) -> Correction:
+    bounds = {
+        "epsilon_low": settings.epsilon_low,
+        "epsilon_high": settings.epsilon_high,
+        "dual_clip": math.inf if settings.dual_clip is None else settings.dual_clip,
+    }
+    return Correction(lambda log_ratio, advantage, _: clip(log_ratio, advantage, **bounds), CLIPPED)
+
+
+@correction_of.register
+def _(settings: Decoupled) -> Correction:
+    def correct(log_ratio_TN: Tensor, advantage_TN: Tensor, _: StepContext) -> Corrected:
+        return decoupled(
+            log_ratio_TN,
+            advantage_TN,
+            # One optimizer step per learner step: the snapshot at its start is the student itself.
+            log_ratio_TN.detach(),
+            epsilon_low=settings.epsilon_low,
+            epsilon_high=settings.epsilon_high,
+            max_behaviour_weight=settings.max_behaviour_weight,
+        )
+
+    return Correction(correct, MASKED)
+
+
+@correction_of.register
+def _(settings: M2po) -> Correction:
+    def correct(log_ratio_TN: Tensor, advantage_TN: Tensor, context: StepContext) -> Corrected:
+        threshold = second_moment_threshold(context.required_shifts_H(), budget=settings.budget)
+        return m2po(log_ratio_TN, advantage_TN, threshold=threshold)
+
+    return Correction(correct, CLIPPED, needs_step_pass=True)
+
+
+@correction_of.register
+def _(settings: Truncate) -> Correction:
+    limit = settings.max_ratio
+    return Correction(lambda log_ratio, advantage, _: truncate(log_ratio, advantage, max_ratio=limit), TRUNCATED)
+
+
+@correction_of.register
+def _(settings: Mask) -> Correction:
+    limit = settings.max_ratio
+    return Correction(lambda log_ratio, advantage, _: mask(log_ratio, advantage, max_ratio=limit), MASKED)

@@ -1,38 +1,49 @@
-"""Forward KL on a set of outcomes: teacher-weighted, covers modes. Knows nothing of p_old, so no staleness bias.
+"""Divergences that need no draw of the student: on a support, on the teacher's draws, and the supervised losses.
 
-Reverse KL on a set of outcomes: student-weighted, seeks modes. Exact when the outcomes are the full vocabulary.
+    cached log q on S, log p_θ on S --tail: bucket, drop, renormalise--> outcomes --divergence--> loss per row [T]
 
-Generalised Jensen–Shannon divergence between student and teacher, between forward and reverse KL.
-
-Skew KL: a KL whose second argument is mixed with the first, so that the log-ratio is bounded.
-
-What becomes of the mass outside a support S: each function turns log-probs on S into outcomes a KL can be taken of.
-
-All take and return (student, teacher) log-probs [T, K], nats, and pass gradient to the student. On a full support
-(K = V) `drop` is exact, because there is no tail.
-
-Forward KL from ids drawn by the teacher: unbiased for any student, however stale the prefix.
-
-Supervised cross-entropy on the response tokens.
-
-Near-policy distillation: cross-entropy on slightly stale, selected responses mixed with a KL to the teacher.
+Divergences and tails take (student, teacher) log-probs [T, K], nats, and pass gradient to the student. On a full
+support (K = V) the tail `drop` is exact, because there is none. The bindings to their settings stand at the end.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from asyncopd.config.losses import (
+    CrossEntropyConfig,
+    DenseForwardKLConfig,
+    DenseReverseKLConfig,
+    ForwardKLConfig,
+    ForwardKLDrawsConfig,
+    GeneralisedJSDConfig,
+    NPDConfig,
+    ReverseKLConfig,
+    SkewKLConfig,
+    TailName,
+)
+from asyncopd.losses.contract import Estimator, NoStepPass, RowLosses, StepContext, estimator_of
 from asyncopd.losses.logspace import log1mexp
+from asyncopd.losses.rows import Support, TokenRows, first_columns, full_support, student_support, teacher_support
+from asyncopd.metrics import CROSS_ENTROPY, SUPPORT_MASS_STUDENT, SUPPORT_MASS_TEACHER, TOPK_KL, Metric
+
+Outcomes = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(student, teacher) log-probs on a support -> on outcomes."""
+Divergence = Callable[[Tensor, Tensor], Tensor]
+"""(student, teacher) log-probs [T, K] -> [T]."""
 
 
 def forward_kl(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor) -> Tensor:
     """ℓ = Σ_k q_k (log q_k − log p_θ,k) over the given outcomes.
 
     With the full vocabulary it is D_F(s) exactly (dense forward KL). On a teacher top-k the tail is the caller's
-    choice (tails.py): `bucket` gives a lower bound of D_F, the KL of the coarser K + 1 outcomes, zero at p = q;
+    choice (below): `bucket` gives a lower bound of D_F, the KL of the coarser K + 1 outcomes, zero at p = q;
     `drop` has the gradient −Σ_S q_k ∇log p_k, which does not vanish at p = q but empties the tail.
 
     Args:
@@ -53,7 +64,7 @@ def reverse_kl(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor) -> Tens
 
     Gradient: Σ_k p_k (log p_k − log q_k + 1) ∇log p_k. On the full vocabulary (dense reverse KL) the "+1" cancels,
     because Σ_v ∇p_v = 0; on a partial support it does not, and `drop` leaks mass towards p_k = q_k/e. `bucket`
-    (tails.py) restores the cancellation and gives a lower bound of D_R. Both are biased for D_R unless S = V; on a
+    (below) restores the cancellation and gives a lower bound of D_R. Both are biased for D_R unless S = V; on a
     stale student's support the bias grows with drift. For teacher or student support, by which ids are passed.
 
     Args:
@@ -188,8 +199,8 @@ def npd(cross_entropy_T: Tensor, kl_T: Tensor, *, kl_weight: float) -> Tensor:
     (1−λ) times that of supervised training. "NPD (reconstructed)": the paper's text is not public in detail.
 
     Args:
-        cross_entropy_T: [T] nats, with gradient (cross_entropy.py).
-        kl_T: [T] nats, with gradient: forward KL on the teacher's top-k (forward_kl.py, tails.py).
+        cross_entropy_T: [T] nats, with gradient.
+        kl_T: [T] nats, with gradient: forward KL on the teacher's top-k.
         kl_weight: λ in [0, 1].
     Returns:
         [T] nats, with gradient; one loss per row.
@@ -197,3 +208,128 @@ def npd(cross_entropy_T: Tensor, kl_T: Tensor, *, kl_weight: float) -> Tensor:
         docs/estimators.md 4.6.
     """
     return (1 - kl_weight) * cross_entropy_T + kl_weight * kl_T
+
+
+@dataclass(frozen=True)
+class SupportDivergence(NoStepPass):
+    """A divergence on a support: forward and reverse KL, dense or not, generalised JSD, skew KL."""
+
+    support: Callable[[TokenRows], Support]
+    outcomes: Outcomes
+    divergence: Divergence
+
+    def student_ids(self, rows: TokenRows) -> Tensor:
+        return self.support(rows).ids_TK
+
+    def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
+        teacher_logprobs_TK = self.support(rows).teacher_logprobs_TK
+        loss_T = self.divergence(*self.outcomes(student_logprobs_TJ, teacher_logprobs_TK))
+        return RowLosses(loss_T, support_masses(student_logprobs_TJ, teacher_logprobs_TK))
+
+
+@dataclass(frozen=True)
+class TeacherDraws(NoStepPass):
+    """Forward KL from the first `num_draws` ids that the teacher drew."""
+
+    num_draws: int
+
+    def student_ids(self, rows: TokenRows) -> Tensor:
+        return first_columns("teacher_draw_ids", rows.teacher_draw_ids_TM, self.num_draws)
+
+    def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
+        return RowLosses(forward_kl_draws(student_logprobs_TJ, rows.teacher_draw_logprobs_TM[:, : self.num_draws]))
+
+
+@dataclass(frozen=True)
+class CrossEntropy(NoStepPass):
+    """Supervised fine-tuning on the response tokens."""
+
+    def student_ids(self, rows: TokenRows) -> Tensor:
+        return rows.response_ids_T[:, None]
+
+    def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
+        return RowLosses(cross_entropy(student_logprobs_TJ[:, 0]))
+
+
+@dataclass(frozen=True)
+class NearPolicy(NoStepPass):
+    """(1−λ)·cross-entropy + λ·forward KL on the teacher's top-k."""
+
+    top_k: int
+    outcomes: Outcomes
+    kl_weight: float
+
+    def student_ids(self, rows: TokenRows) -> Tensor:
+        return torch.cat([rows.response_ids_T[:, None], teacher_support(rows, self.top_k).ids_TK], -1)
+
+    def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
+        student_logprobs_TK = student_logprobs_TJ[:, 1:]
+        teacher_logprobs_TK = teacher_support(rows, self.top_k).teacher_logprobs_TK
+        cross_entropy_T = cross_entropy(student_logprobs_TJ[:, 0])
+        kl_T = forward_kl(*self.outcomes(student_logprobs_TK, teacher_logprobs_TK))
+        parts = {CROSS_ENTROPY: cross_entropy_T.detach(), TOPK_KL: kl_T.detach()}
+        return RowLosses(
+            npd(cross_entropy_T, kl_T, kl_weight=self.kl_weight),
+            {**parts, **support_masses(student_logprobs_TK, teacher_logprobs_TK)},
+        )
+
+
+def support_masses(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor) -> dict[Metric, Tensor]:
+    """P_S and Q_S: how much of each distribution the support covers."""
+    return {
+        SUPPORT_MASS_STUDENT: student_logprobs_TK.detach().exp().sum(-1),
+        SUPPORT_MASS_TEACHER: teacher_logprobs_TK.exp().sum(-1),
+    }
+
+
+_TAILS: dict[TailName, Outcomes] = {"bucket": bucket, "drop": drop, "renormalise": renormalise}
+
+
+@estimator_of.register
+def _(settings: DenseForwardKLConfig) -> Estimator:
+    # A full support has no tail to bucket: `drop` is exact there.
+    return SupportDivergence(full_support, drop, forward_kl)
+
+
+@estimator_of.register
+def _(settings: DenseReverseKLConfig) -> Estimator:
+    return SupportDivergence(full_support, drop, reverse_kl)
+
+
+@estimator_of.register
+def _(settings: ForwardKLConfig) -> Estimator:
+    return SupportDivergence(partial(teacher_support, top_k=settings.top_k), _TAILS[settings.tail], forward_kl)
+
+
+@estimator_of.register
+def _(settings: ReverseKLConfig) -> Estimator:
+    support = {"teacher": teacher_support, "student": student_support}[settings.support]
+    return SupportDivergence(partial(support, top_k=settings.top_k), _TAILS[settings.tail], reverse_kl)
+
+
+@estimator_of.register
+def _(settings: GeneralisedJSDConfig) -> Estimator:
+    divergence = partial(generalised_jsd, beta=settings.beta)
+    return SupportDivergence(partial(teacher_support, top_k=settings.top_k), bucket, divergence)
+
+
+@estimator_of.register
+def _(settings: SkewKLConfig) -> Estimator:
+    skew = {"forward": skew_forward_kl, "reverse": skew_reverse_kl}[settings.direction]
+    divergence = partial(skew, alpha=settings.alpha)
+    return SupportDivergence(partial(teacher_support, top_k=settings.top_k), bucket, divergence)
+
+
+@estimator_of.register
+def _(settings: ForwardKLDrawsConfig) -> Estimator:
+    return TeacherDraws(settings.num_teacher_draws)
+
+
+@estimator_of.register
+def _(settings: NPDConfig) -> Estimator:
+    return NearPolicy(settings.top_k, _TAILS[settings.tail], settings.kl_weight)
+
+
+@estimator_of.register
+def _(settings: CrossEntropyConfig) -> Estimator:
+    return CrossEntropy()

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asyncopd.config.losses import HeadTailConfig
+from asyncopd.errors import ShapeError
+from asyncopd.losses.contract import Estimator, NoStepPass, RowLosses, StepContext, estimator_of
+from asyncopd.losses.divergences import support_masses
 from asyncopd.losses.logspace import importance_log_ratio
+from asyncopd.losses.rows import TokenRows, first_draws, teacher_support
+from asyncopd.metrics import MAX_RATIO
 
 
 @dataclass(frozen=True)
@@ -16,8 +22,6 @@ class HeadTailLoss:
 
     loss_T: Tensor
     """[T] nats, with gradient."""
-    head_mass_T: Tensor
-    """[T] p_θ(H), detached."""
     max_ratio_T: Tensor
     """[T] largest p_θ/p_old among the tail draws, detached: large where p_θ grew in a tail p_old neglected."""
 
@@ -74,6 +78,57 @@ def head_tail(
     tail_T = tail_logmass_T.exp() * (weight_TN * torch.where(counts_TN, gap_TN, torch.zeros_like(gap_TN))).mean(-1)
     return HeadTailLoss(
         loss_T=head_T + tail_T + baseline_T1[:, 0],
-        head_mass_T=head_logprobs_TK.detach().exp().sum(-1),
         max_ratio_T=weight_TN.detach().amax(-1),
     )
+
+
+@dataclass(frozen=True)
+class HeadTail(NoStepPass):
+    """Exact head + sampled tail, optionally with the teacher's top-k joined to the head."""
+
+    head: int
+    num_draws: int
+    teacher_top_k: int
+
+    def student_ids(self, rows: TokenRows) -> Tensor:
+        if rows.head_ids_TK.shape[1] != self.head:
+            raise ShapeError(
+                f"head_ids holds {rows.head_ids_TK.shape[1]} ids per token, and the tail draws avoid all of them; the "
+                f"estimator asks for a head of {self.head}."
+            )
+        draws = first_draws(rows, self.num_draws)
+        return torch.cat([rows.head_ids_TK, teacher_support(rows, self.teacher_top_k).ids_TK, draws.ids_TN], -1)
+
+    def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
+        draws, teacher = first_draws(rows, self.num_draws), teacher_support(rows, self.teacher_top_k)
+        head_ids_TK = torch.cat([rows.head_ids_TK, teacher.ids_TK], -1)
+        width = head_ids_TK.shape[1]
+        head_student_TK, tail_student_TN = student_logprobs_TJ[:, :width], student_logprobs_TJ[:, width:]
+        head_teacher_TK = torch.cat([rows.head_teacher_logprobs_TK, teacher.teacher_logprobs_TK], -1)
+        repeats_TK = torch.zeros_like(head_ids_TK, dtype=torch.bool)
+        repeats_TK[:, self.head :] = _contains(rows.head_ids_TK, teacher.ids_TK)
+        result = head_tail(
+            head_student_TK,
+            head_teacher_TK,
+            tail_student_TN,
+            draws.behaviour_logprobs_TN,
+            draws.teacher_logprobs_TN,
+            rows.tail_logmass_T,
+            in_head_TK=~repeats_TK,
+            in_tail_TN=~_contains(head_ids_TK, draws.ids_TN),
+        )
+        minus_inf = torch.full_like(head_teacher_TK, -torch.inf)
+        masses = support_masses(
+            torch.where(repeats_TK, minus_inf, head_student_TK), torch.where(repeats_TK, minus_inf, head_teacher_TK)
+        )
+        return RowLosses(result.loss_T, {**masses, MAX_RATIO: result.max_ratio_T})
+
+
+def _contains(set_TK: Tensor, ids_TN: Tensor) -> Tensor:
+    """[T, N] bool: is the id among the row's set?"""
+    return (ids_TN[:, :, None] == set_TK[:, None, :]).any(-1)
+
+
+@estimator_of.register
+def _(settings: HeadTailConfig) -> Estimator:
+    return HeadTail(settings.head, settings.num_draws, settings.teacher_top_k)

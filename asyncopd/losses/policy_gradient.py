@@ -1,7 +1,4 @@
-"""Reverse KL by policy gradient over N tokens that a stale student drew: advantages, baselines and the surrogate.
-
-The optional weight that corrects the distribution over prefixes, not the one over the next token.
-"""
+"""Reverse KL by policy gradient over N tokens that a stale student drew: advantages, baselines and the surrogate."""
 
 from __future__ import annotations
 
@@ -11,8 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from asyncopd.losses.corrections import Corrected
-from asyncopd.losses.logspace import importance_log_ratio
+from asyncopd.config.losses import PolicyGradientConfig
+from asyncopd.losses.contract import Estimator, RowLosses, StepContext, estimator_of
+from asyncopd.losses.corrections import Corrected, Correction, correction_of, harmful_shifts
+from asyncopd.losses.logspace import importance_log_ratio, unit_log_ratio
+from asyncopd.losses.rows import Draws, TokenRows, first_draws, full_support, sampled_token
+from asyncopd.metrics import MAX_RATIO
 
 
 def current_advantage(student_logprobs_TN: Tensor, teacher_logprobs_TN: Tensor) -> Tensor:
@@ -46,12 +47,6 @@ def behaviour_advantage(behaviour_logprobs_TN: Tensor, teacher_logprobs_TN: Tens
         AsyncOPD, arXiv 2606.24143; docs/estimators.md 4.5.
     """
     return (teacher_logprobs_TN - behaviour_logprobs_TN).detach()
-
-
-def no_baseline(log_ratio_TN: Tensor, advantage_TN: Tensor) -> Tensor:
-    """b = 0. [T, N]."""
-    del log_ratio_TN
-    return advantage_TN.new_zeros(()).expand_as(advantage_TN)
 
 
 def leave_one_out_baseline(log_ratio_TN: Tensor, advantage_TN: Tensor) -> Tensor:
@@ -117,35 +112,71 @@ def policy_gradient(
 
 
 @dataclass(frozen=True)
-class PrefixWeights:
-    weight_T: Tensor
-    """[T] in (0, max_weight], detached."""
-    truncated_T: Tensor
-    """[T] bool: the product exceeded the cap."""
+class _Terms:
+    log_ratio_TN: Tensor
+    advantage_TN: Tensor
+    baseline_TN: Tensor
 
 
-def prefix_weights(
-    student_logprobs_T: Tensor, behaviour_logprobs_T: Tensor, trajectory_T: Tensor, *, max_weight: float
-) -> PrefixWeights:
-    """w_t = min(Π_{s<t} ρ(y_s), c): how much more often the current student would have reached prefix s_t.
+@dataclass(frozen=True)
+class PolicyGradient:
+    """The surrogate on cached draws, its parts chosen by the settings."""
 
-    The product runs over the previous tokens of the same response only; the first token has weight 1. Untruncated it
-    makes E_{p_old} over prefixes an E_{p_θ}; its variance grows exponentially with t, hence the cap, and hence off by
-    default. Rows must be whole trajectories in response order. The summed log is exact to float64.
+    settings: PolicyGradientConfig
+    correction: Correction
 
-    Args:
-        student_logprobs_T: [T] log p_θ of the sampled tokens, nats; not differentiated.
-        behaviour_logprobs_T: [T] log p_old of them, nats.
-        trajectory_T: [T] int64, constant over the consecutive rows of a trajectory.
-        max_weight: c >= 1.
-    """
-    log_ratio_T = importance_log_ratio(student_logprobs_T.detach(), behaviour_logprobs_T).double()
-    before_T = log_ratio_T.cumsum(0) - log_ratio_T
-    _, lengths = torch.unique_consecutive(trajectory_T, return_counts=True)
-    first_rows = lengths.cumsum(0) - lengths
-    log_product_T = before_T - before_T[first_rows].repeat_interleave(lengths)
-    log_cap = torch.tensor(max_weight, dtype=torch.float64).log()
-    return PrefixWeights(
-        weight_T=log_product_T.clamp(max=log_cap.item()).exp().to(student_logprobs_T.dtype),
-        truncated_T=log_product_T > log_cap,
-    )
+    @property
+    def needs_step_pass(self) -> bool:
+        return self.correction.needs_step_pass
+
+    def student_ids(self, rows: TokenRows) -> Tensor:
+        ids_TN = self._draws(rows).ids_TN
+        # The exact baseline looks at every id, behind the draws.
+        return torch.cat([ids_TN, full_support(rows).ids_TK], -1) if self.settings.baseline == "exact" else ids_TN
+
+    def step_context(self, rows: TokenRows, student_logprobs_TJ: Tensor) -> StepContext:
+        if not self.needs_step_pass:
+            return StepContext()
+        terms = self._terms(rows, student_logprobs_TJ.detach())
+        return StepContext(harmful_shifts(terms.log_ratio_TN, terms.advantage_TN - terms.baseline_TN))
+
+    def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
+        terms = self._terms(rows, student_logprobs_TJ)
+        surrogate = policy_gradient(
+            terms.log_ratio_TN,
+            terms.advantage_TN,
+            terms.baseline_TN,
+            lambda log_ratio_TN, advantage_TN: self.correction.correct(log_ratio_TN, advantage_TN, context),
+        )
+        ratio_TN = terms.log_ratio_TN.detach().exp()
+        affected_T = surrogate.affected_TN.to(ratio_TN.dtype).mean(-1)
+        return RowLosses(surrogate.loss_T, {self.correction.affected: affected_T, MAX_RATIO: ratio_TN.amax(-1)})
+
+    def _draws(self, rows: TokenRows) -> Draws:
+        num_draws = self.settings.num_draws
+        return sampled_token(rows) if num_draws == 1 else first_draws(rows, num_draws)
+
+    def _terms(self, rows: TokenRows, student_logprobs_TJ: Tensor) -> _Terms:
+        draws = self._draws(rows)
+        num_draws = self.settings.num_draws
+        student_TN, all_student_TV = student_logprobs_TJ[:, :num_draws], student_logprobs_TJ[:, num_draws:]
+        log_ratio = importance_log_ratio if self.settings.ratio == "importance" else unit_log_ratio
+        log_ratio_TN = log_ratio(student_TN, draws.behaviour_logprobs_TN)
+        match self.settings.advantage:
+            case "current":
+                advantage_TN = current_advantage(student_TN, draws.teacher_logprobs_TN)
+            case "behaviour":
+                advantage_TN = behaviour_advantage(draws.behaviour_logprobs_TN, draws.teacher_logprobs_TN)
+        match self.settings.baseline:
+            case "none":
+                baseline_TN = torch.zeros_like(advantage_TN)
+            case "leave_one_out":
+                baseline_TN = leave_one_out_baseline(log_ratio_TN, advantage_TN)
+            case "exact":
+                baseline_TN = exact_baseline(all_student_TV, full_support(rows).teacher_logprobs_TK)
+        return _Terms(log_ratio_TN, advantage_TN, baseline_TN)
+
+
+@estimator_of.register
+def _(settings: PolicyGradientConfig) -> Estimator:
+    return PolicyGradient(settings, correction_of(settings.correction))

@@ -1,5 +1,6 @@
-"""TokenRows: the trained tokens of a micro-batch as flat tensors. Padding never gets here; losses know no batch axis.
+"""The trained tokens of a micro-batch as flat tensors, and the supports and draws that estimators read off them.
 
+Padding never gets here; losses know no batch axis.
 Row t speaks about the distribution at the prefix that produced `response_ids_T[t]` in every tensor (the alignment
 contract of docs/estimators.md). Every response token is a row, the first one and EOS too.
 """
@@ -116,6 +117,61 @@ class TokenRows:
                 "index", [np.full(len(m.trajectory.response_ids), m.trajectory.index, np.int64) for m in batch]
             ),
         )
+
+
+@dataclass(frozen=True)
+class Support:
+    """Ids a divergence sums over, with the teacher's log-probs there."""
+
+    ids_TK: Tensor
+    teacher_logprobs_TK: Tensor
+
+
+def teacher_support(rows: TokenRows, top_k: int) -> Support:
+    """The teacher's `top_k` most likely ids."""
+    ids_TK = first_columns("topk_ids", rows.topk_ids_TK, top_k)
+    return Support(ids_TK, rows.topk_logprobs_TK[:, :top_k])
+
+
+def student_support(rows: TokenRows, top_k: int) -> Support:
+    """The sampling student's `top_k` most likely ids."""
+    ids_TK = first_columns("head_ids", rows.head_ids_TK, top_k)
+    return Support(ids_TK, rows.head_teacher_logprobs_TK[:, :top_k])
+
+
+def full_support(rows: TokenRows) -> Support:
+    """Every id; `check_cache` has made sure that the cached top-k is the vocabulary."""
+    return Support(rows.topk_ids_TK, rows.topk_logprobs_TK)
+
+
+def first_columns(name: str, ids_TK: Tensor, width: int) -> Tensor:
+    """[T, width] the first columns. Raises ShapeError when fewer are cached."""
+    if ids_TK.shape[1] < width:
+        raise ShapeError(f"{name} holds {ids_TK.shape[1]} ids per token, the estimator asks for {width}.")
+    return ids_TK[:, :width]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Ids that the sampling student drew i.i.d. from p_old, with both log-probs."""
+
+    ids_TN: Tensor
+    behaviour_logprobs_TN: Tensor
+    teacher_logprobs_TN: Tensor
+
+
+def sampled_token(rows: TokenRows) -> Draws:
+    """The emitted token as the only draw; every log holds it."""
+    return Draws(rows.response_ids_T[:, None], rows.behaviour_logprobs_T[:, None], rows.teacher_logprobs_T[:, None])
+
+
+def first_draws(rows: TokenRows, num_draws: int) -> Draws:
+    """The first `num_draws` cached draws."""
+    return Draws(
+        first_columns("draw_ids", rows.draw_ids_TN, num_draws),
+        rows.draw_behaviour_logprobs_TN[:, :num_draws],
+        rows.draw_teacher_logprobs_TN[:, :num_draws],
+    )
 
 
 def _concatenated(

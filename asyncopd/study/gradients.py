@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from asyncopd.config.losses import CacheRequirements, HeadTailConfig, LossConfig, PolicyGradientConfig
+from asyncopd.config.losses import ForwardKLDrawsConfig, HeadTailConfig, LossConfig, PolicyGradientConfig
+from asyncopd.config.recorded import CacheRequirements
 from asyncopd.losses import Estimator, StepContext, build_estimator
 from asyncopd.study.worlds import Draws, World, outside_head, token_rows
 
@@ -116,7 +117,7 @@ def _with_one_draw(config: LossConfig) -> tuple[LossConfig, int]:
         return config.model_copy(update={"num_draws": 1, "baseline": baseline}), config.num_draws
     if isinstance(config, HeadTailConfig):
         return config.model_copy(update={"num_draws": 1}), config.num_draws
-    if config.name == "forward_kl_draws":
+    if isinstance(config, ForwardKLDrawsConfig):
         return config.model_copy(update={"num_teacher_draws": 1}), config.num_teacher_draws
     return config, 1
 
