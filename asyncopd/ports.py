@@ -335,3 +335,19 @@ class RunHistory(Protocol):
     def find_trajectories(self, shard: IndexRange) -> Manifest | None: ...
 
     def read_trajectories(self, shard: IndexRange) -> Sequence[Trajectory]: ...
+
+
+class NamedBytes(Protocol):
+    """A place that keeps bytes by name, such as an object store: where studies leave their cells and tables."""
+
+    def find(self, key: str) -> bytes | None:
+        """The bytes under `key`; None where there are none."""
+        ...
+
+    def put(self, key: str, body: bytes) -> None:
+        """Store `body`, instead of what was there."""
+        ...
+
+    def put_if_absent(self, key: str, body: bytes) -> bool:
+        """Store `body` unless something is there, which then stays: False."""
+        ...

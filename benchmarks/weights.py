@@ -39,10 +39,10 @@ from asyncopd.losses.build import build_estimator
 from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
 from asyncopd.ports import SampleRequest, Scorer, ScoreRequest
 from asyncopd.rollout.hf import HfSampler
-from asyncopd.study.worlds import warm_start
 from asyncopd.tasks.walk import WalkTask
 from asyncopd.teacher.hf import HfScorer
 from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory
+from flows.study import warm_start
 from storage.run_log import StoredRunLog
 from storage.runs import create_run
 from storage.stores import open_store
@@ -93,7 +93,7 @@ def random_world(num_layers: int, hidden_size: int, vocab_size: int) -> World:
 def walk_world(root: Path) -> World:
     """The quickstart's student after its warm start, with the oracle."""
     config = load_config("configs/quickstart.yaml", {"storage.root": str(root)})
-    start = warm_start(config, open_store(str(root)), lambda done, planned: None)
+    start = warm_start(config, open_store(str(root)))
     task = start.task(0)
     return World(
         model=start.model(),

@@ -21,7 +21,7 @@ from asyncopd.teacher.cached import NoCache
 from asyncopd.teacher.stage import Backfilled, BackfillStage
 from asyncopd.types import IndexRange, Trajectory
 from flows.engines import make_scorer, student_skeleton
-from flows.roles import make_model
+from flows.roles import pretrain_model
 from flows.wiring import OpenRun, missing_models, open_stored_run
 from storage.candidates import find_candidates, publish_candidates, with_candidates
 from storage.replay import source_of
@@ -72,7 +72,7 @@ async def run_backfill(root: str, backfill: Backfill, *, console: Console, use_c
     async with worker.alive():
         for role, model in missing_models(asked).items():
             console.print(f"making the {role}, which is a tiny model that no run has made yet", highlight=False)
-            make_model(asked, worker, role, model)
+            pretrain_model(asked, worker, role, model)
         scorer = make_scorer(asked.config, asked.task, asked.store)
         try:
             _check_name(run.log, teacher.name, scorer.digest)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from asyncopd.config import HfTeacher, ModelConfig, OpenAITeacher, OracleTeacher, RunConfig, TinyModel, VllmTeacher
 from asyncopd.errors import ConfigError
+from asyncopd.learner.pretrain import make_tiny_model
 from asyncopd.models.causal_lm import build_causal_lm, load_causal_lm, load_safetensors
 from asyncopd.ports import Scorer, Task
 from asyncopd.rollout.hf import HfSampler
@@ -24,7 +26,7 @@ from asyncopd.teacher.oracle import OracleScorer
 from asyncopd.types import DrawLaw
 from asyncopd.vllm.model_folder import ModelFolder
 from storage.run_log import StoredRunLog
-from storage.runs import read_model
+from storage.runs import publish_model, read_model
 from storage.stores.base import ObjectStore
 
 if TYPE_CHECKING:
@@ -44,6 +46,18 @@ def load_model(config: RunConfig, store: ObjectStore, model: ModelConfig) -> Pre
     causal_lm = build_causal_lm(json.loads(objects["config.json"]), seed=0)
     load_safetensors(causal_lm, objects["model.safetensors"])
     return causal_lm
+
+
+def make_model(
+    config: RunConfig, store: ObjectStore, task: Task, model: TinyModel, *, on_step: Callable[[int, float], None]
+) -> None:
+    """Train one tiny model on `task` and publish it under its digest. Repeating it is harmless: the first is kept.
+
+    Args:
+        on_step: called with (steps done, loss in nats).
+    """
+    made = make_tiny_model(model, task, row_capacity=config.learner.row_capacity, on_step=on_step)
+    publish_model(store, config.model_digest(model), made.objects, made.facts)
 
 
 def student_skeleton(log: StoredRunLog) -> PreTrainedModel:

@@ -32,9 +32,9 @@ from prefect.states import Cancelled
 from asyncopd.config import TinyModel
 from asyncopd.errors import AsyncOPDError, RunStoppedError
 from asyncopd.evaluate import versions_to_evaluate
-from asyncopd.learner.pretrain import make_tiny_model
 from asyncopd.local.processes import watch_parent
 from asyncopd.worker import STOPPED, ShardStage, Worker, run_lanes, until_terminated, work_on_shards
+from flows.engines import make_model
 from flows.wiring import (
     OpenRun,
     evaluate_stage,
@@ -45,7 +45,6 @@ from flows.wiring import (
     score_stage,
     task_of,
 )
-from storage.runs import publish_model
 
 LaneTask = Callable[[ShardStage, int], Awaitable[int]]
 """`work_on_shards`, plain or as a Prefect task."""
@@ -117,11 +116,11 @@ async def pretrain_models(run: OpenRun) -> None:
     worker = run.worker("pretrain")
     async with worker.alive():
         for role, model in missing_models(run).items():
-            await asyncio.to_thread(make_model, run, worker, role, model)
+            await asyncio.to_thread(pretrain_model, run, worker, role, model)
 
 
-def make_model(run: OpenRun, worker: Worker, role: str, model: TinyModel) -> None:
-    """Train one tiny model and publish it under its digest. Repeating it is harmless: the first one is kept."""
+def pretrain_model(run: OpenRun, worker: Worker, role: str, model: TinyModel) -> None:
+    """Make the tiny model of one role, and show how far that is."""
     settings = model.pretrain
     worker.status.update(model=role, step=0, num_steps=settings.num_steps)
 
@@ -129,10 +128,7 @@ def make_model(run: OpenRun, worker: Worker, role: str, model: TinyModel) -> Non
         worker.status.update(step=step, loss_nats=loss)
 
     with worker.span("pretrain", role):
-        made = make_tiny_model(
-            model, task_of(run.config, settings.seed), row_capacity=run.config.learner.row_capacity, on_step=on_step
-        )
-    publish_model(run.store, run.config.model_digest(model), made.objects, made.facts)
+        make_model(run.config, run.store, task_of(run.config, settings.seed), model, on_step=on_step)
 
 
 def timed_task(name: str, worker: Worker) -> Callable[[ShardStage, int], Awaitable[int]]:

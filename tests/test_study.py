@@ -14,12 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from asyncopd.config.losses import DenseReverseKLConfig
-from asyncopd.study.__main__ import tiny_config
-from asyncopd.study.cells import CellStore
 from asyncopd.study.loop import LoopSettings, train_lagged
-from asyncopd.study.report import mean_and_error, staleness_markdown
+from asyncopd.study.report import CellStore, mean_and_error, staleness_markdown
 from asyncopd.study.staleness import FULL, QUICK
-from asyncopd.study.worlds import warm_start
+from flows.study import tiny_config, warm_start
 from storage.stores.base import MemoryStore
 
 ROOT = Path(__file__).parent.parent
@@ -29,9 +27,10 @@ def start(study: str, out: Path) -> subprocess.Popen[bytes]:
     command = [
         sys.executable,
         "-m",
-        "asyncopd.study",
+        "flows.study",
         study,
-        "--tiny",
+        "--size",
+        "tiny",
         "--out",
         str(out),
         "--models",
@@ -103,7 +102,7 @@ def test_a_cell_is_written_once_and_other_settings_have_other_cells() -> None:
 
 
 async def test_batches_are_exactly_lag_versions_old() -> None:
-    warm = warm_start(tiny_config(), MemoryStore("memory://warm"), lambda *_: None)
+    warm = warm_start(tiny_config(), MemoryStore("memory://warm"))
     loop = LoopSettings(num_steps=4, batch_size=4, max_new_tokens=12, num_prompts=0)
     drifts = {}
     for lag in (0, 2):

@@ -1,10 +1,9 @@
-"""Which estimator to use: measured on the walk task, gradients at frozen snapshots and accuracy under fixed lag.
+"""Which estimator to use: measured on the walk task, gradients at frozen snapshots and accuracy under a fixed lag.
 
-    estimators.py   snapshots x drift  --gradients.py-->  bias and variance of every estimator at equal teacher cost
-    staleness.py    lag x estimator x lr x seed  --loop.py-->  accuracy and KL to the teacher
+    estimators   bias and variance of every estimator's gradient against drift, at equal teacher cost
+    staleness    accuracy and KL to the teacher against lag, for estimators, learning rates and seeds
 
-Both store every finished cell as one object (cells.py), so a killed study goes on where it stood. Run as
-`asyncopd study ...` or `python -m asyncopd.study ...`.
+Both store every finished cell as one object, so a killed study goes on where it stood. flows/study.py runs them.
 """
 
 from __future__ import annotations
@@ -14,5 +13,5 @@ import sys
 
 def study_command(study: str, *, out: str, root: str, quick: bool = False, workers: int = 2) -> list[str]:
     """The child process of a study; that process loads torch, this module does not."""
-    options = ["--out", out, "--models", root, "--workers", str(workers), *(["--quick"] if quick else [])]
-    return [sys.executable, "-m", "asyncopd.study", study, *options]
+    options = ["--out", out, "--models", root, "--workers", str(workers), "--size", "quick" if quick else "full"]
+    return [sys.executable, "-m", "flows.study", study, *options]

@@ -19,12 +19,12 @@ import torch
 from asyncopd.config import losses as c
 from asyncopd.config.losses import LossConfig
 from asyncopd.models.causal_lm import to_safetensors
-from asyncopd.study.cells import CellStore, digest
+from asyncopd.ports import NamedBytes
 from asyncopd.study.gradients import Target, measure
 from asyncopd.study.loop import LoopSettings, sample_prompts, train_lagged
+from asyncopd.study.report import CellStore, digest
 from asyncopd.study.worlds import Prefixes, WarmStart, World, mean_kl, scale_for_drift
 from asyncopd.tasks.walk_rules import WalkOracle
-from storage.stores.base import ObjectStore
 
 STUDY_CODE = 1
 """Raised whenever what a cell measures changes."""
@@ -112,7 +112,7 @@ def _references(vocab_size: int) -> Iterator[Contestant]:
 
 
 async def run_cells(
-    warm: WarmStart, store: ObjectStore, scale: Scale, on_done: Callable[[str, int, int], None]
+    warm: WarmStart, store: NamedBytes, scale: Scale, on_done: Callable[[str, int, int], None]
 ) -> list[dict[str, Any]]:
     """Measure every cell that is not stored yet. Returns all rows, one for each estimator and cell.
 
@@ -160,7 +160,7 @@ def all_contestants(warm: WarmStart) -> list[Contestant]:
 
 
 async def _stages(
-    warm: WarmStart, store: ObjectStore, scale: Scale, on_step: Callable[[int], None]
+    warm: WarmStart, store: NamedBytes, scale: Scale, on_step: Callable[[int], None]
 ) -> Mapping[int, bytes]:
     """Weights after each wanted number of training steps; trained once per settings."""
     wanted = sorted({*scale.stages, *(stage + scale.further for stage in scale.stages)})

@@ -1,11 +1,10 @@
-"""What a study leaves beside its cells: a Parquet table, a Markdown summary and a plot.
-
-Markdown and Parquet of a study's rows.
-"""
+"""What a study stores: finished cells, one JSON object each and never written twice, and from them tables and plots."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 
+from asyncopd.ports import NamedBytes
 from asyncopd.report.plots import INK, Page, styled
-from storage.stores.base import ObjectStore
 
 Row = Mapping[str, Any]
 # Okabe and Ito's colours, with a marker each so that no line is told apart by colour alone.
@@ -50,8 +49,41 @@ _PLOTTED_VARIANCE = (
 )
 
 
+# -- cells -------------------------------------------------------------------------------------------------------
+def digest(settings: Any) -> str:
+    """First 12 hex digits of the sha256 of the canonical JSON: equal settings, equal digest."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class CellStore:
+    """Cells of one study under one set of settings; other settings have other cells."""
+
+    def __init__(self, store: NamedBytes, study: str, settings: Mapping[str, Any]) -> None:
+        """
+        Args:
+            store: at the study's output directory.
+            settings: everything that decides a cell's numbers, besides its name; JSON.
+        """
+        self._store = store
+        self.folder = f"cells/{study}-{digest(settings)}"
+        self._store.put_if_absent(f"{self.folder}/settings.json", json.dumps(settings, indent=1).encode())
+
+    def find(self, name: str) -> dict[str, Any] | None:
+        """The finished cell, or None."""
+        body = self._store.find(self._key(name))
+        cell: dict[str, Any] | None = None if body is None else json.loads(body)
+        return cell
+
+    def put(self, name: str, cell: Mapping[str, Any]) -> bool:
+        """Store a finished cell. False when it was there before; that one is kept."""
+        return self._store.put_if_absent(self._key(name), json.dumps(cell, sort_keys=True).encode())
+
+    def _key(self, name: str) -> str:
+        return f"{self.folder}/{name}.json"
+
+
 # -- study estimators ---------------------------------------------------------------------------------------------
-def write_estimators(store: ObjectStore, rows: Sequence[Row]) -> str:
+def write_estimators(store: NamedBytes, rows: Sequence[Row]) -> str:
     """Write estimators.parquet, .md and .png. Returns the Markdown."""
     text = estimators_markdown(rows)
     store.put("estimators.parquet", parquet(rows))
@@ -125,7 +157,7 @@ def _line(
 
 
 # -- study staleness ----------------------------------------------------------------------------------------------
-def write_staleness(store: ObjectStore, rows: Sequence[Row]) -> str:
+def write_staleness(store: NamedBytes, rows: Sequence[Row]) -> str:
     """Write staleness.parquet, .md and .png. Returns the Markdown."""
     text = staleness_markdown(rows)
     store.put("staleness.parquet", parquet(rows))

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import queue
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,10 +25,10 @@ import numpy as np
 from asyncopd.config import losses as c
 from asyncopd.config.losses import LossConfig
 from asyncopd.errors import RoleFailedError
-from asyncopd.study.cells import CellStore, digest, lines_while_parent_lives
+from asyncopd.ports import NamedBytes
 from asyncopd.study.loop import LoopSettings, evaluate, train_lagged
+from asyncopd.study.report import CellStore, digest
 from asyncopd.study.worlds import WarmStart
-from storage.stores.base import ObjectStore
 
 STUDY_CODE = 1
 """Raised whenever what a cell measures changes."""
@@ -105,7 +108,7 @@ class Cell:
         return f"{slug}-{digest(loss.model_dump(mode='json'))[:6]}-lag{self.lag}-lr{self.lr:g}-seed{self.seed}"
 
 
-def cell_store(warm: WarmStart, store: ObjectStore, loop: LoopSettings) -> CellStore:
+def cell_store(warm: WarmStart, store: NamedBytes, loop: LoopSettings) -> CellStore:
     """Where the cells of these settings are."""
     settings = {
         "code": STUDY_CODE,
@@ -150,7 +153,7 @@ async def run_cell(
 
 async def run_cells(
     warm: WarmStart,
-    store: ObjectStore,
+    store: NamedBytes,
     grid: Grid,
     *,
     worker_arguments: Sequence[str],
@@ -160,7 +163,7 @@ async def run_cells(
     """Run every cell that is not stored yet, in worker processes. Returns the rows of all cells.
 
     Args:
-        worker_arguments: after `python -m asyncopd.study worker`; must lead to the same warm start, store and grid.
+        worker_arguments: after `python -m flows.study worker`; must lead to the same warm start, store and grid.
         on_progress: called with cells done (fractions for those in work) and the cell last heard of.
     Raises:
         RoleFailedError: a worker ended before its cells were done. Finished cells stay.
@@ -189,7 +192,7 @@ async def _work(
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "asyncopd.study",
+        "flows.study",
         "worker",
         *arguments,
         stdin=asyncio.subprocess.PIPE,
@@ -224,7 +227,7 @@ async def _work(
         errors.cancel()
 
 
-def serve(warm: WarmStart, store: ObjectStore, grid: Grid) -> None:
+def serve(warm: WarmStart, store: NamedBytes, grid: Grid) -> None:
     """A worker: one cell per line of stdin, progress on stdout, until stdin ends (however the parent ended)."""
     cells = cell_store(warm, store, grid.loop)
     total = grid.loop.num_steps
@@ -245,3 +248,22 @@ def serve(warm: WarmStart, store: ObjectStore, grid: Grid) -> None:
             )
         )
         say(1.0)
+
+
+def lines_while_parent_lives() -> Iterator[bytes]:
+    """Lines of stdin, one at a time. At the end of stdin the process ends at once, in the middle of work or not:
+    either the parent closed it because there is no more work, or the parent died."""
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def read() -> None:
+        # Not sys.stdin: a daemon thread inside its lock makes the interpreter abort at exit.
+        buffer = b""
+        while chunk := os.read(0, 65536):
+            *whole, buffer = (buffer + chunk).split(b"\n")
+            for line in whole:
+                lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, name="read-stdin", daemon=True).start()
+    while True:
+        yield lines.get()

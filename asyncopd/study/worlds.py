@@ -1,8 +1,6 @@
-"""Frozen prefixes with three full distributions each, a student a chosen drift away, and the rows a log would hold.
+"""The student a study starts from, and worlds made of it: frozen prefixes with three full distributions each.
 
 snapshot weights --sample--> prefixes;  snapshot + s · direction --s by bisection--> mean KL(p_old‖p_θ) = target
-
-The student every study starts from: the quickstart's, made by the same code and found in the same cache.
 """
 
 from __future__ import annotations
@@ -17,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from asyncopd.config import OracleTeacher, RunConfig, TinyModel
-from asyncopd.learner.pretrain import make_tiny_model
+from asyncopd.config import OracleTeacher, RunConfig
 from asyncopd.losses import TokenRows
 from asyncopd.models.causal_lm import build_causal_lm, load_safetensors, output_embedding, packed_hidden
 from asyncopd.models.packing import pack
@@ -27,8 +24,6 @@ from asyncopd.tasks.walk import WalkTask
 from asyncopd.tasks.walk_rules import WalkOracle
 from asyncopd.teacher.oracle import OracleScorer
 from asyncopd.types import Trajectory
-from storage.runs import find_model, publish_model, read_model
-from storage.stores.base import ObjectStore
 
 DRIFT_TOLERANCE = 0.005
 """Relative; of the mean drift of a world."""
@@ -164,26 +159,3 @@ class WarmStart:
     def scorer(self) -> OracleScorer:
         assert isinstance(self.config.teacher, OracleTeacher)
         return OracleScorer(self.task(0).rules, smoothing=self.config.teacher.smoothing)
-
-
-def warm_start(config: RunConfig, models: ObjectStore, on_step: Callable[[int, int], None]) -> WarmStart:
-    """The pre-trained student of `config`, a walk run with a tiny student; made once per model digest.
-
-    Args:
-        models: the store whose model cache is used, for example the one of training runs.
-        on_step: called with (steps done, steps planned) while it is made.
-    """
-    model = config.student
-    assert isinstance(model, TinyModel)
-    key = config.model_digest(model)
-    if find_model(models, key) is None:
-        num_steps = model.pretrain.num_steps
-        made = make_tiny_model(
-            model,
-            build_task(config.task, seed=model.pretrain.seed),
-            row_capacity=config.learner.row_capacity,
-            on_step=lambda step, _: on_step(step, num_steps),
-        )
-        publish_model(models, key, made.objects, made.facts)
-    objects = read_model(models, key)
-    return WarmStart(config, objects["config.json"].decode(), objects["model.safetensors"])
