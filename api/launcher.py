@@ -1,7 +1,7 @@
 """Starting and stopping runs: what is asked is stored first, then Prefect is told. Repeating any call is harmless.
 
 create: idempotency key -> launch record -> flow run        a crash between two of them is mended by the repeat
-stop:   wish -> flow run cancelled -> the flow records `stopped` -> paused or cancelled
+stop:   request -> flow run cancelled -> the flow records `stopped` -> paused or cancelled
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from api.schemas import Run, RunCreate
 from asyncopd.config import RunConfig, load_config
 from asyncopd.errors import ConfigError, ServerAwayError
 from asyncopd.local.prefect_api import FlowRun, create_flow_run
-from storage.launches import LaunchLog, Wish
+from storage.launches import LaunchLog, RequestedState
 
 TRAIN = "asyncopd/train"
 
@@ -98,7 +98,7 @@ class RunLauncher:
                 raise ServerAwayError(f"{error} The launch is stored; repeat the request {again}.") from error
         return Launched(self._reader.run(run_id), replayed)
 
-    def stop(self, run_id: str, wish: Wish) -> Run:
+    def stop(self, run_id: str, state: RequestedState) -> Run:
         """Pause or cancel: the flow stops every role within ten seconds, and nothing stored is lost.
 
         Raises:
@@ -106,10 +106,10 @@ class RunLauncher:
         """
         run = self._reader.run(run_id)
         if run.status in TERMINAL:
-            if run.status == ("paused" if wish == "paused" else "cancelled"):
+            if run.status == ("paused" if state == "paused" else "cancelled"):
                 return run
             raise ProblemError(409, "run-is-over", f"Run {run_id} is {run.status}; only a run that goes on is stopped.")
-        self._launches.record_wish(run_id, wish)
+        self._launches.record_request(run_id, state)
         if run.flow_run_id is not None:
             FlowRun(run.flow_run_id).cancel()
         return self._reader.run(run_id)
@@ -134,7 +134,7 @@ class RunLauncher:
         config = {} if known or launch is None else {"config": launch["config"]}
         self._start(run_id, {"run_id": run_id, **config})
         # Last: a run that Prefect did not hear of is not on its way, and may be resumed again.
-        self._launches.record_wish(run_id, "running")
+        self._launches.record_request(run_id, "running")
         return self._reader.run(run_id)
 
     def _resolve(self, asked: RunCreate) -> RunConfig:
@@ -151,7 +151,7 @@ class RunLauncher:
         if idempotency_key is not None:
             is_repeat = launch is not None and launch["body_sha256"] == body["body_sha256"]
         else:
-            # Without a key, a repeat is told from a second wish by this: the first came to nothing.
+            # Without a key, a repeat is told from a second request by this: the first came to nothing.
             is_started = self._launches.find_flow_run(run_id) is not None
             is_repeat = launch is not None and not is_started and launch["config"] == body["config"]
         if not is_repeat:

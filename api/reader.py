@@ -17,7 +17,7 @@ from api.schemas import Latest, Progress, Run
 from asyncopd.errors import StorageError
 from asyncopd.types import TrainStep
 from storage.history import NUM_TOKENS, History, RunStatus, is_silent, role_of, status_of
-from storage.launches import LaunchLog, WishRecord
+from storage.launches import LaunchLog, StateRequest
 from storage.layout import RunLayout
 from storage.records import from_json
 from storage.run_view import RunView
@@ -107,8 +107,8 @@ class RunReader:
         view = self.find(run_id)
         if view is not None:
             view.refresh()
-            wish = self.launches.find_wish(run_id)
-            return run_of(view, wish, self.launches.find_flow_run(run_id), self.created(run_id))
+            request = self.launches.find_request(run_id)
+            return run_of(view, request, self.launches.find_flow_run(run_id), self.created(run_id))
         return self._queued(run_id)
 
     def status(self, run_id: str, history: History) -> RunStatus:
@@ -116,7 +116,7 @@ class RunReader:
         view = self.held(run_id)
         if view is None:
             return self._queued(run_id).status
-        return status_of(history, view.config.learner.num_steps, self.launches.find_wish(run_id))
+        return status_of(history, view.config.learner.num_steps, self.launches.find_request(run_id))
 
     def is_abandoned(self, run_id: str) -> bool:
         """Did a flow say that it runs, and is it gone without having said more?"""
@@ -125,14 +125,14 @@ class RunReader:
             return False
         history = view.refresh().history
         is_said_to_run = bool(history.states) and not history.is_over
-        return is_said_to_run and is_silent(history, self.launches.find_wish(run_id))
+        return is_said_to_run and is_silent(history, self.launches.find_request(run_id))
 
     def _queued(self, run_id: str) -> Run:
         launch = self.launches.find_launch(run_id)
         if launch is None:
             raise no_run(run_id)
-        wish = self.launches.find_wish(run_id)
-        cancelled = wish is not None and wish.wish == "cancelled"
+        request = self.launches.find_request(run_id)
+        cancelled = request is not None and request.state == "cancelled"
         flow_run_id = self.launches.find_flow_run(run_id)
         phase = QUEUED if flow_run_id else f"stored, but Prefect has not heard of it: launch it again as {run_id}"
         return Run(
@@ -148,11 +148,11 @@ class RunReader:
         )
 
 
-def run_of(view: RunView, wish: WishRecord | None, flow_run_id: str | None, created: float) -> Run:
+def run_of(view: RunView, request: StateRequest | None, flow_run_id: str | None, created: float) -> Run:
     """A run as it is shown."""
     record, history = view.log.record, view.history
     steps = history.steps
-    status = status_of(history, view.config.learner.num_steps, wish)
+    status = status_of(history, view.config.learner.num_steps, request)
     failure = history.failures[-1] if history.failures and status == "failed" else None
     return Run(
         id=view.log.run_id,

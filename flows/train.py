@@ -84,12 +84,12 @@ async def train(
             await _run_roles(resolved, log, [RoleSpec("pretrain")])
         await _run_roles(resolved, log, role_specs(resolved))
     except _CancelRequested:
-        _record_end(log, "stopped", _wish(log), flow_run)
+        _record_end(log, "stopped", _requested_end(log), flow_run)
         again = f"prefect deployment run asyncopd/train -p run_id={log.run_id} -p root={resolved.storage.root}"
         return Cancelled(message=f"cancelled; `{again}` goes on")
     except (asyncio.CancelledError, TerminationSignal):
         # Prefect ends the process of a cancelled flow run; that may come before our own look at its state.
-        _record_end(log, "stopped", _wish(log), flow_run)
+        _record_end(log, "stopped", _requested_end(log), flow_run)
         raise
     except BaseException as error:
         # Workers that joined from elsewhere learn of the end from storage alone.
@@ -138,11 +138,11 @@ def _record_end(log: StoredRunLog, state: RunStateName, reason: str, flow_run: s
         log.record_state(state, by=flow_run, reason=reason)
 
 
-def _wish(log: StoredRunLog) -> str:
+def _requested_end(log: StoredRunLog) -> str:
     """Why somebody stopped the run: Prefect knows one way only, so the service writes down what was meant."""
-    state, wish = log.run_state(), LaunchLog(log.store).find_wish(log.run_id)
-    is_new = wish is not None and (state is None or wish.recorded > state.recorded)
-    return "paused" if is_new and wish is not None and wish.wish == "paused" else "cancelled"
+    state, request = log.run_state(), LaunchLog(log.store).find_request(log.run_id)
+    is_new = request is not None and (state is None or request.recorded > state.recorded)
+    return "paused" if is_new and request is not None and request.state == "paused" else "cancelled"
 
 
 class _CancelRequested(Exception):

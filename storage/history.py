@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncopd.types import Evaluation, Failure, Heartbeat, Rewind, RunState, TrainStep
-from storage.launches import WishRecord
+from storage.launches import StateRequest
 
 RunStatus = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
 SILENT_S, STARTING_S = 30.0, 120.0
@@ -34,12 +34,12 @@ def is_alive(beat: Heartbeat, *, lease_s: float, now: float) -> bool:
     return not beat.retired and now - beat.beaten < lease_s
 
 
-def status_of(history: History, num_steps: int, wish: WishRecord | None, now: float | None = None) -> RunStatus:
+def status_of(history: History, num_steps: int, request: StateRequest | None, now: float | None = None) -> RunStatus:
     """The state of a run: what its flow recorded, what a user asked since, and whether anything works on it still.
 
     Args:
         num_steps: planned.
-        wish: what a user last asked of the run.
+        request: what a user last asked of the run.
         now: Unix time, seconds.
     """
     state = history.states[-1] if history.states else None
@@ -48,15 +48,15 @@ def status_of(history: History, num_steps: int, wish: WishRecord | None, now: fl
         return "succeeded" if history.is_trained(num_steps) else "running" if history.steps else "queued"
     if state.state == "completed":
         return "succeeded"
-    asked = wish.wish if wish is not None and wish.recorded > state.recorded else None
+    asked = request.state if request is not None and request.recorded > state.recorded else None
     # A flow that died with its machine records nothing more: what was asked of it counts as done.
-    is_gone = state.ended or is_silent(history, None if asked == "running" else wish, now)
+    is_gone = state.ended or is_silent(history, None if asked == "running" else request, now)
     if asked == "running" and is_gone:
         return "queued"  # resumed, and its flow has not begun
     if state.state == "failed":
         return "failed"
     if state.state == "stopped":
-        return "paused" if wish is not None and wish.wish == "paused" else "cancelled"
+        return "paused" if request is not None and request.state == "paused" else "cancelled"
     if asked in (None, "running"):
         return "running"
     if asked == "paused":
@@ -64,11 +64,11 @@ def status_of(history: History, num_steps: int, wish: WishRecord | None, now: fl
     return "cancelled" if is_gone else "cancelling"
 
 
-def is_silent(history: History, wish: WishRecord | None = None, now: float | None = None) -> bool:
-    """Was there no sign of life for so long that the processes must be gone? A wish gives them time to follow it."""
+def is_silent(history: History, request: StateRequest | None = None, now: float | None = None) -> bool:
+    """Was there no sign of life for so long that the processes must be gone? A request gives them time to follow it."""
     beats = history.beats.values()
     signs = [*(state.recorded for state in history.states[-1:]), *(beat.beaten for beat in beats)]
-    signs += [wish.recorded] if wish is not None else []
+    signs += [request.recorded] if request is not None else []
     patience_s = SILENT_S if any(not beat.retired for beat in beats) else STARTING_S
     return (time.time() if now is None else now) - max(signs, default=0.0) > patience_s
 

@@ -1,8 +1,8 @@
-"""What the service was asked for and is not yet, or no longer, in a run: launches, wishes, idempotency keys.
+"""What the service was asked for and is not yet, or no longer, in a run: launches, requests, idempotency keys.
 
 service/launches/<run_id>.json        what was asked, before any flow started; a run without run.json is queued
 service/flow_runs/<run_id>.json       Prefect's id of the run's last flow run
-service/wishes/<run_id>.json          paused | cancelled | running: the last wish of a user
+service/wishes/<run_id>.json          paused | cancelled | running: what a user last requested
 service/idempotency/<sha256>.json     an Idempotency-Key with the run it made
 """
 
@@ -18,15 +18,15 @@ from storage.layout import check_run_id
 from storage.records import from_json, to_json
 from storage.stores.base import ObjectStore
 
-Wish = Literal["running", "paused", "cancelled"]
+RequestedState = Literal["running", "paused", "cancelled"]
 _FOLDER = "service"
 
 
 @dataclass(frozen=True)
-class WishRecord:
+class StateRequest:
     """What a user last asked of a run."""
 
-    wish: Wish
+    state: RequestedState
     recorded: float
     """Unix time, seconds."""
 
@@ -58,12 +58,12 @@ class LaunchLog:
         found = self._find(_key("flow_runs", run_id))
         return None if found is None else str(found["flow_run_id"])
 
-    def record_wish(self, run_id: str, wish: Wish) -> None:
-        self._store.put(_key("wishes", run_id), to_json({"wish": wish, "recorded": time.time()}))
+    def record_request(self, run_id: str, state: RequestedState) -> None:
+        self._store.put(_key("wishes", run_id), to_json({"wish": state, "recorded": time.time()}))
 
-    def find_wish(self, run_id: str) -> WishRecord | None:
+    def find_request(self, run_id: str) -> StateRequest | None:
         found = self._find(_key("wishes", run_id))
-        return None if found is None else WishRecord(found["wish"], found["recorded"])
+        return None if found is None else StateRequest(found["wish"], found["recorded"])
 
     def claim_key(self, key: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """What was first stored under an idempotency key: `fields`, or an earlier request's."""

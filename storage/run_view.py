@@ -35,7 +35,7 @@ from asyncopd.types import (
 )
 from storage.events import with_changes
 from storage.history import History, RunStatus, is_alive, role_of, status_of
-from storage.launches import LaunchLog, WishRecord
+from storage.launches import LaunchLog, StateRequest
 from storage.layout import RunLayout, parse_shard, parse_version
 from storage.learner_log import possible_rewinds, surviving
 from storage.records import (
@@ -189,13 +189,13 @@ class RunView:
         candidates = (PolicyVersion(number, rewind) for rewind in possible_rewinds(number, self.rewinds))
         return next((v for v in candidates if self._find("policy", self.layout.policy_manifest(v)) is not None), None)
 
-    def find_wish(self) -> WishRecord | None:
+    def find_request(self) -> StateRequest | None:
         """What a user last asked of the run."""
-        return LaunchLog(self.store).find_wish(self.run_id)
+        return LaunchLog(self.store).find_request(self.run_id)
 
     def status(self, now: float | None = None) -> RunStatus:
         """The state of the run as of the last `refresh`, and by what was asked of it up to now."""
-        return status_of(self.history, self.config.learner.num_steps, self.find_wish(), now)
+        return status_of(self.history, self.config.learner.num_steps, self.find_request(), now)
 
     def is_finished(self, config: RunConfig) -> bool:
         """Is every step of `config` trained, and the last version evaluated where evaluations are on?"""

@@ -258,7 +258,7 @@ async def test_a_stream_of_a_launch_that_nobody_started_ends_when_it_is_cancelle
     runs.launches.record_launch("waiting", launch)
     stream = Hub(runs, poll_s=0.01).stream("waiting", Cursor())
     assert await anext(stream) == b": nothing new\n\n"
-    runs.launches.record_wish("waiting", "cancelled")
+    runs.launches.record_request("waiting", "cancelled")
     (last,) = [frames async for frames in stream]
     assert last.startswith(b"event: end\n")
     assert b'"status":"cancelled"' in last

@@ -22,7 +22,7 @@ from synthetic_run import config_of, new_log
 
 from api.reader import FRESH_S
 from asyncopd.local import prefect_api as flow_runs
-from flows.train import _wish
+from flows.train import _requested_end
 from storage.launches import LaunchLog
 from storage.runs import open_run
 from storage.stores import open_store
@@ -217,11 +217,11 @@ def test_cancel_and_pause_tell_prefect_and_resume_starts_again(client: TestClien
 def test_a_flow_records_what_was_meant_by_stopping_it(client: TestClient, prefect: Prefect, root: str) -> None:
     log = open_run(open_store(root), LIVE)
     log.record_state("running", by="flow-1")
-    assert _wish(log) == "cancelled"  # by Prefect's own means: nothing was asked here
+    assert _requested_end(log) == "cancelled"  # by Prefect's own means: nothing was asked here
     client.post(f"/v1/runs/{LIVE}/pause")
-    assert _wish(log) == "paused"
+    assert _requested_end(log) == "paused"
     log.record_state("running", by="flow-2")
-    assert _wish(log) == "cancelled"  # the pause was of the flow before
+    assert _requested_end(log) == "cancelled"  # the pause was of the flow before
 
 
 def test_a_run_keeps_its_place_in_the_list_when_its_flow_creates_it(
