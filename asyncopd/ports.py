@@ -239,14 +239,6 @@ class RunLog(Protocol):
         """All versions of the surviving lineage, oldest first."""
         ...
 
-    def want_full_policy(self, version: PolicyVersion, *, worker: str) -> bool:
-        """Ask the learner for a full copy of a version that cannot be read. False when no learner would answer."""
-        ...
-
-    def answer_wanted_policy(self, *, worker: str) -> None:
-        """The learner's answer to `want_full_policy`; cheap, so that it can be polled."""
-        ...
-
     # -- learner ------------------------------------------------------------------------------------------------
     def publish_step(self, step: TrainStep) -> None: ...
 

@@ -125,7 +125,9 @@ def stretch(run: OpenRun, roles: RoleStarter, service: Service, num_steps: int, 
 
 
 def _newest(run: OpenRun) -> int:
-    return max((int(key.rsplit("/", 1)[1][:6]) for key in run.log.store.folder(run.log.layout.steps).keys), default=0)
+    return max(
+        (int(key.rsplit("/", 1)[1][:6]) for key in run.log.store.folder(run.log.layout.folder("step")).keys), default=0
+    )
 
 
 def _wait_for_step(run: OpenRun, number: int, late_s: list[float] | None = None) -> Any:

@@ -137,7 +137,7 @@ class Ways:
                 continue  # no version to be against
             figures = self.figures[dtype, kind]
             facts = log.policy_facts(weights.version)
-            (full_key, *_) = log.store.list(f"{log.layout.policies}/{number:06d}")
+            (full_key, *_) = log.store.list(f"{log.layout.folder('policies')}/{number:06d}")
             chain = facts.get("chain", {})
             figures["bytes"].append(log.store.size(chain.get("delta") or full_key))
             figures["publish_s"].append(publish_s)

@@ -16,8 +16,8 @@ from typing import Any
 
 from asyncopd.errors import ShardCorruptError
 from asyncopd.types import Claim, Heartbeat, IndexRange
-from storage.layout import RunLayout
-from storage.records import claim_from_json, from_json, heartbeat_from_json, to_json
+from storage.layout import RunLayout, parse
+from storage.records import from_json, to_json
 from storage.stores.base import ObjectStore
 
 
@@ -71,7 +71,7 @@ class ClaimLog:
                     return None
                 attempt = 1 if claim is None else claim.attempt + 1
                 mine = Claim(stage=stage, shard=shard, attempt=attempt, worker=worker, claimed=time.time())
-                key, body = self.layout.claim(stage, shard, attempt), _claim_to_json(mine)
+                key, body = self.layout.claim(stage, shard, attempt), to_json(mine)
                 won = self.store.put_if_absent(key, body, durable=False)
                 claim = self._newest[stage, shard] = mine if won else self._read_claim(stage, shard, attempt)
 
@@ -117,12 +117,14 @@ class ClaimLog:
 
     def claims(self) -> list[Claim]:
         """Every claim ever made, by stage, shard and attempt."""
-        parsed = [self.layout.parse_claim(key) for key in self.store.list(self.layout.claims)]
+        parsed = [tuple(parse(key).fields.values()) for key in self.store.list(self.layout.folder("claim"))]
         return [self._read_claim(*claim) for claim in sorted(parsed)]
 
     def heartbeats(self) -> dict[str, Heartbeat]:
         """The last heartbeat of every worker, by worker."""
-        beats = (self._read_heartbeat(key, self.store.find(key)) for key in self.store.list(self.layout.heartbeats))
+        beats = (
+            self._read_heartbeat(key, self.store.find(key)) for key in self.store.list(self.layout.folder("heartbeat"))
+        )
         return {beat.worker: beat for beat in beats if beat is not None}
 
     # -- private --------------------------------------------------------------------------------------------------
@@ -155,19 +157,14 @@ class ClaimLog:
     def _read_claim(self, stage: str, shard: IndexRange, attempt: int) -> Claim:
         key = self.layout.claim(stage, shard, attempt)
         try:
-            holder, claimed = from_json(self.store.get(key), key, claim_from_json)
+            return from_json(self.store.get(key), key, Claim)
         except ShardCorruptError:
             # Claims are not flushed, so a power cut can leave an empty one: held by nobody, and free after a lease.
-            holder, claimed = "?", 0.0
-        return Claim(stage=stage, shard=shard, attempt=attempt, worker=holder, claimed=claimed)
+            return Claim(stage=stage, shard=shard, attempt=attempt, worker="?", claimed=0.0)
 
     def _read_heartbeat(self, key: str, body: bytes | None) -> Heartbeat | None:
         try:
-            return from_json(body, key, heartbeat_from_json) if body is not None else None
+            return from_json(body, key, Heartbeat) if body is not None else None
         except ShardCorruptError:
             # Not flushed either: a heartbeat that a power cut destroyed is one that stands still.
             return None
-
-
-def _claim_to_json(claim: Claim) -> bytes:
-    return to_json({"worker": claim.worker, "claimed": claim.claimed})

@@ -23,7 +23,7 @@ from asyncopd.errors import ShardCorruptError
 from asyncopd.types import IndexRange, Manifest
 from storage.layout import parse_shard
 from storage.manifests import REMOVED, REPLACED, ROW_GROUP, find_manifest, read_objects, sha256
-from storage.records import manifest_to_json
+from storage.records import to_json
 from storage.run_view import RunView
 from storage.schema import parquet_options
 from storage.stores.base import ObjectStore
@@ -142,7 +142,7 @@ def _merge_part(snapshot: RunView, kind: str, folder: str, part: Sequence[tuple[
             REPLACED: {"key": shard.data_key, "size_bytes": shard.size_bytes, "at": time.time()},
         }
         objects = {data_key: {"size_bytes": len(body), "sha256": sha256(body)}}
-        store.put(shard.key, manifest_to_json(replace(shard.manifest, objects=objects, facts=facts)))
+        store.put(shard.key, to_json(replace(shard.manifest, objects=objects, facts=facts)))
     return len(body)
 
 

@@ -11,7 +11,6 @@ The arrivals of a run of order `arrival`: numbered records, each written once, w
 from __future__ import annotations
 
 import copy
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,18 +19,7 @@ from asyncopd.schedule import Arrival
 from asyncopd.types import Evaluation, Failure, RunChange, RunState, RunStateName, Span
 from storage.layout import RunLayout, parse_version
 from storage.learner_log import Lineage, surviving
-from storage.records import (
-    NumberedRecords,
-    arrival_from_json,
-    arrival_to_json,
-    evaluation_from_json,
-    evaluation_to_json,
-    failure_from_json,
-    from_json,
-    spans_from_json,
-    spans_to_json,
-    to_json,
-)
+from storage.records import NumberedRecords, from_json, to_json
 from storage.stores.base import ObjectStore
 
 
@@ -47,8 +35,8 @@ class RunStateLog:
         raise NotImplementedError
 
     def __init__(self) -> None:
-        self._states = NumberedRecords(self.store, self.layout.state)
-        self._changes = NumberedRecords(self.store, self.layout.change)
+        self._states = NumberedRecords(self.store, self.layout.state, RunState)
+        self._changes = NumberedRecords(self.store, self.layout.change, RunChange)
 
     def run_state(self) -> RunState | None:
         """The latest state; None while nobody recorded one. One request when nothing changed, so it can be polled."""
@@ -57,14 +45,11 @@ class RunStateLog:
 
     def run_states(self) -> list[RunState]:
         """Every state recorded, oldest first."""
-        return [
-            RunState(number=number, state=r["state"], reason=r["reason"], by=r["by"], recorded=r["recorded"])
-            for number, r in enumerate(self._states.read(), start=1)
-        ]
+        return self._states.read()
 
     def record_state(self, state: RunStateName, *, by: str, reason: str = "") -> int:
         """Append a state. `by` names the flow run, so that a flow ends only what it began itself."""
-        return self._states.append({"state": state, "reason": reason, "by": by, "recorded": time.time()})
+        return self._states.append(lambda number: RunState(number, state, reason, by, time.time()))
 
     def config(self) -> dict[str, Any]:
         """The configuration in force: the recorded one, with every change since, in the root it is read from."""
@@ -75,14 +60,11 @@ class RunStateLog:
 
     def changes(self) -> list[RunChange]:
         """Every change of settings, oldest first."""
-        return [
-            RunChange(settings={key: (old, new) for key, (old, new) in r["settings"].items()}, recorded=r["recorded"])
-            for r in self._changes.read()
-        ]
+        return self._changes.read()
 
     def record_change(self, settings: Mapping[str, tuple[Any, Any]]) -> int:
         """Append a change: dotted key -> (old value, new value). In force for every process started afterwards."""
-        return self._changes.append({"settings": settings, "recorded": time.time()})
+        return self._changes.append(lambda _: RunChange(settings, time.time()))
 
 
 def with_changes(config: Mapping[str, Any], changes: Iterable[Mapping[str, Sequence[Any]]]) -> dict[str, Any]:
@@ -107,7 +89,7 @@ class ObservationLog:
 
     def publish_evaluation(self, evaluation: Evaluation) -> None:
         """Record the quality of one version; the first evaluation of a version is kept."""
-        self.store.put_if_absent(self.layout.evaluation(evaluation.version), evaluation_to_json(evaluation))
+        self.store.put_if_absent(self.layout.evaluation(evaluation.version), to_json(evaluation))
 
     def evaluations(self) -> list[Evaluation]:
         """Evaluations of the surviving lineage, by version."""
@@ -115,17 +97,17 @@ class ObservationLog:
 
     def evaluation_keys(self) -> list[str]:
         """Keys of the evaluations of the surviving lineage, by version. What is stored under one never changes."""
-        keys = self.store.folder(self.layout.evaluations).keys
+        keys = self.store.folder(self.layout.folder("evaluation")).keys
         found = [version for key in keys if (version := parse_version(key)) is not None]
-        return [self.layout.evaluation(version) for version in surviving(found, self.lineage.rewinds())]
+        return [self.layout.evaluation(version) for version in surviving(found, self.lineage.read())]
 
     def read_evaluation(self, key: str) -> Evaluation:
         """One evaluation. Raises ObjectMissingError or ShardCorruptError."""
-        return from_json(self.store.get(key), key, evaluation_from_json)
+        return from_json(self.store.get(key), key, Evaluation)
 
     def publish_spans(self, worker: str, sequence: int, spans: Sequence[Span]) -> None:
         """Write the `sequence`-th batch of a worker's spans; writing it again replaces it."""
-        self.store.put(self.layout.span(worker, sequence), spans_to_json(spans))
+        self.store.put(self.layout.span(worker, sequence), to_json(list(spans)))
 
     def spans(self) -> list[Span]:
         """All spans of all workers, by start."""
@@ -134,17 +116,16 @@ class ObservationLog:
 
     def span_keys(self) -> list[str]:
         """Keys of all batches of spans; those of one worker in order. A worker replaces at most its last."""
-        return self.store.list(self.layout.spans)
+        return self.store.list(self.layout.folder("spans"))
 
     def read_spans(self, key: str) -> list[Span]:
         """One batch of a worker's spans. Raises ObjectMissingError or ShardCorruptError."""
-        return list(from_json(self.store.get(key), key, spans_from_json))
+        return from_json(self.store.get(key), key, list[Span])
 
     def publish_failure(self, role: str, worker: str, reason: str) -> None:
         """Record why a role failed; every call adds a record."""
         now = time.time()
-        fields = {"role": role, "worker": worker, "reason": reason, "failed": now}
-        self.store.put(self.layout.failure(now, role, worker), to_json(fields))
+        self.store.put(self.layout.failure(now, role, worker), to_json(Failure(role, worker, reason, now)))
 
     def failures(self) -> list[Failure]:
         """All failures, oldest first."""
@@ -152,11 +133,11 @@ class ObservationLog:
 
     def failure_keys(self) -> list[str]:
         """Keys of all failures, oldest first. What is stored under one never changes."""
-        return self.store.list(self.layout.failures)
+        return self.store.list(self.layout.folder("failure"))
 
     def read_failure(self, key: str) -> Failure:
         """One failure. Raises ObjectMissingError or ShardCorruptError."""
-        return from_json(self.store.get(key), key, failure_from_json)
+        return from_json(self.store.get(key), key, Failure)
 
 
 class ArrivalLog:
@@ -166,16 +147,12 @@ class ArrivalLog:
     layout: RunLayout
 
     def __init__(self) -> None:
-        self._arrivals: list[Arrival] = []
-        self._arrival_lock = threading.Lock()
+        self._arrivals = NumberedRecords(self.store, self.layout.arrival, Arrival, first=0)
 
     def arrivals(self) -> list[Arrival]:
         """All arrivals, in order. They are numbered without gaps, so one request tells that there is no new one."""
-        with self._arrival_lock:
-            while (body := self.store.find(key := self.layout.arrival(len(self._arrivals)))) is not None:
-                self._arrivals.append(from_json(body, key, arrival_from_json))
-            return list(self._arrivals)
+        return self._arrivals.read()
 
     def record_arrival(self, arrival: Arrival) -> bool:
         """False when this number was recorded before, by another learner or before a crash; that record counts."""
-        return self.store.put_if_absent(self.layout.arrival(arrival.number), arrival_to_json(arrival))
+        return self._arrivals.write(arrival.number, arrival)

@@ -1,34 +1,18 @@
-"""Every key name there is. Nothing else in the platform builds or takes apart a key.
+"""Every key name there is, in one table: keys are built from it, and recognised and taken apart by it.
 
-    models/<digest>.json                    manifest of a shared pretrained model; objects in models/<digest>/
-    score-cache/<question>/<pack>.json      manifest of a teacher's answers, for all runs; data <pack>.<attempt>.parquet
-    runs/<run_id>/run.json                  the run's record
-                 /architecture.json         manifest of the student's config and tokenizer files
-                 /trajectories/000128-000191.json                manifest; data 000128-000191.<attempt>.parquet
-                 /scores/<teacher>/000128-000191.json            the same
-                 /candidates/<name>/000128-000191.json           the same, for back-filled candidates
-                 /policies/000012.r0.json                        manifest; data 000012/r0.<attempt>.{safetensors,delta}
-                 /policies/000012.r0.{wanted,full}.json          a full copy is asked for; manifest of that copy
-                 /checkpoints/000050.r0.json                     manifest; data 000050.r0.<attempt>/<name>
-                 /steps/000002.r0.json  /evals/000050.r0.json  /arrivals/000017.json
-                 /rewinds/0001.json  /states/0001.json  /changes/0001.json
-                 /claims/<stage>/000128-000191.1.json  /heartbeats/<worker>.json
-                 /spans/<worker>.000007.json  /failures/<time>.<role>.<worker>.<attempt>.json
-                 /removals/<time>.<attempt>.json                 what maintenance took out of the run, and why
-                 /quarantine/<nanoseconds>/<rest of the key>     manifests and records that were set aside
-
-A shard's manifest may, after compaction, name a data object of a larger range that several manifests share.
-
-An attempt is eight random hex digits: two writers of one shard never write one key. Names of teachers, workers and
-stages are percent-encoded, so they may hold any character.
+Names of teachers, workers and stages are percent-encoded, so they may hold any character. A nonce is eight random hex
+digits: two writers of one shard never write one key.
 """
 
 from __future__ import annotations
 
 import re
+import string
 import time
 import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 from asyncopd.errors import StorageError
@@ -36,41 +20,49 @@ from asyncopd.types import IndexRange, PolicyVersion
 
 RUNS = "runs"
 MODELS = "models"
-SCORE_CACHE = "score-cache"
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_VERSION = re.compile(r"(\d{6,})\.r(\d+)")
-_SHARD_NAME, _STATE_NAME = r"\d{6,}-\d{6,}", r"\d{6,}\.r\d+"
-_KINDS = {
-    kind: re.compile(pattern)
-    for kind, pattern in {
-        "run": r"run\.json",
-        "architecture": r"architecture\.json",
-        "trajectories": rf"trajectories/{_SHARD_NAME}\.json",
-        "scores": rf"scores/[^/]+/{_SHARD_NAME}\.json",
-        "candidates": rf"candidates/[^/]+/{_SHARD_NAME}\.json",
-        "policy": rf"policies/{_STATE_NAME}\.json",
-        "policy_full": rf"policies/{_STATE_NAME}\.full\.json",
-        "wanted": rf"policies/{_STATE_NAME}\.wanted\.json",
-        "checkpoint": rf"checkpoints/{_STATE_NAME}\.json",
-        "step": rf"steps/{_STATE_NAME}\.json",
-        "evaluation": rf"evals/{_STATE_NAME}\.json",
-        "arrival": r"arrivals/\d{6,}\.json",
-        "state": r"states/\d{4,}\.json",
-        "change": r"changes/\d{4,}\.json",
-        "rewind": r"rewinds/\d{4,}\.json",
-        "claim": rf"claims/[^/]+/{_SHARD_NAME}\.\d+\.json",
-        "heartbeat": r"heartbeats/[^/]+\.json",
-        "spans": r"spans/[^/]+\.\d{6,}\.json",
-        "failure": r"failures/[^/]+\.json",
-        "removal": r"removals/[^/]+\.json",
-        "quarantined": r"quarantine/.+",
-        "data": r"(trajectories|(scores|candidates)/[^/]+)/[^/]+\.parquet|(policies|checkpoints|architecture)/[^/]+/.+",
-    }.items()
+_SHARD, _SHARD_DATA = "{shard}.json", "{shard}.{nonce}.parquet"
+SHARED = {
+    "model": "models/{digest}.json",  # manifest of a pretrained model, by the digest of how it was made
+    "model.data": "models/{digest}/{nonce}/{object}",
+    "cached scores": "score-cache/{question}/{pack}.json",  # manifest of a teacher's answers, for all runs
+    "cached scores.data": "score-cache/{question}/{pack}.{nonce}.parquet",
 }
+"""Kind -> key of what belongs to no run."""
+OF_A_RUN = {
+    "run": "run.json",  # what it is: configuration, code version, parent
+    "architecture": "architecture.json",  # manifest of the student's config and tokenizer files
+    "architecture.data": "architecture/{nonce}/{object}",
+    "trajectories": f"trajectories/{_SHARD}",  # manifest; a shard is named 000128-000191, both inclusive
+    "trajectories.data": f"trajectories/{_SHARD_DATA}",
+    "scores": f"scores/{{teacher}}/{_SHARD}",
+    "scores.data": f"scores/{{teacher}}/{_SHARD_DATA}",
+    "candidates": f"candidates/{{name}}/{_SHARD}",  # back-filled
+    "candidates.data": f"candidates/{{name}}/{_SHARD_DATA}",
+    "policy": "policies/{state}.json",  # manifest; a state is named 000012.r0: 12 learner steps, rewind 0
+    "policy.data": "policies/{number:06d}/r{rewind:d}.{nonce}.{coding}",
+    "checkpoint": "checkpoints/{state}.json",
+    "checkpoint.data": "checkpoints/{state}.{nonce}/{object}",
+    "step": "steps/{state}.json",
+    "evaluation": "evals/{state}.json",
+    "arrival": "arrivals/{number:06d}.json",
+    "state": "states/{number:04d}.json",  # what the flow said of the run
+    "change": "changes/{number:04d}.json",
+    "rewind": "rewinds/{number:04d}.json",
+    "claim": "claims/{stage}/{shard}.{attempt:d}.json",
+    "heartbeat": "heartbeats/{worker}.json",
+    "spans": "spans/{worker}.{sequence:06d}.json",
+    "failure": "failures/{unix_ms:015d}.{role}.{worker}.{nonce}.json",
+    "removal": "removals/{unix_ms:015d}.{nonce}.json",  # what maintenance took out of the run, and why
+    "quarantined": "quarantine/{unix_ns:d}/{rest}",  # manifests and records that were set aside
+}
+"""Kind -> key below runs/<run id>/. Data objects of a kind are promised by its manifests."""
+
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OBJECT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
-def new_attempt() -> str:
+# -- names: parts of keys ---------------------------------------------------------------------------------------------
+def new_nonce() -> str:
     """Eight random hex digits that make a data object's key its writer's own."""
     return uuid.uuid4().hex[:8]
 
@@ -97,6 +89,15 @@ def check_run_id(run_id: str) -> str:
     return run_id
 
 
+def check_object_name(name: str) -> str:
+    """`name` itself. Raises StorageError when it is not a plain file name."""
+    if not _OBJECT_NAME.fullmatch(name):
+        raise StorageError(
+            f"object name {name!r} cannot be used: expected letters, digits, '.', '_' or '-', not starting with a dot."
+        )
+    return name
+
+
 def split_run_path(text: str, default_root: str = "runs") -> tuple[str, str]:
     """(storage root, run id) of a run's folder, as path or URL, or of a bare id in `default_root`."""
     root, _, run_id = text.rstrip("/").rpartition("/")
@@ -110,35 +111,90 @@ def split_run_path(text: str, default_root: str = "runs") -> tuple[str, str]:
     return parent or ".", run_id
 
 
-def check_object_name(name: str) -> str:
-    """`name` itself. Raises StorageError when it is not a plain file name."""
-    if not _OBJECT_NAME.fullmatch(name):
-        raise StorageError(
-            f"object name {name!r} cannot be used: expected letters, digits, '.', '_' or '-', not starting with a dot."
-        )
-    return name
+# -- the table, read both ways ----------------------------------------------------------------------------------------
+class _Part(NamedTuple):
+    """How one field of a template is written and read."""
+
+    pattern: str
+    write: Callable[[Any], str] = str
+    read: Callable[[str], Any] = str
 
 
-def stem(key: str) -> str:
-    """The last part of `key` without its ending: `000012.r0` of `runs/a/policies/000012.r0.json`."""
-    return key.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+def _read_state(text: str) -> PolicyVersion:
+    number, rewind = text.split(".r")
+    return PolicyVersion(int(number), int(rewind))
 
 
-def version_name(number: int, rewind: int) -> str:
-    """`000012.r0`: a number of learner steps and the rewind it belongs to."""
-    return f"{number:06d}.r{rewind}"
+_NAME = _Part(r"[^/.]+", encode_name, decode_name)
+_PARTS = {
+    "shard": _Part(r"\d{6,}-\d{6,}", lambda shard: shard.name, IndexRange.parse),
+    "state": _Part(r"\d{6,}\.r\d+", lambda state: f"{state.number:06d}.r{state.rewind}", _read_state),
+    **dict.fromkeys(("object", "digest", "question", "pack"), _Part(_OBJECT_NAME.pattern, check_object_name)),
+    "coding": _Part("safetensors|delta"),
+    "nonce": _Part(r"[^/.]+"),
+    "rest": _Part(".+"),
+}
+
+
+class _Template:
+    """One line of the table: builds its keys and recognises them."""
+
+    def __init__(self, text: str) -> None:
+        self._pieces: list[tuple[str, str, _Part]] = []
+        pattern = ""
+        for literal, name, spec, _ in string.Formatter().parse(text):
+            width = (spec or "").strip("0d") or "1"
+            number = _Part(rf"\d{{{width},}}", lambda value, spec=spec: format(value, spec), int)  # type: ignore[misc]
+            part = number if spec else _PARTS.get(name or "", _NAME)
+            pattern += re.escape(literal) + (f"(?P<{name}>{part.pattern})" if name else "")
+            self._pieces.append((literal, name or "", part))
+        self._pattern = re.compile(pattern)
+
+    def build(self, fields: Mapping[str, Any]) -> str:
+        return "".join(literal + (part.write(fields[name]) if name else "") for literal, name, part in self._pieces)
+
+    def parse(self, key: str) -> dict[str, Any] | None:
+        match = self._pattern.fullmatch(key)
+        return match and {name: part.read(match[name]) for _, name, part in self._pieces if name}
+
+
+_TEMPLATES = {kind: _Template(text) for kind, text in (SHARED | OF_A_RUN).items()}
+_OF_A_SHARD, _OF_ITS_DATA = _Template(_SHARD), _Template(_SHARD_DATA)
+_BY_FOLDER: dict[str, list[str]] = {}
+for _kind, _text in (SHARED | OF_A_RUN).items():
+    _BY_FOLDER.setdefault(_text.split("/")[0], []).append(_kind)
+
+
+@dataclass(frozen=True)
+class ParsedKey:
+    """What a key says about the object under it."""
+
+    kind: str
+    """A name of the table; `data` for every data object; `unknown`."""
+    fields: Mapping[str, Any]
+    """The fields of its template: a `shard` is an IndexRange, a `state` a PolicyVersion, names are decoded."""
+
+
+def parse(key: str) -> ParsedKey:
+    """What `key` says, whichever run it belongs to."""
+    rest = key.split("/", 2)[2] if run_of(key) else key
+    for kind in _BY_FOLDER.get(rest.split("/")[0], ()):
+        fields = _TEMPLATES[kind].parse(rest)
+        if fields is not None:
+            return ParsedKey(kind.split(".")[-1], fields)
+    return ParsedKey("unknown", {})
 
 
 def parse_version(key: str) -> PolicyVersion | None:
-    """The version a key of policies/, steps/, checkpoints/ or evals/ speaks of; None for any other key."""
-    match = _VERSION.fullmatch(stem(key)) if key.endswith(".json") else None
-    return PolicyVersion(int(match[1]), int(match[2])) if match else None
+    """The state a key of policies/, steps/, checkpoints/ or evals/ speaks of; None for data and any other key."""
+    parsed = parse(key)
+    return parsed.fields.get("state") if parsed.kind != "data" else None
 
 
 def parse_shard(key: str) -> IndexRange | None:
-    """The index range of a shard manifest's key; None for data objects and any other key."""
-    match = re.fullmatch(r"\d{6,}-\d{6,}", stem(key)) if key.endswith(".json") else None
-    return IndexRange.parse(match[0]) if match else None
+    """The index range of a shard manifest's key; None for data, claims and any other key."""
+    parsed = parse(key)
+    return parsed.fields["shard"] if parsed.kind in ("trajectories", "scores", "candidates") else None
 
 
 def run_of(key: str) -> str | None:
@@ -147,38 +203,21 @@ def run_of(key: str) -> str | None:
     return parts[1] if len(parts) > 2 and parts[0] == RUNS and _RUN_ID.fullmatch(parts[1]) else None
 
 
+def shared_key(kind: str, **fields: Any) -> str:
+    """The key of a `model` or of `cached scores`, or of their data; data get a new key at every call."""
+    return _TEMPLATES[kind].build({"nonce": new_nonce(), **fields})
+
+
 def quarantined(key: str) -> str:
     """Where `key` goes when it is set aside: a new key at every call, outside every folder that is listed."""
     run_id = run_of(key)
     root = f"{RUNS}/{run_id}/" if run_id else ""
-    return f"{root}quarantine/{time.time_ns()}/{key.removeprefix(root)}"
-
-
-def model_manifest(digest: str) -> str:
-    return f"{MODELS}/{check_object_name(digest)}.json"
-
-
-def model_object(digest: str, attempt: str, name: str) -> str:
-    return f"{MODELS}/{digest}/{attempt}/{check_object_name(name)}"
-
-
-def score_cache_folder(question: str) -> str:
-    """`question` is the digest of a teacher and of what it is asked."""
-    return f"{SCORE_CACHE}/{check_object_name(question)}"
-
-
-def score_cache_manifest(question: str, pack: str) -> str:
-    return f"{score_cache_folder(question)}/{check_object_name(pack)}.json"
-
-
-def score_cache_object(question: str, pack: str) -> str:
-    """A new key at every call."""
-    return f"{score_cache_folder(question)}/{check_object_name(pack)}.{new_attempt()}.parquet"
+    return root + _TEMPLATES["quarantined"].build({"unix_ns": time.time_ns(), "rest": key.removeprefix(root)})
 
 
 @dataclass(frozen=True)
 class RunLayout:
-    """The keys of one run."""
+    """The keys of one run. Keys of data objects are new at every call."""
 
     run_id: str
 
@@ -189,158 +228,90 @@ class RunLayout:
     def root(self) -> str:
         return f"{RUNS}/{self.run_id}"
 
+    def folder(self, kind: str) -> str:
+        """The folder that all objects of a kind lie in, at whatever depth."""
+        return f"{self.root}/{OF_A_RUN[kind].split('/')[0]}"
+
+    def _key(self, kind: str, **fields: Any) -> str:
+        return f"{self.root}/{_TEMPLATES[kind].build({'nonce': new_nonce(), **fields})}"
+
     @property
     def record(self) -> str:
-        return f"{self.root}/run.json"
-
-    def kind_of(self, key: str) -> str:
-        """What an object of this run is by its key: a name of `_KINDS`, or `unknown`."""
-        rest = key.removeprefix(f"{self.root}/")
-        return next((kind for kind, pattern in _KINDS.items() if pattern.fullmatch(rest)), "unknown")
+        return self._key("run")
 
     # -- shards ---------------------------------------------------------------------------------------------------
     @property
     def trajectories(self) -> str:
-        return f"{self.root}/trajectories"
-
-    @property
-    def all_scores(self) -> str:
-        return f"{self.root}/scores"
+        return self.folder("trajectories")
 
     def scores(self, teacher: str) -> str:
-        return f"{self.all_scores}/{encode_name(teacher)}"
+        return f"{self.folder('scores')}/{encode_name(teacher)}"
 
     def candidates(self, name: str) -> str:
-        return f"{self.root}/candidates/{encode_name(name)}"
+        return f"{self.folder('candidates')}/{encode_name(name)}"
 
     def shard_manifest(self, folder: str, shard: IndexRange) -> str:
         """`folder` is `trajectories`, `scores(teacher)` or `candidates(name)`."""
-        return f"{folder}/{shard.name}.json"
+        return f"{folder}/{_OF_A_SHARD.build({'shard': shard})}"
 
     def shard_object(self, folder: str, shard: IndexRange) -> str:
-        """A new key at every call."""
-        return f"{folder}/{shard.name}.{new_attempt()}.parquet"
-
-    def parse_teacher(self, key: str) -> str:
-        """The teacher of a key of scores/."""
-        return decode_name(key.removeprefix(f"{self.all_scores}/").split("/")[0])
+        return f"{folder}/{_OF_ITS_DATA.build({'shard': shard, 'nonce': new_nonce()})}"
 
     # -- learner --------------------------------------------------------------------------------------------------
-    @property
-    def policies(self) -> str:
-        return f"{self.root}/policies"
-
     def policy_manifest(self, version: PolicyVersion) -> str:
-        return f"{self.policies}/{version_name(version.number, version.rewind)}.json"
+        return self._key("policy", state=version)
 
     def policy_object(self, version: PolicyVersion) -> str:
-        """A new key at every call."""
-        return f"{self.policies}/{version.number:06d}/r{version.rewind}.{new_attempt()}.safetensors"
+        return self._key("policy.data", number=version.number, rewind=version.rewind, coding="safetensors")
 
     def policy_delta(self, version: PolicyVersion) -> str:
-        """A new key at every call."""
-        return f"{self.policies}/{version.number:06d}/r{version.rewind}.{new_attempt()}.delta"
-
-    def policy_wanted(self, version: PolicyVersion) -> str:
-        """Exists when a reader could not read `version` and asks for a full copy."""
-        return f"{self.policies}/{version_name(version.number, version.rewind)}.wanted.json"
-
-    def policy_full_copy(self, version: PolicyVersion) -> str:
-        """Manifest of the full copy that was asked for."""
-        return f"{self.policies}/{version_name(version.number, version.rewind)}.full.json"
-
-    @property
-    def steps(self) -> str:
-        return f"{self.root}/steps"
+        return self._key("policy.data", number=version.number, rewind=version.rewind, coding="delta")
 
     def step(self, number: int, rewind: int) -> str:
-        return f"{self.steps}/{version_name(number, rewind)}.json"
-
-    @property
-    def checkpoints(self) -> str:
-        return f"{self.root}/checkpoints"
+        return self._key("step", state=PolicyVersion(number, rewind))
 
     def checkpoint_manifest(self, step: int, rewind: int) -> str:
-        return f"{self.checkpoints}/{version_name(step, rewind)}.json"
+        return self._key("checkpoint", state=PolicyVersion(step, rewind))
 
-    def checkpoint_object(self, step: int, rewind: int, attempt: str, name: str) -> str:
-        return f"{self.checkpoints}/{version_name(step, rewind)}.{attempt}/{check_object_name(name)}"
-
-    @property
-    def rewinds(self) -> str:
-        return f"{self.root}/rewinds"
+    def checkpoint_object(self, step: int, rewind: int, nonce: str, name: str) -> str:
+        return self._key("checkpoint.data", state=PolicyVersion(step, rewind), nonce=nonce, object=name)
 
     def rewind(self, number: int) -> str:
-        return f"{self.rewinds}/{number:04d}.json"
+        return self._key("rewind", number=number)
 
     def state(self, number: int) -> str:
-        return f"{self.root}/states/{number:04d}.json"
+        return self._key("state", number=number)
 
     def change(self, number: int) -> str:
-        return f"{self.root}/changes/{number:04d}.json"
-
-    @property
-    def arrivals(self) -> str:
-        return f"{self.root}/arrivals"
+        return self._key("change", number=number)
 
     def arrival(self, number: int) -> str:
-        return f"{self.arrivals}/{number:06d}.json"
+        return self._key("arrival", number=number)
 
     @property
     def architecture_manifest(self) -> str:
-        return f"{self.root}/architecture.json"
+        return self._key("architecture")
 
-    def architecture_object(self, attempt: str, name: str) -> str:
-        return f"{self.root}/architecture/{attempt}/{check_object_name(name)}"
+    def architecture_object(self, nonce: str, name: str) -> str:
+        return self._key("architecture.data", nonce=nonce, object=name)
 
-    # -- workers and observations ---------------------------------------------------------------------------------
-    @property
-    def claims(self) -> str:
-        return f"{self.root}/claims"
-
+    # -- workers, observations, maintenance -----------------------------------------------------------------------
     def claim(self, stage: str, shard: IndexRange, attempt: int) -> str:
-        return f"{self.claims}/{encode_name(stage)}/{shard.name}.{attempt}.json"
-
-    def parse_claim(self, key: str) -> tuple[str, IndexRange, int]:
-        """(stage, shard, attempt) of a claim's key."""
-        stage, name = key.removeprefix(f"{self.claims}/").split("/")
-        shard, attempt, _ = name.split(".")
-        return decode_name(stage), IndexRange.parse(shard), int(attempt)
-
-    @property
-    def heartbeats(self) -> str:
-        return f"{self.root}/heartbeats"
+        return self._key("claim", stage=stage, shard=shard, attempt=attempt)
 
     def heartbeat(self, worker: str) -> str:
-        return f"{self.heartbeats}/{encode_name(worker)}.json"
-
-    @property
-    def evaluations(self) -> str:
-        return f"{self.root}/evals"
+        return self._key("heartbeat", worker=worker)
 
     def evaluation(self, version: PolicyVersion) -> str:
-        return f"{self.evaluations}/{version_name(version.number, version.rewind)}.json"
-
-    @property
-    def spans(self) -> str:
-        return f"{self.root}/spans"
+        return self._key("evaluation", state=version)
 
     def span(self, worker: str, sequence: int) -> str:
-        return f"{self.spans}/{encode_name(worker)}.{sequence:06d}.json"
-
-    @property
-    def failures(self) -> str:
-        return f"{self.root}/failures"
+        return self._key("spans", worker=worker, sequence=sequence)
 
     def failure(self, when: float, role: str, worker: str) -> str:
         """A new key at every call; keys sort by time."""
-        return f"{self.failures}/{int(when * 1000):015d}.{encode_name(role)}.{encode_name(worker)}.{new_attempt()}.json"
-
-    # -- maintenance ----------------------------------------------------------------------------------------------
-    @property
-    def removals(self) -> str:
-        return f"{self.root}/removals"
+        return self._key("failure", unix_ms=int(when * 1000), role=role, worker=worker)
 
     def removal(self, when: float) -> str:
         """A new key at every call; keys sort by time."""
-        return f"{self.removals}/{int(when * 1000):015d}.{new_attempt()}.json"
+        return self._key("removal", unix_ms=int(when * 1000))

@@ -10,47 +10,30 @@ What the learner leaves behind besides weights: steps, checkpoints and rewinds.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from asyncopd.errors import StorageError
 from asyncopd.types import PolicyVersion, Rewind, TrainStep
-from storage.layout import RunLayout, new_attempt, parse_version
+from storage.layout import RunLayout, new_nonce, parse_version
 from storage.manifests import publish, read_manifest, read_objects
-from storage.records import from_json, rewind_from_json, rewind_to_json, step_from_json, step_to_json
+from storage.records import NumberedRecords, from_json, to_json
 from storage.stores.base import ObjectStore
 
 
-class Lineage:
-    """The rewinds of one run, cached: they are numbered without gaps, so one probe tells whether there is a new one."""
+class Lineage(NumberedRecords[Rewind]):
+    """The rewinds of one run, cached."""
 
     def __init__(self, store: ObjectStore, layout: RunLayout) -> None:
-        self._store = store
-        self._layout = layout
-        self._rewinds: list[Rewind] = []
-        self._lock = threading.Lock()
-
-    def rewinds(self) -> list[Rewind]:
-        """All rewinds recorded so far, oldest first; costs one request when there is no new one."""
-        with self._lock:
-            while True:
-                number = len(self._rewinds) + 1
-                key = self._layout.rewind(number)
-                if not self._store.exists(key):
-                    return list(self._rewinds)
-                self._rewinds.append(from_json(self._store.get(key), key, rewind_from_json))
+        super().__init__(store, layout.rewind, Rewind)
+        self._run_id = layout.run_id
 
     def record(self, to_step: int, worker: str) -> int:
         """Append a rewind; returns its number. Several writers get different numbers."""
         if to_step < 0:
-            raise StorageError(f"cannot rewind {self._layout.run_id} to step {to_step}; expected 0 or more.")
-        while True:
-            number = len(self.rewinds()) + 1
-            rewind = Rewind(number=number, to_step=to_step, worker=worker, recorded=time.time())
-            if self._store.put_if_absent(self._layout.rewind(number), rewind_to_json(rewind)):
-                return number
+            raise StorageError(f"cannot rewind {self._run_id} to step {to_step}; expected 0 or more.")
+        return self.append(lambda number: Rewind(number=number, to_step=to_step, worker=worker, recorded=time.time()))
 
 
 def survives(number: int, rewind: int, rewinds: Iterable[Rewind]) -> bool:
@@ -89,7 +72,7 @@ class LearnerLog:
 
         Raises StorageError when another record of this step and rewind exists: two learners are writing one run.
         """
-        key, body = self.layout.step(step.step, step.rewind), step_to_json(step)
+        key, body = self.layout.step(step.step, step.rewind), to_json(step)
         if not self.store.put_if_absent(key, body) and _fields(self.store.get(key), key) != _fields(body, key):
             raise StorageError(
                 f"{key} exists with another content. A step is trained once per rewind: stop the second learner, or "
@@ -99,28 +82,28 @@ class LearnerLog:
     def find_step(self, number: int) -> TrainStep | None:
         """Step `number` of the surviving lineage."""
         # Step s made state s + 1, and counts exactly when that state does.
-        for rewind in possible_rewinds(number + 1, self.lineage.rewinds()):
+        for rewind in possible_rewinds(number + 1, self.lineage.read()):
             key = self.layout.step(number, rewind)
             body = self.store.find(key)
             if body is not None:
-                return from_json(body, key, step_from_json)
+                return from_json(body, key, TrainStep)
         return None
 
     def steps(self) -> list[TrainStep]:
         """All steps of the surviving lineage, in order; reads every one of them."""
-        keys = self.store.folder(self.layout.steps).keys
+        keys = self.store.folder(self.layout.folder("step")).keys
         found = [version for key in keys if (version := parse_version(key)) is not None]
-        states = surviving((PolicyVersion(step.number + 1, step.rewind) for step in found), self.lineage.rewinds())
+        states = surviving((PolicyVersion(step.number + 1, step.rewind) for step in found), self.lineage.read())
         read = []
         for state in states:
             key = self.layout.step(state.number - 1, state.rewind)
-            read.append(from_json(self.store.get(key), key, step_from_json))
+            read.append(from_json(self.store.get(key), key, TrainStep))
         return read
 
     def publish_checkpoint(self, step: int, rewind: int, objects: Mapping[str, bytes], *, worker: str) -> None:
         """Make the state after `step` steps visible, as named bodies. A second one is discarded."""
-        attempt = new_attempt()
-        named = {self.layout.checkpoint_object(step, rewind, attempt, name): body for name, body in objects.items()}
+        nonce = new_nonce()
+        named = {self.layout.checkpoint_object(step, rewind, nonce, name): body for name, body in objects.items()}
         key = self.layout.checkpoint_manifest(step, rewind)
         if not publish(
             self.store, key, named, kind="checkpoint", worker=worker, facts={"step": step, "rewind": rewind}
@@ -134,9 +117,9 @@ class LearnerLog:
 
     def checkpoints(self) -> list[tuple[int, int]]:
         """(step, rewind) of all complete checkpoints of the surviving lineage, oldest first."""
-        keys = self.store.folder(self.layout.checkpoints).keys
+        keys = self.store.folder(self.layout.folder("checkpoint")).keys
         states = [version for key in keys if (version := parse_version(key)) is not None]
-        return [(state.number, state.rewind) for state in surviving(states, self.lineage.rewinds())]
+        return [(state.number, state.rewind) for state in surviving(states, self.lineage.read())]
 
     def read_checkpoint(self, step: int, rewind: int) -> Mapping[str, bytes]:
         """The bodies of a checkpoint, by name.
@@ -155,11 +138,11 @@ class LearnerLog:
 
     def current_rewind(self) -> int:
         """Number of the last recorded rewind, under which a learner publishes; 0 before the first."""
-        return len(self.lineage.rewinds())
+        return len(self.lineage.read())
 
     def rewinds(self) -> list[Rewind]:
         """All rewinds, oldest first."""
-        return self.lineage.rewinds()
+        return self.lineage.read()
 
 
 def _fields(body: bytes, key: str) -> dict[str, Any]:

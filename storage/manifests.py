@@ -21,7 +21,7 @@ from typing import Any
 from asyncopd.errors import ObjectMissingError, ShardCorruptError
 from asyncopd.types import Manifest
 from storage.layout import quarantined
-from storage.records import from_json, manifest_from_json, manifest_to_json
+from storage.records import from_json, to_json
 from storage.stores.base import ObjectStore
 
 
@@ -47,7 +47,7 @@ def publish(
         worker=worker,
         facts=facts,
     )
-    record = manifest_to_json(manifest)
+    record = to_json(manifest)
     for key, body in objects.items():
         store.put(key, body)
     # Manifest last: a crash before this line leaves unreferenced objects, never a half shard.
@@ -61,12 +61,12 @@ def publish(
 def find_manifest(store: ObjectStore, manifest_key: str) -> Manifest | None:
     """The manifest under `manifest_key`; None when nothing was published there. Does not look at the data."""
     body = store.find(manifest_key)
-    return None if body is None else from_json(body, manifest_key, manifest_from_json)
+    return None if body is None else from_json(body, manifest_key, Manifest)
 
 
 def read_manifest(store: ObjectStore, manifest_key: str) -> Manifest:
     """The manifest under `manifest_key`. Raises ObjectMissingError when nothing was published there."""
-    return from_json(store.get(manifest_key), manifest_key, manifest_from_json)
+    return from_json(store.get(manifest_key), manifest_key, Manifest)
 
 
 def read_objects(store: ObjectStore, manifest_key: str, manifest: Manifest) -> dict[str, bytes]:

@@ -24,7 +24,6 @@ from asyncopd.types import Manifest, PolicyVersion, PolicyWeights
 from storage.layout import RunLayout, parse_version
 from storage.learner_log import Lineage, possible_rewinds, surviving
 from storage.manifests import find_manifest, publish, read_manifest, read_object, sha256
-from storage.records import to_json
 from storage.stores.base import ObjectStore
 from storage.weight_delta import apply_delta, encode_delta
 
@@ -109,33 +108,9 @@ class PolicyLog:
             num_changed=made.num_changed if made is not None else None,
         )
 
-    def want_full_policy(self, version: PolicyVersion, *, worker: str) -> bool:
-        """Ask the learner for a full copy of a version that cannot be read. False when no learner would answer."""
-        published = self._reader.find(version)
-        if published is None or not published.is_chained:
-            return False
-        body = to_json({"worker": worker, "wanted": time.time()})
-        self.store.put_if_absent(self.layout.policy_wanted(version), body, durable=False)
-        return True
-
-    def answer_wanted_policy(self, *, worker: str) -> None:
-        """Publish the full copy that a reader asked for, if it is of the last published version. Polled by the learner.
-
-        Without it, samplers whose chain broke would wait for a version that the learner cannot make without them.
-        """
-        last = self._published
-        if last is None:
-            return
-        version = last.weights.version
-        if not self.store.exists(self.layout.policy_wanted(version)):
-            return
-        objects = {self.layout.policy_object(version): last.weights.safetensors}
-        if publish(self.store, self.layout.policy_full_copy(version), objects, kind="policy", worker=worker, facts={}):
-            logger.warning("version %d: a full copy was asked for and is published", version.number)
-
     def latest_policy(self) -> PolicyVersion | None:
         """The newest version of the surviving lineage. Two requests when nothing changed, so it can be polled."""
-        rewinds = self.lineage.rewinds()
+        rewinds = self.lineage.read()
         with self._policy_lock:
             now_s = time.monotonic()
             if len(rewinds) != self._num_rewinds or now_s - self._listed_s >= RELIST_S:
@@ -148,7 +123,7 @@ class PolicyLog:
 
     def find_policy(self, number: int) -> PolicyVersion | None:
         """Version `number` of the surviving lineage."""
-        for rewind in possible_rewinds(number, self.lineage.rewinds()):
+        for rewind in possible_rewinds(number, self.lineage.read()):
             version = PolicyVersion(number, rewind)
             if self.store.exists(self.layout.policy_manifest(version)):
                 return version
@@ -168,11 +143,11 @@ class PolicyLog:
 
     def policies(self) -> list[PolicyVersion]:
         """All versions of the surviving lineage, oldest first."""
-        return surviving(self.published_policies(), self.lineage.rewinds())
+        return surviving(self.published_policies(), self.lineage.read())
 
     def published_policies(self) -> list[PolicyVersion]:
         """All versions that are stored, superseded ones too, by number and rewind."""
-        keys = self.store.folder(self.layout.policies).keys
+        keys = self.store.folder(self.layout.folder("policy")).keys
         return sorted({version for key in keys if (version := parse_version(key)) is not None})
 
     def policy_facts(self, version: PolicyVersion) -> Mapping[str, Any]:
@@ -308,9 +283,8 @@ class PolicyReader:
         while best is None or size < best.size_bytes:
             if held is not None and (held[0].version, held[0].sha256) == (at.version, at.sha256):
                 return _Route(None, deltas, size)
-            full = self._full(at, broken)
-            if full is not None and full.full is not None:
-                found = _Route(full, deltas, size + full.size_bytes(full.full))
+            if at.full is not None and at.full not in broken:
+                found = _Route(at, deltas, size + at.size_bytes(at.full))
                 best = found if best is None or found.size_bytes < best.size_bytes else best
             base = self._base(at, broken)
             if base is None or at.delta is None:
@@ -319,19 +293,6 @@ class PolicyReader:
             size += at.size_bytes(at.delta)
             at = base
         return best
-
-    def _full(self, at: StoredPolicy, broken: dict[str, StorageError]) -> StoredPolicy | None:
-        """Where full weights of a version are: published with it, or, when its chain broke, as a copy on request."""
-        if at.full is not None and at.full not in broken:
-            return at
-        if not broken:
-            return None
-        key = self._layout.policy_full_copy(at.version)
-        manifest = find_manifest(self._store, key)
-        if manifest is None:
-            return None
-        copy = StoredPolicy.of(at.version, key, manifest)
-        return copy if copy.sha256 == at.sha256 and copy.full not in broken else None
 
     def _base(self, at: StoredPolicy, broken: dict[str, StorageError]) -> StoredPolicy | None:
         """The version before `at` in its chain; None when there is none, or none that fits."""
@@ -391,7 +352,5 @@ def _unreadable(target: StoredPolicy, broken: dict[str, StorageError]) -> Storag
     first = next(iter(broken.values()))
     if not target.is_chained:
         return first
-    advice = (
-        "The next full version can be read again; a learner that runs makes a full copy when a sampler asks for one."
-    )
+    advice = "The next full version can be read again (learner.publish.full_every)."
     return type(first)(f"version {target.version.number} cannot be read, whatever the way. {first} {advice}")

@@ -15,7 +15,7 @@ from asyncopd.errors import ObjectMissingError, ShapeError, ShardCorruptError
 from asyncopd.types import IndexRange, Manifest, TeacherScores, Trajectory
 from storage.claims import ClaimLog
 from storage.events import ArrivalLog, ObservationLog, RunStateLog
-from storage.layout import RunLayout, decode_name, new_attempt, parse_shard
+from storage.layout import RunLayout, decode_name, new_nonce, parse_shard
 from storage.learner_log import LearnerLog, Lineage
 from storage.manifests import ROW_GROUP, ShardBodies, find_manifest, publish, read_manifest, read_objects, what_to_do
 from storage.parquet import decode_scores, decode_trajectories, encode_scores, encode_trajectories
@@ -148,13 +148,13 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
 
     def teachers(self) -> list[str]:
         """The teachers that have scored something."""
-        return [decode_name(name) for name in self.store.folder(self.layout.all_scores).folders]
+        return [decode_name(name) for name in self.store.folder(self.layout.folder("scores")).folders]
 
     # -- architecture ---------------------------------------------------------------------------------------------
     def publish_architecture(self, objects: Mapping[str, bytes], *, worker: str = "") -> bool:
         """Store what engines need besides weights (config, tokenizer files), by name. False when it was there."""
-        attempt = new_attempt()
-        named = {self.layout.architecture_object(attempt, name): body for name, body in objects.items()}
+        nonce = new_nonce()
+        named = {self.layout.architecture_object(nonce, name): body for name, body in objects.items()}
         return publish(
             self.store, self.layout.architecture_manifest, named, kind="architecture", worker=worker, facts={}
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from typing import Any
@@ -29,6 +29,7 @@ from asyncopd.types import (
     PolicyVersion,
     Removal,
     Rewind,
+    RunChange,
     RunState,
     Span,
     TrainStep,
@@ -36,48 +37,34 @@ from asyncopd.types import (
 from storage.events import with_changes
 from storage.history import History, RunStatus, is_alive, role_of, status_of
 from storage.launches import LaunchLog, StateRequest
-from storage.layout import RunLayout, parse_shard, parse_version
+from storage.layout import RunLayout, parse, parse_shard, parse_version
 from storage.learner_log import possible_rewinds, surviving
-from storage.records import (
-    arrival_from_json,
-    claim_from_json,
-    evaluation_from_json,
-    failure_from_json,
-    from_json,
-    heartbeat_from_json,
-    manifest_from_json,
-    removal_from_json,
-    rewind_from_json,
-    spans_from_json,
-    step_from_json,
-)
+from storage.records import from_json
 from storage.replay import source_of
 from storage.run_log import StoredRunLog
 from storage.stores.base import Entry, ObjectStore
 
-PARSERS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
+KINDS: Mapping[str, type[Any]] = {
     "run": dict,
-    "architecture": manifest_from_json,
-    "trajectories": manifest_from_json,
-    "scores": manifest_from_json,
-    "candidates": manifest_from_json,
-    "policy": manifest_from_json,
-    "policy_full": manifest_from_json,
-    "wanted": dict,
-    "checkpoint": manifest_from_json,
-    "step": step_from_json,
-    "evaluation": evaluation_from_json,
-    "arrival": arrival_from_json,
-    "state": dict,
-    "change": dict,
-    "rewind": rewind_from_json,
-    "claim": claim_from_json,
-    "heartbeat": heartbeat_from_json,
-    "spans": spans_from_json,
-    "failure": failure_from_json,
-    "removal": removal_from_json,
+    "architecture": Manifest,
+    "trajectories": Manifest,
+    "scores": Manifest,
+    "candidates": Manifest,
+    "policy": Manifest,
+    "checkpoint": Manifest,
+    "step": TrainStep,
+    "evaluation": Evaluation,
+    "arrival": Arrival,
+    "state": RunState,
+    "change": RunChange,
+    "rewind": Rewind,
+    "claim": Claim,
+    "heartbeat": Heartbeat,
+    "spans": list[Span],
+    "failure": Failure,
+    "removal": Removal,
 }
-MANIFESTS = ("architecture", "trajectories", "scores", "candidates", "policy", "policy_full", "checkpoint")
+MANIFESTS = ("architecture", "trajectories", "scores", "candidates", "policy", "checkpoint")
 UNFLUSHED = ("claim", "heartbeat")
 """Kinds that a power cut may leave half-written: nobody is refused anything for it."""
 _PARALLEL_REQUESTS = 16
@@ -97,7 +84,7 @@ class RunView:
             fresh_s: a history this young, seconds, is not read again by `refresh`.
         """
         self.log, self.store, self.layout, self.run_id = log, log.store, log.layout, log.run_id
-        self.records: dict[str, dict[str, Any]] = {kind: {} for kind in PARSERS}
+        self.records: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
         """Kind -> key -> what the record says; kinds without objects are present and empty."""
         self.entries: dict[str, Entry] = {}
         """Every object below the run's folder, by key. Like all below, filled by `everything` only."""
@@ -126,17 +113,17 @@ class RunView:
         view = cls(StoredRunLog(store, run_id))
         view.entries = {entry.key: entry for entry in store.entries(view.layout.root)}
         for key in list(view.entries):
-            kind = view.layout.kind_of(key)
+            kind = parse(key).kind
             if kind == "unknown":
                 view.unknown.append(key)
-            if kind in PARSERS or (kind in ("unknown", "quarantined") and key.endswith(".json")):
+            if kind in KINDS or (kind in ("unknown", "quarantined") and key.endswith(".json")):
                 view._examine(kind, key)
         view._is_complete = True
         return view
 
     # -- asking storage -------------------------------------------------------------------------------------------
     def read(self, *kinds: str) -> RunView:
-        """Read what is new of these kinds of record (names of PARSERS), in this order.
+        """Read what is new of these kinds of record (names of KINDS), in this order.
 
         Raises:
             ShardCorruptError: a record is not what was written. Half-written claims and heartbeats are left out.
@@ -220,7 +207,7 @@ class RunView:
             self.read("change")
         num_changes = len(self.records["change"])
         if self._config is None or self._config[0] != num_changes:
-            changes = [change["settings"] for _, change in sorted(self.records["change"].items())]
+            changes = [change.settings for _, change in sorted(self.records["change"].items())]
             fields = with_changes(self.record["config"], changes)
             # A run that was copied elsewhere goes on there.
             fields.setdefault("storage", {})["root"] = self.store.url
@@ -237,10 +224,7 @@ class RunView:
     @property
     def run_states(self) -> list[RunState]:
         """What the flow said about the run, oldest first."""
-        return [
-            RunState(number=number, state=r["state"], reason=r["reason"], by=r["by"], recorded=r["recorded"])
-            for number, (_, r) in enumerate(sorted(self.records["state"].items()), start=1)
-        ]
+        return [state for _, state in sorted(self.records["state"].items())]
 
     # -- what counts ----------------------------------------------------------------------------------------------
     @property
@@ -289,7 +273,7 @@ class RunView:
 
     def teacher_of(self, key: str) -> str:
         """The teacher of a key of scores/."""
-        return self._shards.parse_teacher(key)
+        return str(parse(key).fields["teacher"])
 
     # -- what happened --------------------------------------------------------------------------------------------
     def arrivals(self) -> list[Arrival]:
@@ -302,10 +286,7 @@ class RunView:
 
     def claims(self) -> list[Claim]:
         """Every claim ever made, by stage, shard and attempt; a half-written one is nobody's."""
-        found = {
-            key: Claim(*self.layout.parse_claim(key), *fields) for key, fields in list(self.records["claim"].items())
-        }
-        return sorted(found.values(), key=lambda claim: (claim.stage, claim.shard, claim.attempt))
+        return sorted(self.records["claim"].values(), key=lambda claim: (claim.stage, claim.shard, claim.attempt))
 
     def spans(self) -> list[Span]:
         """All spans of all workers, by start."""
@@ -368,42 +349,31 @@ class RunView:
             if key not in self.records[kind] and not self._is_complete:
                 body = self.store.find(key)
                 if body is not None:
-                    self.records[kind][key] = from_json(body, key, PARSERS[kind])
+                    self.records[kind][key] = from_json(body, key, KINDS[kind])
             return self.records[kind].get(key)
 
     def _list(self, kind: str) -> list[str]:
         """Keys of the folder with records of this kind, and of others beside them."""
-        layout, shards = self.layout, self._shards
-        trees = {"scores": shards.all_scores, "claim": layout.claims}
-        folders = {
-            "trajectories": shards.trajectories,
-            "policy": layout.policies,
-            "checkpoint": layout.checkpoints,
-            "step": layout.steps,
-            "evaluation": layout.evaluations,
-            "heartbeat": layout.heartbeats,
-            "spans": layout.spans,
-            "failure": layout.failures,
-        }
-        return self.store.list(trees[kind]) if kind in trees else self.store.folder(folders[kind]).keys
+        layout = self._shards if kind in ("trajectories", "scores") else self.layout
+        is_tree = kind in ("scores", "claim")
+        return self.store.list(layout.folder(kind)) if is_tree else self.store.folder(layout.folder(kind)).keys
 
     def _read_listed(self, kind: str, keys: Sequence[str]) -> None:
-        layout = self._shards if kind in ("trajectories", "scores") else self.layout
         known = self.records[kind]
         # A worker overwrites its heartbeat, and its newest spans when it failed to write them.
         is_open = set(keys) if kind == "heartbeat" else set()
         if kind == "spans":
             is_open = set({key.rsplit(".", 2)[0]: key for key in keys}.values())
-        wanted = [k for k in keys if (k not in known or k in is_open) and layout.kind_of(k) == kind]
+        wanted = [k for k in keys if (k not in known or k in is_open) and parse(k).kind == kind]
         for key, body in zip(wanted, self._bodies(wanted), strict=True):
             try:
                 if body is not None:
-                    known[key] = from_json(body, key, PARSERS[kind])
+                    known[key] = from_json(body, key, KINDS[kind])
             except ShardCorruptError:
                 if kind not in UNFLUSHED:
                     raise
                 if kind == "claim":
-                    known[key] = ("?", 0.0)
+                    known[key] = Claim(**parse(key).fields, worker="?", claimed=0.0)
 
     def _bodies(self, keys: Sequence[str]) -> Iterable[bytes | None]:
         if not self.store.url.startswith("s3://"):
@@ -418,12 +388,12 @@ class RunView:
             del self.entries[key]  # deleted since the listing
             return
         try:
-            value = from_json(body, key, PARSERS.get(kind, manifest_from_json))
+            value = from_json(body, key, KINDS.get(kind, Manifest))
         except StorageError as error:
-            if kind in PARSERS or (kind == "unknown" and _is_damaged(body, key)):
+            if kind in KINDS or (kind == "unknown" and _is_damaged(body, key)):
                 self.broken[key] = error
             return
-        if kind in PARSERS:
+        if kind in KINDS:
             self.records[kind][key] = value
         if kind == "quarantined":
             self.set_aside.update(dict.fromkeys(value.objects, key))

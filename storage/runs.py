@@ -8,7 +8,7 @@ from typing import Any
 from asyncopd.config import RunConfig
 from asyncopd.errors import RunMissingError, StorageError
 from asyncopd.types import Manifest
-from storage.layout import RUNS, RunLayout, model_manifest, model_object, new_attempt
+from storage.layout import RUNS, RunLayout, new_nonce, shared_key
 from storage.manifests import find_manifest, publish, read_manifest, read_objects
 from storage.records import from_json, to_json
 from storage.replay import ReplayLog
@@ -84,18 +84,18 @@ def publish_model(
     store: ObjectStore, digest: str, objects: Mapping[str, bytes], facts: Mapping[str, Any], *, worker: str = ""
 ) -> bool:
     """Store a pretrained model for all runs under the digest of how it was made. False when it was there before."""
-    attempt = new_attempt()
-    named = {model_object(digest, attempt, name): body for name, body in objects.items()}
-    return publish(store, model_manifest(digest), named, kind="model", worker=worker, facts=facts)
+    nonce = new_nonce()
+    named = {shared_key("model.data", digest=digest, nonce=nonce, object=name): body for name, body in objects.items()}
+    return publish(store, shared_key("model", digest=digest), named, kind="model", worker=worker, facts=facts)
 
 
 def find_model(store: ObjectStore, digest: str) -> Manifest | None:
     """The manifest of a stored model; None when nobody made it yet."""
-    return find_manifest(store, model_manifest(digest))
+    return find_manifest(store, shared_key("model", digest=digest))
 
 
 def read_model(store: ObjectStore, digest: str) -> Mapping[str, bytes]:
     """The bodies of a stored model, by name. Raises ObjectMissingError or ShardCorruptError."""
-    key = model_manifest(digest)
+    key = shared_key("model", digest=digest)
     bodies = read_objects(store, key, read_manifest(store, key))
     return {object_key.rsplit("/", 1)[1]: body for object_key, body in bodies.items()}

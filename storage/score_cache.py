@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from asyncopd.ports import ScoreRequest
 from asyncopd.types import TeacherScores, Trajectory
-from storage.layout import score_cache_folder, score_cache_manifest, score_cache_object, stem
+from storage.layout import parse, shared_key
 from storage.manifests import publish, read_manifest, read_objects
 from storage.parquet import decode_scores, encode_scores
 from storage.schema import SCHEMA_VERSION
@@ -66,8 +66,8 @@ class StoredScoreCache:
         body = encode_scores([scores for _, scores in answers], "score-cache")
         publish(
             self._store,
-            score_cache_manifest(question, pack),
-            {score_cache_object(question, pack): body},
+            shared_key("cached scores", question=question, pack=pack),
+            {shared_key("cached scores.data", question=question, pack=pack): body},
             kind="cached scores",
             worker=worker,
             facts={
@@ -81,16 +81,17 @@ class StoredScoreCache:
     def _look_for_packs(self, question: str) -> None:
         known = self._known_packs.setdefault(question, set())
         places = self._places.setdefault(question, {})
-        for key in self._store.folder(score_cache_folder(question)).keys:
-            pack = stem(key)
-            if key.endswith(".json") and pack not in known:
+        for key in self._store.folder(shared_key("cached scores", question=question, pack="_").rpartition("/")[0]).keys:
+            parsed = parse(key)
+            pack = parsed.fields.get("pack", "")
+            if parsed.kind == "cached scores" and pack not in known:
                 known.add(pack)
                 for row, token_key in enumerate(read_manifest(self._store, key).facts["token_keys"]):
                     places.setdefault(token_key, (pack, row))
 
     def _pack(self, question: str, pack: str) -> list[TeacherScores]:
         if (question, pack) not in self._packs:
-            key = score_cache_manifest(question, pack)
+            key = shared_key("cached scores", question=question, pack=pack)
             ((data_key, body),) = read_objects(self._store, key, read_manifest(self._store, key)).items()
             self._packs[question, pack] = decode_scores(body, data_key)
         self._packs.move_to_end((question, pack))

@@ -11,7 +11,7 @@ from storage_builders import fresh_store, make_evaluation, make_scores, make_tra
 
 from asyncopd.types import IndexRange, PolicyVersion
 from storage.maintain.audit import audit_run
-from storage.records import manifest_to_json, step_to_json, to_json
+from storage.records import to_json
 from storage.run_log import StoredRunLog
 
 
@@ -40,14 +40,14 @@ def test_two_shards_for_one_index(log: StoredRunLog) -> None:
 def test_an_index_that_two_steps_trained(log: StoredRunLog) -> None:
     step = log.find_step(2)
     assert step is not None
-    log.store.put(log.layout.step(2, 0), step_to_json(replace(step, indices=IndexRange(7, 11))))
+    log.store.put(log.layout.step(2, 0), to_json(replace(step, indices=IndexRange(7, 11))))
     assert found(log).count(("overlap", "steps/000002.r0.json")) == 1
 
 
 def test_a_step_that_did_not_train_its_own_range(log: StoredRunLog) -> None:
     step = log.find_step(3)
     assert step is not None
-    log.store.put(log.layout.step(3, 0), step_to_json(replace(step, indices=IndexRange(12, 15))))
+    log.store.put(log.layout.step(3, 0), to_json(replace(step, indices=IndexRange(12, 15))))
     assert found(log) == [("mismatch", "steps/000003.r0.json")]
 
 
@@ -55,7 +55,7 @@ def test_a_step_whose_tokens_are_not_those_of_its_shards(log: StoredRunLog) -> N
     step = log.find_step(1)
     assert step is not None
     more = step.num_tokens + 1
-    log.store.put(log.layout.step(1, 0), step_to_json(replace(step, num_tokens=more, staleness_tokens={0: more})))
+    log.store.put(log.layout.step(1, 0), to_json(replace(step, num_tokens=more, staleness_tokens={0: more})))
     assert found(log) == [("mismatch", "steps/000001.r0.json")]
 
 
@@ -64,7 +64,7 @@ def test_a_step_that_breaks_the_staleness_bound(log: StoredRunLog, staleness: in
     step = log.find_step(1)
     assert step is not None
     ages = {0: step.num_tokens - 1, staleness: 1}
-    log.store.put(log.layout.step(1, 0), step_to_json(replace(step, staleness_tokens=ages)))
+    log.store.put(log.layout.step(1, 0), to_json(replace(step, staleness_tokens=ages)))
     assert found(log) == [("mismatch", "steps/000001.r0.json")]
 
 
@@ -123,7 +123,7 @@ def test_a_manifest_that_tells_other_tokens_than_its_rows(log: StoredRunLog) -> 
     manifest = log.find_trajectories(shard)
     assert manifest is not None
     key = log.layout.shard_manifest(log.layout.trajectories, shard)
-    log.store.put(key, manifest_to_json(replace(manifest, facts={**manifest.facts, "num_tokens": 99})))
+    log.store.put(key, to_json(replace(manifest, facts={**manifest.facts, "num_tokens": 99})))
     assert ("mismatch", "trajectories/000000-000001.json") in found(log)
 
 

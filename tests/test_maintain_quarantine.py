@@ -190,7 +190,7 @@ def test_steps_are_not_taken_back_from_a_learner_that_is_alive(log: StoredRunLog
 def test_a_version_is_published_again_from_the_checkpoint_of_its_state(log: StoredRunLog) -> None:
     version = PolicyVersion(4, 2)
     weights = log.read_policy(version)
-    (key,) = [k for k in log.store.list(log.layout.policies) if "/000004/r2." in k]
+    (key,) = [k for k in log.store.list(log.layout.folder("policy")) if "/000004/r2." in k]
     damage(log, key)
     done = set_aside(log.store, key)
     assert done.consequences == ["version 4 was published again from the checkpoint of the same state."]

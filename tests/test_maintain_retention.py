@@ -56,7 +56,7 @@ def test_data_without_a_manifest_goes_once_it_is_old(kind: str, tmp_path: Path) 
     assert collect(log, policy(), dry_run=True) == [orphan]
     assert log.store.list("runs") == everything
     assert collect(log, policy()) == [orphan]
-    kept = [key for key in log.store.list("runs") if key.startswith(log.layout.removals)]
+    kept = [key for key in log.store.list("runs") if key.startswith(log.layout.folder("removal"))]
     assert log.store.list("runs") == sorted({*everything, *kept} - {orphan})
     assert collect(log, policy()) == []
 
@@ -131,7 +131,7 @@ def test_every_deletion_is_on_record_and_the_audit_knows_it() -> None:
     removed = collect(log, policy(checkpoints=1, every=3, last=1, steps=2))
     recorded = [
         key
-        for record in log.store.list(log.layout.removals)
+        for record in log.store.list(log.layout.folder("removal"))
         for key in removed
         if key.encode() in log.store.get(record)
     ]

@@ -136,13 +136,13 @@ async def test_a_run_that_publishes_deltas_equals_one_that_publishes_full_weight
 
 
 async def test_a_run_goes_on_when_its_newest_version_cannot_be_read(tmp_path: Path) -> None:
-    # τ = 0 and full weights at version 0 only: without the learner's help every process would wait for another.
+    # The delta of version 2 is lost and version 4 is full: with τ = 2, samplers go on under version 1 until then.
     config = pipeline.small_config(
         tmp_path,
         evaluate__every=0,
-        staleness__max_staleness=0,
+        staleness__max_staleness=2,
         learner__publish__kind="delta",
-        learner__publish__full_every=100,
+        learner__publish__full_every=4,
     )
     run = pipeline.new_run(config)
     original_put = LocalStore.put
@@ -155,7 +155,5 @@ async def test_a_run_goes_on_when_its_newest_version_cannot_be_read(tmp_path: Pa
         patch.setattr(LocalStore, "put", lose_the_delta_of_version_2)
         await pipeline.run_all(run)
     assert [step.step for step in run.log.steps()] == list(range(4))
-    assert run.log.store.exists(run.log.layout.policy_full_copy(PolicyVersion(2)))
-    assert [t.version_first for shard in config.plan.shards() for t in run.log.read_trajectories(shard)] == [
-        step for step in range(4) for _ in range(8)
-    ]
+    used = {t.version_first for shard in config.plan.shards() for t in run.log.read_trajectories(shard)}
+    assert used <= {0, 1, 4}, "versions 2 and 3 cannot be read"

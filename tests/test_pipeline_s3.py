@@ -49,7 +49,9 @@ def assert_trained_once(run: OpenRun) -> None:
     steps = run.log.steps()
     assert [i for step in steps for i in step.indices.indices] == [*range(run.config.plan.num_indices)]
     layout = RunLayout(run.log.run_id)
-    assert len(open_store(run.config.storage.root).list(layout.steps)) == len(steps), "no step was recorded twice"
+    assert len(open_store(run.config.storage.root).list(layout.folder("step"))) == len(steps), (
+        "no step was recorded twice"
+    )
     for shard in run.config.plan.shards():
         assert [t.index for t in run.log.read_trajectories(shard)] == [*shard.indices]
         assert [s.index for s in run.log.read_scores(run.config.teacher.name, shard)] == [*shard.indices]

@@ -317,31 +317,3 @@ def test_whatever_breaks_a_reader_gets_the_published_weights_or_an_error(
         else:
             with pytest.raises((ObjectMissingError, ShardCorruptError)):
                 sampler.read_policy(PolicyVersion(number))
-
-
-# -- a full copy on request ---------------------------------------------------------------------------------------
-def test_the_learner_answers_a_reader_that_asks_for_a_full_copy() -> None:
-    log = memory_log()
-    publisher = learner(log, full_every=100)
-    train(publisher, 0, 5)
-    log.store.delete(key_of(log, 4, "delta"))
-    sampler = reopened(log)
-    publisher.answer_wanted_policy(worker="learner")
-    with pytest.raises(ObjectMissingError):
-        sampler.read_policy(PolicyVersion(5))
-    assert sampler.want_full_policy(PolicyVersion(5), worker="sampler")
-    publisher.answer_wanted_policy(worker="learner")
-    publisher.answer_wanted_policy(worker="learner")
-    assert sampler.read_policy(PolicyVersion(5)) == weights_after(5)
-    train(publisher, 6, 7)
-    assert reopened(log).read_policy(PolicyVersion(7)) == weights_after(7), "a chain may start at the copy"
-    assert [version.number for version in log.policies()] == list(range(8))
-
-
-def test_nobody_would_answer_for_versions_that_are_published_in_full() -> None:
-    log = memory_log()
-    log.publish_policy(weights_after(0), worker="learner", facts={})
-    assert not log.want_full_policy(PolicyVersion(0), worker="sampler")
-    assert not log.want_full_policy(PolicyVersion(1), worker="sampler")
-    log.answer_wanted_policy(worker="learner")
-    assert [key for key in log.store.list("runs") if "wanted" in key or "full" in key] == []

@@ -20,7 +20,7 @@ from asyncopd.errors import QueryError, QueryLimitError, ShardCorruptError, Stor
 from storage.catalog.connection import connect
 from storage.catalog.sandbox import QueryLimits, Sandbox
 from storage.catalog.snapshot import Catalog
-from storage.records import manifest_to_json
+from storage.records import to_json
 from storage.stores import open_store
 
 SECRET = "s3cret-of-the-server"
@@ -291,7 +291,7 @@ def test_a_file_that_was_merged_away_is_looked_up_again(tmp_path: Path) -> None:
     ((old, promise),) = manifest.objects.items()
     new = old.replace(".parquet", "x.parquet")
     log.store.put(new, log.store.get(old))
-    log.store.put(manifest_key, manifest_to_json(dataclasses.replace(manifest, objects={new: promise})))
+    log.store.put(manifest_key, to_json(dataclasses.replace(manifest, objects={new: promise})))
     log.store.delete(old)
     assert sandbox.query("SELECT count(*) AS n FROM trajectories").rows() == [{"n": 4}]
     log.store.delete(new)

@@ -10,6 +10,7 @@ import pytest
 from storage_builders import STORE_KINDS, fresh_log, fresh_store
 
 from asyncopd.types import IndexRange
+from storage.records import to_json
 from storage.run_log import StoredRunLog
 from storage.stores.base import ObjectStore
 
@@ -152,7 +153,7 @@ def test_the_attempt_of_a_claim_tells_whether_there_was_a_holder_before(store: O
 
 def test_a_holder_that_never_beats_counts_from_the_first_look(store: ObjectStore) -> None:
     ours, clock = observer(store)
-    store.put(ours.layout.claim("rollout", SHARD, 1), b'{"schema_version": 1, "worker": "ghost", "claimed": 0}')
+    store.put(ours.layout.claim("rollout", SHARD, 1), to_json({"worker": "ghost", "claimed": 0}))
     assert not ours.claim("rollout", SHARD, worker="b", lease_s=10)
     clock.now_s += 10
     assert ours.claim("rollout", SHARD, worker="b", lease_s=10)

@@ -65,7 +65,7 @@ def test_a_poll_without_news_costs_two_requests(monkeypatch: pytest.MonkeyPatch)
 
         monkeypatch.setattr(MemoryStore, name, counted)
     log.latest_policy()
-    assert calls == ["exists", "exists"]
+    assert calls == ["find", "exists"]
 
 
 def test_a_gap_in_the_numbers_is_found_by_the_next_listing(monkeypatch: pytest.MonkeyPatch) -> None:

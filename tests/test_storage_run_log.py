@@ -257,7 +257,7 @@ def test_damaged_weights_are_named(noun: str) -> None:
     log = memory_log()
     log.publish_policy(make_weights(3), worker="w", facts={})
     log.publish_checkpoint(3, 0, {"model": b"weights"}, worker="w")
-    folder = log.layout.policies if noun == "policy" else log.layout.checkpoints
+    folder = log.layout.folder("policy") if noun == "policy" else log.layout.folder("checkpoint")
     (key,) = [key for key in log.store.list(folder) if not key.endswith(".json")]
     log.store.put(key, b"w" * log.store.size(key))
     with pytest.raises(ShardCorruptError, match=f"{key}: sha256"):

@@ -11,7 +11,7 @@ from storage_builders import STORE_KINDS, fresh_store, make_evaluation, memory_l
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
 from asyncopd.types import Evaluation, IndexRange, PolicyVersion, Span
-from storage.layout import RunLayout, decode_name, encode_name, parse_shard, parse_version
+from storage.layout import RunLayout, decode_name, encode_name, parse, parse_shard, parse_version
 from storage.records import from_json, to_json
 from storage.runs import create_run, find_model, list_runs, open_run, publish_model, read_model
 from storage.stores.base import ObjectStore
@@ -152,4 +152,4 @@ def test_keys_are_taken_apart_as_they_were_built() -> None:
     assert parse_shard(layout.shard_object(layout.trajectories, shard)) is None
     assert parse_version(layout.policy_manifest(version)) == version
     assert parse_version(layout.policy_object(version)) is None
-    assert layout.parse_claim(layout.claim("score.a/b", shard, 3)) == ("score.a/b", shard, 3)
+    assert parse(layout.claim("score.a/b", shard, 3)).fields == {"stage": "score.a/b", "shard": shard, "attempt": 3}

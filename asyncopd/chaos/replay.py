@@ -28,7 +28,7 @@ def replayed_weights(root: str, run_id: str, scratch: str) -> bytes:
     """
     log = StoredRunLog(open_store(root), run_id)
     copy = copied_run(log, scratch, overrides={"limits": {**log.config()["limits"], "poll_s": 0.01}})
-    for folder in (log.layout.trajectories, log.layout.all_scores):
+    for folder in (log.layout.trajectories, log.layout.folder("scores")):
         _copy(log.store, copy.store, folder)
     run_role("learn", copy)
     latest = copy.latest_policy()

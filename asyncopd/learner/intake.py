@@ -51,8 +51,6 @@ class _ShardReader:
         self._log, self._worker, self._plan, self._teacher = log, worker, plan, teacher
 
     def _find(self, shard: IndexRange) -> Manifest | None:
-        # A sampler that cannot read the newest version makes no more shards, so the answer belongs where we wait.
-        self._log.answer_wanted_policy(worker=self._worker.name)
         return self._log.find_scores(self._teacher, shard)
 
     def _read(self, shard: IndexRange) -> dict[int, ScoredTrajectory]:

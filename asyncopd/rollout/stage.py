@@ -178,15 +178,14 @@ class RolloutStage:
     def _newest_readable(self, latest: PolicyVersion) -> PolicyWeights | None:
         """The weights of `latest`, or of the newest version that can be read; None when the sampler has that one.
 
-        Raises as `read_policy` does where nobody would make a full copy of what cannot be read.
+        Weights that cannot be read (a broken chain of deltas) are gone around: the next full version can be read.
+        Raises as `read_policy` does while the sampler has no weights at all and none can be read.
         """
         try:
             weights = self._log.read_policy(latest)
         except (ObjectMissingError, ShardCorruptError) as error:
-            if not self._log.want_full_policy(latest, worker=self._worker.name):
-                raise
             if latest != self._unreadable:
-                logger.warning("%s Going on with an older version and asking the learner for a full copy.", error)
+                logger.warning("%s Going on with an older version until a newer one can be read.", error)
             self._unreadable, self._read_again_s = latest, time.monotonic() + READ_AGAIN_S
             return self._older_readable(latest, error)
         self._unreadable = None

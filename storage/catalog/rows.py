@@ -18,13 +18,13 @@ from functools import cached_property
 from typing import Any
 
 from asyncopd.errors import StorageError
-from asyncopd.types import Evaluation, IndexRange, Manifest, PolicyVersion, Rewind, TrainStep
+from asyncopd.types import Evaluation, IndexRange, Manifest, PolicyVersion, Rewind, Span, TrainStep
 from storage.catalog.connection import DataFile
 from storage.catalog.decoders import TokenTexts, token_texts_of
 from storage.layout import parse_version
 from storage.learner_log import surviving
 from storage.manifests import read_manifest
-from storage.records import evaluation_from_json, from_json, spans_from_json, step_from_json
+from storage.records import from_json
 from storage.run_log import StoredRunLog
 from storage.schema import SCHEMA_VERSION
 
@@ -115,7 +115,7 @@ class RunRecords:
         return named or next(iter(sorted(self._log.teachers())), None)
 
     def _policies(self, cut: Cut) -> list[Row]:
-        versions = self._versions(self._log.layout.policies)
+        versions = self._versions(self._log.layout.folder("policy"))
         created = dict(zip(versions, self._parallel(self._policy, versions), strict=True))
         seen = [version for version in versions if cut.has_version(version, created[version].created)]
         return [policy_row(version, created[version]) for version in self._surviving(seen, cut)]
@@ -123,8 +123,8 @@ class RunRecords:
     def _steps(self, cut: Cut) -> tuple[list[TrainStep], list[TrainStep]]:
         """(surviving, superseded), both in order."""
         layout = self._log.layout
-        keys = [layout.step(found.number, found.rewind) for found in self._versions(layout.steps)]
-        steps = self._parallel(lambda key: self._read(key, step_from_json), keys)
+        keys = [layout.step(found.number, found.rewind) for found in self._versions(layout.folder("step"))]
+        steps = self._parallel(lambda key: self._read(key, TrainStep), keys)
         steps = [step for step in steps if cut.has_version(step.version, step.finished)]
         # Step s counts exactly when the state s + 1 that it made does.
         states = {(state.number, state.rewind) for state in self._surviving([_state(step) for step in steps], cut)}
@@ -133,8 +133,8 @@ class RunRecords:
 
     def _evaluations(self, cut: Cut) -> list[Row]:
         layout = self._log.layout
-        keys = [layout.evaluation(found) for found in self._versions(layout.evaluations)]
-        found = self._parallel(lambda key: self._read(key, evaluation_from_json), keys)
+        keys = [layout.evaluation(found) for found in self._versions(layout.folder("evaluation"))]
+        found = self._parallel(lambda key: self._read(key, Evaluation), keys)
         found = [evaluation for evaluation in found if cut.has_version(evaluation.version, evaluation.finished)]
         kept = set(self._surviving([evaluation.version for evaluation in found], cut))
         return [evaluation_row(evaluation) for evaluation in found if evaluation.version in kept]
@@ -153,8 +153,8 @@ class RunRecords:
         ]
 
     def _spans(self, cut: Cut) -> list[Row]:
-        keys = self._log.store.list(self._log.layout.spans)
-        batches = self._parallel(lambda key: self._read(key, spans_from_json), keys)
+        keys = self._log.store.list(self._log.layout.folder("spans"))
+        batches = self._parallel(lambda key: self._read(key, list[Span]), keys)
         return [
             {
                 "role": span.role,
@@ -210,8 +210,8 @@ class RunRecords:
         manifest: Manifest = self._once(key, lambda: read_manifest(self._log.store, key))
         return manifest
 
-    def _read(self, key: str, build: Callable[[dict[str, Any]], Any]) -> Any:
-        return self._once(key, lambda: from_json(self._log.store.get(key), key, build))
+    def _read(self, key: str, kind: type[Any]) -> Any:
+        return self._once(key, lambda: from_json(self._log.store.get(key), key, kind))
 
     def _once(self, key: Any, read: Callable[[], Any]) -> Any:
         """What `read` gave the first time it gave anything."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from storage.layout import model_manifest, parse_shard, parse_version
+from storage.layout import parse, parse_shard, parse_version, shared_key
 from storage.maintain.checks import DataChecks, check_conservation, check_lineage
 from storage.maintain.findings import AuditReport, Finding, Mend
 from storage.manifests import REMOVED, REPLACED
@@ -76,7 +76,7 @@ def _look(store: ObjectStore, run_id: str, grace_s: float, checks: DataChecks) -
     if config is not None and snapshot.records["policy"]:
         for model in config.models().values():
             # Shared by all runs; without one, a learner that has no checkpoint cannot start again.
-            findings += checks.check_manifest(model_manifest(config.model_digest(model)))
+            findings += checks.check_manifest(shared_key("model", digest=config.model_digest(model)))
     return snapshot, findings
 
 
@@ -131,10 +131,10 @@ def _check_garbage(snapshot: RunView, mend: Mend, grace_s: float) -> Iterator[Fi
     oldest = time.time() - grace_s
     replaced = {m.facts[REPLACED]["key"] for m in snapshot.manifests.values() if REPLACED in m.facts}
     # What a manifest that cannot be read names is unknown, so nothing is an orphan for certain.
-    is_certain = not any(snapshot.layout.kind_of(key) in MANIFESTS for key in snapshot.broken)
+    is_certain = not any(parse(key).kind in MANIFESTS for key in snapshot.broken)
     for key, entry in snapshot.entries.items() if is_certain else ():
         known = key in snapshot.references or key in snapshot.set_aside or key in replaced
-        if snapshot.layout.kind_of(key) == "data" and not known and entry.modified <= oldest:
+        if parse(key).kind == "data" and not known and entry.modified <= oldest:
             found = f"{entry.size_bytes} bytes that no manifest names"
             yield Finding("orphan", key, "a manifest that promises it", found, mend.collect())
     for entry in snapshot.store.temporary(grace_s):

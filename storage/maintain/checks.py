@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from asyncopd.config import RunConfig
 from asyncopd.errors import AsyncOPDError, StorageError
 from asyncopd.types import IndexRange, Manifest, PolicyVersion, TrainStep
-from storage.layout import parse_shard, parse_version
+from storage.layout import parse, parse_shard, parse_version
 from storage.learner_log import possible_rewinds
 from storage.maintain.findings import Finding, Mend
 from storage.maintain.ledger import Ledger, events_of
@@ -157,8 +157,8 @@ def _check_rewinds(snapshot: RunView, mend: Mend) -> Iterator[Finding]:
 def _check_versions(snapshot: RunView, mend: Mend) -> Iterator[Finding]:
     """Every version up to the newest is there, unless it was removed on purpose."""
     present = {version.number for version in snapshot.states("policy")}
-    unreadable = _versions(snapshot.broken, snapshot.layout.policies)
-    removed = _versions(snapshot.removed_keys, snapshot.layout.policies)
+    unreadable = _versions(snapshot.broken, snapshot.layout.folder("policy"))
+    removed = _versions(snapshot.removed_keys, snapshot.layout.folder("policy"))
     made_by = {step.step + 1: step for step in snapshot.steps()}
     newest = max({*present, *made_by}, default=-1)
     for number in sorted(set(range(newest + 1)) - present - unreadable - removed):
@@ -177,7 +177,7 @@ def _check_versions(snapshot: RunView, mend: Mend) -> Iterator[Finding]:
 def _check_steps(snapshot: RunView, mend: Mend) -> Iterator[Finding]:
     """Every step that something later proves has its record."""
     trained = {step.step for step in snapshot.steps()}
-    unreadable = _versions(snapshot.broken, snapshot.layout.steps)
+    unreadable = _versions(snapshot.broken, snapshot.layout.folder("step"))
     # A version is published just before its step's record: the newest one proves only the steps before its own.
     evidence = {
         "checkpoint": max((state.number for state in snapshot.states("checkpoint")), default=0),
@@ -221,7 +221,7 @@ def _check_due(snapshot: RunView, config: RunConfig, mend: Mend) -> Iterator[Fin
         expected = "the student's architecture, which is stored before version 0"
         yield Finding("missing", layout.architecture_manifest, expected, "no such object", mend.resume())
     checkpoints = {state.number: state for state in snapshot.states("checkpoint")}
-    excused = _versions({*snapshot.removed_keys, *snapshot.broken}, layout.checkpoints)
+    excused = _versions({*snapshot.removed_keys, *snapshot.broken}, layout.folder("checkpoint"))
     steps = snapshot.steps()
     for step in steps[:-1]:  # the newest step's checkpoint may be on its way
         number = step.step + 1
@@ -232,7 +232,7 @@ def _check_due(snapshot: RunView, config: RunConfig, mend: Mend) -> Iterator[Fin
     every = config.evaluate.every
     evaluated = {state.number for state in snapshot.states("evaluation")}
     # An evaluator goes on with the next version when the learner goes back, so a superseded evaluation excuses one.
-    seen = _versions({*snapshot.records["evaluation"], *snapshot.broken}, layout.evaluations)
+    seen = _versions({*snapshot.records["evaluation"], *snapshot.broken}, layout.folder("evaluation"))
     for number in range(0, max(evaluated, default=0), every) if every else ():
         if number not in seen:
             key = layout.evaluation(PolicyVersion(number, 0))
@@ -253,7 +253,7 @@ def check_conservation(snapshot: RunView, config: RunConfig | None, mend: Mend) 
     trajectories = _shards(snapshot.records["trajectories"])
     by_teacher: dict[str, dict[IndexRange, Manifest]] = {}
     for key, manifest in snapshot.records["scores"].items():
-        by_teacher.setdefault(snapshot.layout.parse_teacher(key), {}).update(_shards({key: manifest}))
+        by_teacher.setdefault(parse(key).fields["teacher"], {}).update(_shards({key: manifest}))
     findings = [*_overlaps(snapshot, snapshot.layout.trajectories, trajectories, mend)]
     for teacher, scores in by_teacher.items():
         folder = snapshot.layout.scores(teacher)

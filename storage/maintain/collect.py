@@ -23,10 +23,10 @@ from typing import Any
 from asyncopd.config.schema import Retention
 from asyncopd.errors import StorageError
 from asyncopd.types import IndexRange, Manifest, PolicyVersion, Removal
-from storage.layout import parse_shard, parse_version
+from storage.layout import parse, parse_shard, parse_version
 from storage.learner_log import survives
 from storage.manifests import REMOVED, REPLACED, ROW_GROUP, find_manifest, read_objects
-from storage.records import manifest_to_json, removal_to_json
+from storage.records import to_json
 from storage.run_view import MANIFESTS, RunView
 from storage.stores.base import ObjectStore
 
@@ -121,12 +121,12 @@ def empty_shard(store: ObjectStore, key: str, manifest: Manifest, *, reason: str
     dropped = (ROW_GROUP, REPLACED)
     facts = {name: value for name, value in manifest.facts.items() if name not in dropped}
     facts[REMOVED] = {"reason": reason, "at": now, "advice": advice}
-    store.put(key, manifest_to_json(replace(manifest, objects={}, facts=facts)))
+    store.put(key, to_json(replace(manifest, objects={}, facts=facts)))
 
 
 def _check_readable(snapshot: RunView) -> None:
     for key, error in snapshot.broken.items():
-        if snapshot.layout.kind_of(key) in _MUST_READ:
+        if parse(key).kind in _MUST_READ:
             raise StorageError(
                 f"nothing was collected: without {key} it is unknown what is still needed. See `asyncopd maintain "
                 f"audit {snapshot.layout.run_id}`. ({error})"
@@ -211,7 +211,7 @@ def _unreferenced(snapshot: RunView, policy: Retention, oldest: float, now: floa
         m.facts[REPLACED]["key"]: m.facts[REPLACED]["at"] for m in snapshot.manifests.values() if REPLACED in m.facts
     }
     for key, entry in snapshot.entries.items():
-        if snapshot.layout.kind_of(key) != "data" or key in snapshot.references:
+        if parse(key).kind != "data" or key in snapshot.references:
             continue
         # A reader may hold the manifest that named it until a moment ago: the grace counts from its replacement.
         unused_since = max(entry.modified, replaced.get(key, 0.0))
@@ -235,7 +235,7 @@ def _named_since(snapshot: RunView) -> set[str]:
     named: set[str] = set()
     for entry in snapshot.store.entries(snapshot.layout.root):
         known = snapshot.entries.get(entry.key)
-        if snapshot.layout.kind_of(entry.key) in MANIFESTS and (known is None or known.modified != entry.modified):
+        if parse(entry.key).kind in MANIFESTS and (known is None or known.modified != entry.modified):
             manifest = find_manifest(snapshot.store, entry.key)
             named |= set(manifest.objects if manifest else ())
     return named
@@ -246,7 +246,7 @@ def _remove(snapshot: RunView, garbage: list[Garbage], emptied: Mapping[str, str
     store, layout = snapshot.store, snapshot.layout
     for reason in sorted({item.reason for item in garbage}):
         keys = {item.key: item.size_bytes for item in garbage if item.reason == reason}
-        store.put(layout.removal(now), removal_to_json(Removal(reason, keys, now)))
+        store.put(layout.removal(now), to_json(Removal(reason, keys, now)))
     for key in emptied:
         advice = "retention.shards.keep_last_steps decides how many steps keep theirs."
         empty_shard(store, key, snapshot.manifests[key], reason="retention", advice=advice, now=now)

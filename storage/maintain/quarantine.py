@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 
 from asyncopd.errors import ObjectMissingError, StorageError
 from asyncopd.types import IndexRange, Manifest, PolicyVersion, PolicyWeights, Removal, Rewind
-from storage.layout import MODELS, parse_shard, parse_version, quarantined, run_of
+from storage.layout import MODELS, parse, parse_shard, parse_version, quarantined, run_of
 from storage.learner_log import survives, surviving
 from storage.maintain.collect import empty_shard
 from storage.maintain.findings import Mend
 from storage.manifests import REMOVED
-from storage.records import removal_to_json, rewind_to_json
+from storage.records import to_json
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
 from storage.stores.base import ObjectStore
@@ -55,11 +55,11 @@ def set_aside(store: ObjectStore, key: str) -> Quarantine:
     if run_id is None:
         return _shared_model(store, key)
     snapshot = RunView.everything(store, run_id)
-    kind = snapshot.layout.kind_of(key)
+    kind = parse(key).kind
     done = Quarantine(key)
     if kind == "data":
         for manifest_key in _manifests_of(snapshot, key):
-            _one(snapshot, snapshot.layout.kind_of(manifest_key), manifest_key, done)
+            _one(snapshot, parse(manifest_key).kind, manifest_key, done)
             snapshot = RunView.everything(store, run_id)
     else:
         _one(snapshot, kind, key, done)
@@ -68,7 +68,7 @@ def set_aside(store: ObjectStore, key: str) -> Quarantine:
         gone.setdefault(key, 0)
     if gone:
         now = time.time()
-        store.put(snapshot.layout.removal(now), removal_to_json(Removal("quarantine", gone, now)))
+        store.put(snapshot.layout.removal(now), to_json(Removal("quarantine", gone, now)))
     return done
 
 
@@ -101,8 +101,6 @@ _OBSERVATIONS = {
     "evaluation": "the version is evaluated again when an evaluator is started.",
     "claim": "the shard can be claimed again.",
     "candidates": "back-fill them again; scores of them stay.",
-    "policy_full": "a sampler that cannot read the version otherwise asks the learner for another copy.",
-    "wanted": "a sampler that still needs the full copy asks again.",
     "state": "the run is in the state before it until its flow records the next.",
 }
 
@@ -120,7 +118,7 @@ def _manifests_of(snapshot: RunView, key: str) -> list[str]:
 def _trajectories(snapshot: RunView, key: str, done: Quarantine) -> None:
     shard, layout = _shard_of(key), snapshot.layout
     # Whatever teachers there are: their scores speak of tokens that will not come back.
-    dependent = {k: layout.kind_of(k) for k in snapshot.entries}
+    dependent = {k: parse(k).kind for k in snapshot.entries}
     dependent = {k: kind for k, kind in dependent.items() if kind in ("scores", "candidates") and _overlaps(k, shard)}
     trained = {index: s.step for s in snapshot.steps() for index in s.indices.indices if index not in s.dropped}
     steps = {trained[index] for index in shard.indices if index in trained}
@@ -145,7 +143,7 @@ def _trajectories(snapshot: RunView, key: str, done: Quarantine) -> None:
 
 def _scores(snapshot: RunView, key: str, done: Quarantine) -> None:
     shard = _shard_of(key)
-    teacher = snapshot.layout.parse_teacher(key)
+    teacher = parse(key).fields["teacher"]
     rolled_out = snapshot.records["trajectories"].get(
         snapshot.layout.shard_manifest(snapshot.layout.trajectories, shard)
     )
@@ -179,15 +177,15 @@ def _keep_without_data(snapshot: RunView, keys: list[str], trained_in: str, done
 
 def _rebuilt(snapshot: RunView, key: str) -> Manifest:
     """A manifest for a shard whose own is gone or cannot be read."""
-    shard, kind = _shard_of(key), snapshot.layout.kind_of(key)
+    shard, kind = _shard_of(key), parse(key).kind
     return Manifest(kind, {}, time.time(), _WORKER, {"index_range": [shard.start, shard.stop], "num_rows": 0})
 
 
 def _free_claims(snapshot: RunView, shard: IndexRange, stage: str, done: Quarantine) -> None:
     """Set the shard's claims aside: a holder that is alive would keep everybody else from it."""
-    for key in [key for key in snapshot.entries if snapshot.layout.kind_of(key) == "claim"]:
-        claimed_stage, claimed, _ = snapshot.layout.parse_claim(key)
-        if claimed == shard and stage in ("", claimed_stage):
+    for key in [key for key in snapshot.entries if parse(key).kind == "claim"]:
+        claim = parse(key).fields
+        if claim["shard"] == shard and stage in ("", claim["stage"]):
             _move(snapshot, key, done)
 
 
@@ -268,7 +266,7 @@ def _rewind(snapshot: RunView, key: str, done: Quarantine) -> None:
     if snapshot.records["rewind"].get(key) is not None:
         raise StorageError(f"{key} can be read, and nothing would count as it should without it. It stays.")
     # A learner that went back trains the step after the state it went back to first.
-    published = [parse_version(k) for k in snapshot.entries if snapshot.layout.kind_of(k) == "step"]
+    published = [parse_version(k) for k in snapshot.entries if parse(k).kind == "step"]
     steps = [version.number for version in published if version is not None and version.rewind == number]
     if steps:
         to_step = min(steps)
@@ -278,7 +276,7 @@ def _rewind(snapshot: RunView, key: str, done: Quarantine) -> None:
         to_step = max((state.number for state in surviving(checkpoints, older)), default=0)
     if key in snapshot.entries:
         _move(snapshot, key, done)
-    snapshot.store.put(key, rewind_to_json(Rewind(number, to_step, _WORKER, time.time())))
+    snapshot.store.put(key, to_json(Rewind(number, to_step, _WORKER, time.time())))
     done.consequences.append(f"rewind {number} was written again: back to the state after {to_step} steps.")
 
 
