@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from api.problems import no_run
 from api.schemas import Latest, Progress, Run
 from asyncopd.errors import StorageError
+from asyncopd.report.measure import RECENT_STEPS, staleness_of, trained_per_s
 from asyncopd.types import TrainStep
 from storage.history import NUM_TOKENS, History, RunStatus, is_silent, role_of, status_of
 from storage.launches import LaunchLog, StateRequest
@@ -194,16 +195,15 @@ def _latest(history: History) -> Latest:
     accuracy = history.evaluations[-1].accuracy if history.evaluations else None
     if not history.steps:
         return Latest(accuracy=accuracy)
-    metrics, recent = history.steps[-1].metrics, history.steps[-21:]
-    seconds = recent[-1].finished - recent[0].finished
+    metrics, staleness = history.steps[-1].metrics, staleness_of(history.steps[-RECENT_STEPS:])
     return Latest(
         loss_nats=metrics.get("train/loss_nats"),
         kl_nats=metrics.get("train/kl_nats"),
         drift_nats=metrics.get("train/drift_nats"),
         accuracy=accuracy,
-        staleness_mean_versions=metrics.get("train/staleness_mean_versions"),
-        staleness_max_versions=metrics.get("train/staleness_max_versions"),
-        tokens_per_s=sum(step.num_tokens for step in recent[1:]) / seconds if seconds > 0 else None,
+        staleness_mean_versions=staleness.mean_versions,
+        staleness_max_versions=staleness.max_versions,
+        tokens_per_s=trained_per_s(history.steps[-RECENT_STEPS - 1 :]),
     )
 
 

@@ -78,8 +78,8 @@ class Latest(Schema):
     kl_nats: Number = field("KL(student‖teacher) on the last step's tokens, nats per token.", 0.42, None)
     drift_nats: Number = field("KL(sampling policy‖current policy) on them, nats per token.", 0.004, None)
     accuracy: Number = field("Held-out accuracy at the last evaluation, 0 to 1.", 0.79, None)
-    staleness_mean_versions: Number = field("Mean staleness of the last step's tokens.", 1.4, None)
-    staleness_max_versions: Number = field("Largest staleness in the last step.", 2.0, None)
+    staleness_mean_versions: Number = field("Mean staleness of the tokens of the last 20 steps.", 1.4, None)
+    staleness_max_versions: Number = field("Largest staleness in the last 20 steps.", 2.0, None)
     tokens_per_s: Number = field("Trained tokens per second over the last 20 steps.", 9_120.0, None)
 
 

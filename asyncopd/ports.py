@@ -14,15 +14,12 @@ from asyncopd.schedule import Arrival
 from asyncopd.types import (
     Claim,
     Evaluation,
-    Failure,
-    Heartbeat,
     IndexRange,
     IntArray,
     Manifest,
     PolicyVersion,
     PolicyWeights,
     Prompt,
-    Rewind,
     RunState,
     Span,
     Split,
@@ -279,54 +276,6 @@ class RunLog(Protocol):
     def publish_spans(self, worker: str, sequence: int, spans: Sequence[Span]) -> None: ...
 
     def publish_failure(self, role: str, worker: str, reason: str) -> None: ...
-
-
-class RunHistory(Protocol):
-    """One Run for those who only look, reports and progress displays. A run that does not exist yet reads as empty."""
-
-    run_id: str
-
-    def steps(self) -> Sequence[TrainStep]:
-        """All steps of the surviving lineage, in order."""
-        ...
-
-    def find_step(self, number: int) -> TrainStep | None: ...
-
-    def latest_policy(self) -> PolicyVersion | None: ...
-
-    def evaluations(self) -> Sequence[Evaluation]:
-        """Those of the surviving lineage, by version."""
-        ...
-
-    def spans(self) -> Sequence[Span]:
-        """Of all workers, by start."""
-        ...
-
-    def heartbeats(self) -> Mapping[str, Heartbeat]:
-        """By worker."""
-        ...
-
-    def failures(self) -> Sequence[Failure]:
-        """Oldest first."""
-        ...
-
-    def rewinds(self) -> Sequence[Rewind]:
-        """Oldest first."""
-        ...
-
-    def run_state(self) -> RunState | None:
-        """What the run's flow last said about it."""
-        ...
-
-    def trajectory_shards(self) -> Sequence[IndexRange]:
-        """Published shards of trajectories, in index order."""
-        ...
-
-    def score_shards(self, teacher: str) -> Sequence[IndexRange]: ...
-
-    def find_trajectories(self, shard: IndexRange) -> Manifest | None: ...
-
-    def read_trajectories(self, shard: IndexRange) -> Sequence[Trajectory]: ...
 
 
 class NamedBytes(Protocol):

@@ -26,8 +26,8 @@ from asyncopd.config import load_config
 from asyncopd.local import stack
 from asyncopd.local.processes import RoleProcesses
 from asyncopd.local.stack import prefect_environment
-from asyncopd.report import summarise
 from asyncopd.report.summary import Summary
+from flows.report import summarise
 from flows.train import role_specs
 from storage.runs import create_run, find_model
 from storage.stores import open_store

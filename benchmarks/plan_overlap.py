@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from asyncopd.cli.plan import costs_of_run
 from asyncopd.config import RunConfig
-from asyncopd.plan.calibrate import calibrate
 from asyncopd.plan.costs import DecodeCurve, Fleet
 from asyncopd.plan.forecast import assumptions, forecast
 from asyncopd.plan.lengths import Observed
@@ -41,7 +41,9 @@ def main() -> None:
     store = open_store(arguments.root)
     runs = sorted(json.loads((Path(arguments.root) / "results.json").read_text()), key=lambda run: run["tau"])
     base = open_run(store, runs[0]["run_id"])
-    work, costs = calibrate(base, RunConfig.model_validate(base.record["config"]), DecodeCurve.parse(arguments.decode))
+    work, costs = costs_of_run(
+        base, RunConfig.model_validate(base.record["config"]), DecodeCurve.parse(arguments.decode)
+    )
     speeds = tuple(float(speed) for speed in arguments.speeds.split(","))
     costs = replace(costs, prefill_token_s=arguments.prefill_token_s, speeds=speeds)
 

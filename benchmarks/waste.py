@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from asyncopd.config import load_config
-from asyncopd.report import summarise
+from flows.report import summarise
 from flows.roles import BODIES
 from flows.wiring import open_stored_run
 from storage.maintain.ledger import ledger_of

@@ -37,13 +37,14 @@ from asyncopd.config.resume import safe_changes
 from asyncopd.errors import ConfigError
 from asyncopd.local.processes import TERMINATE_GRACE_S, RoleProcesses, RoleSpec, home, record_process
 from asyncopd.local.stack import prefect_environment
-from asyncopd.report import write_report
 from asyncopd.schedule import LEARNER_PLACE
 from asyncopd.types import RunStateName
 from flows.preflight import preflight
+from flows.report import report_run
 from storage.launches import LaunchLog
 from storage.run_log import StoredRunLog
-from storage.runs import create_run, find_model, is_finished, list_runs, open_run
+from storage.run_view import RunView
+from storage.runs import create_run, find_model, list_runs, open_run
 from storage.stores import open_store
 
 PROGRESS_S = 10.0
@@ -73,7 +74,7 @@ async def train(
     flow_run = str(get_run_context().flow_run.id)  # type: ignore[union-attr]
     say(f"run {log.run_id} in {resolved.storage.root}")
     started = time.time()
-    if is_finished(log, resolved):
+    if RunView(log).is_finished(resolved):
         say("every step is trained and evaluated already")
         await _publish_report(log, resolved, started)
         return log.run_id
@@ -256,7 +257,7 @@ async def _watch(config: RunConfig, log: StoredRunLog) -> None:
 async def _publish_report(log: StoredRunLog, config: RunConfig, started: float) -> None:
     """Write the report into the run's folder and show it in Prefect as artifacts."""
     folder = home() / "reports" / log.run_id
-    report = await asyncio.to_thread(write_report, log, config, folder)
+    report = await asyncio.to_thread(report_run, log, config, folder)
     get_run_logger().info(f"report: {Path(folder) / 'report.md'} ({time.time() - started:.0f} s since the flow began)")
     await acreate_progress_artifact(100.0, key="training-progress", description=log.run_id)
     await acreate_markdown_artifact(report.markdown, key="report", description=log.run_id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from asyncopd.config import RunConfig
 from asyncopd.errors import RunMissingError, StorageError
 from asyncopd.types import Manifest
 from storage.layout import RUNS, RunLayout, new_nonce, shared_key
@@ -66,13 +65,6 @@ def find_run(store: ObjectStore, run_id: str) -> str:
     if not store.list(RunLayout(run_id).root):
         raise missing_run(store, run_id)
     return run_id
-
-
-def is_finished(log: StoredRunLog, config: RunConfig) -> bool:
-    """Is every step trained, and the last version evaluated where evaluations are on?"""
-    last = config.learner.num_steps
-    trained = log.find_step(last - 1) is not None
-    return trained and (not config.evaluate.every or any(e.version.number == last for e in log.evaluations()))
 
 
 def list_runs(store: ObjectStore) -> list[str]:

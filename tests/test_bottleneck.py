@@ -6,9 +6,12 @@ import time
 
 import pytest
 from storage_builders import make_step, memory_log
+from synthetic_run import config_of
 
 from asyncopd.cli.progress import ProgressWatch, bottleneck
 from asyncopd.worker import WINDOW_S, BusyShare
+from storage.run_log import StoredRunLog
+from storage.run_view import RunView
 
 
 def test_the_role_that_never_waits_is_the_bottleneck() -> None:
@@ -52,8 +55,11 @@ def test_busy_counts_overlapping_work_once_and_forgets_what_is_long_ago() -> Non
     assert share.share() == 0.0
 
 
-def status(log: object) -> ProgressWatch:
-    return ProgressWatch(log, num_steps=10, heartbeat_s=1.0)  # type: ignore[arg-type]
+CONFIG = config_of(learner={"num_steps": 10, "batch_size": 8})
+
+
+def status(log: StoredRunLog) -> ProgressWatch:
+    return ProgressWatch(RunView(log), CONFIG)
 
 
 def test_a_run_is_going_on_while_its_learner_beats() -> None:
@@ -78,7 +84,7 @@ def test_a_stopped_run_shows_why_and_no_time_left() -> None:
     log.record_state("stopped", by="f", reason="cancelled")
     progress = status(log).look()
     assert progress.eta_s is None
-    assert progress.stopped == "stopped (cancelled)"
+    assert progress.stopped == progress.status == "cancelled"
 
 
 def test_a_run_without_a_living_learner_stands_still() -> None:
@@ -86,5 +92,5 @@ def test_a_run_without_a_living_learner_stands_still() -> None:
     for number in range(4):
         log.publish_step(make_step(number))
     log.heartbeat("learn-1", {"role": "learn"})
-    late = ProgressWatch(log, num_steps=10, heartbeat_s=1.0, wall_clock=lambda: time.time() + 60).look()
+    late = ProgressWatch(RunView(log), CONFIG, wall_clock=lambda: time.time() + 60).look()
     assert (late.eta_s, late.stopped, late.bottleneck) == (None, "no learner gives a sign of life", None)

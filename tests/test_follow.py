@@ -14,8 +14,10 @@ from asyncopd.cli.follow import follow, show_report, show_status
 from asyncopd.cli.progress import ProgressWatch
 from asyncopd.config import RunConfig
 from asyncopd.errors import StorageError
-from asyncopd.report import summarise
+from flows.report import summarise
+from storage.layout import parse_version
 from storage.run_log import StoredRunLog
+from storage.run_view import RunView
 from storage.stores import open_store
 from storage.stores.base import ObjectStore
 
@@ -43,7 +45,7 @@ def log(store: ObjectStore) -> StoredRunLog:
 
 
 def watch_of(log: StoredRunLog, clock: Callable[[], float] | None = None) -> ProgressWatch:
-    return ProgressWatch(log, num_steps=12, heartbeat_s=1, clock=clock or Clock())
+    return ProgressWatch(RunView(log), config_of(), clock=clock or Clock())
 
 
 def terminal(*, is_terminal: bool) -> Console:
@@ -68,7 +70,7 @@ def follow_through(
         remaining.pop(0)()
         return None
 
-    assert follow(log, config, console=console, is_over=is_over, poll_s=0, plain_every_s=0) == "COMPLETED"
+    assert follow(RunView(log), config, console=console, is_over=is_over, poll_s=0, plain_every_s=0) == "COMPLETED"
     return text_of(console)
 
 
@@ -98,15 +100,16 @@ def test_rates_are_over_the_last_five_seconds(log: StoredRunLog) -> None:
 
 
 def test_each_step_is_read_once(log: StoredRunLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-    find_step = log.find_step
-    monkeypatch.setattr(log, "find_step", lambda number: read.append(number) or find_step(number))
+    read: list[str] = []
+    find = log.store.find
+    monkeypatch.setattr(log.store, "find", lambda key: read.append(key) or find(key))
     watch = watch_of(log)
     for number in range(3):
         log.publish_step(train_step(number))
-    assert watch.look().num_steps_done == 3
+    assert len(watch.look().steps) == 3
     watch.look()
-    assert read == [0, 1, 2, 3, 3]
+    steps = [parse_version(key) for key in read if "/steps/" in key]
+    assert [step.number for step in steps if step] == [0, 1, 2, 3, 3]
 
 
 def test_a_rewind_takes_steps_back(log: StoredRunLog) -> None:
@@ -116,9 +119,9 @@ def test_a_rewind_takes_steps_back(log: StoredRunLog) -> None:
     assert watch.look().tokens["learn"] == 40
     rewind = log.record_rewind(2, worker=LEARN)
     progress = watch.look()
-    assert (progress.num_steps_done, progress.tokens["learn"], progress.rates["learn"]) == (2, 20, None)
+    assert (len(progress.steps), progress.tokens["learn"], progress.rates["learn"]) == (2, 20, None)
     log.publish_step(train_step(2, num_tokens=10, rewind=rewind))
-    assert watch.look().num_steps_done == 3
+    assert len(watch.look().steps) == 3
 
 
 def test_the_time_left_ignores_the_pause_before_a_resumption(log: StoredRunLog) -> None:
@@ -132,14 +135,14 @@ def test_staleness_is_that_of_the_last_steps_tokens(log: StoredRunLog) -> None:
     log.publish_step(train_step(0, staleness_tokens={0: 100}))
     log.publish_step(train_step(1, staleness_tokens={0: 50, 1: 50}))
     progress = watch_of(log).look()
-    assert (progress.staleness_mean, progress.staleness_max) == (0.25, 1)
+    assert (progress.staleness.mean_versions, progress.staleness.max_versions) == (0.25, 1)
 
 
 def test_a_worker_whose_heartbeat_stands_still_is_called_silent(log: StoredRunLog) -> None:
     log.heartbeat(ROLLOUT, {"role": "rollout", "num_tokens": 0})
     beaten = log.heartbeats()[ROLLOUT].beaten
     for later_s, silent_s in ((2, 0), (60, 60)):
-        watch = ProgressWatch(log, num_steps=12, heartbeat_s=1, clock=Clock(), wall_clock=Clock(beaten + later_s))
+        watch = ProgressWatch(RunView(log), config_of(), clock=Clock(), wall_clock=Clock(beaten + later_s))
         assert watch.look().roles[0].silent_s == pytest.approx(silent_s)
 
 
@@ -191,7 +194,7 @@ def test_a_terminal_gets_a_panel_with_what_every_role_does(store: ObjectStore) -
 def test_plain_lines_come_at_their_interval_and_the_last_always(log: StoredRunLog) -> None:
     console = terminal(is_terminal=False)
     states = iter([None] * 20 + ["FAILED"])
-    follow(log, config_of(), console=console, is_over=lambda: next(states), poll_s=0, plain_every_s=3600)
+    follow(RunView(log), config_of(), console=console, is_over=lambda: next(states), poll_s=0, plain_every_s=3600)
     assert len(text_of(console).splitlines()) == 2
 
 
@@ -199,7 +202,7 @@ def test_storage_that_does_not_answer_for_a_moment_does_not_end_the_following(
     log: StoredRunLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
-        monkeypatch.setattr(log, "rewinds", lambda: (_ for _ in ()).throw(StorageError("503 slow down")))
+        monkeypatch.setattr(log.store, "find", lambda key: (_ for _ in ()).throw(StorageError("503 slow down")))
 
     printed = follow_through(log, config_of(), [fail, monkeypatch.undo, lambda: log.publish_step(train_step(0))])
     assert "storage does not answer, trying again: 503 slow down" in printed
@@ -209,7 +212,7 @@ def test_storage_that_does_not_answer_for_a_moment_does_not_end_the_following(
 def test_what_a_name_contains_is_not_taken_for_markup(log: StoredRunLog) -> None:
     log.heartbeat(ROLLOUT, {"role": "rollout", "waiting_for": "version [/bold] 3"})
     console = terminal(is_terminal=True)
-    show_status(log, config_of(), console=console)
+    show_status(RunView(log), config_of(), console=console)
     assert "version [/bold] 3" in text_of(console)
 
 

@@ -10,10 +10,11 @@ from synthetic_run import config_of, new_log, publish_run, train_step
 from asyncopd.cli.progress import ProgressWatch, plain_line
 from asyncopd.config import load_config
 from asyncopd.errors import ConfigError
-from asyncopd.report import summarise
 from asyncopd.report.summary import Summary
 from asyncopd.report.text import to_markdown
 from asyncopd.types import IndexSet
+from flows.report import summarise
+from storage.run_view import RunView
 from storage.stores import open_store
 
 
@@ -37,7 +38,7 @@ def test_panel_and_report_count_what_was_left_out_with_its_reason(
     on_stale: str, field: str, shown: str, reported: str
 ) -> None:
     log, config = run_with(on_stale, **{field: {96: "stale", 97: "stale"}})
-    line = plain_line(ProgressWatch(log, num_steps=12, heartbeat_s=1).look(), config)
+    line = plain_line(ProgressWatch(RunView(log), config).look(), config)
     assert f"max of 2 allowed, {shown}" in line
     summary = summarise(log, config)
     text = to_markdown(summary, "report")
@@ -48,7 +49,7 @@ def test_panel_and_report_count_what_was_left_out_with_its_reason(
 
 def test_where_stale_trajectories_are_trained_no_bound_is_claimed() -> None:
     log, config = run_with("train")
-    assert "max of any age" in plain_line(ProgressWatch(log, num_steps=12, heartbeat_s=1).look(), config)
+    assert "max of any age" in plain_line(ProgressWatch(RunView(log), config).look(), config)
     text = to_markdown(summarise(log, config), "report")
     assert "in arrival order, also what was older than τ = 2." in text
     assert "at most τ" not in text

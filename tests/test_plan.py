@@ -16,6 +16,7 @@ from storage_builders import make_step, make_trajectory, memory_log
 
 import asyncopd.schedule
 from asyncopd.cli import main
+from asyncopd.cli.plan import costs_of_run
 from asyncopd.config import RunConfig
 from asyncopd.errors import ConfigError, DeadlineError
 from asyncopd.plan.calibrate import calibrate, wall_s
@@ -253,7 +254,7 @@ def test_costs_are_read_back_from_the_timeline_they_left(tmp_path: Path) -> None
     )
     true = replace(COSTS, decode=DecodeCurve((1, 8), (0.02, 0.03)), fetch_s=0.0, prefill_token_s=0.0)
     log = logged_run(config, true)
-    work, read = calibrate(log, config, DecodeCurve((1, 8), (1.0, 1.5)))
+    work, read = costs_of_run(log, config, DecodeCurve((1, 8), (1.0, 1.5)))
     assert list(work.lengths.draw(24, 0)) == [5] * 8 + [8] * 8 + [11] * 8
     assert read.decode.step_s == pytest.approx(true.decode.step_s, rel=0.01)
     for name in ("score_tokens_per_s", "train_tokens_per_s", "train_step_s", "score_shard_s", "shard_s"):
@@ -263,7 +264,7 @@ def test_costs_are_read_back_from_the_timeline_they_left(tmp_path: Path) -> None
         assert getattr(read, name) == pytest.approx(getattr(true, name), rel=0.05), name
     assert forecast(work, read, Fleet(1, 1, 1), 0).wall_s == pytest.approx(wall_s(log.spans()), rel=0.01)
     with pytest.raises(ConfigError, match="read where nothing overlaps"):
-        calibrate(log, stages.small_config(tmp_path, staleness__max_staleness=1), CURVE)
+        calibrate("r", stages.small_config(tmp_path, staleness__max_staleness=1), CURVE, steps=[], spans=[], lengths=[])
 
 
 # -- the command --------------------------------------------------------------------------------------------------

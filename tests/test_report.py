@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from synthetic_run import START, config_of, evaluation, new_log, publish_run, scores_of, train_step, trajectory
 
-from asyncopd.report import Report, summarise, write_report
 from asyncopd.report.measure import STANDSTILL_S
 from asyncopd.report.summary import Summary
 from asyncopd.report.text import to_markdown
+from asyncopd.report.write import Report
 from asyncopd.types import IndexRange, Span
+from flows.report import report_run, summarise
 from storage.run_log import StoredRunLog
 from storage.stores import open_store
 
@@ -34,7 +35,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     folder = tmp_path_factory.mktemp("report")
     complete = new_log(open_store(str(folder / "root")), config)
     publish_run(complete, config)
-    return write_report(complete, config, folder / "report")
+    return report_run(complete, config, folder / "report")
 
 
 def spans_of(role: str, *spans: tuple[str, float, float], worker: str = "") -> list[Span]:
@@ -175,7 +176,7 @@ def test_failures_restarts_and_dropped_trajectories_are_incidents(log: StoredRun
 def test_lengths_of_a_big_run_come_from_shards_spread_evenly(
     log: StoredRunLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncopd.report.observe.MAX_SHARDS_READ", 3)
+    monkeypatch.setattr("flows.report.MAX_SHARDS_READ", 3)
     for number in range(9):
         shard = IndexRange(4 * number, 4 * number + 4)
         rows = [trajectory(index, num_tokens=number + 1, stopped=number < 8) for index in shard.indices]
@@ -205,7 +206,7 @@ def test_a_damaged_shard_is_named_and_costs_only_itself(log: StoredRunLog) -> No
 
 # -- what is missing ----------------------------------------------------------------------------------------------
 def test_a_run_that_did_nothing_yet_still_has_a_report(log: StoredRunLog, tmp_path: Path) -> None:
-    report = write_report(log, config_of(), tmp_path / "report")
+    report = report_run(log, config_of(), tmp_path / "report")
     assert "Trained 0 of 12 steps" in report.markdown
     assert report.summary.overlap is None
     assert all((tmp_path / "report" / name).exists() for name in PLOTS)
@@ -216,7 +217,7 @@ def test_a_run_that_did_nothing_yet_still_has_a_report(log: StoredRunLog, tmp_pa
 def test_a_run_without_evaluations_says_so(log: StoredRunLog, tmp_path: Path) -> None:
     config = config_of(evaluate={"every": 0})
     publish_run(log, config)
-    report = write_report(log, config, tmp_path / "report")
+    report = report_run(log, config, tmp_path / "report")
     assert "no evaluations (evaluate.every is 0)" in report.markdown
     assert "## Quality" not in report.markdown
 
@@ -233,7 +234,7 @@ def test_groups_and_accuracy_may_be_missing(log: StoredRunLog, tmp_path: Path) -
     log.publish_step(train_step(0, metrics={"train/loss_nats": 1.0}))
     for version in (0, 1):
         log.publish_evaluation(evaluation(version, math.nan, accuracy_by_group={}, kl_nats=0.5 - 0.1 * version))
-    report = write_report(log, config_of(), tmp_path / "report")
+    report = report_run(log, config_of(), tmp_path / "report")
     assert "no verifier" in report.markdown
     assert "0.500 -> **0.400** nats" in report.markdown
     assert report.table[0]["accuracy %"] is None

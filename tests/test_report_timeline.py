@@ -12,11 +12,11 @@ import pytest
 from synthetic_run import START, train_step
 
 from asyncopd.report.intervals import difference, length_s, packed, union
-from asyncopd.report.observe import evenly
 from asyncopd.report.plots import running_mean, staleness_shares
 from asyncopd.report.timeline import MAX_WORKERS, joined, lanes_of, middle_window
 from asyncopd.report.write import to_trace
 from asyncopd.types import IndexRange, Span
+from flows.report import evenly
 
 
 def span(role: str, activity: str, start: float, end: float, *, worker: str = "", detail: str = "") -> Span:

@@ -1,6 +1,6 @@
 """Shows a run in the terminal: live while it goes on, and its report when it is over.
 
-    state of the flow --is_over--> follow --look--> ProgressWatch --reads--> storage
+    state of the flow --is_over--> follow --look--> ProgressWatch --> RunView --> storage
                                       |-- a terminal: one panel, redrawn in place
                                       `-- anything else: a plain line every few seconds
 
@@ -25,16 +25,16 @@ from rich.table import Table
 from asyncopd.cli.progress import Progress, ProgressWatch, panel, plain_line
 from asyncopd.config import RunConfig
 from asyncopd.errors import StorageError
-from asyncopd.ports import RunHistory
 from asyncopd.report.summary import Summary
 from asyncopd.report.text import duration, headline, quality_rows, role_rows, speed_rows
+from storage.run_view import RunView
 
 POLL_S = 0.5
 PLAIN_EVERY_S = 5.0
 
 
 def follow(
-    log: RunHistory,
+    view: RunView,
     config: RunConfig,
     *,
     console: Console,
@@ -51,13 +51,13 @@ def follow(
     Returns:
         What `is_over` answered.
     """
-    watch = _watch(log, config)
-    with _display(log.run_id, config, console, plain_every_s) as show:
+    watch = ProgressWatch(view, config)
+    with _display(view.run_id, config, console, plain_every_s) as show:
         while True:
             # Asked before looking, so that the last look sees everything the flow did.
             state = is_over()
             try:
-                show(watch.look(thorough=state is not None), last=state is not None)
+                show(watch.look(), last=state is not None)
             except StorageError as error:
                 console.print(f"storage does not answer, trying again: {error}", markup=False, highlight=False)
             if state is not None:
@@ -65,9 +65,9 @@ def follow(
             time.sleep(poll_s)
 
 
-def show_status(log: RunHistory, config: RunConfig, *, console: Console) -> None:
+def show_status(view: RunView, config: RunConfig, *, console: Console) -> None:
     """Print what a run and its roles do at this moment."""
-    console.print(panel(_watch(log, config).look(), f"[bold]{escape(log.run_id)}[/]", config))
+    console.print(panel(ProgressWatch(view, config).look(), f"[bold]{escape(view.run_id)}[/]", config))
 
 
 def show_report(folder: Path, *, console: Console) -> None:
@@ -128,10 +128,6 @@ def _display(run_id: str, config: RunConfig, console: Console, plain_every_s: fl
             console.print(plain_line(progress, config), markup=False, highlight=False, soft_wrap=True)
 
     yield show_line
-
-
-def _watch(log: RunHistory, config: RunConfig) -> ProgressWatch:
-    return ProgressWatch(log, num_steps=config.learner.num_steps, heartbeat_s=config.limits.heartbeat_s)
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> RenderableType:

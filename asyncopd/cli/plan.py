@@ -26,6 +26,7 @@ from asyncopd.plan.forecast import Forecast, Workload, assumptions, best_split, 
 from asyncopd.plan.lengths import Lengths, Lognormal, Observed
 from asyncopd.study import study_command
 from storage.run_log import StoredRunLog
+from storage.run_view import RunView
 from storage.runs import open_run
 from storage.stores import open_store
 
@@ -103,7 +104,8 @@ class Given:
         }
         sizes = {name: value for name, value in asked.items() if value is not None}
         if self.costs_of:
-            work, measured = calibrate(*_stored(self.root, self.costs_of), shape)
+            log = open_run(open_store(self.root), self.costs_of)
+            work, measured = costs_of_run(log, RunConfig.model_validate(log.config()), shape)
             lengths = self._lengths() if self.lengths else work.lengths
             costs = {**vars(measured), **costs, "decode": measured.decode}
             return Workload(**{**vars(work), **sizes, "lengths": lengths, "seed": self.seed}), Costs(**costs)
@@ -121,9 +123,8 @@ class Given:
         asked = self.lengths or ""
         if asked.startswith("lognormal:"):
             return Lognormal.parse(asked)
-        log, config = _stored(self.root, asked)
-        shards = [shard for shard in config.plan.shards() if log.find_trajectories(shard) is not None]
-        lengths = tuple(len(t.response_ids) for shard in shards for t in log.read_trajectories(shard))
+        log = open_run(open_store(self.root), asked)
+        lengths = tuple(len(t.response_ids) for shard in log.trajectory_shards() for t in log.read_trajectories(shard))
         if not lengths:
             raise ConfigError(f"run {asked} has produced no responses yet.")
         return Observed(lengths, asked)
@@ -228,9 +229,18 @@ def _table(title: str, rows: Sequence[Forecast], baseline: Forecast) -> Table:
     return table
 
 
-def _stored(root: str, run_id: str) -> tuple[StoredRunLog, RunConfig]:
-    log = open_run(open_store(root), run_id)
-    return log, RunConfig.model_validate(log.config())
+def costs_of_run(log: StoredRunLog, config: RunConfig, shape: DecodeCurve) -> tuple[Workload, Costs]:
+    """What `calibrate` reads from a stored run."""
+    view = RunView(log).read("step", "rewind", "trajectories", "spans")
+    responses = [log.read_trajectories(shard) for shard in view.trajectories()]
+    return calibrate(
+        view.run_id,
+        config,
+        shape,
+        steps=view.steps(),
+        spans=view.spans(),
+        lengths=[len(response.response_ids) for shard in responses for response in shard],
+    )
 
 
 def _speeds(text: str) -> tuple[float, ...]:

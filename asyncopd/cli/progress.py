@@ -1,12 +1,8 @@
-"""How far a run is, folded from storage as it grows: cheap enough to ask twice a second, and harmless to the run.
+"""How far a run is, as a terminal panel and as one line for a log: cheap enough to ask twice a second.
 
-heartbeats --> totals per role, what each role does or waits for        (few, overwritten in place)
-steps      --> one read per new step; a rewind takes steps back again
-evaluations, failures --> listed every few looks
+    RunView --refresh--> History --ProgressWatch.look--> Progress --> panel, plain_line
 
-The progress of a run as a terminal panel and as one line for a log.
-
-Which role holds the others up now, from how busy each says it is.
+Tokens generated and scored are what the workers' heartbeats count; tokens trained are those of the surviving steps.
 """
 
 from __future__ import annotations
@@ -16,8 +12,8 @@ import math
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -27,29 +23,42 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from asyncopd.config import RunConfig
-from asyncopd.ports import RunHistory
+from asyncopd.report.measure import RECENT_STEPS, staleness_of, trained_per_s
+from asyncopd.report.summary import StalenessFigures
 from asyncopd.report.text import duration, number, percent
 from asyncopd.types import Evaluation, Heartbeat, TrainStep
+from storage.history import History, RunStatus, is_alive, role_of, status_of
+from storage.run_view import RunView
 
 WINDOW_S = 5.0
-"""Over which rates are averaged; several shards of the quickstart."""
-_RECENT_STEPS = 20
-_OBSERVATIONS_EVERY = 4
-"""Looks between listings of evaluations and failures."""
-_SILENT_HEARTBEATS = 4.0
-"""Heartbeat intervals after which a worker is called silent."""
+"""Over which rates of heartbeats are averaged; several shards of the quickstart."""
+SATURATED = 0.75
+"""A role busy for less of the time waits itself, so no single one holds the others up. The workers' shares are of the
+last ten seconds (asyncopd/worker.py)."""
+_ROLES = ("pretrain", "rollout", "score", "learn", "evaluate")
+_STAGES = ("rollout", "score", "learn")
 
 
 @dataclass(frozen=True)
 class RoleProgress:
-    """One worker that is alive, or was a moment ago."""
+    """One worker that did not retire."""
 
-    role: str
-    worker: str
-    status: Mapping[str, Any]
-    """As its heartbeat tells it."""
+    beat: Heartbeat
     silent_s: float
-    """Seconds since its last heartbeat when that is too long, else 0."""
+    """Seconds since its last heartbeat when it gives no signs of life any more, else 0."""
+
+    @property
+    def role(self) -> str:
+        return role_of(self.beat)
+
+    @property
+    def worker(self) -> str:
+        return self.beat.worker
+
+    @property
+    def status(self) -> Mapping[str, Any]:
+        """As its heartbeat tells it."""
+        return self.beat.status
 
     @property
     def waiting_for(self) -> str | None:
@@ -62,16 +71,19 @@ class Progress:
     """A run at one moment."""
 
     elapsed_s: float
-    num_steps_done: int
-    last_step: TrainStep | None
+    status: RunStatus
+    steps: Sequence[TrainStep]
+    """Of the surviving lineage."""
+    num_steps: int
+    """Planned; of a replay that begins later, from its first step on."""
     tokens: Mapping[str, int]
     """`rollout`, `score`, `learn` -> response tokens done, as far as seen."""
     rates: Mapping[str, float | None]
-    """The same roles -> tokens per second over the last WINDOW_S; None before two looks."""
+    """The same roles -> tokens per second: over the last WINDOW_S, those trained over the last RECENT_STEPS; None where
+    too little is known."""
     version: int | None
-    staleness_mean: float | None
-    """Versions, over the tokens of the last steps."""
-    staleness_max: int | None
+    staleness: StalenessFigures
+    """Of the tokens of the last RECENT_STEPS."""
     dropped: Mapping[str, int]
     """Reason -> trajectories of the steps so far that were not trained and never will be."""
     held: Mapping[str, int]
@@ -82,31 +94,19 @@ class Progress:
     """Why no step is being trained now although some are missing; None while the run goes on or is finished."""
     bottleneck: str | None
     """Which role holds the others up, in words; None while too little is known, and for a run that is stopped."""
-    evaluations: tuple[Evaluation, ...]
+    evaluations: Sequence[Evaluation]
     roles: tuple[RoleProgress, ...]
     failures: tuple[str, ...]
     """`role: reason`, oldest first."""
 
     @property
+    def last_step(self) -> TrainStep | None:
+        return self.steps[-1] if self.steps else None
+
+    @property
     def started(self) -> bool:
         """Has any role given a sign of life?"""
-        return bool(self.roles or self.tokens or self.last_step)
-
-
-@dataclass
-class _Totals:
-    """Token counts by worker, kept after a worker retires and its status is gone."""
-
-    by_worker: dict[str, tuple[str, int]] = field(default_factory=dict)
-
-    def add(self, worker: str, role: str, num_tokens: int) -> None:
-        self.by_worker[worker] = (role, num_tokens)
-
-    def by_role(self) -> dict[str, int]:
-        totals: dict[str, int] = {}
-        for role, num_tokens in self.by_worker.values():
-            totals[role] = totals.get(role, 0) + num_tokens
-        return totals
+        return bool(self.roles or self.tokens or self.steps)
 
 
 class ProgressWatch:
@@ -114,133 +114,97 @@ class ProgressWatch:
 
     def __init__(
         self,
-        log: RunHistory,
+        view: RunView,
+        config: RunConfig,
         *,
-        num_steps: int,
-        heartbeat_s: float,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """
         Args:
-            num_steps: planned for the run.
-            heartbeat_s: of its workers.
+            config: of the run, which need not exist yet.
             clock: measures rates and elapsed time; `wall_clock` is compared with the heartbeats' own time.
         """
-        self._log, self._num_steps, self._heartbeat_s = log, num_steps, heartbeat_s
+        self._view, self._num_steps, self._lease_s = view, config.learner.num_steps, config.limits.lease_s
         self._clock, self._wall_clock = clock, wall_clock
         self._began = clock()
-        self._steps: list[TrainStep] = []
-        self._num_rewinds = 0
-        self._totals = _Totals()
-        self._history: deque[tuple[float, dict[str, int]]] = deque()
-        self._evaluations: tuple[Evaluation, ...] = ()
-        self._failures: tuple[str, ...] = ()
-        self._num_looks = 0
+        self._tokens: dict[str, tuple[str, int]] = {}
+        """Worker -> (role, tokens), kept after a worker retires and its status is gone."""
+        self._counts: deque[tuple[float, dict[str, int]]] = deque()
 
-    def look(self, *, thorough: bool = False) -> Progress:
-        """Read what is new and say where the run is.
-
-        Args:
-            thorough: list evaluations and failures too, which most looks skip; for a last look.
-        Raises:
-            StorageError: storage does not answer.
-        """
-        self._read_steps()
-        roles = self._read_heartbeats()
-        if thorough or self._num_looks % _OBSERVATIONS_EVERY == 0:
-            self._evaluations = tuple(self._log.evaluations())
-            self._failures = tuple(f"{failure.role}: {failure.reason}" for failure in self._log.failures())
-        self._num_looks += 1
-        tokens = self._totals.by_role()
-        if self._steps:
+    def look(self) -> Progress:
+        """Read what is new and say where the run is. Raises StorageError when storage does not answer."""
+        history = self._view.refresh().history
+        steps, now = history.steps, self._wall_clock()
+        roles = tuple(
+            RoleProgress(b, 0.0 if is_alive(b, lease_s=self._lease_s, now=now) else now - b.beaten)
+            for b in sorted(history.beats.values(), key=lambda b: (role_of(b), b.worker))
+            if b.status and not b.retired
+        )
+        tokens = self._count(history.beats.values())
+        rates = self._rates(tokens)
+        if steps:
             # From the steps, not the heartbeats: exact also when the learner went back to a checkpoint.
-            tokens["learn"] = sum(step.num_tokens for step in self._steps)
-        recent = self._steps[-_RECENT_STEPS:]
-        ages = [(age, count) for step in recent for age, count in step.staleness_tokens.items()]
-        latest = self._log.latest_policy()
-        stopped = self._stopped(roles)
+            tokens["learn"] = sum(step.num_tokens for step in steps)
+            rates["learn"] = trained_per_s(steps[-RECENT_STEPS - 1 :])
+        status = status_of(history, self._num_steps, self._view.find_wish(), now)
+        stopped = self._stopped(history, status, roles)
+        shares: dict[str, list[float]] = {}
+        for worker in roles:
+            if not worker.silent_s and "busy" in worker.status:
+                shares.setdefault(worker.role, []).append(worker.status["busy"])
         return Progress(
             elapsed_s=self._clock() - self._began,
-            num_steps_done=len(self._steps),
-            last_step=self._steps[-1] if self._steps else None,
+            status=status,
+            steps=steps,
+            num_steps=self._num_steps - history.first_step,
             tokens=tokens,
-            rates=self._rates(tokens),
-            version=latest.number if latest else None,
-            staleness_mean=sum(a * n for a, n in ages) / sum(n for _, n in ages) if ages else None,
-            staleness_max=max((age for age, _ in ages), default=None),
-            dropped=Counter(reason for step in self._steps for reason in step.dropped.values()),
-            held=Counter(reason for step in self._steps for reason in step.held.values()),
-            eta_s=None if stopped else self._eta_s(recent),
+            rates=rates,
+            version=steps[-1].version.number if steps else (0 if self._view.find_policy(0) else None),
+            staleness=staleness_of(steps[-RECENT_STEPS:]),
+            dropped=Counter(reason for step in steps for reason in step.dropped.values()),
+            held=Counter(reason for step in steps for reason in step.held.values()),
+            eta_s=None if stopped else self._eta_s(steps),
             stopped=stopped,
-            bottleneck=None if stopped else _bottleneck(roles),
-            evaluations=self._evaluations,
+            bottleneck=None if stopped else bottleneck(shares),
+            evaluations=history.evaluations,
             roles=roles,
-            failures=self._failures,
+            failures=tuple(f"{failure.role}: {failure.reason}" for failure in history.failures),
         )
 
-    def _read_steps(self) -> None:
-        rewinds = self._log.rewinds()
-        for rewind in rewinds[self._num_rewinds :]:
-            del self._steps[rewind.to_step :]
-        self._num_rewinds = len(rewinds)
-        while (step := self._log.find_step(len(self._steps))) is not None:
-            self._steps.append(step)
-
-    def _read_heartbeats(self) -> tuple[RoleProgress, ...]:
-        roles = []
-        for worker, beat in self._log.heartbeats().items():
-            role = beat.status.get("role", worker.partition("-")[0])
+    def _count(self, beats: Iterable[Heartbeat]) -> dict[str, int]:
+        for beat in beats:
             if "num_tokens" in beat.status:
-                self._totals.add(worker, role, int(beat.status["num_tokens"]))
-            if not beat.retired and beat.status:
-                roles.append(RoleProgress(role, worker, beat.status, self._silent_s(beat)))
-        return tuple(sorted(roles, key=lambda r: (r.role, r.worker)))
+                self._tokens[beat.worker] = (role_of(beat), int(beat.status["num_tokens"]))
+        totals: dict[str, int] = {}
+        for role, num_tokens in self._tokens.values():
+            totals[role] = totals.get(role, 0) + num_tokens
+        return totals
 
-    def _stopped(self, roles: tuple[RoleProgress, ...]) -> str | None:
-        if len(self._steps) >= self._num_steps:
-            return None
-        state = self._log.run_state()
-        if state is not None and state.ended:
-            return f"{state.state} ({state.reason})" if state.reason else state.state
+    def _stopped(self, history: History, status: RunStatus, roles: Sequence[RoleProgress]) -> str | None:
+        if status in ("paused", "cancelled", "failed"):
+            reason = history.states[-1].reason if status == "failed" else ""
+            return f"{status} ({reason})" if reason else status
         alive = {worker.role for worker in roles if not worker.silent_s}
+        is_missing = status != "succeeded" and not history.is_trained(self._num_steps) and "learn" not in alive
         # Before its first step a run makes models, and the learner's process starts.
-        return "no learner gives a sign of life" if self._steps and "learn" not in alive else None
+        return "no learner gives a sign of life" if history.steps and is_missing else None
 
-    def _silent_s(self, beat: Heartbeat) -> float:
-        age_s = self._wall_clock() - beat.beaten
-        return age_s if age_s > _SILENT_HEARTBEATS * self._heartbeat_s else 0.0
-
-    def _rates(self, tokens: dict[str, int]) -> dict[str, float | None]:
+    def _rates(self, tokens: Mapping[str, int]) -> dict[str, float | None]:
         now = self._clock()
-        self._history.append((now, tokens))
-        while len(self._history) > 2 and now - self._history[1][0] >= WINDOW_S:
-            self._history.popleft()
-        then, before = self._history[0]
-        if now <= then:
-            return dict.fromkeys(tokens)
-        # A rewind takes trained tokens back; a negative rate would only confuse.
-        return {role: max(0.0, (total - before.get(role, 0)) / (now - then)) for role, total in tokens.items()}
+        self._counts.append((now, dict(tokens)))
+        while len(self._counts) > 2 and now - self._counts[1][0] >= WINDOW_S:
+            self._counts.popleft()
+        then, before = self._counts[0]
+        return {r: (total - before.get(r, 0)) / (now - then) if now > then else None for r, total in tokens.items()}
 
-    def _eta_s(self, recent: list[TrainStep]) -> float | None:
-        left = self._num_steps - len(self._steps)
-        gaps = [after.finished - before.finished for before, after in itertools.pairwise(recent)]
+    def _eta_s(self, steps: Sequence[TrainStep]) -> float | None:
+        left = self._num_steps - 1 - (steps[-1].step if steps else -1)
+        gaps = [after.finished - before.finished for before, after in itertools.pairwise(steps[-RECENT_STEPS:])]
         if left <= 0:
             return 0.0
         # The median, because a resumed run has one gap that is hours long.
         return left * statistics.median(gaps) if gaps else None
-
-
-def _bottleneck(roles: tuple[RoleProgress, ...]) -> str | None:
-    shares: dict[str, list[float]] = {}
-    for worker in roles:
-        if not worker.silent_s and "busy" in worker.status:
-            shares.setdefault(worker.role, []).append(worker.status["busy"])
-    return bottleneck(shares)
-
-
-_ROLES = ("pretrain", "rollout", "score", "learn", "evaluate")
-_VERBS = {"rollout": "generated", "score": "scored", "learn": "trained"}
 
 
 def panel(progress: Progress, title: str, config: RunConfig) -> RenderableType:
@@ -259,9 +223,8 @@ def panel(progress: Progress, title: str, config: RunConfig) -> RenderableType:
             bar = _bar(worker.status["step"], worker.status["num_steps"], _pretrained(worker))
             lines.add_row("pretrain", bar)
     if progress.last_step or progress.version is not None:
-        total = config.learner.num_steps
-        text = f"step {progress.num_steps_done:,} of {total:,}, {_eta(progress)}"
-        lines.add_row("train", _bar(progress.num_steps_done, total, text))
+        text = f"step {len(progress.steps):,} of {progress.num_steps:,}, {_eta(progress)}"
+        lines.add_row("train", _bar(len(progress.steps), progress.num_steps, text))
         if any(rate is not None for rate in progress.rates.values()):
             lines.add_row("tokens", _tokens(progress))
         lines.add_row("policy", _policy(progress, config))
@@ -291,7 +254,7 @@ def plain_line(progress: Progress, config: RunConfig) -> str:
     if progress.version is None and progress.last_step is None:
         return f"{time_shown} " + ("; ".join(map(_doing, progress.roles)) or "starting")
     parts = [
-        f"step {progress.num_steps_done} of {config.learner.num_steps}, {_eta(progress)}",
+        f"step {len(progress.steps)} of {progress.num_steps}, {_eta(progress)}",
         _tokens(progress),
         _policy(progress, config),
         _losses(progress),
@@ -343,12 +306,13 @@ def _eta(progress: Progress) -> str:
 
 
 def _tokens(progress: Progress) -> str:
-    rates = [f"{_VERBS[role]} {number(progress.rates.get(role), ',.0f')}" for role in _VERBS]
-    return f"{', '.join(rates)} tokens/s (last {WINDOW_S:.0f} s)"
+    made, scored, trained = (number(progress.rates.get(role), ",.0f") for role in _STAGES)
+    last_s, last_steps = f"(last {WINDOW_S:.0f} s)", f"(last {RECENT_STEPS} steps)"
+    return f"generated {made}, scored {scored} tokens/s {last_s}, trained {trained} tokens/s {last_steps}"
 
 
 def _policy(progress: Progress, config: RunConfig) -> str:
-    mean, oldest = number(progress.staleness_mean, ".2f"), number(progress.staleness_max, "d")
+    mean, oldest = number(progress.staleness.mean_versions, ".2f"), number(progress.staleness.max_versions, "d")
     staleness = config.staleness
     bound = f"{staleness.max_staleness} allowed" if staleness.on_stale != "train" else "any age"
     left_out = [
@@ -389,12 +353,6 @@ def _nats(value: float | None, form: str = ".4f") -> str:
 
 def _role_order(worker: RoleProgress) -> tuple[int, str]:
     return (_ROLES.index(worker.role) if worker.role in _ROLES else len(_ROLES), worker.worker)
-
-
-SATURATED = 0.75
-"""A role busy for less of the time waits itself, so no single one holds the others up. The workers' shares are of the
-last ten seconds (asyncopd/worker.py)."""
-_STAGES = ("rollout", "score", "learn")
 
 
 def bottleneck(shares: Mapping[str, Sequence[float]]) -> str | None:

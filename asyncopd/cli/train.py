@@ -31,7 +31,8 @@ from asyncopd.local.prefect_api import FlowRun, create_flow_run
 from asyncopd.local.processes import home
 from flows.preflight import preflight
 from storage.run_log import StoredRunLog
-from storage.runs import is_finished, list_runs, open_run
+from storage.run_view import RunView
+from storage.runs import list_runs, open_run
 from storage.stores import open_store
 
 QUICKSTART = "configs/quickstart.yaml"
@@ -65,7 +66,7 @@ def train(
     if run_id is not None and run_id in list_runs(open_store(where)):
         resolved, parameters = _to_resume(config, asked, run_id, where)
         report = home() / "reports" / run_id
-        if is_finished(_log_of(resolved, run_id), resolved) and report.is_dir():
+        if RunView(_log_of(resolved, run_id)).is_finished(resolved) and report.is_dir():
             show_report(report, console=console)
             return 0
     else:
@@ -88,7 +89,7 @@ def status(run_id: str | None = None, /, *, root: Root = "runs") -> int:
     console = Console(highlight=False)
     if run_id is not None:
         config = stored_config(root, run_id)
-        show_status(_log_of(config, run_id), config, console=Console())
+        show_status(RunView(_log_of(config, run_id)), config, console=Console())
         return 0
     found = stack.status()
     console.print(f"server: {found['server'] or 'none'}")
@@ -148,7 +149,7 @@ def _see_through(config: RunConfig, run_id: str, parameters: dict[str, Any], con
     console.print(f"$ prefect deployment run asyncopd/train {shown}", markup=False, highlight=False, soft_wrap=True)
     flow_run = create_flow_run("asyncopd/train", parameters, name=run_id)
     try:
-        state = follow(_log_of(config, run_id), config, console=console, is_over=_patiently(flow_run))
+        state = follow(RunView(_log_of(config, run_id)), config, console=console, is_over=_patiently(flow_run))
     except KeyboardInterrupt:
         return _cancel(flow_run, config, run_id, console)
     if state == "COMPLETED":

@@ -18,32 +18,39 @@ from asyncopd.plan import pipeline
 from asyncopd.plan.costs import Costs, DecodeCurve, Fleet
 from asyncopd.plan.forecast import Workload
 from asyncopd.plan.lengths import Observed
-from asyncopd.ports import RunHistory
 from asyncopd.types import Span, TrainStep
 
 ROLES = ("rollout", "score", "learn")
 
 
-def calibrate(log: RunHistory, config: RunConfig, shape: DecodeCurve) -> tuple[Workload, Costs]:
+def calibrate(
+    run_id: str,
+    config: RunConfig,
+    shape: DecodeCurve,
+    *,
+    steps: Sequence[TrainStep],
+    spans: Sequence[Span],
+    lengths: Sequence[int],
+) -> tuple[Workload, Costs]:
     """What a finished run trained and what its work cost.
 
     Args:
         shape: seconds of a decode step by active slots; only the ratios count.
+        steps, spans: all of the run.
+        lengths: of all its responses, tokens, in index order.
     Raises:
         ConfigError: the run is not synchronous, has several workers, or is not finished.
     """
-    spans, steps = list(log.spans()), list(log.steps())
     if config.staleness.max_staleness or config.rollout.workers != 1 or config.score.workers != 1:
         raise ConfigError(
-            f"run {log.run_id} has max_staleness {config.staleness.max_staleness}, {config.rollout.workers} rollout "
+            f"run {run_id} has max_staleness {config.staleness.max_staleness}, {config.rollout.workers} rollout "
             f"and {config.score.workers} score workers; costs are read where nothing overlaps: 0, 1 and 1."
         )
     if len(steps) < max(2, config.learner.num_steps):
-        raise ConfigError(f"run {log.run_id} trained {len(steps)} of {config.learner.num_steps} steps; let it finish.")
+        raise ConfigError(f"run {run_id} trained {len(steps)} of {config.learner.num_steps} steps; let it finish.")
     plan = config.plan
-    lengths = [len(t.response_ids) for shard in plan.shards() for t in log.read_trajectories(shard)]
     work = Workload(
-        Observed(tuple(lengths), log.run_id),
+        Observed(tuple(lengths), run_id),
         plan.batch_size,
         plan.shard_size,
         plan.num_steps,

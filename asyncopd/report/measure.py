@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from asyncopd.config import RunConfig
-from asyncopd.ports import RunHistory
 from asyncopd.report.intervals import (
     by_worker,
     covered_by,
@@ -21,7 +23,6 @@ from asyncopd.report.intervals import (
     kind,
     length_s,
 )
-from asyncopd.report.observe import PIPELINE, Observations, Responses, observe
 from asyncopd.report.summary import (
     Incidents,
     Lengths,
@@ -32,15 +33,63 @@ from asyncopd.report.summary import (
     Summary,
     Tokens,
 )
-from asyncopd.types import Evaluation, Span, TrainStep
+from asyncopd.types import Evaluation, IntArray, Span, TrainStep
 
+PIPELINE = ("rollout", "score", "learn")
+"""The roles whose overlap is the point of the platform."""
 STANDSTILL_S = 30.0
 """A stretch this long without any span is a pause of the run, and the report says so."""
+RECENT_STEPS = 20
+"""Page and terminal show throughput and staleness of this many last steps; the report, of all of them."""
 
 
-def summarise(log: RunHistory, config: RunConfig) -> Summary:
-    """The figures of a run, finished or not, without plots."""
-    return measure(observe(log, config.teacher.name), config)
+# -- what is measured ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Responses:
+    """Lengths of the responses in the shards that were read."""
+
+    lengths_B: IntArray
+    """[B] response tokens, EOS included, in index order."""
+    stopped_B: NDArray[np.bool_]
+    """[B] ended with EOS rather than at the limit."""
+    num_shards_read: int
+    num_shards: int
+    problems: tuple[str, ...]
+    """Why shards that should have been read were not."""
+
+
+@dataclass(frozen=True)
+class Observations:
+    """One run, read at one moment; `flows.report.observe` reads it."""
+
+    run_id: str
+    steps: Sequence[TrainStep]
+    """Of the surviving lineage, in order."""
+    evaluations: Sequence[Evaluation]
+    """The same, by version."""
+    spans: Sequence[Span]
+    """Of all workers, by start."""
+    failures: tuple[str, ...]
+    """`role: reason`, oldest first."""
+    num_rewinds: int
+    workers: Mapping[str, int]
+    """Role -> processes that ever gave a sign of life."""
+    tokens_generated: int
+    tokens_scored: int
+    responses: Responses
+
+    @functools.cached_property
+    def epoch(self) -> float:
+        """Unix time at which the pipeline began to work: zero of every wall-time axis. 0 when nothing happened."""
+        starts = [span.start for span in self.spans if span.role in PIPELINE and is_busy(span)]
+        return min(starts, default=min((step.finished for step in self.steps), default=0.0))
+
+    def published_s(self, version: int) -> float | None:
+        """Seconds from `epoch` to the end of the step that made `version`; None when that step is not known."""
+        if version == 0:
+            return 0.0
+        finished = {step.version.number: step.finished for step in self.steps}.get(version)
+        return None if finished is None else finished - self.epoch
 
 
 def measure(seen: Observations, config: RunConfig) -> Summary:
@@ -67,7 +116,7 @@ def measure(seen: Observations, config: RunConfig) -> Summary:
         ),
         roles=roles,
         orchestration=_orchestration(seen.spans, roles),
-        staleness=_staleness(seen.steps),
+        staleness=staleness_of(seen.steps),
         lengths=_lengths(seen.responses),
         incidents=Incidents(
             failures=seen.failures,
@@ -79,6 +128,26 @@ def measure(seen: Observations, config: RunConfig) -> Summary:
         notes=tuple(_notes(seen, config)),
         order=config.staleness.order,
         on_stale=config.staleness.on_stale,
+    )
+
+
+def trained_per_s(steps: Sequence[TrainStep]) -> float | None:
+    """Response tokens trained per second between the end of the first of `steps` and that of the last; None for fewer
+    than two. The report's throughput is over wall time instead, which leaves out the pauses of a run."""
+    seconds = steps[-1].finished - steps[0].finished if steps else 0.0
+    return sum(step.num_tokens for step in steps[1:]) / seconds if seconds > 0 else None
+
+
+def staleness_of(steps: Sequence[TrainStep]) -> StalenessFigures:
+    """How old the tokens of `steps` were; the mean is over tokens, not over steps."""
+    tokens: Counter[int] = Counter()
+    for step in steps:
+        tokens.update(step.staleness_tokens)
+    total = sum(tokens.values())
+    return StalenessFigures(
+        tokens=dict(sorted(tokens.items())),
+        mean_versions=sum(s * n for s, n in tokens.items()) / total if total else None,
+        max_versions=max(tokens, default=None),
     )
 
 
@@ -157,18 +226,6 @@ def _orchestration(spans: Sequence[Span], roles: Mapping[str, RoleTime]) -> Orch
 
 
 # -- tokens -------------------------------------------------------------------------------------------------------
-def _staleness(steps: Sequence[TrainStep]) -> StalenessFigures:
-    tokens: Counter[int] = Counter()
-    for step in steps:
-        tokens.update(step.staleness_tokens)
-    total = sum(tokens.values())
-    return StalenessFigures(
-        tokens=dict(sorted(tokens.items())),
-        mean_versions=sum(s * n for s, n in tokens.items()) / total if total else None,
-        max_versions=max(tokens, default=None),
-    )
-
-
 def _lengths(responses: Responses) -> Lengths:
     lengths_B = responses.lengths_B
     known = len(lengths_B) > 0

@@ -19,8 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from asyncopd.report.measure import accuracy_standard_error
-from asyncopd.report.observe import Observations, Responses
+from asyncopd.report.measure import Observations, Responses, accuracy_standard_error
 from asyncopd.types import Evaluation, TrainStep
 
 ROLE_COLOURS = {

@@ -24,7 +24,7 @@ from asyncopd.report.intervals import (
     is_wait,
     kind,
 )
-from asyncopd.report.observe import PIPELINE, Observations
+from asyncopd.report.measure import PIPELINE, Observations
 from asyncopd.report.plots import INK, Page, missing, role_colour, styled, tint
 from asyncopd.types import Span, TrainStep
 

@@ -1,15 +1,9 @@
-"""Writes the report of a run into a folder: figures, Markdown, plots and a trace. Reads storage once.
+"""Writes the report of a run into a folder: figures, Markdown, plots and a trace.
 
-    RunHistory --observe--> Observations --measure--> Summary --> report.md, summary.json
-                                 +----------------------------> *.png, trace.json
+    Observations --measure--> Summary --> report.md, summary.json
+         +------------------------------> *.png, trace.json
 
-Nothing here talks to Prefect; the flow shows the returned Report as artifacts.
-
-The timeline of a run in the Chrome trace-event format, which https://ui.perfetto.dev and chrome://tracing open.
-
-    process = role, thread = track of one worker: its work, what it waits for, overhead of the platform
-
-Events of one thread must not overlap, but a worker's lanes do: they are put on as many threads as that needs.
+Nothing here reads storage or talks to Prefect: flows/report.py does the first, flows/train.py the second.
 """
 
 from __future__ import annotations
@@ -22,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from asyncopd.config import RunConfig
-from asyncopd.ports import RunHistory
 from asyncopd.report.intervals import by_worker, is_busy, is_orchestration, is_wait, packed
-from asyncopd.report.measure import measure
-from asyncopd.report.observe import Observations, observe
+from asyncopd.report.measure import Observations, measure
 from asyncopd.report.plots import plot_lengths, plot_quality, plot_staleness, plot_training
 from asyncopd.report.summary import Summary
 from asyncopd.report.text import to_markdown, with_plots
@@ -45,12 +37,11 @@ class Report:
     folder: Path
 
 
-def write_report(log: RunHistory, config: RunConfig, folder: Path) -> Report:
+def write_report(seen: Observations, config: RunConfig, folder: Path) -> Report:
     """Write report.md, summary.json, trace.json and the plots into `folder`, replacing earlier ones.
 
     Works on a run that is still going on or that stopped half-way; the report then says what is missing.
     """
-    seen = observe(log, config.teacher.name)
     summary = measure(seen, config)
     folder.mkdir(parents=True, exist_ok=True)
     plots: dict[str, tuple[str, Callable[[], bytes]]] = {
@@ -100,7 +91,12 @@ _TRACKS: tuple[tuple[str, Callable[[Span], bool]], ...] = (
 
 
 def to_trace(spans: Sequence[Span], run_id: str, epoch: float) -> str:
-    """The JSON object of a trace; times in it are microseconds after `epoch` (Unix seconds)."""
+    """The timeline in the Chrome trace-event format, which https://ui.perfetto.dev and chrome://tracing open.
+
+    A process is a role, a thread one track of a worker: its work, what it waits for, overhead of the platform. Events
+    of one thread must not overlap, but a worker's do: they are put on as many threads as that needs. Times are
+    microseconds after `epoch` (Unix seconds).
+    """
     events: list[dict[str, Any]] = []
     roles = sorted({span.role for span in spans}, key=lambda r: (ROLES.index(r) if r in ROLES else len(ROLES), r))
     thread = 0
