@@ -364,7 +364,8 @@ class RunView:
         is_open = set(keys) if kind == "heartbeat" else set()
         if kind == "spans":
             is_open = set({key.rsplit(".", 2)[0]: key for key in keys}.values())
-        wanted = [k for k in keys if (k not in known or k in is_open) and parse(k).kind == kind]
+        new = (key for key in keys if key.endswith(".json") and (key not in known or key in is_open))
+        wanted = [key for key in new if parse(key).kind == kind]
         for key, body in zip(wanted, self._bodies(wanted), strict=True):
             try:
                 if body is not None:

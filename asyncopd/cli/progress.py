@@ -147,7 +147,7 @@ class ProgressWatch:
             # From the steps, not the heartbeats: exact also when the learner went back to a checkpoint.
             tokens["learn"] = sum(step.num_tokens for step in steps)
             rates["learn"] = trained_per_s(steps[-RECENT_STEPS - 1 :])
-        status = status_of(history, self._num_steps, self._view.find_wish(), now)
+        status = status_of(history, self._num_steps, self._view.find_request(), now)
         stopped = self._stopped(history, status, roles)
         shares: dict[str, list[float]] = {}
         for worker in roles:
