@@ -17,7 +17,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from asyncopd.config import OpenAITeacher, PretrainedModel, RunConfig, TinyModel, VllmTeacher
-from asyncopd.config.schema import ModelConfig
+from asyncopd.config.engines import ModelConfig
 from asyncopd.config.tasks import TextConfig
 from asyncopd.errors import ConfigError
 from asyncopd.tasks.build import build_task

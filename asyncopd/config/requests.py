@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from asyncopd.config.engines import TeacherConfig
 from asyncopd.config.load import load_config, parse_override
-from asyncopd.config.schema import RunConfig, TeacherConfig
+from asyncopd.config.schema import RunConfig
 from asyncopd.errors import ConfigError
 from asyncopd.types import DrawLaw
 

@@ -1,8 +1,4 @@
-"""How old a trajectory may be when it is trained, and what happens to one that is older (docs/staleness.md).
-
-What a run keeps. Nothing is removed before `asyncopd maintain collect` runs, and never what a resume needs.
-
-What a run is made of: frozen pydantic values with a reason beside every default. Importing this loads no torch.
+"""What a run is made of: frozen pydantic values with a reason beside every default. Importing this loads no torch.
 
 The same model is the YAML file, the flow's parameter and the stored record of a run. Values are checked here as far
 as they can be without touching disk or a model; flows/preflight.py checks the rest before anything is loaded.
@@ -11,12 +7,20 @@ as they can be without touching disk or a model; flows/preflight.py checks the r
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from asyncopd.config.base import Frozen
-from asyncopd.config.engines import OpenAITeacher, VllmEngine, VllmSampling
+from asyncopd.config.engines import (
+    HfTeacher,
+    ModelConfig,
+    OracleTeacher,
+    TeacherConfig,
+    TinyModel,
+    VllmSampling,
+    VllmTeacher,
+)
 from asyncopd.config.losses import HeadTailConfig, LossConfig
 from asyncopd.config.recorded import CacheRequirements
 from asyncopd.config.tasks import TaskConfig, WalkConfig
@@ -24,9 +28,13 @@ from asyncopd.schedule import OnStale, Order, Plan
 from asyncopd.types import DrawLaw
 
 DEFAULT_MAX_AHEAD = 2
+PRETRAIN_CODE = 1
+"""Raised whenever pre-training itself changes, so that models made by older code are not taken for new ones."""
 
 
 class Staleness(Frozen):
+    """How old a trajectory may be when it is trained, and what happens to one that is older (docs/staleness.md)."""
+
     max_staleness: int = Field(2, ge=0)
     """Oldest admissible weights, in policy versions. 0 is synchronous. 2 already hides the long responses behind the
     next steps' (docs/performance.md); larger buys mostly staleness."""
@@ -99,6 +107,8 @@ class KeepShards(Frozen):
 
 
 class Retention(Frozen):
+    """What a run keeps. Nothing is removed before `asyncopd maintain collect` runs, and never what a resume needs."""
+
     checkpoints: KeepCheckpoints = KeepCheckpoints()
     policies: KeepPolicies = KeepPolicies()
     shards: KeepShards = KeepShards()
@@ -110,106 +120,11 @@ class Retention(Frozen):
     """How long data set aside by `maintain quarantine` can be looked at, or put back."""
 
 
-PRETRAIN_CODE = 1
-"""Raised whenever pre-training itself changes, so that models made by older code are not taken for new ones."""
-
-
 class Storage(Frozen):
     root: str = "runs"
     """Directory or URL (`s3://bucket/prefix`) that holds runs and pre-trained models."""
     min_free_bytes: int = Field(200_000_000, ge=0)
     """Refuse to start on a local disk with less. 200 MB is several times what the quickstart writes."""
-
-
-class Pretrain(Frozen):
-    """Supervised training on the task's demonstrations; its product is cached by the digest of everything in it."""
-
-    num_steps: int = Field(500, ge=0)
-    """Optimizer steps. 500 × 32 walk demonstrations give the 2 × 48 student the 43 % accuracy that leaves room to
-    improve; 0 keeps the random initialisation."""
-    batch_size: int = Field(32, ge=1)
-    """Demonstrations per step."""
-    lr: float = Field(3e-3, gt=0)
-    """Peak AdamW learning rate; models this small want more than the usual 1e-3."""
-    warmup_steps: int = Field(20, ge=0)
-    """Linear warm-up; the rate then follows a cosine to 10 % of its peak."""
-    seed: int = 0
-    """Of initialisation and of the demonstration stream."""
-
-
-class TinyModel(Frozen):
-    """A small decoder made here: random initialisation, then `pretrain`."""
-
-    kind: Literal["tiny"] = "tiny"
-    architecture: Literal["gpt2", "llama", "qwen3"] = "gpt2"
-    """Learned positions let gpt2 find "the token before last" within 500 steps; rotary ones at this width do not. It
-    is also a third faster on a CPU."""
-    num_layers: int = Field(2, ge=1)
-    """Transformer blocks. 2 × 48 learns walks half-way in seconds, which is what a student should be before OPD."""
-    hidden_size: int = Field(48, ge=8)
-    """Width of the residual stream; a multiple of 2·num_heads."""
-    num_heads: int = Field(4, ge=1)
-    """Attention heads."""
-    max_context: int = Field(256, ge=8)
-    """Positions, prompt and response together. Walks reach 173 tokens."""
-    pretrain: Pretrain = Pretrain()
-
-    @model_validator(mode="after")
-    def _heads_divide_hidden(self) -> Self:
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of 2·num_heads = {2 * self.num_heads}: heads "
-                "divide it evenly, and rotary embeddings turn pairs of head dimensions."
-            )
-        return self
-
-
-class PretrainedModel(Frozen):
-    """Existing weights: a local directory in Hugging Face format, or a name the local Hugging Face cache resolves."""
-
-    kind: Literal["pretrained"] = "pretrained"
-    path: str
-    """Directory with config.json, *.safetensors and tokenizer files, or for example `Qwen/Qwen3-0.6B`."""
-    revision: str = "main"
-    """Branch, tag or commit when `path` is a hub name."""
-
-
-ModelConfig = Annotated[TinyModel | PretrainedModel, Field(discriminator="kind")]
-
-
-class OracleTeacher(Frozen):
-    """The closed form of the walk task's demonstrator: exact, and free to ask."""
-
-    engine: Literal["oracle"] = "oracle"
-    name: str = Field("oracle", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
-    """Names the score shards; two teachers of one run need two names."""
-    smoothing: float = Field(1e-2, gt=0, lt=1)
-    """Weight of the uniform distribution mixed in, so that every log-prob is finite. 1e-4 is the hard variant."""
-
-
-class HfTeacher(Frozen):
-    """A transformers model."""
-
-    engine: Literal["hf"] = "hf"
-    name: str = Field("teacher", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
-    """Names the score shards; two teachers of one run need two names."""
-    model: ModelConfig
-    """Its weights: `kind: tiny`, made here by `pretrain`, or `kind: pretrained`."""
-
-
-class VllmTeacher(Frozen):
-    """A model in a vLLM engine of the score process."""
-
-    engine: Literal["vllm"] = "vllm"
-    name: str = Field("teacher", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
-    """Names the score shards; two teachers of one run need two names."""
-    model: ModelConfig
-    vllm: VllmEngine = VllmEngine()
-    max_sequences: int = Field(64, ge=1)
-    """Trajectories in one batch."""
-
-
-TeacherConfig = Annotated[OracleTeacher | HfTeacher | VllmTeacher | OpenAITeacher, Field(discriminator="engine")]
 
 
 class Rollout(Frozen):
