@@ -21,6 +21,21 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("gsm8k_qwen3", "e45c3f34b2f7fc9e"),
+        ("gsm8k_tiny", "248dcdb82aa2618d"),
+        ("quickstart", "3824bd1efaa33f2e"),
+        ("walk_neural", "12836c6705a16664"),
+        ("walk_vllm", "8849034ea581bc9e"),
+    ],
+)
+def test_a_configuration_keeps_its_digest(name: str, digest: str) -> None:
+    # Stored runs carry it. It may change only with a setting, or its default, that changes what a run computes.
+    assert load_config(ROOT / "configs" / f"{name}.yaml").digest() == digest
+
+
+@pytest.mark.parametrize(
     ("raw", "expected"),
     [
         ({"learner": {"lrr": 1}}, "learner.lrr: unknown key. Nearest known key: learner.lr"),
@@ -34,6 +49,9 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
         ({"rollout": {"shard_size": 48}}, "rollout.shard_size 48 must divide learner.batch_size 64"),
         ({"rollout": {"max_new_tokens": 254}}, "do not fit max_context 256"),
         ({"loss": {"name": "head_tial"}}, "Nearest: 'head_tail'"),
+        ({"loss": "head_tail"}, "loss: estimator: expected a section with a `name`"),
+        ({"loss": {"name": "head_tail", "head": 0}}, "loss.head: must be at least 1 (found 0)"),
+        ({"kl_weight": 1}, "Nearest known key: loss.kl_weight"),
         ({"student": {"kind": "tiny", "hidden_size": 50}}, "must be a multiple of"),
     ],
 )

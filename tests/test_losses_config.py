@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from asyncopd.config.losses import HeadTailConfig, LossConfig
+from asyncopd.config.losses import ESTIMATORS, HeadTailConfig, LossConfig
 from asyncopd.config.recorded import CacheRequirements, check_cache
 from asyncopd.errors import ConfigError
 from asyncopd.losses import build_estimator
@@ -30,6 +30,10 @@ NAMES = (
     "npd",
     "cross_entropy",
 )
+
+
+def test_these_are_all_the_names() -> None:
+    assert tuple(kind.model_fields["name"].default for kind in ESTIMATORS) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
