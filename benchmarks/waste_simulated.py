@@ -14,9 +14,9 @@ import statistics
 
 from rich.console import Console
 from rich.table import Table
+from simulate import Durations, Simulation, simulate
 
 from asyncopd.schedule import Plan
-from asyncopd.simulate import Durations, Simulation, simulate
 
 NUM_STEPS, BATCH_SIZE, SHARD_SIZE, NUM_SLOTS = 60, 64, 16, 128
 

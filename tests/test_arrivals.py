@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulate import Durations, Simulation, simulate
 
 from asyncopd.schedule import (
     Arrival,
@@ -19,7 +20,6 @@ from asyncopd.schedule import (
     num_taken,
     staleness_in_force,
 )
-from asyncopd.simulate import Durations, Simulation, simulate
 from asyncopd.types import IndexRange
 
 RULES: tuple[OnStale, ...] = ("drop", "hold", "train")

@@ -1,58 +1,98 @@
-"""`asyncopd chaos` itself: real processes, real kills, the proof at the end; and that its witness can see a wrong."""
+"""Chaos itself: real processes, real kills, the proof at the end; and that its observer can see a wrong."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from chaos.observer import Observer
+from chaos.runs import chaos_config
+from chaos.strikes import Disturbance, Strike, fill, plan_strikes
+from chaos.verdict import Check, checks, costs
+from role_processes import until
 from storage_builders import make_scores, make_step, make_trajectories, memory_log
 
-from asyncopd.chaos.ordeal import Disturbance, Strike, fill, plan_strikes
-from asyncopd.chaos.settings import chaos_config
-from asyncopd.chaos.verdict import Check, checks, costs
-from asyncopd.chaos.witness import Witness
-from asyncopd.cli import main
+from asyncopd.local.processes import STACK_HOME
 from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights
 from storage.manifests import quarantine
 from storage.run_log import StoredRunLog
 
 pytestmark = pytest.mark.processes
-
-
-@pytest.fixture
-def _environment_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The command gives its process a home and a server of its own; the next test shall not inherit them.
-    monkeypatch.setenv("ASYNCOPD_HOME", "replaced by chaos")
-    monkeypatch.setenv("PREFECT_API_URL", "replaced by chaos")
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.chaos
-@pytest.mark.usefixtures("_environment_comes_back")
-def test_a_run_whose_roles_are_killed_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["chaos", "--kills", "2", "--steps", "30", "--without-prefect", "--seed", "3"])
-    output = capsys.readouterr().out
-    assert ended.value.code == 0, output
+def test_a_run_whose_roles_are_killed_loses_nothing() -> None:
+    with start("--kills", "2", "--steps", "30", "--without-prefect", "--seed", "3") as process:
+        output, _ = process.communicate()
+    assert process.returncode == 0, output
     assert output.count("holds  ") == 10
     assert "final weights too, bit for bit" in output
+    assert left_of(output) == []
 
 
 @pytest.mark.chaos
 @pytest.mark.slow
-@pytest.mark.usefixtures("_environment_comes_back")
-def test_a_run_whose_flow_worker_and_server_are_killed_too_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["chaos", "--kills", "8", "--seed", "5"])
-    assert ended.value.code == 0, capsys.readouterr().out
+def test_a_run_whose_flow_worker_and_server_are_killed_too_loses_nothing() -> None:
+    with start("--kills", "8", "--seed", "5") as process:
+        output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert left_of(output) == []
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_of_it_whatever_ends_it(number: signal.Signals) -> None:
+    with start("--kills", "2", "--without-prefect") as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        until(lambda: len(processes_of(said)) >= 5, 90, "its roles to run")
+        process.send_signal(number)
+        process.wait(60)
+    until(lambda: left_of(said) == [], 30, f"everything to be gone, not {left_of(said)}")
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-u", "-m", "chaos", *arguments]
+    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def folder_of(output: str) -> str:
+    """The folder that chaos names in its first line."""
+    return output.split("\n", 1)[0].removeprefix("chaos in ").strip()
+
+
+def processes_of(output: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            is_its = process.environ().get(STACK_HOME) == f"{folder_of(output)}/home"
+            if is_its and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def left_of(output: str) -> list[object]:
+    """Its processes, its folder and its mounted disk, as far as they are still there."""
+    folder = folder_of(output)
+    mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if folder in line]
+    return [*processes_of(output), *mounts, *([folder] if Path(folder).exists() else [])]
 
 
 # -- the proof can fail ---------------------------------------------------------------------------------------------
-def finished_run() -> tuple[StoredRunLog, Witness]:
-    """Two steps of eight indices, witnessed from the start."""
+def finished_run() -> tuple[StoredRunLog, Observer]:
+    """Two steps of eight indices, observed from the start."""
     log = memory_log()
-    witness = Witness(log, teacher="oracle")
+    observer = Observer(log, teacher="oracle")
     for start in range(0, 16, 4):
         shard = IndexRange(start, start + 4)
         trajectories = make_trajectories(shard)
@@ -62,8 +102,8 @@ def finished_run() -> tuple[StoredRunLog, Witness]:
     for number in range(2):
         train(log, number, IndexRange(8 * number, 8 * number + 8))
     log.publish_policy(PolicyWeights(PolicyVersion(2), b"w2"), worker="w", facts={})
-    witness.look()
-    return log, witness
+    observer.look()
+    return log, observer
 
 
 def train(log: StoredRunLog, number: int, indices: IndexRange) -> None:
@@ -71,9 +111,9 @@ def train(log: StoredRunLog, number: int, indices: IndexRange) -> None:
     log.publish_step(type(step)(**{**vars(step), "indices": indices, "staleness_tokens": {0: 40}, "dropped": {}}))
 
 
-def failing(witness: Witness, *, num_steps: int = 2, replayed: bytes = b"w2") -> list[Check]:
+def failing(observer: Observer, *, num_steps: int = 2, replayed: bytes = b"w2") -> list[Check]:
     config = chaos_config("memory://x", num_steps=num_steps, max_staleness=0)
-    return [check for check in checks(witness, config, replayed=replayed, twin=None) if not check.holds]
+    return [check for check in checks(observer, config, replayed=replayed, twin=None) if not check.holds]
 
 
 def test_an_undisturbed_run_passes() -> None:
@@ -92,20 +132,20 @@ def test_a_lost_step_is_found() -> None:
 
 
 def test_a_shard_that_was_durable_and_is_gone_is_found_and_its_tokens_counted() -> None:
-    log, witness = finished_run()
-    num_tokens = witness.durable["rollout"][IndexRange(0, 4)].manifest.facts["num_tokens"]
+    log, observer = finished_run()
+    num_tokens = observer.durable["rollout"][IndexRange(0, 4)].manifest.facts["num_tokens"]
     before = Disturbance(Strike("SIGKILL", "a"), struck=0.0, at_step=1, recovery_s=1.0, restarted=())
     after = Disturbance(Strike("SIGKILL", "b"), struck=time.time(), at_step=1, recovery_s=1.0, restarted=())
     quarantine(log.store, log.layout.shard_manifest(log.layout.trajectories, IndexRange(0, 4)))
-    assert "what was durable stays as it was" in [check.claim for check in failing(witness)]
-    assert [cost.tokens_lost for cost in costs(witness, [before, after])] == [0, num_tokens]
+    assert "what was durable stays as it was" in [check.claim for check in failing(observer)]
+    assert [cost.tokens_lost for cost in costs(observer, [before, after])] == [0, num_tokens]
 
 
 def test_a_shard_claimed_again_after_it_was_durable_is_found() -> None:
-    log, witness = finished_run()
+    log, observer = finished_run()
     log.retire("w")
     log.claim("rollout", IndexRange(0, 4), worker="again", lease_s=10)
-    (check,) = failing(witness)
+    (check,) = failing(observer)
     assert check.claim == "rollout: no shard is claimed after it was durable"
 
 

@@ -7,10 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
+from chaos.runs import replayed_weights
 from patience import stretched
 from role_processes import paced_run, roles_of, until
 
-from asyncopd.chaos.replay import replayed_weights
 from storage.run_log import StoredRunLog
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]

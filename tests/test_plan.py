@@ -12,6 +12,7 @@ import pipeline as stages
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulate import Durations, simulate
 from storage_builders import make_step, make_trajectory, memory_log
 
 import asyncopd.schedule
@@ -25,7 +26,6 @@ from asyncopd.plan.forecast import Workload, best_split, forecast
 from asyncopd.plan.lengths import Lognormal, Observed
 from asyncopd.plan.pipeline import Outcome, run
 from asyncopd.schedule import Plan
-from asyncopd.simulate import Durations, simulate
 from asyncopd.types import Span
 from storage.run_log import StoredRunLog
 

@@ -7,10 +7,10 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulate import Durations, simulate
 
 from asyncopd.errors import ConfigError
 from asyncopd.schedule import Plan, may_start, required_version, step_of
-from asyncopd.simulate import Durations, simulate
 from asyncopd.types import IndexRange
 
 

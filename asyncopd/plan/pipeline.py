@@ -6,7 +6,7 @@
 
 Decoding is a fluid: an engine's clock counts decode steps, which take longer the more slots are active, and a response
 of n tokens ends n steps after it began. Work runs at the speed that the number of busy processes allows; delays do not.
-asyncopd/simulate.py proves the rule over arbitrary durations with one engine; this one predicts.
+benchmarks/simulate.py proves the rule over arbitrary durations with one engine; this one predicts.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from asyncopd.chaos.ordeal import Disturbance
-from asyncopd.chaos.witness import Witness
 from asyncopd.config import RunConfig
 from asyncopd.types import IndexRange, IndexSet, Trajectory
+from chaos.observer import Observer
+from chaos.strikes import Disturbance
 from storage.run_log import StoredRunLog
 
 
@@ -33,7 +33,7 @@ class Cost:
     """Durable when it struck, and gone or changed at the end."""
 
 
-def checks(witness: Witness, config: RunConfig, *, replayed: bytes, twin: StoredRunLog | None) -> list[Check]:
+def checks(observer: Observer, config: RunConfig, *, replayed: bytes, twin: StoredRunLog | None) -> list[Check]:
     """Everything that must hold at the end.
 
     Args:
@@ -41,14 +41,14 @@ def checks(witness: Witness, config: RunConfig, *, replayed: bytes, twin: Stored
         twin: the same run, undisturbed; comparable at τ = 0, where no timing decides which version a response begins
             under.
     """
-    log = witness.log
+    log = observer.log
     found = [
         _trained_once(log, config),
         _within_staleness(log, config),
-        _durable_stays(witness),
+        _durable_stays(observer),
         _conserved(log, config),
     ]
-    found += [_not_claimed_again(witness, stage) for stage in witness.stages]
+    found += [_not_claimed_again(observer, stage) for stage in observer.stages]
     weights = _final_weights(log)
     found.append(
         Check("final weights are those of an uninterrupted replay, bit for bit", weights == replayed, _size(weights))
@@ -66,16 +66,16 @@ def checks(witness: Witness, config: RunConfig, *, replayed: bytes, twin: Stored
     return found
 
 
-def costs(witness: Witness, disturbances: Sequence[Disturbance]) -> list[Cost]:
+def costs(observer: Observer, disturbances: Sequence[Disturbance]) -> list[Cost]:
     """What each disturbance cost, from claims and from what was seen durable."""
-    changed = {shard for stage, shard in _changed(witness) if stage == "rollout"}
-    taken_over = [claim for claim in witness.log.claims() if claim.stage == "rollout" and claim.attempt > 1]
+    changed = {shard for stage, shard in _changed(observer) if stage == "rollout"}
+    taken_over = [claim for claim in observer.log.claims() if claim.stage == "rollout" and claim.attempt > 1]
     ends = [later.struck for later in disturbances[1:]] + [float("inf")]
     found = []
     for disturbance, end in zip(disturbances, ends, strict=True):
         again = [claim.shard for claim in taken_over if disturbance.struck <= claim.claimed < end]
-        lost = [shard for shard in changed if witness.durable["rollout"][shard].seen < disturbance.struck]
-        found.append(Cost(_tokens(witness, again), _tokens(witness, lost)))
+        lost = [shard for shard in changed if observer.durable["rollout"][shard].seen < disturbance.struck]
+        found.append(Cost(_tokens(observer, again), _tokens(observer, lost)))
     return found
 
 
@@ -98,15 +98,15 @@ def _within_staleness(log: StoredRunLog, config: RunConfig) -> Check:
     return Check(f"staleness is within 0..{bound} versions", set(seen) <= set(range(bound + 1)), f"seen {seen}")
 
 
-def _durable_stays(witness: Witness) -> Check:
-    changed = list(_changed(witness))
-    total = sum(len(shards) for shards in witness.durable.values())
+def _durable_stays(observer: Observer) -> Check:
+    changed = list(_changed(observer))
+    total = sum(len(shards) for shards in observer.durable.values())
     return Check("what was durable stays as it was", not changed, f"{total} shards, {len(changed)} gone or changed")
 
 
-def _not_claimed_again(witness: Witness, stage: str) -> Check:
-    again = [claim for claim in witness.claims_after_durable() if claim.stage == stage]
-    taken_over = sum(claim.stage == stage and claim.attempt > 1 for claim in witness.log.claims())
+def _not_claimed_again(observer: Observer, stage: str) -> Check:
+    again = [claim for claim in observer.claims_after_durable() if claim.stage == stage]
+    taken_over = sum(claim.stage == stage and claim.attempt > 1 for claim in observer.log.claims())
     return Check(
         f"{stage}: no shard is claimed after it was durable",
         not again,
@@ -133,11 +133,11 @@ def _conserved(log: StoredRunLog, config: RunConfig) -> Check:
 
 
 # -- pieces ---------------------------------------------------------------------------------------------------------
-def _changed(witness: Witness) -> Iterable[tuple[str, IndexRange]]:
+def _changed(observer: Observer) -> Iterable[tuple[str, IndexRange]]:
     """Shards that were durable and are not, or not the same."""
-    for stage, shards in witness.durable.items():
+    for stage, shards in observer.durable.items():
         for shard, durable in shards.items():
-            now = witness.manifest(stage, shard)
+            now = observer.manifest(stage, shard)
             if now is None or now.objects != durable.manifest.objects:
                 yield stage, shard
 
@@ -146,8 +146,8 @@ def _indices(ranges: Iterable[IndexRange | IndexSet]) -> list[int]:
     return sorted(index for shard in ranges for index in shard.indices)
 
 
-def _tokens(witness: Witness, shards: Iterable[IndexRange]) -> int:
-    known = witness.durable["rollout"]
+def _tokens(observer: Observer, shards: Iterable[IndexRange]) -> int:
+    known = observer.durable["rollout"]
     return sum(known[shard].manifest.facts["num_tokens"] for shard in shards if shard in known)
 
 

@@ -6,30 +6,27 @@ StackWorld   Prefect: the flow restarts roles; this process does what a user wou
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 
-from asyncopd.chaos.replay import run_role
 from asyncopd.config import RunConfig
-from asyncopd.errors import RoleFailedError, StackError
+from asyncopd.errors import RoleFailedError
 from asyncopd.local import stack
+from asyncopd.local.prefect_api import create_flow_run
 from asyncopd.local.processes import TERMINATE_GRACE_S, Child, RoleSpec, end_processes, home, recorded_processes
+from chaos.runs import run_role
 from storage.run_log import StoredRunLog
 from storage.runs import create_run
 from storage.stores import open_store
 
 FLOW_START_S = 90.0
-"""From `prefect deployment run` to a flow process on record, on a busy machine."""
+"""From its creation to a flow process on record, on a busy machine."""
 
 
 class World(Protocol):
@@ -84,10 +81,10 @@ class PlainWorld:
         return done
 
     def _start(self, spec: RoleSpec) -> None:
-        argv = [*_python("flows.roles"), spec.role, "--run-id", self._log.run_id, "--root", self._log.store.url]
+        run = ("--run-id", self._log.run_id, "--root", self._log.store.url)
         self._children[spec.name] = Child(
             spec.name,
-            [*argv, "--watch-parent"],
+            [sys.executable, "-m", "flows.roles", spec.role, *run, "--watch-parent"],
             log_path=self._log_dir / f"{spec.name}.log",
             env={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
@@ -143,17 +140,8 @@ class StackWorld:
             done.append("asyncopd train --run-id")
         return done
 
-    def _submit(self, parameters: dict[str, str]) -> None:
-        assignments = [part for name, value in parameters.items() for part in ("-p", f"{name}={value}")]
-        result = subprocess.run(
-            stack.prefect_command("--no-prompt", "deployment", "run", "asyncopd/train", *assignments),
-            env=stack.child_environment(),
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-        )
-        if result.returncode or not re.search(r"UUID: [0-9a-f-]{36}", result.stdout):
-            raise StackError(f"`prefect deployment run` failed:\n{(result.stdout + result.stderr)[-2000:]}")
+    def _submit(self, parameters: dict[str, Any]) -> None:
+        create_flow_run("asyncopd/train", parameters, name=self._run_id)
         self._submitted_s, self._flow_seen = time.monotonic(), False
 
     @contextmanager
@@ -161,8 +149,7 @@ class StackWorld:
         """Bring the stack up and start the run; at the end, however it comes, end all of it."""
         try:
             stack.up(lambda line: None)
-            config = self._config.model_dump(mode="json")
-            self._submit({"run_id": self._run_id, "config": json.dumps(config)})
+            self._submit({"run_id": self._run_id, "config": self._config.model_dump(mode="json")})
             yield
         finally:
             stack.down(lambda line: None)
@@ -185,13 +172,3 @@ def descendants(pid: int) -> list[psutil.Process]:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
-
-
-def own_environment(folder: Path, port: int) -> None:
-    """From now on this process's home and Prefect server are chaos's own: a user's stack is never touched."""
-    os.environ["ASYNCOPD_HOME"] = str(folder / "home")
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-
-
-def _python(module: str) -> list[str]:
-    return [sys.executable, "-m", module]

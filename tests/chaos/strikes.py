@@ -1,4 +1,4 @@
-"""The ordeal: strike a random process at a random moment, wait until a step is trained that was never trained before.
+"""Strikes: hit a random process at a random moment, wait until a step is trained that was never trained before.
 
 plan: kills of everything once, then at random; pauses and one full disk in between, in random order
 for each:  wait a random time -> strike -> tend the world until the next new step -> how long that took
@@ -17,9 +17,9 @@ from typing import Literal, TypeVar
 
 import psutil
 
-from asyncopd.chaos.witness import Witness
-from asyncopd.chaos.worlds import World, descendants
 from asyncopd.errors import DeadlineError, RoleFailedError
+from chaos.observer import Observer
+from chaos.worlds import World, descendants
 
 Found = TypeVar("Found")
 Kind = Literal["SIGKILL", "SIGSTOP", "full disk"]
@@ -68,13 +68,13 @@ def plan_strikes(rng: random.Random, world: World, *, num_kills: int, full_disk:
     return strikes
 
 
-class Ordeal:
+class Striker:
     """Disturbs one running world."""
 
     def __init__(
         self,
         world: World,
-        witness: Witness,
+        observer: Observer,
         *,
         rng: random.Random,
         num_steps: int,
@@ -84,21 +84,21 @@ class Ordeal:
     ) -> None:
         """
         Args:
-            num_steps: of the run; an ordeal that outlasts it is refused.
+            num_steps: of the run; strikes that outlast it is refused.
             pause_s: how long a stopped process stays stopped; longer than a lease.
             disk: a file system of the run's own that may be filled up.
         """
-        self._world, self._witness, self._rng, self._say = world, witness, rng, say
+        self._world, self._observer, self._rng, self._say = world, observer, rng, say
         self._num_steps, self._pause_s, self._disk = num_steps, pause_s, disk
 
-    def go_through(self, strikes: Sequence[Strike]) -> list[Disturbance]:
+    def run(self, strikes: Sequence[Strike]) -> list[Disturbance]:
         """Strike after strike, then let the run come to its end.
 
         Raises:
             DeadlineError: training did not go on after a strike; says which.
             RoleFailedError: the run was over before every strike had struck.
         """
-        self._until(lambda: self._witness.num_steps >= 3, "the first three steps")
+        self._until(lambda: self._observer.num_steps >= 3, "the first three steps")
         disturbances = []
         for number, strike in enumerate(strikes, 1):
             self._rest(self._rng.uniform(*CALM_S))
@@ -109,24 +109,24 @@ class Ordeal:
                 f"next new step after {disturbance.recovery_s:.1f} s"
             )
         seconds = RECOVERY_S + self._num_steps
-        self._until(lambda: self._witness.num_steps >= self._num_steps, "the last step", seconds=seconds)
+        self._until(lambda: self._observer.num_steps >= self._num_steps, "the last step", seconds=seconds)
         return disturbances
 
     def _strike(self, strike: Strike) -> Disturbance:
-        if self._witness.num_steps >= self._num_steps - 1:
+        if self._observer.num_steps >= self._num_steps - 1:
             raise RoleFailedError(f"the run was over before {strike.kind} of {strike.target}; raise --steps.")
         pid = 0
         if strike.kind != "full disk":
             pid = self._until(lambda: self._world.pid(strike.target) or 0, f"{strike.target} to run")
-        at_step, struck, began = self._witness.num_steps, time.time(), time.monotonic()
+        at_step, struck, began = self._observer.num_steps, time.time(), time.monotonic()
         restarted: list[str] = []
         with self._struck(strike, pid, restarted):
             self._until(
-                lambda: self._witness.num_steps > at_step,
+                lambda: self._observer.num_steps > at_step,
                 f"a step after {strike.kind} of {strike.target} at step {at_step}",
                 restarted=restarted,
             )
-        recovery_s = self._witness.step_times[at_step] - began
+        recovery_s = self._observer.step_times[at_step] - began
         return Disturbance(strike, struck, at_step, recovery_s, tuple(restarted))
 
     @contextlib.contextmanager
@@ -174,14 +174,14 @@ class Ordeal:
             if time.monotonic() > deadline:
                 raise DeadlineError(
                     f"chaos waited {seconds:.0f} s for {what} and it did not come; "
-                    f"{self._witness.num_steps} of {self._num_steps} steps are trained."
+                    f"{self._observer.num_steps} of {self._num_steps} steps are trained."
                 )
             self._rest(0.05, restarted)
         return found
 
     def _tend(self, restarted: list[str] | None) -> None:
-        if self._witness.error is not None:
-            raise self._witness.error
+        if self._observer.error is not None:
+            raise self._observer.error
         done = self._world.tend()
         if restarted is not None:
             restarted += done

@@ -27,7 +27,7 @@ class Durable:
     manifest: Manifest
 
 
-class Witness:
+class Observer:
     """Remembers every shard since it was first seen, and when each step was trained for the first time."""
 
     def __init__(self, log: StoredRunLog, *, teacher: str) -> None:
@@ -48,7 +48,7 @@ class Witness:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Look again and again while the body runs, and once more at its end."""
-        thread = threading.Thread(target=self._watch, name="witness", daemon=True)
+        thread = threading.Thread(target=self._watch, name="observer", daemon=True)
         thread.start()
         try:
             yield
@@ -89,5 +89,5 @@ class Witness:
             while not self._stop.wait(LOOK_EVERY_S):
                 self.look()
         except Exception as error:
-            # In a thread nobody would see it; the ordeal raises it as soon as it looks.
+            # In a thread nobody would see it; `Striker` raises it as soon as it looks.
             self.error = error
