@@ -100,7 +100,7 @@ class QueryQueue:
         try:
             return self._query(asked, state)
         except FileGoneError:
-            # Files were merged or quarantined since their manifest was read: look again, once.
+            # Files were collected or quarantined since their manifest was read: look again, once.
             self._sandbox.catalog.forget()
             return self._query(asked, state)
 

@@ -14,7 +14,6 @@ import numpy as np
 from asyncopd.config import load_config
 from asyncopd.types import Candidates, IndexRange, PolicyVersion, PolicyWeights, TeacherScores, TrainStep, Trajectory
 from asyncopd.types import VersionRun as Run
-from storage.compact import compact_run
 from storage.maintain.audit import audit_run
 from storage.maintain.collect import collect_run
 from storage.run_log import StoredRunLog
@@ -130,19 +129,12 @@ def main() -> None:
         assert report.is_clean, report.findings
         print(f"100 steps of 64 indices in shards of {shard_size}")
         print(f"  audit {report.seconds:.2f} s: {report.num_objects} objects, {report.num_bytes / 1e6:.1f} MB")
-        before = (parquet_bytes(log), timed(lambda log=log: read_all(log)), read_random_ms(log))
-        print(f"  compact {timed(lambda store=store, run_id=run_id: compact_run(store, run_id)):.2f} s")
+        num_objects, size = parquet_bytes(log)
+        print(f"  {num_objects} Parquet objects of {size / 1e6:.1f} MB")
+        print(f"  all shards read in {timed(lambda log=log: read_all(log)):.2f} s, one in {read_random_ms(log):.2f} ms")
         later = time.time() + 1
         seconds = timed(lambda s=store, r=run_id, now=later: collect_run(s, r, grace_s=0, now=now))
-        print(f"  collect of what it replaced {seconds:.2f} s")
-        after = (parquet_bytes(log), timed(lambda log=log: read_all(log)), read_random_ms(log))
-        for name, ((num_objects, size), all_s, one_ms) in (("before", before), ("after", after)):
-            print(
-                f"  {name}: {num_objects} Parquet objects, {size / 1e6:.2f} MB; "
-                f"all shards in order {all_s:.2f} s, one shard {one_ms:.2f} ms"
-            )
-        report = audit_run(store, run_id, recheck_s=0)
-        print(f"  audit afterwards {report.seconds:.2f} s, {'clean' if report.is_clean else 'NOT CLEAN'}")
+        print(f"  collect {seconds:.2f} s")
 
 
 if __name__ == "__main__":

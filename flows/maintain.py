@@ -1,4 +1,4 @@
-"""Flow `maintain` (deployments `maintain/audit`, `maintain/collect`, `maintain/compact`): maintenance on a schedule.
+"""Flow `maintain` (deployments `maintain/audit` and `maintain/collect`): maintenance on a schedule.
 
 An audit with findings ends as Failed, so that an automation or a person notices; its report is an artifact.
 """
@@ -6,7 +6,6 @@ An audit with findings ends as Failed, so that an automation or a person notices
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any, Literal
 
 from prefect import flow, get_run_logger
@@ -14,7 +13,6 @@ from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
-from storage.compact import compact_run
 from storage.maintain.audit import GRACE_S, audit_run
 from storage.maintain.collect import collect_run
 from storage.maintain.findings import to_text
@@ -24,7 +22,7 @@ from storage.stores import open_store
 
 @flow(name="maintain", flow_run_name="{action}-{run_id}")
 async def maintain(
-    action: Literal["audit", "collect", "compact"],
+    action: Literal["audit", "collect"],
     run_id: str,
     root: str = "runs",
     grace_s: float = GRACE_S,
@@ -33,11 +31,11 @@ async def maintain(
     """Verify or clean one run.
 
     Args:
-        action: `audit` changes nothing; `collect` removes garbage; `compact` merges small shards.
+        action: `audit` changes nothing; `collect` removes garbage.
         run_id: may be running.
         root: its storage root.
         grace_s: age, seconds, below which unreferenced objects are left alone.
-        dry_run: of `collect` and `compact`: only say what would happen.
+        dry_run: of `collect`: only say what would happen.
     Returns:
         What the command would print; a Failed state with it when an audit found something.
     """
@@ -53,6 +51,4 @@ def _act(action: str, store: Any, run_id: str, grace_s: float, dry_run: bool) ->
     if action == "audit":
         report = audit_run(store, run_id, grace_s=grace_s)
         return to_text(report), report.is_clean
-    if action == "collect":
-        return collect_run(store, run_id, grace_s=grace_s, dry_run=dry_run).to_text(), True
-    return json.dumps(compact_run(store, run_id, dry_run=dry_run).to_dict(), indent=1), True
+    return collect_run(store, run_id, grace_s=grace_s, dry_run=dry_run).to_text(), True

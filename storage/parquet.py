@@ -6,7 +6,6 @@ Arrays that `decode_*` returns are read-only views of the file's columns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, get_args
 
 import numpy as np
@@ -48,13 +47,13 @@ def encode_trajectories(trajectories: Sequence[Trajectory], run_id: str) -> byte
     return _write("trajectories", values, shard_schema("trajectories", run_id))
 
 
-def decode_trajectories(body: bytes, key: str, row_group: int | None = None) -> list[Trajectory]:
-    """The trajectories of a file, or of one row group of a compacted one, in its order. `key` is for the message.
+def decode_trajectories(body: bytes, key: str) -> list[Trajectory]:
+    """The trajectories of a file, in its order. `key` is for the message.
 
     Raises:
         ShardCorruptError: `body` is no trajectories file of this schema version.
     """
-    rows = _Rows(body, key, "trajectories", row_group)
+    rows = _Rows(body, key, "trajectories")
     try:
         return [_trajectory(rows, row) for row in range(rows.num_rows)]
     except (ValueError, KeyError, IndexError, TypeError, ShapeError) as exc:
@@ -76,7 +75,7 @@ def decode_candidates(body: bytes, key: str) -> dict[int, Candidates]:
     Raises:
         ShardCorruptError: `body` is no candidates file of this schema version.
     """
-    rows = _Rows(body, key, "candidates", None)
+    rows = _Rows(body, key, "candidates")
     try:
         return {rows.values["index"][row]: _candidates(rows, row) for row in range(rows.num_rows)}
     except (ValueError, KeyError, IndexError, TypeError, ShapeError) as exc:
@@ -112,15 +111,15 @@ def encode_scores(scores: Sequence[TeacherScores], run_id: str, topk_precision: 
     return _write("scores", values, shard_schema("scores", run_id, topk_precision))
 
 
-def decode_scores(body: bytes, key: str, row_group: int | None = None) -> list[TeacherScores]:
-    """The scores of a file, or of one row group of a compacted one, in its order. `key` is for the message.
+def decode_scores(body: bytes, key: str) -> list[TeacherScores]:
+    """The scores of a file, in its order. `key` is for the message.
 
     float16 log-probs come back as float32.
 
     Raises:
         ShardCorruptError: `body` is no scores file of this schema version.
     """
-    rows = _Rows(body, key, "scores", row_group)
+    rows = _Rows(body, key, "scores")
     try:
         return [_scores(rows, row) for row in range(rows.num_rows)]
     except (ValueError, KeyError, IndexError, TypeError, ShapeError) as exc:
@@ -195,10 +194,10 @@ def _scores(rows: _Rows, row: int) -> TeacherScores:
 class _Rows:
     """The columns of one file: numbers and strings as Python lists, list columns as one array with offsets."""
 
-    def __init__(self, body: bytes, key: str, kind: str, row_group: int | None) -> None:
+    def __init__(self, body: bytes, key: str, kind: str) -> None:
         self._key, self._kind = key, kind
         try:
-            table = _read_table(body, row_group)
+            table = pq.ParquetFile(pa.BufferReader(body)).read(use_threads=False)
             metadata = table.schema.metadata or {}
             found = (metadata.get(b"kind", b"?").decode(), metadata.get(b"schema_version", b"?").decode())
             if found != (kind, str(SCHEMA_VERSION)):
@@ -236,22 +235,6 @@ class _Rows:
             f"{self._key} is not a {self._kind} file of schema version {SCHEMA_VERSION}: {reason}. Read it with the "
             "code version that wrote it (run.json names it), or restore the object."
         )
-
-
-def _read_table(body: bytes, row_group: int | None) -> Any:
-    if row_group is None:
-        return pq.ParquetFile(pa.BufferReader(body)).read(use_threads=False)
-    file = pq.ParquetFile(pa.BufferReader(body), metadata=_footer(body))
-    return file.read_row_group(row_group, use_threads=False)
-
-
-@lru_cache(maxsize=4)
-def _footer(body: bytes) -> Any:
-    """The parsed footer of a compacted file, which takes longer than reading one of its many row groups.
-
-    Bytes remember their hash, and storage.manifests hands out the same object for every shard of a file.
-    """
-    return pq.ParquetFile(pa.BufferReader(body)).metadata
 
 
 def _write(kind: str, values: dict[str, Any], schema: Any) -> bytes:

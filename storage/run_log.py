@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from asyncopd.errors import ObjectMissingError, ShapeError, ShardCorruptError
+from asyncopd.errors import ShapeError, ShardCorruptError
 from asyncopd.types import IndexRange, Manifest, TeacherScores, Trajectory
 from storage.claims import ClaimLog
 from storage.events import ArrivalLog, ObservationLog, RunStateLog
 from storage.layout import RunLayout, decode_name, new_nonce, parse_shard
 from storage.learner_log import LearnerLog, Lineage
-from storage.manifests import ROW_GROUP, ShardBodies, find_manifest, publish, read_manifest, read_objects, what_to_do
+from storage.manifests import find_manifest, publish, read_manifest, read_objects, read_shard, what_to_do
 from storage.parquet import decode_scores, decode_trajectories, encode_scores, encode_trajectories
 from storage.policies import PolicyLog
 from storage.records import from_json
@@ -43,7 +43,6 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
         self.run_id = run_id
         self._topk_precision: TopkPrecision = topk_precision
         self._record: Mapping[str, Any] | None = None
-        self._bodies = ShardBodies()
         PolicyLog.__init__(self)
         ArrivalLog.__init__(self)
         ClaimLog.__init__(self, clock)
@@ -69,7 +68,7 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
             ShardCorruptError: the data is not what the manifest promises.
         """
         key, manifest, data_key, body = self._read_shard(self.layout.trajectories, shard)
-        trajectories = decode_trajectories(body, data_key, manifest.facts.get(ROW_GROUP))
+        trajectories = decode_trajectories(body, data_key)
         check_rows(key, manifest, shard, [trajectory.index for trajectory in trajectories])
         return trajectories
 
@@ -112,7 +111,7 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
         Raises as `read_trajectories` does.
         """
         key, manifest, data_key, body = self._read_shard(self.layout.scores(teacher), shard)
-        scores = decode_scores(body, data_key, manifest.facts.get(ROW_GROUP))
+        scores = decode_scores(body, data_key)
         check_rows(key, manifest, shard, [row.index for row in scores])
         return scores
 
@@ -192,15 +191,7 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
         """(manifest key, manifest, data key, verified data) of one shard."""
         key = self.layout.shard_manifest(folder, shard)
         manifest = read_manifest(self.store, key)
-        while True:
-            try:
-                return key, manifest, *self._bodies.read(self.store, key, manifest)
-            except ObjectMissingError:
-                # Compaction may have pointed the manifest elsewhere since we read it.
-                newer = read_manifest(self.store, key)
-                if newer == manifest:
-                    raise
-                manifest = newer
+        return key, manifest, *read_shard(self.store, key, manifest)
 
     def _shards(self, folder: str) -> list[IndexRange]:
         keys = self.store.folder(folder).keys

@@ -340,25 +340,3 @@ def test_token_ids_read_as_the_tasks_own_tokenizer_shows_them() -> None:
         "noise",
         "state",
     )
-
-
-def test_of_an_object_that_holds_several_shards_only_the_rows_of_named_shards_are_seen(tmp_path: Path) -> None:
-    # As compaction leaves it: one object, a row group for each shard, and manifests that name object and row group.
-    log = fresh_log("file", tmp_path)
-    tables = [
-        pq.read_table(pa.BufferReader(encode_trajectories(make_trajectories(shard), log.run_id)))
-        for shard in (FIRST, SECOND)
-    ]
-    body = pa.BufferOutputStream()
-    pq.write_table(pa.concat_tables(tables), body, row_group_size=4)
-    folder = log.layout.trajectories
-    data_key = log.layout.shard_object(folder, IndexRange(0, 8))
-    for row_group, shard in enumerate((FIRST, SECOND)):
-        key, objects = log.layout.shard_manifest(folder, shard), {data_key: bytes(body.getvalue())}
-        facts = {"num_rows": 4, "row_group": row_group}
-        publish(log.store, key, objects, kind="trajectories", worker="maintain", facts=facts)
-    catalog = Catalog(log.store)
-    sql = "SELECT shard, min(index), count(*) FROM trajectories GROUP BY shard ORDER BY shard"
-    assert ask(catalog, sql) == [("000000-000003", 0, 4), ("000004-000007", 4, 4)]
-    quarantine(log.store, log.layout.shard_manifest(folder, SECOND))
-    assert ask(catalog, sql) == [("000000-000003", 0, 4)]

@@ -80,13 +80,6 @@ def test_collect_prints_bytes_and_removes_nothing_in_a_dry_run(
     assert "removed 0 objects, 0 bytes" in text
 
 
-def test_compact_says_what_it_merged(log: StoredRunLog, capsys: pytest.CaptureFixture[str]) -> None:
-    status, text = maintain(capsys, "compact", "run", "--root", log.store.url)
-    assert status == 0
-    assert "merged 16 shards into 2 objects" in text
-    assert f"asyncopd maintain collect run --root {log.store.url}" in text
-
-
 def test_quarantine_says_what_follows(log: StoredRunLog, capsys: pytest.CaptureFixture[str]) -> None:
     key = log.layout.checkpoint_manifest(4, 0)
     status, text = maintain(capsys, "quarantine", key, "--root", log.store.url)
@@ -122,7 +115,7 @@ from flows.maintain import maintain
 with prefect_test_harness():
     state = asyncio.run(maintain("audit", "run", sys.argv[1], return_state=True))
     print(state.type.value, state.message)
-    state = asyncio.run(maintain("compact", "run", sys.argv[1], return_state=True))
+    state = asyncio.run(maintain("collect", "run", sys.argv[1], return_state=True))
     print(state.type.value)
 """
     ended = subprocess.run(

@@ -14,7 +14,6 @@ from storage_builders import STORE_KINDS, fresh_store, make_evaluation, make_wei
 from asyncopd.config.schema import KeepCheckpoints, KeepPolicies, KeepShards, Retention
 from asyncopd.errors import AsyncOPDError, ObjectMissingError, StorageError
 from asyncopd.types import IndexRange, PolicyVersion
-from storage.compact import compact_run
 from storage.maintain.audit import audit_run
 from storage.maintain.collect import collect_run, what_to_keep
 from storage.run_log import StoredRunLog
@@ -194,16 +193,6 @@ def test_young_things_stay_whatever_the_policy() -> None:
     assert log.store.list("runs") == before
 
 
-def test_a_compacted_object_goes_when_the_last_of_its_shards_does() -> None:
-    log = memory_log()
-    train(log, 0, 10)
-    compact_run(log.store, log.run_id, max_rows=16)
-    collect(log, policy(checkpoints=2, steps=3))
-    for shard in log.trajectory_shards()[12:]:
-        log.read_trajectories(shard)
-    assert audit_run(log.store, log.run_id, grace_s=0, recheck_s=0).is_clean
-
-
 histories = st.lists(
     # (steps the learner gets on before it stops, how many checkpoints it then goes back)
     st.tuples(st.integers(1, 7), st.integers(0, 3)),
@@ -221,9 +210,9 @@ policies = st.builds(
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(histories, st.integers(1, 4), st.lists(policies, min_size=1, max_size=2), st.booleans())
+@given(histories, st.integers(1, 4), st.lists(policies, min_size=1, max_size=2))
 def test_what_is_kept_can_always_be_resumed_and_replayed(
-    history: list[tuple[int, int]], checkpoint_every: int, retentions: list[Retention], is_compacted: bool
+    history: list[tuple[int, int]], checkpoint_every: int, retentions: list[Retention]
 ) -> None:
     log = memory_log(checkpoint_every)
     state = 0
@@ -235,8 +224,6 @@ def test_what_is_kept_can_always_be_resumed_and_replayed(
     train(log, state, state + 3, rewind=len(history), checkpoint_every=checkpoint_every)
     num_steps = state + 3
     latest = log.latest_policy()
-    if is_compacted:
-        compact_run(log.store, log.run_id, max_rows=8)
     for retention in retentions:
         collect(log, retention)
 

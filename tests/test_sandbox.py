@@ -278,8 +278,8 @@ def test_a_query_whose_caller_stops_reading_is_ended() -> None:
     assert query._child.poll() is not None
 
 
-def test_a_file_that_was_merged_away_is_looked_up_again(tmp_path: Path) -> None:
-    # As compaction does it: the manifest names another object from now on, and the old one is gone.
+def test_a_file_that_was_replaced_is_looked_up_again(tmp_path: Path) -> None:
+    # As when a shard was made again: the manifest names another object from now on, and the old one is gone.
     from test_catalog import FIRST, publish_shard
 
     log = fresh_log("file", tmp_path)

@@ -69,7 +69,6 @@ FAMILIES = {
     ("Questions to stored runs", "maintain", "Verify, clean and mend stored runs (docs/maintenance.md)."): {
         "maintain:audit": "Verify every object of a run; status 1 when something is wrong.",
         "maintain:collect": "Remove garbage and what the run's retention policy lets go.",
-        "maintain:compact": "Merge small shards into larger objects.",
         "maintain:quarantine": "Set a corrupt object aside, and say what follows.",
     },
     ("This machine", "token", "Create, list or revoke tokens of the service."): {

@@ -1,4 +1,4 @@
-"""`asyncopd maintain audit | collect | compact | quarantine`: what they print."""
+"""`asyncopd maintain audit | collect | quarantine`: what they print."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from asyncopd.cli import Root
-from storage.compact import MAX_ROWS, compact_run
 from storage.layout import run_of
 from storage.maintain.audit import GRACE_S, audit_run
 from storage.maintain.collect import collect_run
@@ -67,33 +66,6 @@ def collect(
     store = open_store(root)
     report = collect_run(store, find_run(store, run_id), grace_s=grace_s, dry_run=dry_run)
     _print(report.to_dict() if json_ else report.to_text())
-    return 0
-
-
-def compact(
-    run_id: str,
-    /,
-    *,
-    root: Root = "runs",
-    json_: Json = False,
-    dry_run: bool = False,
-    max_rows: int = MAX_ROWS,
-) -> int:
-    """Merge small shards.
-
-    Args:
-        run_id: The run; it may be running.
-        dry_run: Only say what would be merged.
-        max_rows: Rows per object.
-    """
-    store = open_store(root)
-    report = compact_run(store, find_run(store, run_id), max_rows=max_rows, dry_run=dry_run)
-    verb = "would merge" if report.dry_run else "merged"
-    sizes = f", {report.bytes_before:,} -> {report.bytes_after:,} bytes" if report.bytes_after else ""
-    text = f"{verb} {report.num_shards} shards into {report.num_objects} objects{sizes}"
-    if report.bytes_after:
-        text += f"\nthe replaced objects go with: asyncopd maintain collect {run_id} --root {store.url}"
-    _print(report.to_dict() if json_ else text)
     return 0
 
 

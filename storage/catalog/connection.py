@@ -114,7 +114,6 @@ def _dataset(relation: Relation, files: Sequence[DataFile], place: Place) -> Any
             place.path(file.key),
             filesystem,
             partition_expression=reduce(and_, (ds.field(name) == value for name, value in _constants(file).items())),
-            row_groups=None if file.row_group is None else [file.row_group],
         )
         for file in files
     ]
@@ -162,8 +161,6 @@ class DataFile:
     key: str
     run: str
     shard: str
-    row_group: int | None = None
-    """The shard's rows where one object holds several shards; None for the whole object."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Column -> its value in every row: what the folder says of scores, and their rows do not."""
 

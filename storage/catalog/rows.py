@@ -185,7 +185,7 @@ class RunRecords:
     def _files(self, shards: Iterable[tuple[str, IndexRange, Manifest]], stage: str) -> list[DataFile]:
         own = self._teacher(self._log.record.get("config") or {})
         return [
-            DataFile(key, self.run_id, shard.name, manifest.facts.get("row_group"), _labels(folder, own, manifest))
+            DataFile(key, self.run_id, shard.name, _labels(folder, own, manifest))
             for folder, shard, manifest in shards
             if bool(folder) == (stage == "score")
             for key in manifest.objects

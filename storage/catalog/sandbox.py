@@ -72,7 +72,7 @@ class Sandbox:
         try:
             return self.start(sql, parameters, limits=limits, as_of=as_of).result()
         except FileGoneError:
-            # Files were merged or quarantined since their manifest was read: look again, once.
+            # Files were collected or quarantined since their manifest was read: look again, once.
             self.catalog.forget()
             return self.start(sql, parameters, limits=limits, as_of=as_of).result()
 
@@ -138,7 +138,7 @@ def _request(snapshot: Snapshot, sql: str, parameters: Mapping[str, Any], limits
         "sql": sql,
         "parameters": dict(parameters),
         "files": {
-            name: [(file.key, file.run, file.shard, file.row_group, file.labels) for file in files]
+            name: [(file.key, file.run, file.shard, file.labels) for file in files]
             for name, files in snapshot.files.items()
         },
         "place": asdict(snapshot.place),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from storage.layout import parse, parse_shard, parse_version, shared_key
 from storage.maintain.checks import DataChecks, check_conservation, check_lineage
 from storage.maintain.findings import AuditReport, Finding, Mend
-from storage.manifests import REMOVED, REPLACED
+from storage.manifests import REMOVED
 from storage.run_view import MANIFESTS, RunView
 from storage.stores.base import ObjectStore
 
@@ -129,11 +129,10 @@ def _said(kind: str, value: object) -> object:
 def _check_garbage(snapshot: RunView, mend: Mend, grace_s: float) -> Iterator[Finding]:
     """Data that no manifest names, and files that killed writers left half-written."""
     oldest = time.time() - grace_s
-    replaced = {m.facts[REPLACED]["key"] for m in snapshot.manifests.values() if REPLACED in m.facts}
     # What a manifest that cannot be read names is unknown, so nothing is an orphan for certain.
     is_certain = not any(parse(key).kind in MANIFESTS for key in snapshot.broken)
     for key, entry in snapshot.entries.items() if is_certain else ():
-        known = key in snapshot.references or key in snapshot.set_aside or key in replaced
+        known = key in snapshot.references or key in snapshot.set_aside
         if parse(key).kind == "data" and not known and entry.modified <= oldest:
             found = f"{entry.size_bytes} bytes that no manifest names"
             yield Finding("orphan", key, "a manifest that promises it", found, mend.collect())

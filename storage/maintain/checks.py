@@ -18,7 +18,7 @@ from storage.layout import parse, parse_shard, parse_version
 from storage.learner_log import possible_rewinds
 from storage.maintain.findings import Finding, Mend
 from storage.maintain.ledger import Ledger, events_of
-from storage.manifests import REMOVED, ROW_GROUP, find_manifest, sha256
+from storage.manifests import REMOVED, find_manifest, sha256
 from storage.parquet import decode_scores, decode_trajectories
 from storage.run_log import check_rows
 from storage.run_view import RunView
@@ -104,7 +104,7 @@ class DataChecks:
         assert shard is not None
         decode = decode_trajectories if manifest.kind == "trajectories" else decode_scores
         try:
-            rows: list[Any] = list(decode(body, key, manifest.facts.get(ROW_GROUP)))
+            rows: list[Any] = list(decode(body, key))
             check_rows(manifest_key, manifest, shard, [row.index for row in rows])
         except AsyncOPDError as error:
             yield Finding(

@@ -1,4 +1,4 @@
-"""Removes what nobody needs: garbage of killed writers, what compaction replaced, and what retention lets go.
+"""Removes what nobody needs: garbage of killed writers, and what retention lets go.
 
     snapshot --> garbage --> manifests that appeared meanwhile? --> removal record --> manifests --> data
 
@@ -25,7 +25,7 @@ from asyncopd.errors import StorageError
 from asyncopd.types import IndexRange, Manifest, PolicyVersion, Removal
 from storage.layout import parse, parse_shard, parse_version
 from storage.learner_log import survives
-from storage.manifests import REMOVED, REPLACED, ROW_GROUP, find_manifest, read_objects
+from storage.manifests import REMOVED, find_manifest, read_objects
 from storage.records import to_json
 from storage.run_view import MANIFESTS, RunView
 from storage.stores.base import ObjectStore
@@ -41,7 +41,7 @@ class Garbage:
     key: str
     size_bytes: int
     reason: str
-    """`orphan`, `temporary`, `replaced`, `quarantine`, `retention` or `superseded`."""
+    """`orphan`, `temporary`, `quarantine`, `retention` or `superseded`."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,7 @@ def collect_run(
 
 def empty_shard(store: ObjectStore, key: str, manifest: Manifest, *, reason: str, advice: str, now: float) -> None:
     """Replace a shard's manifest by one without data: its counts stay, reading it raises, and nobody makes it again."""
-    dropped = (ROW_GROUP, REPLACED)
-    facts = {name: value for name, value in manifest.facts.items() if name not in dropped}
-    facts[REMOVED] = {"reason": reason, "at": now, "advice": advice}
+    facts = {**manifest.facts, REMOVED: {"reason": reason, "at": now, "advice": advice}}
     store.put(key, to_json(replace(manifest, objects={}, facts=facts)))
 
 
@@ -207,20 +205,15 @@ def _removable_shards(snapshot: RunView, kept: Kept, oldest: float) -> dict[str,
 
 def _unreferenced(snapshot: RunView, policy: Retention, oldest: float, now: float) -> Iterator[tuple[str, str]]:
     """(data key, reason) of data that no manifest of the run names."""
-    replaced = {
-        m.facts[REPLACED]["key"]: m.facts[REPLACED]["at"] for m in snapshot.manifests.values() if REPLACED in m.facts
-    }
     for key, entry in snapshot.entries.items():
         if parse(key).kind != "data" or key in snapshot.references:
             continue
-        # A reader may hold the manifest that named it until a moment ago: the grace counts from its replacement.
-        unused_since = max(entry.modified, replaced.get(key, 0.0))
         if key in snapshot.set_aside:
             since = snapshot.entries[snapshot.set_aside[key]].modified
             if since <= now - policy.quarantine_s:
                 yield key, "quarantine"
-        elif unused_since <= oldest:
-            yield key, "replaced" if key in replaced else "orphan"
+        elif entry.modified <= oldest:
+            yield key, "orphan"
 
 
 def _freed(snapshot: RunView, going: Mapping[str, str]) -> Iterator[tuple[str, str]]:
