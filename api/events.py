@@ -215,13 +215,8 @@ def frame_of(event: Event) -> bytes:
 
 KEEP_ALIVE_S = 15.0
 """A silent stream says so this often: proxies close silent connections."""
-PER_CLIENT_S = 0.005
-"""Between two looks, for each client: telling one takes about 0.1 ms, so all together take a fiftieth of a core."""
 MAX_FRAMES = 256
 """Events in one write: what a client that begins late has waiting at most, about 200 kB."""
-
-FEW = 16
-"""Events of which nobody notices the writing."""
 
 
 class _Tail:
@@ -251,7 +246,6 @@ class Hub:
         self._reader, self._poll_s = reader, poll_s
         self._feeds: WeakKeyDictionary[RunView, Feed] = WeakKeyDictionary()
         self._tails: dict[str, _Tail] = {}
-        self._turn = asyncio.Lock()
 
     async def feed(self, view: RunView) -> Feed:
         """A run's feed, up to what `view` has read."""
@@ -278,10 +272,6 @@ class Hub:
                     place = feed.start(cursor)
                 is_silent = not is_last
                 while place < len(feed):
-                    if len(feed) - place > FEW:
-                        # One a time round the loop: hundreds that begin at once would keep it from everybody else.
-                        async with self._turn:
-                            await asyncio.sleep(0)
                     frames, place = feed.after(cursor, place, MAX_FRAMES)
                     if frames:
                         is_silent = False
@@ -306,7 +296,7 @@ class Hub:
                 if await run_in_threadpool(self._look, run_id, tail) or time.monotonic() - told > KEEP_ALIVE_S:
                     tail.wake()
                     told = time.monotonic()
-                await asyncio.sleep(0 if tail.end else max(self._poll_s, PER_CLIENT_S * tail.num_clients))
+                await asyncio.sleep(0 if tail.end else self._poll_s)
         except Exception as error:
             # Whoever listens gets it; a task's own exception would reach nobody.
             tail.error = error

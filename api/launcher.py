@@ -41,27 +41,9 @@ class RunLauncher:
         self._reader, self._root, self._configs = reader, root, configs
         self._launches: LaunchLog = reader.launches
 
-    def config_names(self) -> list[str]:
-        """Names that `config_name` may have, sorted."""
-        return sorted(path.stem for path in self._configs.glob("*.yaml"))
-
-    def config(self, name: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-        """A configuration by name. Raises ProblemError when the folder holds none of that name."""
-        return load_config(self.path(name), overrides)
-
     def files(self) -> tuple[tuple[Path, int], ...]:
         """Every configuration's file with the time of its last change, ns."""
         return tuple((path, path.stat().st_mtime_ns) for path in sorted(self._configs.glob("*.yaml")))
-
-    def path(self, name: str) -> Path:
-        """The file of a configuration. Raises ProblemError when the folder holds none of that name."""
-        # Looked up in the listing, never joined into a path: a name cannot lead out of the folder.
-        found = next((path for path in self._configs.glob("*.yaml") if path.stem == name), None)
-        if found is None:
-            raise ProblemError(
-                422, "no-such-config", f"There is no configuration {name!r}. Expected one of {self.config_names()}."
-            )
-        return found
 
     def create(self, asked: RunCreate, idempotency_key: str | None) -> Launched:
         """Launch a run.
@@ -144,7 +126,17 @@ class RunLauncher:
         if root != self._root:
             raise ConfigError(f"storage.root: this service keeps its runs in {self._root}. Leave storage.root out.")
         overrides = {**asked.overrides, "storage.root": self._root}
-        return load_config(asked.config, overrides) if asked.config else self.config(str(asked.config_name), overrides)
+        if asked.config is not None:
+            return load_config(asked.config, overrides)
+        # Looked up in the listing, never joined into a path: a name cannot lead out of the folder.
+        paths = {path.stem: path for path, _ in self.files()}
+        if asked.config_name not in paths:
+            raise ProblemError(
+                422,
+                "no-such-config",
+                f"There is no configuration {asked.config_name!r}. Expected one of {list(paths)}.",
+            )
+        return load_config(paths[asked.config_name], overrides)
 
     def _check_same(self, run_id: str, body: Mapping[str, Any], idempotency_key: str | None) -> None:
         launch = self._launches.find_launch(run_id)

@@ -5,7 +5,6 @@ size --> 413     rate --> 429     another site's page, or a foreign Host on loop
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import OrderedDict
 from urllib.parse import urlsplit
@@ -40,7 +39,6 @@ class Limits:
     def __init__(self, app: ASGIApp, settings: ServiceSettings) -> None:
         self._app, self._settings = app, settings
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-        self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,10 +55,6 @@ class Limits:
         if refusal is not None:
             await refusal(scope, receive, send_with_headers)
             return
-        if scope["path"].endswith("/events/stream"):
-            # One a time round the loop: after a restart hundreds come back at once, and reads must not wait for them.
-            async with self._turn:
-                await asyncio.sleep(0)
         await self._app(scope, self._counted(receive), send_with_headers)
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:

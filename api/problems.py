@@ -6,7 +6,7 @@ AsyncOPDError of any kind --_KINDS--> status and type      HTTPException, valida
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -41,6 +41,7 @@ _KINDS: tuple[tuple[type[AsyncOPDError], int, str], ...] = (
     (StackError, 503, "prefect-refused"),
     (StorageError, 503, "storage-away"),
 )
+_HTTP_KINDS = {400: "not-readable", 404: "no-such-resource", 405: "no-such-method", 413: "body-too-large"}
 
 
 class ProblemError(Exception):
@@ -71,15 +72,11 @@ def problem_response(
     detail: str,
     *,
     headers: dict[str, str] | None = None,
-    errors: list[dict[str, Any]] = (),  # type: ignore[assignment]
+    errors: Sequence[dict[str, Any]] = (),
 ) -> JSONResponse:
-    body = Problem(
-        type=f"urn:asyncopd:problem:{kind}",
-        title=HTTPStatus(status).phrase,
-        status=status,
-        detail=detail,
-        errors=list(errors),
-    )
+    """One problem on the wire; `kind` and `detail` as ProblemError has them."""
+    title = HTTPStatus(status).phrase
+    body = Problem(type=f"urn:asyncopd:problem:{kind}", title=title, status=status, detail=detail, errors=[*errors])
     return JSONResponse(body.model_dump(), status, headers=headers, media_type=MEDIA_TYPE)
 
 
@@ -87,7 +84,7 @@ def install(app: FastAPI) -> None:
     """Give every error of `app` the one shape."""
     app.add_exception_handler(ProblemError, _of_problem)  # type: ignore[arg-type]
     app.add_exception_handler(AsyncOPDError, _of_ours)  # type: ignore[arg-type]
-    app.add_exception_handler(HTTPException, _http_handler(app))  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _of_http)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _of_validation)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _of_bug)
     make = app.openapi
@@ -118,55 +115,34 @@ async def _of_ours(_: Request, error: AsyncOPDError) -> JSONResponse:
 
 
 async def _of_validation(request: Request, error: RequestValidationError) -> JSONResponse:
-    errors = [
-        {"where": "/".join(str(part) for part in problem["loc"]), "message": problem["msg"]}
-        for problem in error.errors()
-    ]
-    # A body that is no JSON at all is the client's syntax, not its values.
-    is_syntax = any(problem["type"] == "json_invalid" for problem in error.errors())
+    found = error.errors()
+    errors = [{"where": "/".join(str(part) for part in one["loc"]), "message": one["msg"]} for one in found]
     detail = "; ".join(f"{entry['where']}: {entry['message']}" for entry in errors[:5])
+    # A body that is no JSON at all is the client's syntax, not its values.
+    is_syntax = any(one["type"] == "json_invalid" for one in found)
     if is_syntax:
-        found = error.errors()[0]
-        detail = f"Its body is no JSON: {found['ctx']['error']} at character {found['loc'][-1]}. Send a JSON object."
-    if any(problem["loc"] == ("body",) for problem in error.errors()) and "json" not in request.headers.get(
-        "content-type", ""
-    ):
+        detail = (
+            f"Its body is no JSON: {found[0]['ctx']['error']} at character {found[0]['loc'][-1]}. Send a JSON object."
+        )
+    is_json = "json" in request.headers.get("content-type", "")
+    if not is_json and any(one["loc"] == ("body",) for one in found):
         detail += ". Send a JSON object with the header Content-Type: application/json."
-    return problem_response(
-        400 if is_syntax else 422,
-        "not-json" if is_syntax else "not-valid",
-        f"The request cannot be used. {detail}",
-        errors=errors,
-    )
+    status, kind = (400, "not-json") if is_syntax else (422, "not-valid")
+    return problem_response(status, kind, f"The request cannot be used. {detail}", errors=errors)
 
 
-def _http_handler(app: FastAPI) -> Callable[[Request, HTTPException], Awaitable[JSONResponse]]:
-    async def of_http(request: Request, error: HTTPException) -> JSONResponse:
-        headers = dict(error.headers or {})
-        detail = str(error.detail)
-        if error.status_code == 404:
-            detail = f"There is nothing at {request.url.path}. The resources are listed at /openapi.json."
-        if error.status_code == 405:
-            # Starlette names the methods of the first matching route only.
-            headers["Allow"] = ", ".join(sorted(_methods(app, request)))
-            detail = f"{request.method} is not possible on {request.url.path}; possible: {headers['Allow']}."
-        kind = {
-            404: "no-such-resource",
-            405: "no-such-method",
-            400: "not-readable",
-            413: "body-too-large",
-        }.get(error.status_code, "refused")
-        return problem_response(error.status_code, kind, detail, headers=headers)
-
-    return of_http
-
-
-def _methods(app: FastAPI, request: Request) -> set[str]:
-    methods: set[str] = set()
-    for route in app.routes:
-        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
-            methods |= route.methods or set()
-    return methods
+async def _of_http(request: Request, error: HTTPException) -> JSONResponse:
+    headers = dict(error.headers or {})
+    detail = str(error.detail)
+    if error.status_code == 404:
+        detail = f"There is nothing at {request.url.path}. The resources are listed at /openapi.json."
+    if error.status_code == 405:
+        # Starlette names the methods of the first matching route only.
+        routes = [route for route in request.app.routes if isinstance(route, Route)]
+        matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+        headers["Allow"] = ", ".join(sorted({method for route in matching for method in route.methods or ()}))
+        detail = f"{request.method} is not possible on {request.url.path}; possible: {headers['Allow']}."
+    return problem_response(error.status_code, _HTTP_KINDS.get(error.status_code, "refused"), detail, headers=headers)
 
 
 async def _of_bug(request: Request, error: Exception) -> JSONResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 from typing import Annotated
 
@@ -78,33 +79,22 @@ def get_run_config(fold: Fold) -> RunConfigOut:
     return RunConfigOut(config=fold.config.model_dump(mode="json"), changes=changes)
 
 
-@router.post(
-    "/{run_id}/cancel",
-    status_code=202,
-    dependencies=[Launcher],
-    operation_id="cancel_run",
-    responses=responses(404, 409),
-)
+_order = partial(router.post, status_code=202, dependencies=[Launcher], responses=responses(404, 409))
+
+
+@_order("/{run_id}/cancel", operation_id="cancel_run")
 def cancel_run(run_id: RunId, launches: Launches) -> Run:
     """Stop every role within ten seconds. Nothing stored is lost; `resume` goes on."""
     return launches.stop(run_id, "cancelled")
 
 
-@router.post(
-    "/{run_id}/pause", status_code=202, dependencies=[Launcher], operation_id="pause_run", responses=responses(404, 409)
-)
+@_order("/{run_id}/pause", operation_id="pause_run")
 def pause_run(run_id: RunId, launches: Launches) -> Run:
     """As cancel, and says that somebody means to go on."""
     return launches.stop(run_id, "paused")
 
 
-@router.post(
-    "/{run_id}/resume",
-    status_code=202,
-    dependencies=[Launcher],
-    operation_id="resume_run",
-    responses=responses(404, 409),
-)
+@_order("/{run_id}/resume", operation_id="resume_run")
 def resume_run(run_id: RunId, launches: Launches) -> Run:
     """Go on with a paused, cancelled or failed run, from its newest checkpoint."""
     return launches.resume(run_id)

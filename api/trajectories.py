@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from fastapi import APIRouter, Path, Query
@@ -19,15 +16,15 @@ from api.schemas import Alternative, Token, TrajectoryOut, TrajectoryPage, Traje
 from asyncopd.config import RunConfig
 from asyncopd.ports import Task, Tokenizer
 from asyncopd.tasks.build import build_task
-from asyncopd.types import IndexRange, Manifest, TeacherScores, Trajectory
+from asyncopd.types import IndexRange, TeacherScores, Trajectory
+from storage.run_log import StoredRunLog
 from storage.run_view import RunView
 
 router = APIRouter(prefix="/v1/runs/{run_id}/trajectories", tags=["trajectories"], dependencies=[Reader])
 MAX_SHARDS_READ = 50
 """A page whose filter matches nothing ends after so many shards, with a cursor to go on from."""
-MAX_ROWS = 2_000
-"""Rows of a run that stay decoded: what pages show first; about 2 MB."""
-_building = threading.Lock()
+MAX_DECODED = 64
+"""Shards that stay decoded: what pages show first."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +54,6 @@ class Filter:
             and (self.correct is None or summary.correct is self.correct)
             and (not self.group or summary.group == self.group)
         )
-
-
-_Known = OrderedDict[IndexRange, tuple[tuple[Manifest | None, Manifest | None], Sequence[Row]]]
-_rows: WeakKeyDictionary[RunView, _Known] = WeakKeyDictionary()
 
 
 @router.get("", operation_id="list_trajectories", responses=responses(404))
@@ -115,7 +108,10 @@ def trajectory_of(fold: RunView, index: int) -> TrajectoryOut:
         raise ProblemError(
             404, "no-such-trajectory", f"Index {index} of run {fold.log.run_id} is not produced yet, or was dropped."
         )
-    scores = _scores_of(fold, shard).get(index)
+    teacher = fold.config.teacher.name
+    has_scores = fold.log.find_scores(teacher, shard) is not None
+    found = fold.log.read_scores(teacher, shard) if has_scores else ()
+    scores = next((scores for scores in found if scores.index == index), None)
     tokenizer = task_of(fold.config).tokenizer
     step = next((s for s in fold.history.steps if index in s.indices.indices), None)
     return TrajectoryOut(
@@ -123,7 +119,7 @@ def trajectory_of(fold: RunView, index: int) -> TrajectoryOut:
         prompt=tokenizer.decode(trajectory.prompt_ids.tolist()),
         response=tokenizer.decode(trajectory.response_ids.tolist()),
         tokens=list(_tokens(trajectory, scores, tokenizer)),
-        teacher=fold.config.teacher.name,
+        teacher=teacher,
         teacher_top_of="head" if scores is not None and not scores.topk_ids_TK.size else "topk",
         trained_at_step=step.step if step else None,
         staleness=step.step - trajectory.version_first if step else None,
@@ -132,8 +128,7 @@ def trajectory_of(fold: RunView, index: int) -> TrajectoryOut:
 
 def task_of(config: RunConfig) -> Task:
     """The task of a run, for its tokenizer; built once per configuration."""
-    with _building:
-        return _task_of(config.task.model_dump_json(), config.seed)
+    return _task_of(config.task.model_dump_json(), config.seed)
 
 
 @lru_cache(maxsize=16)
@@ -148,31 +143,22 @@ def _task_of(task: str, seed: int) -> Task:
     return build_task(config, seed=seed, tokenizer=None)
 
 
-def _rows_of(fold: RunView, shard: IndexRange) -> Sequence[Row]:
+def _rows_of(view: RunView, shard: IndexRange) -> Sequence[Row]:
     """The rows of a shard, decoded once: its manifests say whether it is still the same."""
-    manifests = (fold.log.find_trajectories(shard), fold.log.find_scores(fold.config.teacher.name, shard))
-    known = _rows.setdefault(fold, OrderedDict())
-    with _building:
-        if shard in known and known[shard][0] == manifests:
-            known.move_to_end(shard)
-            return known[shard][1]
-    scores = _scores_of(fold, shard)
-    rows = [
+    log, teacher = view.log, view.config.teacher.name
+    manifests = (log.find_trajectories(shard), log.find_scores(teacher, shard))
+    return _decoded(log, teacher, shard, *(found and found.created for found in manifests))
+
+
+@lru_cache(MAX_DECODED)
+def _decoded(
+    log: StoredRunLog, teacher: str, shard: IndexRange, produced: float | None, scored: float | None
+) -> Sequence[Row]:
+    scores = {} if scored is None else {found.index: found for found in log.read_scores(teacher, shard)}
+    return [
         Row(_summary(trajectory, scores.get(trajectory.index)), frozenset(r.version for r in trajectory.version_runs))
-        for trajectory in fold.log.read_trajectories(shard)
+        for trajectory in log.read_trajectories(shard)
     ]
-    with _building:
-        known[shard] = (manifests, rows)
-        while sum(len(rows) for _, rows in known.values()) > MAX_ROWS:
-            known.popitem(last=False)
-    return rows
-
-
-def _scores_of(fold: RunView, shard: IndexRange) -> dict[int, TeacherScores]:
-    teacher = fold.config.teacher.name
-    if fold.log.find_scores(teacher, shard) is None:
-        return {}
-    return {scores.index: scores for scores in fold.log.read_scores(teacher, shard)}
 
 
 def _summary(trajectory: Trajectory, scores: TeacherScores | None) -> TrajectorySummary:

@@ -8,20 +8,17 @@ import math
 import random
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from service_world import DONE, LIVE, client_of, make_root, served, settings_of
-from starlette.types import Receive, Scope, Send
 from synthetic_run import config_of, evaluation, new_log, train_step
 
 from api import events as hub
 from api import reader, views
 from api.events import Cursor, Feed, Hub
-from api.limits import Limits
 from api.main import create_app
 from api.reader import FRESH_S, RunReader
 from api.views import means, stretches
@@ -179,53 +176,6 @@ async def test_a_client_that_does_not_read_is_only_behind(log: StoredRunLog) -> 
     late = [frames async for frames in sleeper]
     assert b"".join(late).count(b"event: step") == b"".join(quick).count(b"event: step") == 600
     assert max(frames.count(b"\nid: ") for frames in (*quick, *late)) <= 256
-
-
-async def test_many_who_begin_at_once_leave_the_loop_to_others(log: StoredRunLog) -> None:
-    for number in range(300):
-        log.publish_step(train_step(number, finished=float(number)))
-    log.record_state("completed", by="flow")
-    watching = Hub(RunReader(log.store), poll_s=0.01)
-    num_writes, num_rounds = [], 0
-
-    async def follow() -> None:
-        async for _ in watching.stream(log.run_id, Cursor()):
-            num_writes.append(num_rounds)
-
-    clients = asyncio.gather(*(follow() for _ in range(50)))
-    while not clients.done():
-        await asyncio.sleep(0)
-        num_rounds += 1
-    late = [rounds for rounds in num_writes if rounds > num_writes[0]]
-    assert len(num_writes) == 50 * 4  # a silent line, 256 events, the rest, the end
-    assert max(Counter(late).values()) <= 5
-
-
-async def test_streams_that_come_at_once_begin_one_a_time_and_reads_pass_them(tmp_path: Path) -> None:
-    # After a restart two hundred came back in one round of the loop; a read waited 0.6 s for them.
-    began: list[tuple[str, int]] = []
-    num_rounds = 0
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        began.append((scope["path"], num_rounds))
-
-    async def ask(path: str) -> None:
-        scope = {"type": "http", "method": "GET", "path": path, "headers": [(b"host", b"127.0.0.1")]}
-        await limits(scope, nothing, nothing)
-
-    async def nothing(*_: Any) -> Any:
-        raise AssertionError("the stand-in neither reads nor answers")
-
-    limits = Limits(app, settings_of(str(tmp_path), tmp_path))
-    paths = [*["/v1/runs/x/events/stream"] * 20, *["/v1/runs/x/metrics"] * 5]
-    asking = asyncio.gather(*(ask(path) for path in paths))
-    while not asking.done():
-        await asyncio.sleep(0)
-        num_rounds += 1
-    reads = [rounds for path, rounds in began if path.endswith("metrics")]
-    streams = [rounds for path, rounds in began if path.endswith("stream")]
-    assert max(reads) <= min(streams)
-    assert max(Counter(streams).values()) == 1
 
 
 async def test_a_silent_stream_says_that_it_lives(log: StoredRunLog, monkeypatch: pytest.MonkeyPatch) -> None:
