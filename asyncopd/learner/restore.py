@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from asyncopd.errors import ConfigError, NonFiniteError
-from asyncopd.learner.stage import staleness_tokens
+from asyncopd.learner.statistics import staleness_tokens
 from asyncopd.learner.student import Student
 from asyncopd.ports import RunLog
 from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory

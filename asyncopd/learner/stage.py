@@ -9,31 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
 
 from asyncopd.config.recorded import CacheRequirements, check_cache
 from asyncopd.errors import NonFiniteError, SupersededError
 from asyncopd.learner.intake import Batch, intake_of
+from asyncopd.learner.statistics import batch_metrics, staleness_tokens
 from asyncopd.learner.student import Student
-from asyncopd.metrics import (
-    ACCURACY,
-    DROPPED_TRAJECTORIES,
-    HELD_TRAJECTORIES,
-    LR,
-    RESPONSE_TOKENS_MAX,
-    RESPONSE_TOKENS_MEAN,
-    SECONDS,
-    STALE_TRAJECTORIES,
-    STALENESS_MAX,
-    STALENESS_MEAN,
-    STOPPED,
-    TRAJECTORIES,
-    Metric,
-    recorded,
-)
+from asyncopd.metrics import LR, SECONDS, recorded
 from asyncopd.ports import RunLog
 from asyncopd.schedule import LEARNER_PLACE, Plan
 from asyncopd.types import Claim, PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
@@ -174,7 +157,11 @@ class LearnStage:
         self, step: int, version: PolicyVersion, batch: Batch, measured: Mapping[str, float], seconds: float
     ) -> TrainStep:
         staleness = staleness_tokens(batch.scored, learner_version=self._learner_version(step))
-        own = {SECONDS: seconds, LR: self._student.lr(step), **self._batch_metrics(step, batch, staleness)}
+        own = {
+            SECONDS: seconds,
+            LR: self._student.lr(step),
+            **batch_metrics(batch, learner_version=self._learner_version(step), max_staleness=self._plan.max_staleness),
+        }
         return TrainStep(
             step=step,
             rewind=self._rewind,
@@ -187,31 +174,3 @@ class LearnStage:
             dropped=batch.dropped,
             held=batch.held,
         )
-
-    def _batch_metrics(self, step: int, batch: Batch, staleness: Mapping[int, int]) -> dict[Metric, float]:
-        """What a step reports about its trajectories, trained or not."""
-        trajectories = [scored.trajectory for scored in batch.scored]
-        lengths = [len(trajectory.response_ids) for trajectory in trajectories]
-        bound, learner = self._plan.max_staleness, self._learner_version(step)
-        metrics = {
-            STALENESS_MEAN: sum(s * n for s, n in staleness.items()) / sum(lengths),
-            STALENESS_MAX: float(max(staleness)),
-            TRAJECTORIES: float(len(trajectories)),
-            STALE_TRAJECTORIES: float(sum(learner - t.version_oldest > bound for t in trajectories)),
-            DROPPED_TRAJECTORIES: float(len(batch.dropped)),
-            HELD_TRAJECTORIES: float(len(batch.held)),
-            RESPONSE_TOKENS_MEAN: sum(lengths) / len(lengths),
-            RESPONSE_TOKENS_MAX: float(max(lengths)),
-            STOPPED: float(np.mean([t.finish_reason == "stop" for t in trajectories])),
-        }
-        verified = [t.correct for t in trajectories if t.correct is not None]
-        return metrics | ({ACCURACY: float(np.mean(verified))} if verified else {})
-
-
-def staleness_tokens(batch: Sequence[ScoredTrajectory], learner_version: int) -> dict[int, int]:
-    """Staleness in versions -> number of response tokens: learner version at consumption − version that made them."""
-    counts: Counter[int] = Counter()
-    for scored in batch:
-        for run in scored.trajectory.version_runs:
-            counts[learner_version - run.version] += run.length
-    return dict(sorted(counts.items()))

@@ -1,8 +1,12 @@
-"""What every TrainStep reports, measured on the sampled tokens of the step under the weights it started from."""
+"""What every TrainStep reports: of its tokens, under the weights it started from, and of its trajectories.
+
+micro-batches of all ranks --StepStatistics--> per-token arrays --each metric's reduction--> one value per step
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -12,29 +16,15 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asyncopd import metrics as m
+from asyncopd.learner.intake import Batch
 from asyncopd.losses.contract import RowLosses
 from asyncopd.losses.rows import TokenRows
-from asyncopd.metrics import (
-    CLIPPED,
-    DRIFT,
-    ENTROPY,
-    ESS,
-    KL,
-    LOSS,
-    MASKED,
-    RATIO_MAX,
-    RATIO_P01,
-    RATIO_P50,
-    RATIO_P99,
-    SUPPORT_MASS_STUDENT,
-    SUPPORT_MASS_TEACHER,
-    TRUNCATED,
-    Metric,
-)
+from asyncopd.types import ScoredTrajectory
 
 T = TypeVar("T")
 
-_ALWAYS = (CLIPPED, MASKED, TRUNCATED)
+_ALWAYS = (m.CLIPPED, m.MASKED, m.TRUNCATED)
 """Reported by every step, 0 where the estimator has no correction that could do it."""
 
 
@@ -42,7 +32,7 @@ class StepStatistics:
     """Collects per-token arrays over the micro-batches of one optimizer step."""
 
     def __init__(self) -> None:
-        self._arrays: dict[Metric, list[NDArray[np.float32]]] = defaultdict(list)
+        self._arrays: dict[m.Metric, list[NDArray[np.float32]]] = defaultdict(list)
         self._log_ratios: list[NDArray[np.float32]] = []
         self._non_finite: set[int] = set()
 
@@ -55,12 +45,12 @@ class StepStatistics:
         """
         self._log_ratios.append(_on_cpu(logprobs_TJ[:, 0] - rows.behaviour_logprobs_T))
         own = {
-            LOSS: losses.loss_T,
-            # One draw per prefix from the sampling policy: unbiased for KL(p_old‖q) on its own responses.
-            KL: rows.behaviour_logprobs_T - rows.teacher_logprobs_T,
-            ENTROPY: entropy_T,
+            m.LOSS: losses.loss_T,
+            # One draw per prefix from the sampling policy: unbiased for m.KL(p_old‖q) on its own responses.
+            m.KL: rows.behaviour_logprobs_T - rows.teacher_logprobs_T,
+            m.ENTROPY: entropy_T,
         }
-        masses = {} if SUPPORT_MASS_STUDENT in losses.statistics_T else drawn_masses(rows, ids_TJ, logprobs_TJ)
+        masses = {} if m.SUPPORT_MASS_STUDENT in losses.statistics_T else drawn_masses(rows, ids_TJ, logprobs_TJ)
         for metric, values_T in {**own, **losses.statistics_T, **masses}.items():
             self._arrays[metric].append(_on_cpu(values_T))
         self._non_finite.update(rows.trajectory_T[~torch.isfinite(losses.loss_T.detach())].tolist())
@@ -69,7 +59,7 @@ class StepStatistics:
         """Trajectories with a token whose loss is NaN or infinite, of all ranks, sorted."""
         return sorted(set().union(*_of_all_ranks(self._non_finite, accelerator)))
 
-    def reduced(self, accelerator: Accelerator) -> dict[Metric, float]:
+    def reduced(self, accelerator: Accelerator) -> dict[m.Metric, float]:
         """Over all micro-batches and ranks, as each metric's reduction says."""
         mine = {metric: np.concatenate(parts) for metric, parts in self._arrays.items()}
         everyones = _of_all_ranks((mine, np.concatenate(self._log_ratios)), accelerator)
@@ -91,7 +81,7 @@ def _of_all_ranks(value: T, accelerator: Accelerator) -> list[T]:
     return everyones
 
 
-def drawn_masses(rows: TokenRows, ids_TJ: Tensor, logprobs_TJ: Tensor) -> dict[Metric, Tensor]:
+def drawn_masses(rows: TokenRows, ids_TJ: Tensor, logprobs_TJ: Tensor) -> dict[m.Metric, Tensor]:
     """P_S and Q_S of an estimator that has draws for a support: S is the set of ids it looked at, each counted once.
 
     Args:
@@ -119,15 +109,15 @@ def drawn_masses(rows: TokenRows, ids_TJ: Tensor, logprobs_TJ: Tensor) -> dict[M
     found_TJ = torch.searchsorted(known_ids_TL, ids_TJ).clamp(max=known_ids_TL.shape[1] - 1)
     teacher_TJ = known_logprobs_TL.gather(-1, order_TL.gather(-1, found_TJ))
     return {
-        SUPPORT_MASS_STUDENT: (logprobs_TJ.gather(-1, by_id_TJ).exp() * counts_TJ).sum(-1),
-        SUPPORT_MASS_TEACHER: (teacher_TJ.exp() * counts_TJ).sum(-1),
+        m.SUPPORT_MASS_STUDENT: (logprobs_TJ.gather(-1, by_id_TJ).exp() * counts_TJ).sum(-1),
+        m.SUPPORT_MASS_TEACHER: (teacher_TJ.exp() * counts_TJ).sum(-1),
     }
 
 
-def ratio_metrics(log_ratio_T: NDArray[np.float32]) -> dict[Metric, float]:
+def ratio_metrics(log_ratio_T: NDArray[np.float32]) -> dict[m.Metric, float]:
     """Drift, effective sample size and percentiles of the ratio p_θ/p_old on sampled tokens.
 
-    Drift is the k3 estimator of KL(p_old‖p_θ) under p_old's own samples: e^{-r} + r − 1 with r = log p_old − log p_θ,
+    Drift is the k3 estimator of m.KL(p_old‖p_θ) under p_old's own samples: e^{-r} + r − 1 with r = log p_old − log p_θ,
     never negative. Effective sample size is (Σw)²/Σw² as a fraction of the tokens.
 
     Args:
@@ -137,10 +127,39 @@ def ratio_metrics(log_ratio_T: NDArray[np.float32]) -> dict[Metric, float]:
     ratio = np.exp(log_ratio)
     p01, p50, p99 = np.percentile(ratio, [1, 50, 99])
     return {
-        DRIFT: float((ratio - log_ratio - 1).mean()),
-        ESS: float(ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)),
-        RATIO_P01: float(p01),
-        RATIO_P50: float(p50),
-        RATIO_P99: float(p99),
-        RATIO_MAX: float(ratio.max()),
+        m.DRIFT: float((ratio - log_ratio - 1).mean()),
+        m.ESS: float(ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)),
+        m.RATIO_P01: float(p01),
+        m.RATIO_P50: float(p50),
+        m.RATIO_P99: float(p99),
+        m.RATIO_MAX: float(ratio.max()),
     }
+
+
+def batch_metrics(batch: Batch, *, learner_version: int, max_staleness: int) -> dict[m.Metric, float]:
+    """What a step reports about its trajectories, trained or not."""
+    trajectories = [scored.trajectory for scored in batch.scored]
+    lengths = [len(trajectory.response_ids) for trajectory in trajectories]
+    staleness = staleness_tokens(batch.scored, learner_version)
+    metrics: dict[m.Metric, float] = {
+        m.STALENESS_MEAN: sum(s * n for s, n in staleness.items()) / sum(lengths),
+        m.STALENESS_MAX: max(staleness),
+        m.TRAJECTORIES: len(trajectories),
+        m.STALE_TRAJECTORIES: sum(learner_version - t.version_oldest > max_staleness for t in trajectories),
+        m.DROPPED_TRAJECTORIES: len(batch.dropped),
+        m.HELD_TRAJECTORIES: len(batch.held),
+        m.RESPONSE_TOKENS_MEAN: sum(lengths) / len(lengths),
+        m.RESPONSE_TOKENS_MAX: max(lengths),
+        m.STOPPED: float(np.mean([t.finish_reason == "stop" for t in trajectories])),
+    }
+    verified = [t.correct for t in trajectories if t.correct is not None]
+    return metrics | ({m.ACCURACY: float(np.mean(verified))} if verified else {})
+
+
+def staleness_tokens(batch: Sequence[ScoredTrajectory], learner_version: int) -> dict[int, int]:
+    """Staleness in versions -> number of response tokens: learner version at consumption − version that made them."""
+    counts: Counter[int] = Counter()
+    for scored in batch:
+        for run in scored.trajectory.version_runs:
+            counts[learner_version - run.version] += run.length
+    return dict(sorted(counts.items()))

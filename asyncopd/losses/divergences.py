@@ -192,24 +192,6 @@ def cross_entropy(student_logprobs_T: Tensor) -> Tensor:
     return -student_logprobs_T
 
 
-def npd(cross_entropy_T: Tensor, kl_T: Tensor, *, kl_weight: float) -> Tensor:
-    """ℓ = (1−λ)·CE + λ·KL_topk.
-
-    Not a divergence to the teacher: the cross-entropy part follows the selected responses, so at p = q the gradient is
-    (1−λ) times that of supervised training. "NPD (reconstructed)": the paper's text is not public in detail.
-
-    Args:
-        cross_entropy_T: [T] nats, with gradient.
-        kl_T: [T] nats, with gradient: forward KL on the teacher's top-k.
-        kl_weight: λ in [0, 1].
-    Returns:
-        [T] nats, with gradient; one loss per row.
-    Source:
-        docs/estimators.md 4.6.
-    """
-    return (1 - kl_weight) * cross_entropy_T + kl_weight * kl_T
-
-
 @dataclass(frozen=True)
 class SupportDivergence(NoStepPass):
     """A divergence on a support: forward and reverse KL, dense or not, generalised JSD, skew KL."""
@@ -253,7 +235,11 @@ class CrossEntropy(NoStepPass):
 
 @dataclass(frozen=True)
 class NearPolicy(NoStepPass):
-    """(1−λ)·cross-entropy + λ·forward KL on the teacher's top-k."""
+    """NPD (reconstructed): ℓ = (1−λ)·cross-entropy + λ·forward KL on the teacher's top-k.
+
+    The paper's text is not public in detail. No divergence to the teacher: the cross-entropy part follows the selected responses, so at p = q the gradient is
+    (1−λ) times that of supervised training. docs/estimators.md 4.6.
+    """
 
     top_k: int
     outcomes: Outcomes
@@ -269,7 +255,7 @@ class NearPolicy(NoStepPass):
         kl_T = forward_kl(*self.outcomes(student_logprobs_TK, teacher_logprobs_TK))
         parts = {CROSS_ENTROPY: cross_entropy_T.detach(), TOPK_KL: kl_T.detach()}
         return RowLosses(
-            npd(cross_entropy_T, kl_T, kl_weight=self.kl_weight),
+            (1 - self.kl_weight) * cross_entropy_T + self.kl_weight * kl_T,
             {**parts, **support_masses(student_logprobs_TK, teacher_logprobs_TK)},
         )
 

@@ -16,16 +16,6 @@ from asyncopd.losses.rows import TokenRows, first_draws, teacher_support
 from asyncopd.metrics import MAX_RATIO
 
 
-@dataclass(frozen=True)
-class HeadTailLoss:
-    """The surrogate per row, and what is worth watching about it."""
-
-    loss_T: Tensor
-    """[T] nats, with gradient."""
-    max_ratio_T: Tensor
-    """[T] largest p_θ/p_old among the tail draws, detached: large where p_θ grew in a tail p_old neglected."""
-
-
 def head_tail(
     head_student_logprobs_TK: Tensor,
     head_teacher_logprobs_TK: Tensor,
@@ -36,7 +26,7 @@ def head_tail(
     *,
     in_head_TK: Tensor,
     in_tail_TN: Tensor,
-) -> HeadTailLoss:
+) -> tuple[Tensor, Tensor]:
     """A surrogate whose gradient is unbiased for ∇D_R at any drift, with d = log p_θ − log q (nats) and d − b detached:
 
         ℓ = Σ_{v∈H} p_θ(v)(d(v) − b) + (P_old(H^c)/n) Σ_i ρ(v_i)(d(v_i) − b) + b,   v_i ~ p_old restricted to H^c
@@ -60,7 +50,8 @@ def head_tail(
         in_head_TK: [T, K] bool, False for a column that repeats another one.
         in_tail_TN: [T, N] bool, False for a draw that is in the head.
     Returns:
-        Loss per row, not normalised by anything.
+        Loss [T], nats, with gradient, not normalised by anything; and the largest p_θ/p_old among the tail draws, [T],
+        detached: large where p_θ grew in a tail that p_old neglected.
     Source:
         This project; docs/estimators.md 4.5b.
     """
@@ -76,10 +67,7 @@ def head_tail(
     gap_TN = (tail_student_logprobs_TN - tail_teacher_logprobs_TN).detach() - baseline_T1
     weight_TN = torch.where(counts_TN, log_ratio_TN.exp(), torch.zeros_like(log_ratio_TN))
     tail_T = tail_logmass_T.exp() * (weight_TN * torch.where(counts_TN, gap_TN, torch.zeros_like(gap_TN))).mean(-1)
-    return HeadTailLoss(
-        loss_T=head_T + tail_T + baseline_T1[:, 0],
-        max_ratio_T=weight_TN.detach().amax(-1),
-    )
+    return head_T + tail_T + baseline_T1[:, 0], weight_TN.detach().amax(-1)
 
 
 @dataclass(frozen=True)
@@ -107,7 +95,7 @@ class HeadTail(NoStepPass):
         head_teacher_TK = torch.cat([rows.head_teacher_logprobs_TK, teacher.teacher_logprobs_TK], -1)
         repeats_TK = torch.zeros_like(head_ids_TK, dtype=torch.bool)
         repeats_TK[:, self.head :] = _contains(rows.head_ids_TK, teacher.ids_TK)
-        result = head_tail(
+        loss_T, max_ratio_T = head_tail(
             head_student_TK,
             head_teacher_TK,
             tail_student_TN,
@@ -121,7 +109,7 @@ class HeadTail(NoStepPass):
         masses = support_masses(
             torch.where(repeats_TK, minus_inf, head_student_TK), torch.where(repeats_TK, minus_inf, head_teacher_TK)
         )
-        return RowLosses(result.loss_T, {**masses, MAX_RATIO: result.max_ratio_T})
+        return RowLosses(loss_T, {**masses, MAX_RATIO: max_ratio_T})
 
 
 def _contains(set_TK: Tensor, ids_TN: Tensor) -> Tensor:

@@ -77,22 +77,12 @@ def exact_baseline(student_logprobs_TV: Tensor, teacher_logprobs_TV: Tensor) -> 
     return (student_logprobs_TV.exp() * advantage_TV).sum(-1, keepdim=True).detach()
 
 
-@dataclass(frozen=True)
-class PolicyGradientLoss:
-    """The surrogate per row, and which of its terms the correction changed."""
-
-    loss_T: Tensor
-    """[T] nats, with gradient."""
-    affected_TN: Tensor
-    """[T, N] bool: draws whose gradient the correction changed."""
-
-
 def policy_gradient(
     log_ratio_TN: Tensor,
     advantage_TN: Tensor,
     baseline_TN: Tensor,
     correct: Callable[[Tensor, Tensor], Corrected],
-) -> PolicyGradientLoss:
+) -> tuple[Tensor, Tensor]:
     """ℓ = −(1/N) Σ_j [ρ_j sg(A_j − b_j) + sg(b_j)], v_j i.i.d. from p_old; gradient flows through ρ only.
 
     Expected gradient with A_cur, the importance ratio and no correction: E_{p_old}[−ρ A ∇log p_θ] = ∇D_R exactly, for
@@ -104,11 +94,13 @@ def policy_gradient(
         advantage_TN: [T, N] nats, detached.
         baseline_TN: broadcastable to [T, N], nats, detached, independent of draw j in column j.
         correct: (log ρ, advantage) -> what takes the place of ρ·A; see corrections.py.
+    Returns:
+        Loss [T], nats, with gradient; and [T, N] bool, the draws whose gradient the correction changed.
     Source:
         AsyncOPD, arXiv 2606.24143; docs/estimators.md 4.5.
     """
     corrected = correct(log_ratio_TN, advantage_TN - baseline_TN)
-    return PolicyGradientLoss(-(corrected.objective_TN + baseline_TN).mean(-1), corrected.affected_TN)
+    return -(corrected.objective_TN + baseline_TN).mean(-1), corrected.affected_TN
 
 
 @dataclass(frozen=True)
@@ -142,15 +134,15 @@ class PolicyGradient:
 
     def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
         terms = self._terms(rows, student_logprobs_TJ)
-        surrogate = policy_gradient(
+        loss_T, affected_TN = policy_gradient(
             terms.log_ratio_TN,
             terms.advantage_TN,
             terms.baseline_TN,
             lambda log_ratio_TN, advantage_TN: self.correction.correct(log_ratio_TN, advantage_TN, context),
         )
         ratio_TN = terms.log_ratio_TN.detach().exp()
-        affected_T = surrogate.affected_TN.to(ratio_TN.dtype).mean(-1)
-        return RowLosses(surrogate.loss_T, {self.correction.affected: affected_T, MAX_RATIO: ratio_TN.amax(-1)})
+        affected_T = affected_TN.to(ratio_TN.dtype).mean(-1)
+        return RowLosses(loss_T, {self.correction.affected: affected_T, MAX_RATIO: ratio_TN.amax(-1)})
 
     def _draws(self, rows: TokenRows) -> Draws:
         num_draws = self.settings.num_draws
