@@ -237,8 +237,8 @@ class CrossEntropy(NoStepPass):
 class NearPolicy(NoStepPass):
     """NPD (reconstructed): ℓ = (1−λ)·cross-entropy + λ·forward KL on the teacher's top-k.
 
-    The paper's text is not public in detail. No divergence to the teacher: the cross-entropy part follows the selected responses, so at p = q the gradient is
-    (1−λ) times that of supervised training. docs/estimators.md 4.6.
+    The paper's text is not public in detail. No divergence to the teacher: the cross-entropy part follows the selected
+    responses, so at p = q the gradient is (1−λ) times that of supervised training. docs/estimators.md.
     """
 
     top_k: int
