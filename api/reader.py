@@ -187,7 +187,7 @@ def _phase(history: History, status: RunStatus, num_steps: int) -> str:
         return "trained; its flow is about to end" if is_trained else "starting its roles"
     if all(role_of(beat) == "pretrain" for beat in beats):
         return "making its models"
-    waits = sorted(f"{role_of(beat)} waits for {w}" for beat in beats if (w := beat.status.get("waiting_for")))
+    waits = sorted(f"{role_of(beat)} waits for {w}" for beat in beats if (w := beat.status.waiting_for))
     return "training" + (f": {'; '.join(waits)}" if waits else "")
 
 

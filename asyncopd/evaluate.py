@@ -68,7 +68,7 @@ class EvaluateStage:
             with self._worker.span("evaluate", f"version {number}"):
                 evaluation = await self.evaluate(version)
             await asyncio.to_thread(self._log.publish_evaluation, evaluation)
-            self._worker.status["version"] = number
+            self._worker.tell(version=number)
 
     async def _wait_for_version(self, number: int) -> PolicyVersion:
         """Wait version by version: the deadline is for one of them, however many lie before `number`."""

@@ -26,6 +26,7 @@ from asyncopd.types import (
     TeacherScores,
     TrainStep,
     Trajectory,
+    WorkerStatus,
 )
 
 
@@ -207,7 +208,7 @@ class RunLog(Protocol):
         """As `claim`, with the claim itself."""
         ...
 
-    def heartbeat(self, worker: str, status: Mapping[str, Any]) -> None:
+    def heartbeat(self, worker: str, status: WorkerStatus) -> None:
         """Renew every lease of `worker` and tell what it does; overwrites its last heartbeat. Not after `retire`."""
         ...
 

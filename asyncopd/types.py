@@ -346,6 +346,38 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class WorkerStatus:
+    """What a worker tells of itself with every heartbeat. None: its role has no such thing, or not yet."""
+
+    role: str | None = None
+    """`rollout`, `score`, `learn`, `evaluate`, `pretrain`, ..."""
+    host: str | None = None
+    pid: int | None = None
+    """Of its process on `host`."""
+    busy: float | None = None
+    """Share of the last seconds in which it had work in hand, 0 to 1."""
+    waiting_for: str | None = None
+    """What its next piece of work needs, in words."""
+    version: int | None = None
+    """Policy version it samples from, or evaluated last."""
+    teacher: str | None = None
+    """Name of the teacher it scores with."""
+    model: str | None = None
+    """Which model it pre-trains: `student` or `teacher`."""
+    step: int | None = None
+    """Learner or pre-training steps done."""
+    num_steps: int | None = None
+    """Planned."""
+    loss_nats: float | None = None
+    """Of the last pre-training step, per token."""
+    num_trajectories: int | None = None
+    """Sampled or scored since it started, as are `num_tokens`; a learner counts the tokens it trained."""
+    num_tokens: int | None = None
+    num_tokens_discarded: int | None = None
+    """Sampled for shards that another worker had published first."""
+
+
+@dataclass(frozen=True)
 class Heartbeat:
     """The last sign of life of a worker."""
 
@@ -354,8 +386,9 @@ class Heartbeat:
     """Unix time, seconds, of the worker's clock."""
     retired: bool
     """The worker stopped in good order."""
-    status: Mapping[str, Any]
-    """Whatever the worker tells about itself."""
+    status: WorkerStatus
+    beat: int = 0
+    """Counts, so that two beats differ even within one tick of the clock."""
 
 
 @dataclass(frozen=True)

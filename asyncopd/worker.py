@@ -22,12 +22,12 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from asyncopd.errors import DeadlineError, RunStoppedError, StorageError
 from asyncopd.ports import RunLog
-from asyncopd.types import IndexRange, Span
+from asyncopd.types import IndexRange, Span, WorkerStatus
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +52,22 @@ class Worker:
         self.name = name or worker_name(role)
         self.poll_s = poll_s
         self.deadline_s = deadline_s
-        self.status: dict[str, Any] = {"role": role, "pid": os.getpid(), "host": socket.gethostname()}
-        """Shown by every progress display; the stage updates it, the heartbeat publishes it."""
+        self.status = WorkerStatus(role=role, pid=os.getpid(), host=socket.gethostname())
+        """Shown by every progress display; the stage changes it with `tell`, the heartbeat publishes it."""
         self.busy = BusyShare()
         """Stages wrap their pieces of work in `busy.working()`; the heartbeat tells the share."""
         self._heartbeat_s = heartbeat_s
         self._stopped: str | None = None
         self._spans: list[Span] = []
         self._num_span_objects = 0
+
+    def tell(self, **changes: Any) -> None:
+        """Change fields of the status, as of the next heartbeat."""
+        self.status = replace(self.status, **changes)
+
+    def count(self, **more: int) -> None:
+        """Add to counters of the status."""
+        self.tell(**{name: (getattr(self.status, name) or 0) + number for name, number in more.items()})
 
     # -- timeline -------------------------------------------------------------------------------------------------
     def record(self, activity: str, start: float, end: float, detail: str = "") -> None:
@@ -120,7 +128,7 @@ class Worker:
             self.log.retire(self.name)
 
     def _beat(self) -> None:
-        self.log.heartbeat(self.name, {**self.status, "busy": round(self.busy.share(), 3)})
+        self.log.heartbeat(self.name, replace(self.status, busy=round(self.busy.share(), 3)))
 
     def _refuse_stopped_run(self) -> None:
         state = self.log.run_state()
@@ -160,7 +168,7 @@ class Worker:
         if found is not None:
             return found
         start, began = time.monotonic(), time.time()
-        self.status["waiting_for"] = what
+        self.tell(waiting_for=what)
         while found is None:
             if time.monotonic() - start > self.deadline_s:
                 raise DeadlineError(
@@ -169,7 +177,7 @@ class Worker:
                 )
             await asyncio.sleep(self.poll_s)
             found = await asyncio.to_thread(probe)
-        self.status.pop("waiting_for", None)
+        self.tell(waiting_for=None)
         self.record(f"wait:{what.split(' ')[0]}", began, time.time(), what)
         return found
 

@@ -56,7 +56,7 @@ async def _finish(run_id: str, root: Path, specs: list[Any]) -> None:
         max_restarts=0,
         hang_s=300,
         beats=dict,
-        bury=lambda pid: None,
+        retire=lambda pid: None,
         failure_of=lambda role: None,
         say=lambda line: None,
     ).run()

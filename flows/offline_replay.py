@@ -184,7 +184,7 @@ async def _shown(stage: LearnStage, worker: Worker, first: int, advance: Advance
     try:
         while not running.done():
             await asyncio.wait([running], timeout=0.5)
-            done = max(shown, int(worker.status["step"]))
+            done = max(shown, worker.status.step or 0)
             advance(done - shown)
             shown = done
     finally:

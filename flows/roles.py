@@ -122,10 +122,10 @@ async def pretrain_models(run: OpenRun) -> None:
 def pretrain_model(run: OpenRun, worker: Worker, role: str, model: TinyModel) -> None:
     """Make the tiny model of one role, and show how far that is."""
     settings = model.pretrain
-    worker.status.update(model=role, step=0, num_steps=settings.num_steps)
+    worker.tell(model=role, step=0, num_steps=settings.num_steps)
 
     def on_step(step: int, loss: float) -> None:
-        worker.status.update(step=step, loss_nats=loss)
+        worker.tell(step=step, loss_nats=loss)
 
     with worker.span("pretrain", role):
         make_model(run.config, run.store, task_of(run.config, settings.seed), model, on_step=on_step)

@@ -207,7 +207,7 @@ async def _run_roles(config: RunConfig, log: StoredRunLog, specs: list[RoleSpec]
         max_restarts=config.limits.max_restarts,
         hang_s=config.limits.hang_s,
         beats=lambda: _beats_here(log),
-        bury=lambda pid: log.bury(host=socket.gethostname(), pid=pid),
+        retire=lambda pid: log.retire_process(host=socket.gethostname(), pid=pid),
         failure_of=lambda role: next((f.reason for f in reversed(log.failures()) if f.role == role), None),
         say=logger.info,
     )
@@ -227,9 +227,9 @@ async def _run_roles(config: RunConfig, log: StoredRunLog, specs: list[RoleSpec]
 def _beats_here(log: StoredRunLog) -> dict[int, float]:
     """pid -> time of the last heartbeat, of the run's workers on this machine that did not retire."""
     return {
-        beat.status["pid"]: beat.beaten
+        beat.status.pid: beat.beaten
         for beat in log.heartbeats().values()
-        if not beat.retired and beat.status.get("host") == socket.gethostname()
+        if not beat.retired and beat.status.pid is not None and beat.status.host == socket.gethostname()
     }
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from asyncopd.errors import ShardCorruptError
-from asyncopd.types import Claim, Heartbeat, IndexRange
+from asyncopd.types import Claim, Heartbeat, IndexRange, WorkerStatus
 from storage.layout import RunLayout, parse
 from storage.records import from_json, to_json
 from storage.stores.base import ObjectStore
@@ -58,7 +57,7 @@ class ClaimLog:
                 return None
             if worker not in self._beats:
                 # Otherwise an old heartbeat of this name, perhaps a retired one, would make the new claim look dead.
-                self.heartbeat(worker, {})
+                self.heartbeat(worker, WorkerStatus())
             claim = self._newest.get((stage, shard))
             while True:
                 if claim is not None and claim.worker == worker:
@@ -86,7 +85,7 @@ class ClaimLog:
                 claim, attempt = successor, attempt + 1
             return None if claim is None or self._dead(claim.worker, lease_s) else claim.worker
 
-    def heartbeat(self, worker: str, status: Mapping[str, Any]) -> None:
+    def heartbeat(self, worker: str, status: WorkerStatus) -> None:
         """Renew every lease of `worker` and tell what it does; overwrites the worker's previous heartbeat.
 
         Nothing happens after `retire`: a beat that was on its way in another thread must not revive the worker.
@@ -99,9 +98,9 @@ class ClaimLog:
         Final within this process; a process that takes the name again works as any other.
         """
         last = self._read_heartbeat(key := self.layout.heartbeat(worker), self.store.find(key))
-        self._beat(worker, last.status if last else {}, retired=True)
+        self._beat(worker, last.status if last else WorkerStatus(), retired=True)
 
-    def bury(self, *, host: str, pid: int) -> list[str]:
+    def retire_process(self, *, host: str, pid: int) -> list[str]:
         """Retire the workers of a process that is known to be dead, so that nobody waits for its leases to run out.
 
         For the parent that reaped it: a dead child can neither beat nor publish any more. Returns their names.
@@ -109,7 +108,7 @@ class ClaimLog:
         workers = [
             worker
             for worker, beat in self.heartbeats().items()
-            if not beat.retired and (beat.status.get("host"), beat.status.get("pid")) == (host, pid)
+            if not beat.retired and (beat.status.host, beat.status.pid) == (host, pid)
         ]
         for worker in workers:
             self.retire(worker)
@@ -128,17 +127,16 @@ class ClaimLog:
         return {beat.worker: beat for beat in beats if beat is not None}
 
     # -- private --------------------------------------------------------------------------------------------------
-    def _beat(self, worker: str, status: Mapping[str, Any], *, retired: bool) -> None:
+    def _beat(self, worker: str, status: WorkerStatus, *, retired: bool) -> None:
         # The write is inside the lock: of a beat and a retirement at once, the retirement is written last.
         with self._beat_lock:
             if worker in self._retired:
                 return
             if retired:
                 self._retired.add(worker)
-            # The count makes two beats differ even within one tick of the clock.
-            beat = self._beats[worker] = self._beats.get(worker, 0) + 1
-            fields = {"worker": worker, "beat": beat, "beaten": time.time(), "retired": retired, "status": status}
-            self.store.put(self.layout.heartbeat(worker), to_json(fields), durable=False)
+            number = self._beats[worker] = self._beats.get(worker, 0) + 1
+            beat = Heartbeat(worker=worker, beaten=time.time(), retired=retired, status=status, beat=number)
+            self.store.put(self.layout.heartbeat(worker), to_json(beat), durable=False)
 
     def _dead(self, worker: str, lease_s: float) -> bool:
         """Has `worker` retired, or has its heartbeat not changed for `lease_s` while this process was looking?"""

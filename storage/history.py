@@ -75,7 +75,7 @@ def is_silent(history: History, request: StateRequest | None = None, now: float 
 
 def role_of(beat: Heartbeat) -> str:
     """The role of a worker: as it says itself, else as its name begins."""
-    return str(beat.status.get("role", beat.worker.partition("-")[0]))
+    return beat.status.role or beat.worker.partition("-")[0]
 
 
 class Columns:

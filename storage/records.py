@@ -23,7 +23,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from asyncopd.errors import ShapeError, ShardCorruptError, StorageError
 from asyncopd.schedule import Arrival
-from asyncopd.types import Claim, Evaluation, IndexRange, IndexSet, Manifest, Rewind, RunState, Span, TrainStep
+from asyncopd.types import (
+    Claim,
+    Evaluation,
+    Heartbeat,
+    IndexRange,
+    IndexSet,
+    Manifest,
+    Rewind,
+    RunState,
+    Span,
+    TrainStep,
+    WorkerStatus,
+)
 from storage.layout import parse
 from storage.stores.base import ObjectStore
 
@@ -148,6 +160,7 @@ def _read_manifest(fields: dict[str, Any]) -> dict[str, Any]:
 _SPAN_FIELDS = [field.name for field in dataclasses.fields(Span)]
 _WRITE: Mapping[type, Callable[[Any], dict[str, Any]]] = {
     Claim: lambda claim: {"worker": claim.worker, "claimed": claim.claimed},
+    Heartbeat: lambda beat: _plain(vars(beat) | {"status": _told(beat.status)}),
     Rewind: lambda rewind: _renamed(_plain(rewind), number="rewind"),
     RunState: lambda state: _renamed(_plain(state), number=""),
     TrainStep: _write_step,
@@ -160,6 +173,10 @@ _READ: Mapping[Any, Callable[[dict[str, Any]], Any]] = {
     list[Span]: lambda fields: [dict(zip(_SPAN_FIELDS, row, strict=True)) for row in fields["spans"]],
     Manifest: _read_manifest,
 }
+
+
+def _told(status: WorkerStatus) -> dict[str, Any]:
+    return {name: value for name, value in vars(status).items() if value is not None}
 
 
 @lru_cache(maxsize=64)

@@ -82,7 +82,7 @@ class RoleStarter:
     def name(self, process: subprocess.Popen[bytes]) -> str | None:
         """The worker's name in storage, once it gave a sign of life."""
         beats = self._run.log.heartbeats()
-        return next((name for name, beat in beats.items() if beat.status.get("pid") == process.pid), None)
+        return next((name for name, beat in beats.items() if beat.status.pid == process.pid), None)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from asyncopd.types import (
     TrainStep,
     Trajectory,
     VersionRun,
+    WorkerStatus,
 )
 from storage.run_log import StoredRunLog
 from storage.runs import create_run
@@ -154,5 +155,5 @@ def publish_run(log: StoredRunLog, config: RunConfig, *, num_steps: int | None =
         log.publish_evaluation(evaluation(version, 0.43 + 0.3 * (1 - np.exp(-2 * version / plan.num_steps))))
     for role, own in spans.items():
         log.publish_spans(f"{role}-host-1-aaaa", 1, own)
-        log.heartbeat(f"{role}-host-1-aaaa", {"role": role})
+        log.heartbeat(f"{role}-host-1-aaaa", WorkerStatus(role=role))
         log.retire(f"{role}-host-1-aaaa")

@@ -9,6 +9,7 @@ from storage_builders import make_step, memory_log
 from synthetic_run import config_of
 
 from asyncopd.cli.progress import ProgressWatch, bottleneck
+from asyncopd.types import WorkerStatus
 from asyncopd.worker import WINDOW_S, BusyShare
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
@@ -66,8 +67,8 @@ def test_a_run_is_going_on_while_its_learner_beats() -> None:
     log = memory_log()
     for number in range(4):
         log.publish_step(make_step(number))
-    log.heartbeat("learn-1", {"role": "learn", "busy": 0.9})
-    log.heartbeat("rollout-1", {"role": "rollout", "busy": 0.1})
+    log.heartbeat("learn-1", WorkerStatus(role="learn", busy=0.9))
+    log.heartbeat("rollout-1", WorkerStatus(role="rollout", busy=0.1))
     progress = status(log).look()
     assert progress.eta_s == pytest.approx(6.0)
     assert progress.stopped is None
@@ -80,7 +81,7 @@ def test_a_stopped_run_shows_why_and_no_time_left() -> None:
     for number in range(4):
         log.publish_step(make_step(number))
     log.record_state("running", by="f")
-    log.heartbeat("learn-1", {"role": "learn", "busy": 0.9})
+    log.heartbeat("learn-1", WorkerStatus(role="learn", busy=0.9))
     log.record_state("stopped", by="f", reason="cancelled")
     progress = status(log).look()
     assert progress.eta_s is None
@@ -91,6 +92,6 @@ def test_a_run_without_a_living_learner_stands_still() -> None:
     log = memory_log()
     for number in range(4):
         log.publish_step(make_step(number))
-    log.heartbeat("learn-1", {"role": "learn"})
+    log.heartbeat("learn-1", WorkerStatus(role="learn"))
     late = ProgressWatch(RunView(log), CONFIG, wall_clock=lambda: time.time() + 60).look()
     assert (late.eta_s, late.stopped, late.bottleneck) == (None, "no learner gives a sign of life", None)

@@ -14,6 +14,7 @@ from asyncopd.cli.follow import follow, show_report, show_status
 from asyncopd.cli.progress import ProgressWatch
 from asyncopd.config import RunConfig
 from asyncopd.errors import StorageError
+from asyncopd.types import WorkerStatus
 from flows.report import summarise
 from storage.layout import parse_version
 from storage.run_log import StoredRunLog
@@ -78,10 +79,10 @@ def follow_through(
 def test_totals_sum_over_workers_and_outlive_their_retirement(log: StoredRunLog) -> None:
     # A worker that died was replaced by one that counts from 0 again.
     watch = watch_of(log)
-    log.heartbeat(ROLLOUT, {"role": "rollout", "num_tokens": 500})
+    log.heartbeat(ROLLOUT, WorkerStatus(role="rollout", num_tokens=500))
     assert watch.look().tokens["rollout"] == 500
     log.retire(ROLLOUT)
-    log.heartbeat("rollout-host-9-cccc", {"role": "rollout", "num_tokens": 20})
+    log.heartbeat("rollout-host-9-cccc", WorkerStatus(role="rollout", num_tokens=20))
     progress = watch.look()
     assert progress.tokens["rollout"] == 520
     assert [role.worker for role in progress.roles] == ["rollout-host-9-cccc"]
@@ -90,11 +91,11 @@ def test_totals_sum_over_workers_and_outlive_their_retirement(log: StoredRunLog)
 def test_rates_are_over_the_last_five_seconds(log: StoredRunLog) -> None:
     clock = Clock()
     watch = watch_of(log, clock)
-    log.heartbeat(ROLLOUT, {"role": "rollout", "num_tokens": 1000})
+    log.heartbeat(ROLLOUT, WorkerStatus(role="rollout", num_tokens=1000))
     assert watch.look().rates["rollout"] is None
     for second in range(1, 21):
         clock.now_s = second
-        log.heartbeat(ROLLOUT, {"role": "rollout", "num_tokens": 1000 + (100 if second <= 10 else 300) * second})
+        log.heartbeat(ROLLOUT, WorkerStatus(role="rollout", num_tokens=1000 + (100 if second <= 10 else 300) * second))
         progress = watch.look()
     assert progress.rates["rollout"] == pytest.approx(300)
 
@@ -127,7 +128,7 @@ def test_a_rewind_takes_steps_back(log: StoredRunLog) -> None:
 def test_the_time_left_ignores_the_pause_before_a_resumption(log: StoredRunLog) -> None:
     for number, finished in enumerate([0, 2, 4, 10_000, 10_002, 10_004]):
         log.publish_step(train_step(number, finished=START + finished))
-    log.heartbeat("learn-1", {"role": "learn"})
+    log.heartbeat("learn-1", WorkerStatus(role="learn"))
     assert watch_of(log).look().eta_s == pytest.approx(6 * 2)
 
 
@@ -139,7 +140,7 @@ def test_staleness_is_that_of_the_last_steps_tokens(log: StoredRunLog) -> None:
 
 
 def test_a_worker_whose_heartbeat_stands_still_is_called_silent(log: StoredRunLog) -> None:
-    log.heartbeat(ROLLOUT, {"role": "rollout", "num_tokens": 0})
+    log.heartbeat(ROLLOUT, WorkerStatus(role="rollout", num_tokens=0))
     beaten = log.heartbeats()[ROLLOUT].beaten
     for later_s, silent_s in ((2, 0), (60, 60)):
         watch = ProgressWatch(RunView(log), config_of(), clock=Clock(), wall_clock=Clock(beaten + later_s))
@@ -150,9 +151,9 @@ def test_a_worker_whose_heartbeat_stands_still_is_called_silent(log: StoredRunLo
 def a_run(store: ObjectStore, config: RunConfig) -> list[Callable[[], object]]:
     """What happens, one thing after another, in a run that at first does not exist."""
     log = StoredRunLog(store, "late")
-    pretraining = {"role": "pretrain", "model": "student", "step": 120, "num_steps": 500, "loss_nats": 1.25}
-    sampling = {"role": "rollout", "num_tokens": 300, "num_trajectories": 24, "version": 0}
-    learning = {"role": "learn", "step": 1, "num_steps": 12, "waiting_for": "scores of 000008-000011"}
+    pretraining = WorkerStatus(role="pretrain", model="student", step=120, num_steps=500, loss_nats=1.25)
+    sampling = WorkerStatus(role="rollout", num_tokens=300, num_trajectories=24, version=0)
+    learning = WorkerStatus(role="learn", step=1, num_steps=12, waiting_for="scores of 000008-000011")
     return [
         lambda: None,
         lambda: new_log(store, config, "late"),
@@ -210,7 +211,7 @@ def test_storage_that_does_not_answer_for_a_moment_does_not_end_the_following(
 
 
 def test_what_a_name_contains_is_not_taken_for_markup(log: StoredRunLog) -> None:
-    log.heartbeat(ROLLOUT, {"role": "rollout", "waiting_for": "version [/bold] 3"})
+    log.heartbeat(ROLLOUT, WorkerStatus(role="rollout", waiting_for="version [/bold] 3"))
     console = terminal(is_terminal=True)
     show_status(RunView(log), config_of(), console=console)
     assert "version [/bold] 3" in text_of(console)

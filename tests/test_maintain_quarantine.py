@@ -14,7 +14,7 @@ import pytest
 
 from asyncopd.cli import main
 from asyncopd.errors import ObjectMissingError, StorageError
-from asyncopd.types import IndexRange, PolicyVersion
+from asyncopd.types import IndexRange, PolicyVersion, WorkerStatus
 from flows.wiring import OpenRun, open_stored_run
 from storage.maintain.audit import audit_run
 from storage.maintain.quarantine import set_aside
@@ -179,7 +179,7 @@ def test_a_shard_trained_before_the_checkpoint_is_not_made_again(log: StoredRunL
 
 def test_steps_are_not_taken_back_from_a_learner_that_is_alive(log: StoredRunLog) -> None:
     set_aside(log.store, log.layout.checkpoint_manifest(4, 2))
-    log.heartbeat("learn-host-1", {"role": "learn"})
+    log.heartbeat("learn-host-1", WorkerStatus(role="learn"))
     before = log.store.list(log.layout.root)
     with pytest.raises(StorageError, match=r"the learner learn-host-1 is alive.*Stop the run"):
         set_aside(log.store, log.layout.shard_manifest(log.layout.trajectories, IndexRange(24, 28)))

@@ -14,7 +14,7 @@ from asyncopd.report.measure import STANDSTILL_S
 from asyncopd.report.summary import Summary
 from asyncopd.report.text import to_markdown
 from asyncopd.report.write import Report
-from asyncopd.types import IndexRange, Span
+from asyncopd.types import IndexRange, Span, WorkerStatus
 from flows.report import report_run, summarise
 from storage.run_log import StoredRunLog
 from storage.stores import open_store
@@ -163,7 +163,7 @@ def test_a_step_trained_again_after_a_rewind_counts_once(log: StoredRunLog) -> N
 
 def test_failures_restarts_and_dropped_trajectories_are_incidents(log: StoredRunLog) -> None:
     for worker in ("rollout-host-1-aaaa", "rollout-host-2-bbbb", "learn-host-3-cccc"):
-        log.heartbeat(worker, {})
+        log.heartbeat(worker, WorkerStatus())
         log.retire(worker)
     log.publish_failure("rollout", "rollout-host-1-aaaa", "EngineError: out of memory")
     log.publish_step(train_step(0, dropped={3: "too long", 5: "too long"}))

@@ -1,4 +1,4 @@
-"""Role processes that hang or keep dying: killed and started again, reported at last, and buried for the others."""
+"""Role processes that hang or keep dying: killed and started again, reported at last, and retired for the others."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASYNCOPD_HOME", str(tmp_path / "home"))
 
 
-def sleepers(tmp_path: Path, said: list[str], buried: list[int], beats: Callable[[], Any], **settings: Any) -> Sleepers:
+def sleepers(
+    tmp_path: Path, said: list[str], retired: list[int], beats: Callable[[], Any], **settings: Any
+) -> Sleepers:
     defaults: dict[str, Any] = {"max_restarts": 3, "hang_s": 0.5, "failure_of": lambda role: None}
     return Sleepers(
         [RoleSpec("score")],
@@ -51,7 +53,7 @@ def sleepers(tmp_path: Path, said: list[str], buried: list[int], beats: Callable
         log_dir=tmp_path,
         env={},
         beats=beats,
-        bury=buried.append,
+        retire=retired.append,
         say=said.append,
         **(defaults | settings),
     )
@@ -59,13 +61,13 @@ def sleepers(tmp_path: Path, said: list[str], buried: list[int], beats: Callable
 
 async def test_a_role_that_lives_but_does_not_beat_is_killed_and_started_again(tmp_path: Path) -> None:
     said: list[str] = []
-    buried: list[int] = []
+    retired: list[int] = []
     stopped = False
 
     def beats() -> dict[int, float]:
         return {processes.pid: 1.0 if stopped else time.time()} if processes.pid else {}
 
-    processes = sleepers(tmp_path, said, buried, beats)
+    processes = sleepers(tmp_path, said, retired, beats)
     running = asyncio.create_task(processes.run())
     await asyncio.sleep(1.5)
     first = processes.pid
@@ -78,7 +80,7 @@ async def test_a_role_that_lives_but_does_not_beat_is_killed_and_started_again(t
         if processes.pid not in (None, first):
             break
     assert processes.pid != first
-    assert buried[:1] == [first], "nobody waits for its leases"
+    assert retired[:1] == [first], "nobody waits for its leases"
     assert said[0].startswith("score-0 gave no sign of life for ")
     assert "signal 9" in said[1]
     running.cancel()

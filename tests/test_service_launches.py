@@ -22,6 +22,7 @@ from synthetic_run import config_of, new_log
 
 from api.reader import FRESH_S
 from asyncopd.local import prefect_api as flow_runs
+from asyncopd.types import WorkerStatus
 from flows.train import _requested_end
 from storage.launches import LaunchLog
 from storage.runs import open_run
@@ -258,7 +259,7 @@ def test_a_run_whose_processes_are_gone_can_be_cancelled_and_resumed(
     client: TestClient, prefect: Prefect, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A machine that lost its power records nothing: such a run was cancelling for ever, and could not be resumed.
-    open_run(open_store(root), LIVE).heartbeat("learn-host-2-bbbb", {"role": "learn"})
+    open_run(open_store(root), LIVE).heartbeat("learn-host-2-bbbb", WorkerStatus(role="learn"))
     assert "training" in client.get(f"/v1/runs/{LIVE}").json()["phase"]
     assert client.post(f"/v1/runs/{LIVE}/resume").status_code == 409
     now = time.time

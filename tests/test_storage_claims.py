@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from storage_builders import STORE_KINDS, fresh_log, fresh_store
 
-from asyncopd.types import IndexRange
+from asyncopd.types import IndexRange, WorkerStatus
 from storage.records import to_json
 from storage.run_log import StoredRunLog
 from storage.stores.base import ObjectStore
@@ -50,7 +50,7 @@ def test_a_shard_has_one_holder(store: ObjectStore) -> None:
 def test_a_heartbeat_that_stands_still_for_a_lease_frees_the_shard(store: ObjectStore) -> None:
     (ours, _), (theirs, clock) = observer(store), observer(store)
     assert ours.claim("rollout", SHARD, worker="a", lease_s=10)
-    ours.heartbeat("a", {"done": 1})
+    ours.heartbeat("a", WorkerStatus(step=1))
     assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
     clock.now_s += 9.9
     assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
@@ -63,7 +63,7 @@ def test_a_beating_holder_keeps_its_shard(store: ObjectStore) -> None:
     (ours, _), (theirs, clock) = observer(store), observer(store)
     ours.claim("rollout", SHARD, worker="a", lease_s=10)
     for _ in range(20):
-        ours.heartbeat("a", {"state": "unchanged"})
+        ours.heartbeat("a", WorkerStatus(step=1))
         assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
         clock.now_s += 9
 
@@ -75,7 +75,7 @@ def test_wrong_clocks_change_nothing(store: ObjectStore, monkeypatch: pytest.Mon
     ours.claim("rollout", SHARD, worker="a", lease_s=10)
     for _ in range(3):
         clock.now_s += 9
-        ours.heartbeat("a", {})
+        ours.heartbeat("a", WorkerStatus())
         assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
 
 
@@ -88,7 +88,7 @@ def test_a_retired_worker_frees_its_shards_at_once(store: ObjectStore) -> None:
 
 def test_a_retired_name_can_work_again_in_another_process(store: ObjectStore) -> None:
     (ours, _), (restarted, _), (theirs, _) = observer(store), observer(store), observer(store)
-    ours.heartbeat("a", {})
+    ours.heartbeat("a", WorkerStatus())
     ours.retire("a")
     assert restarted.claim("rollout", SHARD, worker="a", lease_s=10)
     assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
@@ -99,7 +99,7 @@ def test_what_a_thread_still_does_after_retirement_does_not_revive_the_worker(st
     (ours, _), (theirs, _) = observer(store), observer(store)
     ours.claim("rollout", SHARD, worker="a", lease_s=10)
     ours.retire("a")
-    ours.heartbeat("a", {"late": True})
+    ours.heartbeat("a", WorkerStatus(step=2))
     assert not ours.claim("rollout", IndexRange(8, 16), worker="a", lease_s=10)
     assert theirs.heartbeats()["a"].retired
     assert theirs.claim("rollout", SHARD, worker="b", lease_s=10)
@@ -111,23 +111,23 @@ def test_of_beats_and_a_retirement_at_once_the_retirement_is_last(tmp_path: Path
         name = f"a{round_number}"
         with ThreadPoolExecutor(5) as threads:
             for _ in range(8):
-                threads.submit(log.heartbeat, name, {})
+                threads.submit(log.heartbeat, name, WorkerStatus())
             threads.submit(log.retire, name)
             for _ in range(8):
-                threads.submit(log.heartbeat, name, {})
+                threads.submit(log.heartbeat, name, WorkerStatus())
         assert log.heartbeats()[name].retired
 
 
-def test_a_parent_buries_the_child_it_reaped(store: ObjectStore) -> None:
+def test_a_parent_retires_the_child_it_reaped(store: ObjectStore) -> None:
     (child, _), (parent, _), (theirs, _) = observer(store), observer(store), observer(store)
-    child.heartbeat("a", {"host": "gpu-1", "pid": 7})
+    child.heartbeat("a", WorkerStatus(host="gpu-1", pid=7))
     child.claim("rollout", SHARD, worker="a", lease_s=10)
-    child.heartbeat("b", {"host": "gpu-2", "pid": 7})
+    child.heartbeat("b", WorkerStatus(host="gpu-2", pid=7))
     assert not theirs.claim("rollout", SHARD, worker="c", lease_s=10)
-    assert parent.bury(host="gpu-1", pid=7) == ["a"]
+    assert parent.retire_process(host="gpu-1", pid=7) == ["a"]
     assert theirs.claim("rollout", SHARD, worker="c", lease_s=10)
     assert not theirs.heartbeats()["b"].retired
-    assert parent.bury(host="gpu-1", pid=7) == []
+    assert parent.retire_process(host="gpu-1", pid=7) == []
 
 
 def test_the_holder_is_the_last_claimant_that_lives(store: ObjectStore) -> None:
@@ -137,7 +137,7 @@ def test_the_holder_is_the_last_claimant_that_lives(store: ObjectStore) -> None:
     assert theirs.holder("learn", SHARD, lease_s=10) == "a"
     clock.now_s += 10
     assert theirs.holder("learn", SHARD, lease_s=10) is None
-    ours.heartbeat("a", {})
+    ours.heartbeat("a", WorkerStatus())
     assert theirs.holder("learn", SHARD, lease_s=10) == "a"
     ours.retire("a")
     assert theirs.holder("learn", SHARD, lease_s=10) is None
@@ -216,10 +216,10 @@ def test_of_eight_claimants_one_wins(kind: str, dead_holder: bool, tmp_path: Pat
 
 def test_heartbeats_tell_what_workers_do(store: ObjectStore) -> None:
     ours, _ = observer(store)
-    ours.heartbeat("rollout/0 on gpu.example", {"state": "sampling", "rate": float("nan")})
-    ours.heartbeat("b", {})
+    ours.heartbeat("rollout/0 on gpu.example", WorkerStatus(role="rollout", loss_nats=float("nan")))
+    ours.heartbeat("b", WorkerStatus())
     ours.retire("b")
     beats = ours.heartbeats()
     assert sorted(beats) == ["b", "rollout/0 on gpu.example"]
-    assert beats["rollout/0 on gpu.example"].status == {"state": "sampling", "rate": None}
+    assert beats["rollout/0 on gpu.example"].status == WorkerStatus(role="rollout")
     assert [beats[worker].retired for worker in sorted(beats)] == [True, False]

@@ -124,7 +124,7 @@ HOLD = """
 import sys, time
 real = time.time
 time.time = lambda: real() + float(sys.argv[2])
-from asyncopd.types import IndexRange
+from asyncopd.types import IndexRange, WorkerStatus
 from storage.stores import open_store
 from storage.run_log import StoredRunLog
 
@@ -133,7 +133,7 @@ assert log.claim("rollout", IndexRange(0, 4), worker="holder", lease_s=1)
 print("held", flush=True)
 while True:
     time.sleep(0.1)
-    log.heartbeat("holder", {})
+    log.heartbeat("holder", WorkerStatus())
 """
 
 

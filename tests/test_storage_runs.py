@@ -10,7 +10,7 @@ import pytest
 from storage_builders import STORE_KINDS, fresh_store, make_evaluation, memory_log, reopened
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
-from asyncopd.types import Evaluation, IndexRange, PolicyVersion, Span
+from asyncopd.types import Evaluation, IndexRange, PolicyVersion, Span, WorkerStatus
 from storage.layout import RunLayout, decode_name, encode_name, parse, parse_shard, parse_version
 from storage.records import from_json, to_json
 from storage.runs import create_run, find_model, list_runs, open_run, publish_model, read_model
@@ -27,7 +27,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
 def test_a_created_run_can_be_opened_and_listed(store: ObjectStore) -> None:
     assert list_runs(store) == []
     create_run(store, "walk-2", RECORD)
-    create_run(store, "walk-1", RECORD).heartbeat("w", {})
+    create_run(store, "walk-1", RECORD).heartbeat("w", WorkerStatus())
     assert list_runs(store) == ["walk-1", "walk-2"]
     record = open_run(store, "walk-1").record
     assert {name: record[name] for name in RECORD} == RECORD

@@ -14,7 +14,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -26,7 +25,7 @@ from asyncopd.config import RunConfig
 from asyncopd.report.measure import RECENT_STEPS, staleness_of, trained_per_s
 from asyncopd.report.summary import StalenessFigures
 from asyncopd.report.text import duration, number, percent
-from asyncopd.types import Evaluation, Heartbeat, TrainStep
+from asyncopd.types import Evaluation, Heartbeat, TrainStep, WorkerStatus
 from storage.history import History, RunStatus, is_alive, role_of, status_of
 from storage.run_view import RunView
 
@@ -56,14 +55,14 @@ class RoleProgress:
         return self.beat.worker
 
     @property
-    def status(self) -> Mapping[str, Any]:
+    def status(self) -> WorkerStatus:
         """As its heartbeat tells it."""
         return self.beat.status
 
     @property
     def waiting_for(self) -> str | None:
         """What its next piece of work needs; the present one may go on beside the wait."""
-        return self.status.get("waiting_for")
+        return self.status.waiting_for
 
 
 @dataclass(frozen=True)
@@ -151,8 +150,8 @@ class ProgressWatch:
         stopped = self._stopped(history, status, roles)
         shares: dict[str, list[float]] = {}
         for worker in roles:
-            if not worker.silent_s and "busy" in worker.status:
-                shares.setdefault(worker.role, []).append(worker.status["busy"])
+            if not worker.silent_s and worker.status.busy is not None:
+                shares.setdefault(worker.role, []).append(worker.status.busy)
         return Progress(
             elapsed_s=self._clock() - self._began,
             status=status,
@@ -174,8 +173,8 @@ class ProgressWatch:
 
     def _count(self, beats: Iterable[Heartbeat]) -> dict[str, int]:
         for beat in beats:
-            if "num_tokens" in beat.status:
-                self._tokens[beat.worker] = (role_of(beat), int(beat.status["num_tokens"]))
+            if beat.status.num_tokens is not None:
+                self._tokens[beat.worker] = (role_of(beat), beat.status.num_tokens)
         totals: dict[str, int] = {}
         for role, num_tokens in self._tokens.values():
             totals[role] = totals.get(role, 0) + num_tokens
@@ -220,7 +219,7 @@ def panel(progress: Progress, title: str, config: RunConfig) -> RenderableType:
     lines.add_column()
     for worker in progress.roles:
         if is_pretraining(worker):
-            bar = _bar(worker.status["step"], worker.status["num_steps"], _pretrained(worker))
+            bar = _bar(worker.status.step or 0, worker.status.num_steps or 0, _pretrained(worker))
             lines.add_row("pretrain", bar)
     if progress.last_step or progress.version is not None:
         text = f"step {len(progress.steps):,} of {progress.num_steps:,}, {_eta(progress)}"
@@ -268,29 +267,29 @@ def activity(worker: RoleProgress) -> str:
     status = worker.status
     match worker.role:
         case "rollout":
-            return f"samples with version {status.get('version')}, {status.get('num_trajectories', 0):,} responses"
+            return f"samples with version {status.version}, {status.num_trajectories or 0:,} responses"
         case "score":
-            return f"scores with {status.get('teacher')}, {status.get('num_trajectories', 0):,} responses"
-        case "learn" if "step" in status:
-            return f"step {status['step']} of {status['num_steps']}"
+            return f"scores with {status.teacher}, {status.num_trajectories or 0:,} responses"
+        case "learn" if status.step is not None:
+            return f"step {status.step} of {status.num_steps}"
         case "evaluate":
-            last = status.get("version")
+            last = status.version
             return "no version evaluated yet" if last is None else f"version {last} evaluated"
-        case "pretrain" if "model" in status:
-            return f"makes the {status['model']}"
+        case "pretrain" if status.model is not None:
+            return f"makes the {status.model}"
     return "starting"
 
 
 # -- pieces -------------------------------------------------------------------------------------------------------
 def is_pretraining(worker: RoleProgress) -> bool:
     """Does its heartbeat say how far the pre-training of a model is?"""
-    return worker.role == "pretrain" and "num_steps" in worker.status
+    return worker.role == "pretrain" and worker.status.num_steps is not None
 
 
 def _pretrained(worker: RoleProgress) -> str:
     status = worker.status
-    loss = _nats(status.get("loss_nats"))
-    return f"{status['model']}: step {status['step']:,} of {status['num_steps']:,}, loss {loss}"
+    loss = _nats(status.loss_nats)
+    return f"{status.model}: step {status.step or 0:,} of {status.num_steps or 0:,}, loss {loss}"
 
 
 def _bar(done: int, total: int, text: str) -> RenderableType:

@@ -55,7 +55,7 @@ class LearnStage:
         self._lease_s = lease_s
         self._learner_version = learner_version
         self._rewind = 0
-        worker.status.update(step=0, num_steps=plan.num_steps, num_tokens=0)
+        worker.tell(step=0, num_steps=plan.num_steps, num_tokens=0)
 
     async def run(self) -> None:
         """Train every remaining step. A second call on a finished run returns at once.
@@ -142,7 +142,8 @@ class LearnStage:
                 await asyncio.to_thread(
                     self._log.publish_checkpoint, step + 1, self._rewind, objects, worker=self._worker.name
                 )
-        self._worker.status.update(step=step + 1, num_tokens=self._worker.status["num_tokens"] + record.num_tokens)
+        self._worker.tell(step=step + 1)
+        self._worker.count(num_tokens=record.num_tokens)
 
     def _check_cache(self, batch: Sequence[ScoredTrajectory]) -> None:
         # Every batch, not the first alone: a log that was back-filled in part is narrower further on.

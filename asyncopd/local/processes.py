@@ -225,19 +225,19 @@ class RoleProcesses:
         hang_s: float,
         failure_of: Callable[[str], str | None],
         beats: Callable[[], Mapping[int, object]],
-        bury: Callable[[int], object],
+        retire: Callable[[int], object],
         say: Callable[[str], None],
     ) -> None:
         """
         Args:
             failure_of: role -> the reason its last process published before it ended, if any.
             beats: pid -> anything that changes with every heartbeat of that process on this machine.
-            bury: told the pid of every child that ended, so that nobody waits for its leases to run out.
+            retire: told the pid of every child that ended, so that nobody waits for its leases to run out.
         """
         self._run_id, self._root, self._log_dir, self._env = run_id, root, log_dir, env
         self._max_restarts, self._hang_s = max_restarts, hang_s
         self._restarts_left = {spec.name: max_restarts for spec in specs}
-        self._beats, self._bury = beats, bury
+        self._beats, self._retire = beats, retire
         self._last_beats: dict[int, tuple[object, float]] = {}
         """pid -> its last heartbeat, and when this process saw it first, on the monotonic clock."""
         self._failure_of, self._say = failure_of, say
@@ -317,7 +317,7 @@ class RoleProcesses:
         reason = self._failure_of(spec.role) or child.tail()
         cause = f"exit status {status}" if status > 0 else f"signal {-status}"
         with contextlib.suppress(StorageError):  # its leases then run out by themselves
-            self._bury(child.record.pid)
+            self._retire(child.record.pid)
         if time.monotonic() - self._started[spec] > STEADY_S:
             self._restarts_left[spec.name] = self._max_restarts
         if self._restarts_left[spec.name] == 0:

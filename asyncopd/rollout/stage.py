@@ -57,7 +57,7 @@ class RolloutStage:
         self._choosing = asyncio.Lock()
         self._unreadable: PolicyVersion | None = None
         self._read_again_s = 0.0
-        worker.status.update(num_trajectories=0, num_tokens=0, num_tokens_discarded=0, version=None)
+        worker.tell(num_trajectories=0, num_tokens=0, num_tokens_discarded=0)
 
     @contextlib.asynccontextmanager
     async def following_versions(self) -> AsyncIterator[None]:
@@ -101,9 +101,8 @@ class RolloutStage:
             first = await asyncio.to_thread(
                 self._log.publish_trajectories, shard, trajectories, worker=self._worker.name, facts=facts
             )
-        self._worker.status["num_tokens_discarded"] += 0 if first else num_tokens
-        self._worker.status["num_trajectories"] += len(trajectories)
-        self._worker.status["num_tokens"] += num_tokens
+        self._worker.count(num_trajectories=len(trajectories), num_tokens=num_tokens)
+        self._worker.count(num_tokens_discarded=0 if first else num_tokens)
         self._record_busy()
 
     async def _one(self, index: int) -> Trajectory:
@@ -173,7 +172,7 @@ class RolloutStage:
             if weights is None:
                 return
             await self._sampler.refresh(weights)
-        self._worker.status["version"] = weights.version.number
+        self._worker.tell(version=weights.version.number)
 
     def _newest_readable(self, latest: PolicyVersion) -> PolicyWeights | None:
         """The weights of `latest`, or of the newest version that can be read; None when the sampler has that one.

@@ -47,7 +47,7 @@ class ScoreStage:
         self._open = OpenShards(plan)
         """Shards neither scored nor claimed by this worker, in index order."""
         self._choosing = asyncio.Lock()
-        worker.status.update(teacher=scorer.name, num_trajectories=0, num_tokens=0)
+        worker.tell(teacher=scorer.name, num_trajectories=0, num_tokens=0)
 
     async def next_shard(self) -> IndexRange | None:
         """Claim the lowest produced shard that nobody scored or holds; waits for rollouts and for other workers."""
@@ -76,8 +76,7 @@ class ScoreStage:
             await asyncio.to_thread(
                 self._log.publish_scores, self._scorer.name, shard, scores, worker=self._worker.name, facts=facts
             )
-        self._worker.status["num_trajectories"] += len(trajectories)
-        self._worker.status["num_tokens"] += num_tokens
+        self._worker.count(num_trajectories=len(trajectories), num_tokens=num_tokens)
 
     async def close(self) -> None:
         """Stop the teacher's engine."""
@@ -217,4 +216,4 @@ class BackfillStage:
         self._counts["shards"] += 1
         self._counts["asked"] += answers.num_tokens_asked
         self._counts["cached"] += answers.num_tokens_cached
-        self._worker.status["num_tokens"] = self._counts["asked"] + self._counts["cached"]
+        self._worker.tell(num_tokens=self._counts["asked"] + self._counts["cached"])
