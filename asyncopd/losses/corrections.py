@@ -191,7 +191,7 @@ def m2po(log_ratio_TN: Tensor, advantage_TN: Tensor, *, threshold: float) -> Cor
         advantage_TN: [T, N] nats, detached.
         threshold: τ of the whole optimizer step, from `second_moment_threshold`.
     Source:
-        M2PO, arXiv 2510.01161, as docs/estimators.md 4.5 states it (mean over the harmful set, clip at τ).
+        M2PO, arXiv 2510.01161, as docs/estimators.md states it (mean over the harmful set, clip at τ).
     """
     clipped_TN = harmful(log_ratio_TN, advantage_TN) & (log_ratio_TN.detach().abs() > threshold)
     bounded_TN = log_ratio_TN.detach().clamp(-threshold, threshold)

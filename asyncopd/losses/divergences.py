@@ -52,7 +52,7 @@ def forward_kl(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor) -> Tens
     Returns:
         [T] nats, with gradient; one loss per row, not normalised by anything.
     Source:
-        GKD, arXiv 2306.13649 (supervised direction); docs/estimators.md 4.1.
+        GKD, arXiv 2306.13649 (supervised direction); docs/estimators.md.
     """
     teacher_probs_TK = teacher_logprobs_TK.exp()
     gap_TK = teacher_logprobs_TK - student_logprobs_TK
@@ -73,7 +73,7 @@ def reverse_kl(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor) -> Tens
     Returns:
         [T] nats, with gradient; one loss per row, not normalised by anything.
     Source:
-        MiniLLM, arXiv 2306.08543, the per-token reverse KL; docs/estimators.md 4.3.
+        MiniLLM, arXiv 2306.08543, the per-token reverse KL; docs/estimators.md.
     """
     return (student_logprobs_TK.exp() * (student_logprobs_TK - teacher_logprobs_TK)).sum(-1)
 
@@ -173,7 +173,7 @@ def forward_kl_draws(student_logprobs_TM: Tensor, teacher_logprobs_TM: Tensor) -
     Returns:
         [T] nats, with gradient; one loss per row.
     Source:
-        docs/estimators.md 4.2.
+        docs/estimators.md.
     """
     return (teacher_logprobs_TM - student_logprobs_TM).mean(-1)
 

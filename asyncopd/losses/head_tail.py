@@ -33,7 +33,7 @@ def head_tail(
 
         b = Σ_H p_θ d / Σ_H p_θ  (detached)
 
-    ∇ℓ = ĝ of docs/estimators.md 4.5b, since ∇p_θ = p_θ ∇log p_θ and ∇ρ = ρ ∇log p_θ. Any b that does not depend on the
+    ∇ℓ = ĝ of docs/estimators.md, since ∇p_θ = p_θ ∇log p_θ and ∇ρ = ρ ∇log p_θ. Any b that does not depend on the
     draws leaves E[ĝ] = ∇D_R; this one makes the head a proper KL inside itself. The value is unbiased for D_R too.
 
     The head may be larger than the set the draws avoid (the teacher's top-k joined to the sampler's): a draw that
@@ -53,7 +53,7 @@ def head_tail(
         Loss [T], nats, with gradient, not normalised by anything; and the largest p_θ/p_old among the tail draws, [T],
         detached: large where p_θ grew in a tail that p_old neglected.
     Source:
-        This project; docs/estimators.md 4.5b.
+        This project; docs/estimators.md.
     """
     minus_inf = torch.full_like(head_student_logprobs_TK, -torch.inf)
     head_logprobs_TK = torch.where(in_head_TK, head_student_logprobs_TK, minus_inf)

@@ -44,7 +44,7 @@ def behaviour_advantage(behaviour_logprobs_TN: Tensor, teacher_logprobs_TN: Tens
     Returns:
         [T, N] nats, detached.
     Source:
-        AsyncOPD, arXiv 2606.24143; docs/estimators.md 4.5.
+        AsyncOPD, arXiv 2606.24143; docs/estimators.md.
     """
     return (teacher_logprobs_TN - behaviour_logprobs_TN).detach()
 
@@ -97,7 +97,7 @@ def policy_gradient(
     Returns:
         Loss [T], nats, with gradient; and [T, N] bool, the draws whose gradient the correction changed.
     Source:
-        AsyncOPD, arXiv 2606.24143; docs/estimators.md 4.5.
+        AsyncOPD, arXiv 2606.24143; docs/estimators.md.
     """
     corrected = correct(log_ratio_TN, advantage_TN - baseline_TN)
     return -(corrected.objective_TN + baseline_TN).mean(-1), corrected.affected_TN

@@ -10,7 +10,7 @@ What SQL of other people may say: one SELECT over the catalog's relations. Check
 This is the outer of several walls: behind it the connection has no external access and a locked configuration, and
 the process has limits. It is here for its messages, and because `arrow_scan` would take any number for an address.
 
-Damage that a query comes upon: pages carry checksums (storage/schema.py), and readers say so in their own words.
+Damage that a query finds: pages carry checksums (storage/schema.py), and a reader reports a wrong one in its own words.
 
 An object's sha256 covers more, its footer too, but needs the whole object: `asyncopd maintain audit` checks that.
 """
