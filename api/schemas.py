@@ -352,57 +352,6 @@ class QuestionList(Schema):
 
 
 # -- work on a log that exists ------------------------------------------------------------------------------------
-Settings = dict[str, Any]
-
-
-class ReplayRequest(Schema):
-    """Train again from a run's log, with other settings (docs/replay.md)."""
-
-    steps: str = field(
-        "FIRST:LAST of the run's steps; either side may be left out.", "0:50", ":", pattern=r"^[0-9]{0,9}:[0-9]{0,9}$"
-    )
-    start: Literal["checkpoint", "weights"] = field(
-        "The run's exact state, or its published weights with a new optimizer.", "checkpoint", "checkpoint"
-    )
-    overrides: Settings = field(
-        "Dotted keys of loss, learner, evaluate or limits that change.", {"learner.lr": 0.001}, {}, max_length=100
-    )
-    scores: dict[str, float] = field(
-        "Folder of scores -> weight of that teacher; the run's own when empty.", {"oracle": 1.0}, {}, max_length=20
-    )
-    compare: list[Settings] = field(
-        "Arms of a comparison: overrides of each; two or more.",
-        [{"learner.lr": 0.001}, {"learner.lr": 0.002}],
-        [],
-        max_length=20,
-    )
-    evaluate: bool = field("Evaluate the first and the last version of a single replay.", True, False)
-    num_prompts: int = field("Held-out prompts of a comparison; 0 for the run's own number.", 300, 0, ge=0, le=100_000)
-
-
-class CandidateSettings(Schema):
-    """Candidates to recompute from the published weights of the student that sampled."""
-
-    head: int = field("Most likely ids.", 4, ge=0, le=100_000)
-    num_draws: int = field("Drawn ids.", 4, ge=0, le=100_000)
-    law: Literal["policy", "tail"] = field("What they are drawn from.", "tail", "policy")
-
-
-class BackfillRequest(Schema):
-    """Score a run's trajectories again, with another teacher or wider (docs/replay.md)."""
-
-    teacher: Settings = field(
-        "Keys of section `teacher` that differ from the run's own.",
-        {"name": "hard", "smoothing": 1e-4},
-        {},
-        max_length=100,
-    )
-    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | Literal["all"] = field("Most likely ids per token.", 16, 0)
-    num_teacher_draws: int = field("Ids per token drawn by the teacher.", 8, 0, ge=0, le=100_000)
-    candidates: CandidateSettings | None = field("Recompute the student's candidates.", None, None)
-    cache: bool = field("Share answers with other runs of the storage root.", True, False)
-
-
 class Work(Schema):
     """Work that was started on a run's log."""
 

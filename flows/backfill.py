@@ -1,4 +1,4 @@
-"""Back-fill without Prefect: another teacher, wider top-k or new candidates for rollouts that exist.
+"""A back-fill: another teacher, wider top-k or new candidates for rollouts that exist. Without Prefect.
 
 run's trajectories [--CandidateSource--> candidates/<name>/] --cache, Scorer--> scores/<teacher>[@<what>]/
 """
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from asyncopd.config.requests import Backfill, CandidateRequest, candidates_of, folder_of, teacher_of, widths
+from asyncopd.config.replay import CandidateWidths
+from asyncopd.config.requests import BackfillRequest
 from asyncopd.errors import ConfigError
 from asyncopd.learner.restore import find_version
 from asyncopd.local.console import bar
@@ -24,7 +25,7 @@ from flows.engines import make_scorer, student_skeleton
 from flows.roles import pretrain_model
 from flows.wiring import OpenRun, missing_models, open_stored_run
 from storage.candidates import find_candidates, publish_candidates, with_candidates
-from storage.replay import source_of
+from storage.replay import backfill_asked, source_of
 from storage.run_log import StoredRunLog
 from storage.score_cache import StoredScoreCache
 
@@ -45,35 +46,26 @@ class StoredCandidates:
         return with_candidates(self.log, self.name, shard, list(trajectories))
 
 
-async def run_backfill(root: str, backfill: Backfill, *, console: Console, use_cache: bool) -> Backfilled:
+async def run_backfill(root: str, run_id: str, asked: BackfillRequest, *, console: Console) -> Backfilled:
     """Score every trajectory shard that the run has, under a folder of its own. A replay's are its source's.
 
-    Args:
-        use_cache: keep the answers for other runs, and ask only for what nobody asked before.
     Raises:
         ConfigError: settings that cannot work, or nothing to do.
         EngineError: the teacher or the student that sampled cannot serve a shard.
     """
-    run = open_stored_run(root, backfill.run_id)
-    source = source_of(run.log)
-    if source is not run.log:
+    run = open_stored_run(root, run_id)
+    if (source := source_of(run.log)) is not run.log:
         run = open_stored_run(root, source.run_id)
     config = run.config
-    teacher = teacher_of(config, backfill)
-    vocab_size = run.task.tokenizer.vocab_size
-    top_k, num_teacher_draws = widths(config, backfill, vocab_size=vocab_size)
-    wanted = candidates_of(config, backfill)
-    folder = folder_of(config, teacher, top_k=top_k, num_teacher_draws=num_teacher_draws, candidates=wanted)
-    shards = run.log.trajectory_shards()
-    if not shards:
-        raise ConfigError(f"run {run.log.run_id} has no trajectories yet; train it before back-filling.")
+    wanted = backfill_asked(run.log, config, asked, vocab_size=run.task.tokenizer.vocab_size)
+    teacher, shards = wanted.teacher, run.log.trajectory_shards()
     worker = run.worker("score")
-    asked = OpenRun(run.store, run.log, config.model_copy(update={"teacher": teacher}), run.task)
+    changed = OpenRun(run.store, run.log, config.model_copy(update={"teacher": teacher}), run.task)
     async with worker.alive():
-        for role, model in missing_models(asked).items():
+        for role, model in missing_models(changed).items():
             console.print(f"making the {role}, which is a tiny model that no run has made yet", highlight=False)
-            pretrain_model(asked, worker, role, model)
-        scorer = make_scorer(asked.config, asked.task, asked.store)
+            pretrain_model(changed, worker, role, model)
+        scorer = make_scorer(changed.config, changed.task, changed.store)
         try:
             _check_name(run.log, teacher.name, scorer.digest)
             if teacher != config.teacher == teacher.model_copy(update={"name": config.teacher.name}):
@@ -82,22 +74,33 @@ async def run_backfill(root: str, backfill: Backfill, *, console: Console, use_c
                     "same model is asked, unless what is behind it has changed.",
                     highlight=False,
                 )
-            with bar(console, f"{run.log.run_id} scores/{folder}", sum(map(len, shards)), "trajectories") as advance:
+            with bar(
+                console, f"{run.log.run_id} scores/{wanted.folder}", sum(map(len, shards)), "trajectories"
+            ) as advance:
                 stage = BackfillStage(
                     run.log,
                     worker,
-                    folder=folder,
+                    folder=wanted.folder,
                     scorer=scorer,
-                    request=ScoreRequest(top_k, num_teacher_draws, config.rollout.temperature, config.seed),
-                    cache=StoredScoreCache(run.store) if use_cache else NoCache(),
-                    candidates=None if wanted is None else _candidates(run, wanted, worker.name),
-                    facts={"backfill": {"teacher": teacher.model_dump(mode="json"), "top_k": top_k}},
+                    request=ScoreRequest(
+                        wanted.top_k, wanted.num_teacher_draws, config.rollout.temperature, config.seed
+                    ),
+                    cache=StoredScoreCache(run.store) if asked.cache else NoCache(),
+                    candidates=_candidates(run, wanted.candidates, worker.name) if wanted.candidates else None,
+                    facts={"backfill": {"teacher": teacher.model_dump(mode="json"), "top_k": wanted.top_k}},
                     lease_s=config.limits.lease_s,
                     on_shard=advance,
                 )
-                return await stage.run(shards)
+                done = await stage.run(shards)
         finally:
             await scorer.close()
+    said = (
+        f"scores/{done.folder}: {done.num_shards} shards scored, {done.num_shards_found} were there; "
+        f"{done.num_tokens_asked:,} tokens asked of the teacher, {done.num_tokens_cached:,} from the cache, "
+        f"{done.seconds:.1f} s\ntrain on them: asyncopd replay {run_id} --set scores={done.folder}"
+    )
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
+    return done
 
 
 def _check_name(log: StoredRunLog, name: str, digest: str) -> None:
@@ -128,7 +131,7 @@ def _teacher_in(folder: str) -> str:
     return folder.partition("@")[0]
 
 
-def _candidates(run: OpenRun, wanted: CandidateRequest, worker: str) -> StoredCandidates:
+def _candidates(run: OpenRun, wanted: CandidateWidths, worker: str) -> StoredCandidates:
     config = run.config
 
     def read_weights(number: int) -> bytes:

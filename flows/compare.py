@@ -1,237 +1,132 @@
-"""Counterfactual staleness without Prefect: one log, consumed late, in other orders and under other bounds.
+"""A comparison of estimators: replays from one start on identical rollouts, then the same held-out prompts for all.
 
-    log --rollouts_of--> consume (pure) --indices per clock--> Student from version f --> figures per setting
+    ReplayRequest with arms --> one child run each --> Outcome of each last version --> paired differences, compare.md
 
-Every setting starts from the parent's state at one version f, the largest lag, and is measured over the same clocks,
-f + the largest lag to the end: by then each has trained `lag` steps and its batches are ones the parent had not trained
-when it published f.
+Everything is checked, and every child created, before the first is trained. Without Prefect.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
 
-import numpy as np
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from asyncopd.errors import ConfigError
-from asyncopd.learner.restore import StepFigures, train_in_order, train_to
+from asyncopd.config.requests import ReplayRequest, arm_name
+from asyncopd.evaluate import Difference, Outcome, accuracy_difference, kl_difference, outcome_of
 from asyncopd.local.console import bar
-from asyncopd.study.counterfactual import (
-    Cell,
-    Consumption,
-    Log,
-    Rollout,
-    Setting,
-    arrived_steps,
-    consume,
-    whole_batches,
+from asyncopd.local.processes import home
+from asyncopd.report.text import table
+from flows.replay import open_replay, start_of, train_replay
+from flows.wiring import OpenRun, evaluate_stage, open_stored_run
+from storage.replay import replays_asked
+from storage.stores import open_store
+
+HEADER = (
+    "arm",
+    "accuracy",
+    "difference",
+    "paired ±",
+    "unpaired ±",
+    "KL nats",
+    "difference",
+    "paired ±",
+    "unpaired ±",
 )
-from asyncopd.types import IndexRange, ScoredTrajectory
-from flows.engines import student_skeleton
-from flows.wiring import OpenRun, student_of
-from storage.replay import ScoresView, check_counterfactual, check_log, read_shard, read_step, scores_view
+NOTE = (
+    "All arms trained on the same rollouts from the same start, and answered the same {prompts} held-out prompts with "
+    "the same random numbers. A difference is arm minus first arm with its standard error over prompts: paired (prompt "
+    "by prompt), and unpaired (as if each arm had prompts of its own). It is about these trained students; other "
+    "rollouts or seeds would train others."
+)
 
-MIN_MEASURED = 8
-"""Clocks that must be left to measure; fewer would be mostly noise."""
+
+async def run_comparison(root: str, run_id: str, asked: ReplayRequest, *, console: Console, out: str | None) -> None:
+    """`asyncopd replay --compare …`."""
+    parent = open_stored_run(root, run_id)
+    opened = [open_replay(parent, arm) for arm in replays_asked(parent.log, parent.config, asked)]
+    for child, arm in opened:
+        await train_replay(parent, child, arm, console=console)
+    children = [child for child, _ in opened]
+    measured = await outcomes(children, num_prompts=asked.num_prompts, console=console)
+    rows = comparison_rows([arm_name(arm) for arm in asked.compare], measured)
+    _, first = opened[0]
+    note = NOTE.format(prompts=len(measured[0].correct_B))
+    title = f"{run_id}, steps {first.first_version} to {first.last_version}, from {start_of(first)}"
+    folder = folder_of(out, f"{run_id}-compare", [child.log.run_id for child in children])
+    open_store(folder).put("compare.md", f"# {title}\n\n{table(HEADER, rows)}\n\n{note}\n".encode())
+    console.print(console_table(f"{len(rows)} arms on the same rollouts", HEADER, rows))
+    console.print(note, highlight=False)
+    console.print(f"written to {folder}", highlight=False, soft_wrap=True)
 
 
-def log_of(run: OpenRun) -> Log:
-    """Every scored rollout that the run's steps decided about, with when its scores appeared on the learner's clock.
+async def outcomes(children: Sequence[OpenRun], *, num_prompts: int, console: Console) -> list[Outcome]:
+    """What the last version of each run does on the same held-out prompts, with the same random numbers.
 
-    Raises:
-        ConfigError: the run trained nothing, lacks scores, or is a replay.
+    Args:
+        num_prompts: 0 for as many as the runs evaluate with.
     """
-    check_counterfactual(run.log)
-    steps = run.log.steps()
-    plan, view = run.config.plan, scores_view(run.log, run.config)
-    decided = _decided(run, len(steps))
-    shards = [of_shard.shard for of_shard in decided]
-    required = run.config.loss.requirements()
-    check_log(view.log, view.weights, required, shards, vocab_size=run.task.tokenizer.vocab_size)
-    scored_at = [_scored_at(view, shard) for shard in shards]
-    # From the shard logs alone: a step began when its optimizer step did, which its record tells.
-    appeared = arrived_steps(scored_at, [step.finished - step.metrics["train/seconds"] for step in steps])
-    rollouts = [
-        Rollout(
-            index=trajectory.index,
-            step=of_shard.steps[trajectory.index],
-            # Clocks tick in milliseconds, but a rollout is never there before the version that ended it, nor later
-            # than the step that decided about it.
-            arrived_step=min(of_shard.steps[trajectory.index], max(appeared[number], trajectory.version_last)),
-            # Recorded arrivals are the order itself; learners look at a folder now and then, so times may differ.
-            arrival=scored_at[number] if plan.order == "index" else float(number),
-            version_oldest=trajectory.version_oldest,
-            num_tokens=len(trajectory.response_ids),
-            is_trained=trajectory.index not in of_shard.untrained,
-        )
-        for number, of_shard in enumerate(decided)
-        for trajectory in view.log.read_trajectories(of_shard.shard)
-        if trajectory.index in of_shard.steps
-    ]
-    indices = {index for of_shard in decided for index in of_shard.steps}
-    return Log(
-        run_id=run.log.run_id,
-        order=plan.order,
-        batch_size=plan.batch_size,
-        num_clocks=len(steps),
-        rollouts=rollouts,
-        num_batches=whole_batches(indices, plan.batch_size),
-        num_filtered=len(indices) - len(rollouts),
-    )
-
-
-@dataclass(frozen=True)
-class _Decided:
-    """What the run's steps decided about one shard."""
-
-    shard: IndexRange
-    steps: Mapping[int, int]
-    """Index -> the step that decided about it; without those that no trained step came to."""
-    untrained: Collection[int]
-    """Those dropped or held."""
-
-
-def _decided(run: OpenRun, num_steps: int) -> list[_Decided]:
-    plan = run.config.plan
-    if plan.order == "index":
-        return [
-            _Decided(shard, dict.fromkeys(shard.indices, step), ())
-            for step in range(num_steps)
-            for shard in plan.shards_of_step(step)
-        ]
+    first = children[0]
+    if num_prompts:
+        asked = first.config.evaluate.model_copy(update={"num_prompts": num_prompts})
+        first = replace(first, config=first.config.model_copy(update={"evaluate": asked}))
+    stage, sampler = evaluate_stage(first, first.worker("evaluate"))
     found = []
-    for arrival in run.log.arrivals():
-        steps = {index: step for index, step in arrival.steps(plan.batch_size) if step < num_steps}
-        if steps:
-            found.append(_Decided(arrival.shard, steps, {*arrival.dropped, *arrival.held}))
+    try:
+        with bar(console, "evaluate", len(children), "arms") as advance:
+            for child in children:
+                version = child.log.latest_policy()
+                assert version is not None
+                found.append(outcome_of(*await stage.respond(child.log.read_policy(version))))
+                advance(1)
+    finally:
+        await sampler.close()
     return found
 
 
-def start_version(settings: Sequence[Setting], log: Log, asked: int | None) -> tuple[int, int]:
-    """(version every setting starts from, first clock measured).
+def comparison_rows(names: Sequence[str], arms: Sequence[Outcome]) -> list[tuple[str, ...]]:
+    """Each arm's accuracy and KL, and its differences from the first."""
 
-    Raises:
-        ConfigError: the log is too short for the largest lag.
-    """
-    lag = max(setting.lag for setting in settings)
-    first = lag if asked is None else asked
-    measured_from = first + lag
-    if first < lag or log.num_clocks - measured_from < MIN_MEASURED:
-        longest = (log.num_clocks - MIN_MEASURED) // 2
-        raise ConfigError(
-            f"a lag of {lag} steps from version {first}: expected a start at or after version {lag}, and at least "
-            f"{MIN_MEASURED} of the log's {log.num_clocks} steps after clock {measured_from}. Ask for less staleness; "
-            f"this log bears a lag of {longest}."
+    def errors(difference: Difference, scale: float, digits: int) -> tuple[str, ...]:
+        return (
+            f"{scale * difference.value:+.{digits}f}",
+            f"{scale * difference.paired_error:.{digits}f}",
+            f"{scale * difference.unpaired_error:.{digits}f}",
         )
-    return first, measured_from
+
+    none = ("", "", "")
+    return [
+        (
+            name,
+            f"{100 * arm.accuracy:.1f} %",
+            *(errors(accuracy_difference(arms[0], arm), 100, 2) if number else none),
+            f"{arm.kl_nats:.4f}",
+            *(errors(kl_difference(arms[0], arm), 1, 4) if number else none),
+        )
+        for number, (name, arm) in enumerate(zip(names, arms, strict=True))
+    ]
 
 
-async def run_cells(
-    run: OpenRun,
-    log: Log,
-    settings: Sequence[Setting],
-    *,
-    first: int,
-    measured_from: int,
-    known: Mapping[Setting, Cell],
-    keep: Callable[[Cell], None],
-    console: Console,
-) -> list[Cell]:
-    """Train and measure every setting that is not `known` yet; settings that consume alike are trained once.
-
-    `asyncopd.study.counterfactual.check_defined` tells which settings mean something on this log.
-
-    Args:
-        keep: called with each new cell, so that a stopped call loses at most one.
-    """
-    consumptions = {setting: consume(log, setting) for setting in settings}
-    read = _reader(run, log)
-    state: Mapping[str, bytes] | None = None
-    figures: dict[tuple[tuple[int, ...], ...], list[StepFigures]] = {}
-    cells = []
-    num_clocks = (log.num_clocks - first) * len({consumptions[s].steps[first:] for s in settings if s not in known})
-    with bar(console, f"from version {first}", num_clocks, "steps") as advance:
-        for setting in settings:
-            if setting in known:
-                cells.append(known[setting])
-                continue
-            consumption = consumptions[setting]
-            state = state or await _state(run, first)
-            trained = consumption.steps[first:]
-            if trained not in figures:
-                figures[trained] = await _train(run, state, consumption, first, read, partial(advance, 1))
-            cells.append(measure(setting, consumption, figures[trained], log, measured_from=measured_from))
-            keep(cells[-1])
-    return cells
+def console_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)
+) -> Table:
+    """For a terminal; columns not in `left` align right."""
+    shown = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column, name in enumerate(header):
+        shown.add_column(name, justify="left" if column in left else "right", header_style="dim")
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    return shown
 
 
-def measure(
-    setting: Setting, consumption: Consumption, figures: Sequence[StepFigures], log: Log, *, measured_from: int
-) -> Cell:
-    """Token means over the measured clocks; waste as a share of the tokens whose turn came."""
-    seen = [step for step in figures if step.clock >= measured_from]
-    weights = np.array([step.num_tokens for step in seen], np.float64)
-    tokens = {rollout.index: rollout.num_tokens for rollout in log.rollouts}
-
-    def mean(key: str) -> float:
-        return float(np.average([step.metrics[key] for step in seen], weights=weights)) if seen else float("nan")
-
-    clocks = range(measured_from, log.num_clocks)
-    stale = sum(tokens[index] for clock in clocks for index in consumption.stale[clock])
-    expected = [clock for clock in clocks if consumption.steps[clock]]
-    return Cell(
-        setting=setting,
-        num_steps=len(seen),
-        num_idle=len(clocks) - len(expected),
-        is_finite=len(seen) == len(expected),
-        staleness_mean=float(np.average([s.staleness_mean for s in seen], weights=weights)) if seen else float("nan"),
-        staleness_max=max((s.staleness_max for s in seen), default=0),
-        loss_nats=mean("train/loss_nats"),
-        drift_nats=mean("train/drift_nats"),
-        ess_fraction=mean("train/ess_fraction"),
-        grad_norm=mean("train/grad_norm"),
-        num_tokens=int(weights.sum()),
-        num_tokens_wasted=stale,
-    )
+def folder_of(out: str | None, name: str, parts: Sequence[str]) -> str:
+    """--out, or a folder beside the run's reports that the same question finds again."""
+    return out or str(home() / "reports" / f"{name}-{digest(parts)}")
 
 
-async def _state(run: OpenRun, version: int) -> Mapping[str, bytes]:
-    student = student_of(run.config, student_skeleton(run.log))
-    await train_to(run.log, student, version, read_step=partial(read_step, run.log, run.config))
-    return student.checkpoint()
-
-
-async def _train(
-    run: OpenRun,
-    state: Mapping[str, bytes],
-    consumption: Consumption,
-    first: int,
-    read: Callable[[int], ScoredTrajectory],
-    on_step: Callable[[], None],
-) -> list[StepFigures]:
-    student = student_of(run.config, student_skeleton(run.log))
-    student.restore(state)
-    steps = {clock: indices for clock, indices in enumerate(consumption.steps) if clock >= first}
-    return await asyncio.to_thread(train_in_order, student, steps, read=read, on_step=on_step)
-
-
-def _reader(run: OpenRun, log: Log) -> Callable[[int], ScoredTrajectory]:
-    """Index -> scored trajectory; the shards between the earliest and the latest index in use stay decoded."""
-    view, size = scores_view(run.log, run.config), run.config.plan.shard_size
-
-    @lru_cache(maxsize=256)
-    def shard(number: int) -> dict[int, ScoredTrajectory]:
-        scored = read_shard(view, IndexRange(number * size, (number + 1) * size))
-        return {row.trajectory.index: row for row in scored}
-
-    return lambda index: shard(index // size)[index]
-
-
-def _scored_at(view: ScoresView, shard: IndexRange) -> float:
-    manifest = view.find(shard)
-    assert manifest is not None  # check_log looked
-    return manifest.created
+def digest(parts: Sequence[str]) -> str:
+    """Of a question, short enough for a file's name."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

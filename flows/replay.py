@@ -1,138 +1,185 @@
-"""Flows `replay`, `backfill` and `counterfactual`: work on a log that exists, in a child process; output as artifact.
+"""A replay: creates the child run, brings its learner to the start, trains it from the parent's log. Without Prefect.
 
-A flow run that is killed loses nothing: run the deployment again with the same parameters, and it goes on.
+    ReplayRequest --> Replay, checked against the log --> child run --publish_start--> LearnStage --> versions and steps
+
+No sampler and no teacher runs, except to evaluate, and then only after training.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-from collections.abc import Mapping
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 
-from prefect import flow, get_run_logger
-from prefect.artifacts import acreate_markdown_artifact
+from rich.console import Console
 
-from asyncopd.cli.replay import offline_command
-from asyncopd.errors import RoleFailedError
+from asyncopd import __version__
+from asyncopd.config.replay import Replay, first_step, parent_version
+from asyncopd.config.requests import ReplayRequest, arm_name
+from asyncopd.evaluate import versions_to_evaluate
+from asyncopd.learner.restore import find_version, publish_start, train_to
+from asyncopd.learner.stage import LearnStage
+from asyncopd.local.console import bar
+from flows.engines import student_skeleton
+from flows.wiring import OpenRun, evaluate_stage, open_stored_run, student_of
+from storage.replay import ReplayLog, read_step, replays_asked, resolved_replay
+from storage.runs import create_run, list_runs
 
 
-@flow(name="replay", flow_run_name="replay-{run_id}")
-async def replay(
-    run_id: str,
-    root: str = "runs",
-    steps: str = ":",
-    start: Literal["checkpoint", "weights"] = "checkpoint",
-    overrides: list[str] | None = None,
-    compare: list[str] | None = None,
-    evaluate: bool = False,
-    prompts: int = 0,
-    out: str | None = None,
-) -> str:
-    """Train again from a run's log, with no sampler and no teacher, into a run of its own.
+async def run_replay(root: str, run_id: str, asked: ReplayRequest, *, console: Console) -> None:
+    """`asyncopd replay` without arms."""
+    parent = open_stored_run(root, run_id)
+    (replay,) = replays_asked(parent.log, parent.config, asked)
+    child, replay = open_replay(parent, replay)
+    await train_replay(parent, child, replay, console=console)
+    if not asked.evaluate:
+        return
+    await evaluate_replay(child, first_step(parent.config, child.config, replay))
+    for evaluation in child.log.evaluations():
+        console.print(
+            f"version {evaluation.version.number}: accuracy {100 * evaluation.accuracy:.1f} %, KL "
+            f"{evaluation.kl_nats:.4f} ± {evaluation.kl_standard_error_nats:.4f} nats",
+            highlight=False,
+        )
 
-    Args:
-        run_id: of the parent.
-        root: its storage root.
-        steps: FIRST:LAST of the parent's steps.
-        start: the parent's exact state, or its published weights with a new optimizer.
-        overrides: KEY=VALUE settings that change; scores=FOLDER or scores={FOLDER: WEIGHT, …} choose the teachers.
-        compare: arms of a comparison, each `KEY=VALUE …`.
-        evaluate: evaluate the first and the last version of a single replay.
-        prompts: held-out prompts of a comparison; 0 for the run's own number.
-        out: folder of a comparison's table.
-    Returns:
-        What `asyncopd replay` prints.
+
+def open_replay(parent: OpenRun, asked: Replay) -> tuple[OpenRun, Replay]:
+    """The child run, created or found again, and the replay with its scores resolved.
+
+    Raises:
+        ConfigError: settings or a log that the replay cannot work with; nothing is created then.
     """
-    options: dict[str, Any] = {"steps": steps, "start": start, "overrides": overrides or [], "compare": compare or []}
-    options |= {"run_id": run_id, "root": root, "evaluate": evaluate, "prompts": prompts, "out": out}
-    return await _child("replay", options)
+    find_version(parent.log, asked.first_version)
+    vocab_size = parent.task.tokenizer.vocab_size
+    replay, config = resolved_replay(parent.log, parent.config, asked, vocab_size=vocab_size)
+    is_new = replay.child_id not in list_runs(parent.store)
+    if is_new:
+        record = {
+            "config": config.model_dump(mode="json"),
+            "config_hash": config.digest(),
+            "code_version": __version__,
+            "seed": config.seed,
+            "created": time.time(),
+            "parent": replay.model_dump(mode="json"),
+        }
+        create_run(parent.store, replay.child_id, record)
+    # One that is found has the configuration it was made with, whatever defaults have changed since.
+    child = open_stored_run(parent.store.url, replay.child_id)
+    if is_new:
+        # Engines load the student's architecture from the run they serve.
+        child.log.publish_architecture(parent.log.read_architecture())
+    return child, replay
 
 
-@flow(name="backfill", flow_run_name="backfill-{run_id}")
-async def backfill(
-    run_id: str,
-    root: str = "runs",
-    teacher: list[str] | None = None,
-    top_k: int | Literal["all"] = 0,
-    teacher_draws: int = 0,
-    candidates: str = "",
-    cache: bool = False,
-) -> str:
-    """Score a run's trajectories again, with another teacher or wider, beside what exists.
+async def train_replay(parent: OpenRun, child: OpenRun, replay: Replay, *, console: Console) -> None:
+    """Train the child to its last step, from wherever it stopped, and say what came of it.
 
-    Args:
-        run_id: of the run, or of a replay of it.
-        root: its storage root.
-        teacher: KEY=VALUE settings of the teacher that differ from the run's own.
-        top_k: most likely ids per token, or `all`.
-        teacher_draws: ids per token drawn by the teacher.
-        candidates: head=K,num_draws=N,law=LAW, recomputed from the published weights of the student that sampled.
-        cache: share answers with other runs of the storage root.
-    Returns:
-        What `asyncopd backfill` prints.
+    Raises:
+        ConfigError, NonFiniteError, ShardCorruptError: as LearnStage does.
     """
-    options = {"run_id": run_id, "root": root, "teacher": teacher or [], "top_k": top_k}
-    return await _child(
-        "backfill", options | {"teacher_draws": teacher_draws, "candidates": candidates, "cache": cache}
+    started = time.time()
+    assert isinstance(child.log, ReplayLog)
+    first = first_step(parent.config, child.config, replay)
+    worker = child.worker("learn")
+    is_exact_start = True
+    async with worker.alive():
+        student = student_of(child.config, student_skeleton(child.log))
+        if child.log.latest_checkpoint() is None:
+            if replay.start == "weights":
+                start = find_version(parent.log, replay.first_version)
+                student.load(parent.log.read_policy(start).safetensors)
+            else:
+                is_exact_start = await _restore_parent_state(parent, replay, student.restore, console=console)
+            publish_start(child.log, student, first, worker=worker.name)
+        learner = child.config.learner
+        stage = LearnStage(
+            child.log,
+            worker,
+            plan=child.config.plan,
+            student=student,
+            teacher=child.log.view.name,
+            checkpoint_every=learner.checkpoint_every,
+            required=child.config.loss.requirements(),
+            vocab_size=child.task.tokenizer.vocab_size,
+            lease_s=child.config.limits.lease_s,
+            learner_version=partial(
+                parent_version,
+                parent_batch_size=parent.config.learner.batch_size,
+                batch_size=learner.batch_size,
+            ),
+        )
+        with bar(console, child.log.run_id, learner.num_steps - first, "steps") as advance:
+            running = asyncio.create_task(stage.run())
+            shown = first
+            try:
+                while not running.done():
+                    await asyncio.wait([running], timeout=0.5)
+                    done = max(shown, worker.status.step or 0)
+                    advance(done - shown)
+                    shown = done
+            finally:
+                running.cancel()
+            await running
+    said = "; ".join(
+        [
+            f"{child.log.run_id}: steps {replay.first_version}:{replay.last_version} of {replay.run_id} from "
+            f"{start_of(replay)}, {arm_name(replay.settings) or 'no setting changed'}, scores {child.log.view.name}",
+            f"{time.time() - started:.1f} s",
+            *_end(parent, child),
+        ]
     )
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
+    if not is_exact_start:
+        console.print(
+            f"version {replay.first_version}, trained again from the checkpoint before it, differs from the published "
+            "weights: this machine or its threads round differently. --start weights begins from the published ones.",
+            highlight=False,
+        )
 
 
-@flow(name="counterfactual", flow_run_name="counterfactual-{run_id}")
-async def counterfactual(
-    run_id: str,
-    root: str = "runs",
-    staleness: list[int] | None = None,
-    order: list[str] | None = None,
-    on_stale: list[str] | None = None,
-    lag: int | None = None,
-    from_version: int | None = None,
-    out: str | None = None,
-) -> str:
-    """One log under other staleness bounds and orders: loss, drift, ESS and waste.
-
-    Args:
-        run_id: of the run that was sampled, not of a replay.
-        root: its storage root.
-        staleness: bounds in versions; 0, 1, 2, 4, … 64 by default.
-        order: some of `index`, `arrival`; both by default.
-        on_stale: some of `train`, `drop`, `hold`; all by default.
-        lag: steps of delay for all bounds; as much as each bound allows by default.
-        from_version: start of every setting; the largest lag by default.
-        out: folder of tables and cells; cells in it are reused.
-    Returns:
-        What `asyncopd counterfactual` prints.
-    """
-    chosen = {"staleness": staleness, "order": order, "on_stale": on_stale, "lag": lag, "from_version": from_version}
-    options = {name: value for name, value in chosen.items() if value is not None}
-    return await _child("counterfactual", {"run_id": run_id, "root": root, "out": out, **options})
+async def evaluate_replay(child: OpenRun, first: int) -> None:
+    """Evaluate the first, every `evaluate.every`-th and the last version of a replay; done ones are kept."""
+    last, every = child.config.learner.num_steps, child.config.evaluate.every
+    numbers = [number for number in versions_to_evaluate(last, every or last) if number > first]
+    worker = child.worker("evaluate")
+    async with worker.alive():
+        stage, sampler = evaluate_stage(child, worker)
+        try:
+            await stage.run([first, *numbers])
+        finally:
+            await sampler.close()
 
 
-async def _child(command: str, options: Mapping[str, Any]) -> str:
-    """Run the child to its end. Raises RoleFailedError with its last words when it fails."""
-    get_run_logger().info(f"{command} of {options['run_id']}")
-    process = await asyncio.create_subprocess_exec(
-        *offline_command(command, options, watch_parent=True),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        # Never written to: its end tells the child that this process is gone, however it went.
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        # Not communicate(), which would close stdin.
-        assert process.stdout is not None
-        assert process.stderr is not None
-        output, errors = await asyncio.gather(process.stdout.read(), process.stderr.read())
-        await process.wait()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-    if process.returncode:
-        raise RoleFailedError(f"{command} ended with status {process.returncode}: {errors.decode()[-1500:]}")
-    text = output.decode()
-    await acreate_markdown_artifact(
-        key=command, markdown=f"```\n{text}\n```", description=f"{command} of {options['run_id']}"
-    )
-    return text
+def start_of(replay: Replay) -> str:
+    """The state that a replay starts from, in words."""
+    optimizer = "its optimizer" if replay.start == "checkpoint" else "a new optimizer"
+    return f"version {replay.first_version} with {optimizer}"
+
+
+def _end(parent: OpenRun, child: OpenRun) -> list[str]:
+    """Has the child's last version the weights of the parent's at the same place of the log? Nothing without one."""
+    last = child.log.latest_policy()
+    number, rest = divmod(child.config.plan.num_indices, parent.config.learner.batch_size)
+    theirs = None if rest else parent.log.find_policy(number)
+    if last is None or theirs is None:
+        return []
+    is_equal = child.log.read_policy(last).safetensors == parent.log.read_policy(theirs).safetensors
+    return ["ends with the parent's weights, bit for bit" if is_equal else "ends with other weights"]
+
+
+async def _restore_parent_state(
+    parent: OpenRun, replay: Replay, restore: Callable[[Mapping[str, bytes]], None], *, console: Console
+) -> bool:
+    """Give the child's student the parent's state, trained under the parent's own settings. Was it reached exactly?"""
+    student = student_of(parent.config, student_skeleton(parent.log))
+    with bar(console, f"to version {replay.first_version}", replay.first_version, "steps at most") as advance:
+        reached = await train_to(
+            parent.log,
+            student,
+            replay.first_version,
+            read_step=partial(read_step, parent.log, parent.config),
+            on_step=lambda step: advance(1),
+        )
+    restore(student.checkpoint())
+    return reached.is_exact

@@ -10,8 +10,9 @@ from typing import Any
 import pipeline
 from rich.console import Console
 
-from asyncopd.config.requests import Replay, parse_settings
-from flows.offline_replay import open_replay, train_replay
+from asyncopd.config.replay import Replay, replays_of
+from asyncopd.config.requests import ReplayRequest
+from flows.replay import open_replay, train_replay
 from flows.wiring import OpenRun, open_stored_run
 
 NUM_STEPS = 6
@@ -42,9 +43,10 @@ def replayed(parent: OpenRun, *settings: str, first: int = 0, last: int = NUM_ST
 def opened(
     parent: OpenRun, *settings: str, first: int = 0, last: int = NUM_STEPS, **changes: Any
 ) -> tuple[OpenRun, Replay]:
-    values, scores = parse_settings(list(settings))
-    replay = Replay(parent.log.run_id, first, last, settings=values, scores=scores, **changes)
-    return open_replay(parent, replay, root=parent.config.storage.root)
+    # Of as many steps as are asked for: what the parent has not trained is for others to refuse.
+    asked = ReplayRequest.of({"steps": f"{first}:{last}", "overrides": settings, **changes})
+    (replay,) = replays_of(asked, parent.log.run_id, num_steps=last)
+    return open_replay(parent, replay)
 
 
 def weights(run: OpenRun) -> dict[int, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,22 @@ import pipeline
 import pytest
 from offline_builders import QUIET, make_run, objects, opened, replayed, weights
 
-from asyncopd.cli.replay import add_replay
-from asyncopd.config.requests import Backfill
+from asyncopd import cli
+from asyncopd.config.requests import BackfillRequest
 from asyncopd.errors import ConfigError, EngineError
 from asyncopd.models.causal_lm import load_safetensors, to_safetensors
 from asyncopd.models.sampling import CandidateRule
 from asyncopd.ports import ScoreRequest
 from asyncopd.rollout.candidates import CandidateSource
 from asyncopd.teacher.cached import score_through
-from asyncopd.teacher.mixture import mix
 from asyncopd.teacher.stage import Backfilled
 from asyncopd.types import Candidates, VersionRun
+from flows import offline
 from flows.backfill import run_backfill
 from flows.engines import make_scorer, student_skeleton
 from flows.wiring import OpenRun, open_stored_run
 from storage.candidates import read_candidates
+from storage.mixture import mix
 from storage.score_cache import StoredScoreCache
 
 SHARDS = 12
@@ -47,10 +49,9 @@ def bare_run(tmp_path_factory: pytest.TempPathFactory) -> OpenRun:
     return make_run(tmp_path_factory.mktemp("bare"))
 
 
-def backfill(run: OpenRun, *, use_cache: bool = False, **asked: Any) -> Backfilled:
-    root = run.config.storage.root
-    wanted = Backfill(run_id=run.log.run_id, **asked)
-    return asyncio.run(run_backfill(root, wanted, console=QUIET, use_cache=use_cache))
+def backfill(run: OpenRun, **asked: Any) -> Backfilled:
+    root, run_id = run.config.storage.root, run.log.run_id
+    return asyncio.run(run_backfill(root, run_id, BackfillRequest.of(asked), console=QUIET))
 
 
 def test_a_back_fill_leaves_every_object_as_it_was(run: OpenRun) -> None:
@@ -170,24 +171,33 @@ def test_weights_that_did_not_sample_a_response_are_refused(run: OpenRun) -> Non
     ],
 )
 def test_the_command_that_a_refusal_names_makes_the_replay_possible(
-    bare_run: OpenRun, settings: tuple[str, ...]
+    bare_run: OpenRun, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
 ) -> None:
     run = bare_run
+    monkeypatch.setattr(subprocess, "Popen", ThisProcess)
     with pytest.raises(ConfigError) as refused:
         opened(run, *settings, last=1)
     for command in set(re.findall(r"`asyncopd (backfill [^`]*)`", str(refused.value))):
-        parsed = _parsed(command)
-        backfill(run, top_k=parsed.top_k, num_teacher_draws=parsed.teacher_draws, candidates=parsed.candidates)
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*shlex.split(command), "--root", run.config.storage.root])
+        assert ended.value.code == 0
     child = replayed(run, *settings, last=1)
     assert weights(child)[1] != weights(run)[1]
     (scores,) = child.log.record["parent"]["scores"]
     assert scores.startswith("oracle@")
 
 
-def _parsed(command: str) -> Any:
-    parser = argparse.ArgumentParser()
-    add_replay(parser.add_subparsers())
-    return parser.parse_args(shlex.split(command))
+class ThisProcess:
+    """The child process of a command, in this one."""
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        assert command[:3] == [sys.executable, "-m", "flows.offline"]
+        self.arguments = command[3:]
+
+    def wait(self) -> int:
+        with pytest.raises(SystemExit) as ended:
+            offline.main(self.arguments)
+        return int(str(ended.value.code))
 
 
 def test_a_replay_trains_on_a_mixture_of_two_teachers(run: OpenRun) -> None:
@@ -260,10 +270,10 @@ def test_a_second_run_over_identical_rollouts_asks_the_teacher_nothing(tmp_path:
     assert any("from the cache" in span.detail for span in second.log.spans())
 
     # Another revision of the teacher, or another question, is another answer.
-    assert counts_of(backfill(second, use_cache=True, teacher={"name": "hard", "smoothing": 1e-4})) == (num_tokens, 0)
-    assert counts_of(backfill(second, use_cache=True, top_k=4)) == (num_tokens, 0)
+    assert counts_of(backfill(second, cache=True, teacher={"name": "hard", "smoothing": 1e-4})) == (num_tokens, 0)
+    assert counts_of(backfill(second, cache=True, top_k=4)) == (num_tokens, 0)
     # The same question of the first run is answered, whatever the folder is called.
-    assert counts_of(backfill(first, use_cache=True, teacher={"name": "same", "smoothing": 1e-4})) == (0, num_tokens)
+    assert counts_of(backfill(first, cache=True, teacher={"name": "same", "smoothing": 1e-4})) == (0, num_tokens)
 
 
 def counts_of(done: Backfilled) -> tuple[int, int]:

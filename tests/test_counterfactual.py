@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 from pathlib import Path
@@ -12,15 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from offline_builders import QUIET, make_run
-from rich.console import Console
 
-from asyncopd.cli.replay import staleness_list
+from asyncopd.config.requests import CounterfactualRequest, OnStale, Order
 from asyncopd.errors import ConfigError
-from asyncopd.study.counterfactual import (
+from asyncopd.learner.counterfactual import (
     Cell,
     Log,
-    OnStale,
-    Order,
     Rollout,
     Setting,
     arrived_steps,
@@ -29,8 +25,7 @@ from asyncopd.study.counterfactual import (
     settings_of,
     whole_batches,
 )
-from flows.compare import log_of, run_cells, start_version
-from flows.offline import counterfactual
+from flows.counterfactual import log_of, run_cells, run_counterfactual, start_version
 from flows.wiring import OpenRun
 
 B = 4
@@ -158,11 +153,14 @@ def test_arrivals_are_placed_on_the_learners_clock() -> None:
 
 
 def test_the_lag_makes_the_log_as_stale_as_the_bound_allows() -> None:
-    settings = settings_of([0, 2, 8], ["index"], ["train"], recorded_staleness=2)
+    asked = CounterfactualRequest.of({"staleness": "0,2,8", "order": "index", "on_stale": "train"})
+    settings = settings_of(asked, recorded_staleness=2)
     assert [setting.lag for setting in settings] == [0, 0, 6]
-    assert {s.lag for s in settings_of([0, 2, 8], ["index"], ["train"], recorded_staleness=2, lag=5)} == {5}
-    assert staleness_list("0:64") == [0, 1, 2, 4, 8, 16, 32, 64]
-    assert staleness_list("0,3") == [0, 3]
+    assert {s.lag for s in settings_of(asked.model_copy(update={"lag": 5}), recorded_staleness=2)} == {5}
+    assert CounterfactualRequest.of({"staleness": "0:64"}).staleness == (0, 1, 2, 4, 8, 16, 32, 64)
+    assert CounterfactualRequest.of({"staleness": "0:64"}) == CounterfactualRequest()
+    assert CounterfactualRequest.of({"staleness": "0,3"}).staleness == (0, 3)
+    assert CounterfactualRequest.of({"staleness": [0, 3]}).staleness == (0, 3)
     setting = Setting(8, 6, "index", "train")
     cell = Cell(setting, 3, 0, True, 8.0, 8, 0.1, 0.2, 0.9, 1.0, 30, 10)
     assert Cell.from_record(json.loads(json.dumps(cell.to_record()))) == cell
@@ -260,17 +258,13 @@ def test_a_log_too_short_for_the_lag_is_refused(run: OpenRun) -> None:
 
 
 def test_the_command_writes_tables_and_reuses_finished_cells(run: OpenRun, tmp_path: Path) -> None:
-    options = argparse.Namespace(
-        run_id=run.log.run_id,
-        root=run.config.storage.root,
-        staleness=[1, 4],
-        order=["index", "arrival"],
-        on_stale=["train", "drop"],
-        lag=None,
-        from_version=None,
-        out=str(tmp_path),
-    )
-    asyncio.run(counterfactual(options, QUIET))
+    asked = CounterfactualRequest.of({"staleness": "1,4", "on_stale": "train,drop"})
+
+    def ask() -> None:
+        address = run.config.storage.root, run.log.run_id
+        asyncio.run(run_counterfactual(*address, asked, console=QUIET, out=str(tmp_path)))
+
+    ask()
     table = pq.read_table(tmp_path / "counterfactual.parquet")
     assert table.num_rows == 8
     assert {"lag", "order", "drift_nats", "waste"} <= set(table.column_names)
@@ -278,6 +272,6 @@ def test_the_command_writes_tables_and_reuses_finished_cells(run: OpenRun, tmp_p
     assert "Exact:" in text
     assert "Approximate: the closed loop" in text
     cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
-    asyncio.run(counterfactual(options, Console(quiet=True)))
+    ask()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()} == cells
     assert (tmp_path / "counterfactual.md").read_text() == text

@@ -9,8 +9,8 @@ import pytest
 from learner_builders import scored_batch
 
 from asyncopd.errors import ConfigError, ShapeError
-from asyncopd.teacher.mixture import mix
 from asyncopd.types import TeacherScores
+from storage.mixture import mix
 
 
 def scores(seed: int = 0) -> TeacherScores:

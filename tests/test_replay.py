@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 
 import offline_builders as builders
@@ -12,12 +11,13 @@ from offline_builders import NUM_STEPS, make_run, objects, opened, replayed, wei
 from service_world import client_of, prefect_stand_in, settings_of
 
 from asyncopd import cli
-from asyncopd.config.requests import Replay, parse_settings, parse_steps, split_arm
+from asyncopd.config.replay import Replay, replays_of
+from asyncopd.config.requests import ReplayRequest
 from asyncopd.errors import ConfigError, StorageError
 from asyncopd.schedule import Arrival
 from asyncopd.types import IndexRange, TrainStep
 from flows import offline
-from flows.offline_replay import train_replay
+from flows.replay import train_replay
 from flows.wiring import OpenRun
 from storage.maintain.ledger import ledger_of
 from storage.replay import ReplayLog
@@ -243,8 +243,8 @@ def test_steps_that_the_parent_has_not_trained_are_refused(parent: OpenRun) -> N
     with pytest.raises(ConfigError, match=r"12 of 20 shards have no scores oracle|8 of 20 shards"):
         opened(parent, last=10)
     for text in ("3", "4:4", "5:2", "0:99", "a:b"):
-        with pytest.raises(ConfigError, match="--steps"):
-            parse_steps(text, num_steps=NUM_STEPS)
+        with pytest.raises(ConfigError, match=f"steps '?{text}'?: expected FIRST:LAST"):
+            replays_of(ReplayRequest.of({"steps": text}), "parent", num_steps=NUM_STEPS)
 
 
 def test_nothing_can_be_written_into_the_shards_of_a_replay(parent: OpenRun) -> None:
@@ -254,40 +254,39 @@ def test_nothing_can_be_written_into_the_shards_of_a_replay(parent: OpenRun) -> 
 
 
 def test_settings_and_arms_are_parsed() -> None:
-    assert split_arm("loss.name=npd  loss.top_k=4 scores={a: 1, b: 3}") == [
-        "loss.name=npd",
-        "loss.top_k=4",
-        "scores={a: 1, b: 3}",
-    ]
-    assert parse_settings(["scores={a: 1, b: 3}", "learner.lr=0.5"]) == ({"learner.lr": 0.5}, {"a": 0.25, "b": 0.75})
-    assert parse_settings(["scores=hard"])[1] == {"hard": 1.0}
+    arms = ["loss.name=npd  loss.top_k=4 scores={a: 1, b: 3}", "scores=hard"]
+    asked = ReplayRequest.of({"overrides": ["learner.lr=0.5", "scores=own"], "compare": arms})
+    assert asked.compare[0] == {"loss.name": "npd", "loss.top_k": 4, "scores": {"a": 1, "b": 3}}
+    first, second = replays_of(asked, "r", num_steps=4)
+    assert first.settings == {"learner.lr": 0.5, "loss.name": "npd", "loss.top_k": 4}
+    assert (first.scores, second.scores) == ({"a": 0.25, "b": 0.75}, {"hard": 1.0})
     with pytest.raises(ConfigError, match="weights above 0"):
-        parse_settings(["scores={a: 0}"])
-    record = Replay("r", 0, 4, settings={"learner.lr": 1}).to_record()
-    assert Replay.from_record(json.loads(json.dumps(record))) == Replay("r", 0, 4, settings={"learner.lr": 1})
+        ReplayRequest.of({"overrides": ["scores={a: 0}"]})
+    assert Replay.model_validate_json(first.model_dump_json()) == first
+
+
+def test_a_replay_has_the_id_it_always_had() -> None:
+    # Ids of a release whose replays are stored: asking again must find that run, not make another.
+    replay = Replay(run_id="walk-1", first_version=0, last_version=200, scores={"oracle": 1.0})
+    assert replay.child_id == "walk-1-replay-e1b78307"
+    settings = {"learner.lr": 1e-05, "loss.name": "npd"}
+    other = Replay(run_id="r", first_version=4, last_version=9, start="weights", settings=settings, scores={"a": 0.25})
+    assert other.child_id == "r-replay-d7305b8b"
 
 
 def test_a_comparison_prints_paired_differences_between_its_arms(
     parent: OpenRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {
-        "run_id": "parent",
-        "root": parent.config.storage.root,
-        "steps": ":",
-        "from_version": 4,
-        "start": "checkpoint",
-        "overrides": ["learner.lr=1e-2"],
-        "evaluate": False,
-        "prompts": 24,
-        "out": str(tmp_path),
-        "compare": ["loss.name=head_tail", "loss.name=policy_gradient loss.num_draws=1", "learner.lr=1e-3"],
-    }
+    arms = ["loss.name=head_tail", "loss.name=policy_gradient loss.num_draws=1", "learner.lr=1e-3"]
+    asked = ReplayRequest.of(
+        {"from_version": 4, "overrides": ["learner.lr=1e-2"], "compare": arms, "num_prompts": 24},
+    )
     with pytest.raises(SystemExit) as ended:
-        offline.main(["replay", json.dumps(options)])
+        offline.main(asked.command(parent.config.storage.root, "parent", out=str(tmp_path))[3:])
     assert ended.value.code == 0
     lines = [line for line in (tmp_path / "compare.md").read_text().splitlines() if line.startswith("|")]
     rows = [line.split("|")[1:-1] for line in lines[2:]]
-    assert [row[0].strip() for row in rows] == options["compare"]
+    assert [row[0].strip() for row in rows] == arms
     for row in rows[1:]:
         paired, unpaired = float(row[7]), float(row[8])
         assert 0 < paired < unpaired
@@ -298,20 +297,9 @@ def test_a_replay_can_be_evaluated_later_and_is_the_same_run(
     parent: OpenRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     child = replayed(parent, "learner.lr=2e-3", first=5)
-    options = {
-        "run_id": "parent",
-        "root": parent.config.storage.root,
-        "steps": "5:",
-        "from_version": None,
-        "start": "checkpoint",
-        "overrides": ["learner.lr=2e-3"],
-        "evaluate": True,
-        "prompts": 0,
-        "out": None,
-        "compare": [],
-    }
+    asked = ReplayRequest.of({"steps": "5:", "overrides": ["learner.lr=2e-3"], "evaluate": True})
     with pytest.raises(SystemExit) as ended:
-        offline.main(["replay", json.dumps(options)])
+        offline.main(asked.command(parent.config.storage.root, "parent")[3:])
     assert ended.value.code == 0
     assert [e.version.number for e in child.log.evaluations()] == [5, 6]
     assert "version 6: accuracy" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from offline_builders import make_run, weights
 
-from asyncopd.cli.replay import offline_command
+from asyncopd.config.requests import CounterfactualRequest
 from flows.wiring import OpenRun, open_stored_run
 from storage.runs import list_runs
 
@@ -76,8 +76,8 @@ def test_a_refusal_ends_with_status_2_and_its_reason(parent: OpenRun, tmp_path: 
 
 
 def test_a_flow_starts_the_child_with_the_command_lines_defaults() -> None:
-    command = offline_command("counterfactual", {"run_id": "r", "root": "x", "lag": 3}, watch_parent=True)
-    assert command[1:5] == ["-m", "flows.offline", "--watch-parent", "counterfactual"]
-    assert '"staleness": [0, 1, 2, 4, 8, 16, 32, 64]' in command[5]
-    assert '"lag": 3' in command[5]
-    assert '"order": ["index", "arrival"]' in command[5]
+    command = CounterfactualRequest(lag=3).command("x", "r", watch_parent=True)
+    assert command[1:7] == ["-m", "flows.offline", "--watch-parent", "counterfactual", "x", "r"]
+    assert '"staleness":[0,1,2,4,8,16,32,64]' in command[7]
+    assert '"lag":3' in command[7]
+    assert '"order":["index","arrival"]' in command[7]

@@ -18,7 +18,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from service_world import DONE, LIVE, Prefect, client_of, make_root, prefect_stand_in, settings_of
-from synthetic_run import config_of, new_log
+from synthetic_run import config_of, new_log, weights_of
 
 from api.reader import FRESH_S
 from asyncopd.local import prefect_api as flow_runs
@@ -40,7 +40,10 @@ def prefect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Prefect]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> str:
-    return make_root(tmp_path / "runs")
+    found = make_root(tmp_path / "runs")
+    # What its last step published: by it a replay knows how far there is to go.
+    open_run(open_store(found), DONE).publish_policy(weights_of(12), worker="learn-0", facts={})
+    return found
 
 
 @pytest.fixture
@@ -316,8 +319,8 @@ def test_a_replay_starts_its_deployment_with_settings_that_arrive_as_sent(client
     assert client.post(f"/v1/runs/{DONE}/replay", json=body, headers={"Idempotency-Key": "r"}).json() == work.json()
     (asked,) = prefect.flow_runs.values()
     assert asked["deployment"] == "replay-run"
-    assert asked["parameters"]["steps"] == "0:4"
-    assert asked["parameters"]["overrides"] == ["learner.lr=1.0e-05", 'loss.name="cross_entropy"']
+    assert asked["parameters"]["steps"] == ":4"
+    assert asked["parameters"]["overrides"] == {"learner.lr": 1e-05, "loss.name": "cross_entropy"}
     assert work.json()["run_id"].startswith(f"{DONE}-replay-")
 
 
@@ -327,7 +330,8 @@ def test_a_replay_starts_its_deployment_with_settings_that_arrive_as_sent(client
         ("replay", {"steps": "9:3"}, "FIRST < LAST"),
         ("replay", {"steps": ":13"}, "<= 12"),
         ("replay", {"overrides": {"rollout.shard_size": 2}}, "cannot be replayed"),
-        ("replay", {"overrides": {"scores": "x"}}, "no setting"),
+        ("replay", {"overrides": {"scores": "x"}}, f"run {DONE} has no scores x"),
+        ("replay", {"overrides": {"learner.lr": 1}, "scores": {"oracle": 0}}, "weights above 0"),
         ("replay", {"overrides": {"learner.lr=1 x": 1}}, "no setting"),
         ("replay", {"compare": [{"loss.name": "reverse_kl"}]}, "at least two"),
         ("backfill", {}, "nothing to back-fill"),
@@ -349,6 +353,6 @@ def test_a_backfill_starts_its_deployment(client: TestClient, prefect: Prefect) 
     assert client.post(f"/v1/runs/{DONE}/backfill", json=body).status_code == 202
     (asked,) = prefect.flow_runs.values()
     assert asked["deployment"] == "backfill-run"
-    assert asked["parameters"]["teacher"] == ['name="hard"', "smoothing=0.0001"]
-    assert asked["parameters"]["candidates"] == "head=2,num_draws=3,law=tail"
-    assert asked["parameters"]["teacher_draws"] == 0
+    assert asked["parameters"]["teacher"] == {"name": "hard", "smoothing": 0.0001}
+    assert asked["parameters"]["candidates"] == {"head": 2, "num_draws": 3, "law": "tail"}
+    assert asked["parameters"]["num_teacher_draws"] == 0

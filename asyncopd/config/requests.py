@@ -1,270 +1,238 @@
-"""What a replay is made of: which steps of which run, from which state, with which settings changed. Loads no torch.
+"""What may be asked of a log that exists: a replay, a back-fill, a counterfactual. One value each, behind every door.
 
-parent's RunConfig + Replay --replay_config--> the child's RunConfig
-Replay.to_record() is the child's `parent` in run.json: whoever has it can make the child again
+    asyncopd replay RUN --steps 40:100 …       texts --.
+    prefect deployment run replay/run -p …     either --+--> ReplayRequest --> Replay --> run.json of the child
+    POST /v1/runs/RUN/replay                   JSON  --'       of the run        what is trained, exactly
 
-What is asked of a teacher about rollouts that exist, and under which names answers are stored. Loads no torch.
+Texts (`40:100`, `KEY=VALUE`, `head=4,law=tail`, `0:64`) are read here, so all doors take the same and refuse it in the
+same words. The run and its storage root are the address, not part of the question. What only the log can tell is
+checked in storage/replay.py. Loads no torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import re
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from asyncopd.config.engines import TeacherConfig
-from asyncopd.config.load import load_config, parse_override
-from asyncopd.config.schema import RunConfig
+import yaml
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+
+from asyncopd.config.base import Frozen
+from asyncopd.config.load import parse_override
 from asyncopd.errors import ConfigError
 from asyncopd.types import DrawLaw
 
 Start = Literal["checkpoint", "weights"]
-"""`checkpoint`: the parent's exact state, optimizer included. `weights`: its published weights, a new optimizer."""
+Order = Literal["index", "arrival"]
+OnStale = Literal["train", "drop", "hold"]
 
-_VARIANTS = {"loss": "name", "teacher": "engine", "student": "kind", "task": "kind"}
-_REPLAYABLE = ("loss", "learner", "evaluate", "limits")
+STEPS = r"^[0-9]{0,9}:[0-9]{0,9}$"
 
 
-@dataclass(frozen=True)
-class Replay:
-    """A run trained again from another run's log."""
+# -- texts --------------------------------------------------------------------------------------------------------
+def _settings(value: Any) -> Any:
+    """`KEY=VALUE …` in one text, or one to a text -> settings by dotted key; weights of `scores` by folder."""
+    if isinstance(value, str):
+        # Values may hold blanks: a new setting starts where a key and its `=` do.
+        value = [part for part in re.split(r"\s+(?=[a-z_][a-z0-9_.]*=)", value.strip()) if part]
+    if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+        value = dict(map(_setting, value))
+    if not isinstance(value, dict):
+        return value
+    for key, of_key in value.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.]*", str(key)):
+            raise ConfigError(f"{key!r}: {of_key!r} is no setting; expected a dotted key, for example loss.name.")
+    return {**value, "scores": _weights(value["scores"])} if "scores" in value else value
 
-    run_id: str
-    """Of the parent, whose trajectories and scores are read."""
-    first_version: int
-    """The parent's version that the replay starts from: its first index (in order arrival: its first position, see
-    asyncopd/schedule.py) is first_version · (parent's batch size)."""
-    last_version: int
-    """The parent's steps [first_version, last_version) are trained."""
-    start: Start = "checkpoint"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted keys whose values differ from the parent's configuration."""
-    scores: Mapping[str, float] = field(default_factory=dict)
-    """Folder of scores -> weight of that teacher in the mixture; weights add up to 1."""
 
-    @property
-    def child_id(self) -> str:
-        """The same replay has the same id, so that asking for it again goes on with it."""
-        canonical = json.dumps(asdict(self), sort_keys=True)
-        return f"{self.run_id[:80]}-replay-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+def _setting(text: str) -> tuple[str, Any]:
+    try:
+        # An alias in an alias … is a page of text in memory and the whole of it once written out.
+        is_alias = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text.partition("=")[2]))
+        key, value = parse_override(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{text[:80]!r}: its value cannot be read: {str(error)[:200]}") from None
+    if is_alias:
+        raise ConfigError(f"{text[:80]!r}: expected a value without YAML aliases (*name); write it out.")
+    return key, value
 
-    def to_record(self) -> dict[str, Any]:
-        return asdict(self)
+
+def _weights(named: Any) -> Any:
+    """NAME, or the weights of several -> weight by folder of scores."""
+    weights = {named: 1.0} if isinstance(named, str) else named
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(weight, int | float) and 0 < weight < math.inf for weight in weights.values()
+    ):
+        raise ConfigError(f"scores={named!r}: expected NAME or {{NAME: WEIGHT, …}} with weights above 0.")
+    return {str(name): weight for name, weight in weights.items()}
+
+
+def _steps(text: str) -> str:
+    if not re.fullmatch(STEPS, text):
+        raise ConfigError(f"steps {text!r}: expected FIRST:LAST, either side of which may be left out, like 40:100.")
+    return text
+
+
+def _arms(arms: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    if len(arms) == 1:
+        raise ConfigError(f"compare {arm_name(arms[0])!r}: a comparison needs at least two arms; name each of them.")
+    return arms
+
+
+def _top_k(value: Any) -> Any:
+    if isinstance(value, str) and value != "all" and not value.isdecimal():
+        raise ConfigError(f"top_k {value!r}: expected a number of ids, or all.")
+    return value
+
+
+def _candidates(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    for part in value.split(",") if value else []:
+        if not re.fullmatch(r"(head|num_draws)=\d+|law=(policy|tail)", part):
+            raise ConfigError(
+                f"candidates {value!r}: {part!r} is not understood; expected head=K, num_draws=N and law=policy or "
+                "law=tail, joined by commas, for example head=4,num_draws=4,law=tail."
+            )
+    return dict(part.split("=") for part in value.split(",")) if value else None
+
+
+def _staleness(value: Any) -> Any:
+    """`0,2,8` as it stands; `0:64` as 0, 1, 2, 4, … 64."""
+    if not isinstance(value, str):
+        return value
+    if not re.fullmatch(r"\d+:\d+|\d+(,\d+)*", value):
+        raise ConfigError(f"{value!r}: expected bounds in versions, like 0,2,8, or FIRST:LAST, like 0:64.")
+    first, colon, last = value.partition(":")
+    if not colon:
+        return value.split(",")
+    if int(first) > int(last):
+        raise ConfigError(f"{value!r}: expected FIRST:LAST with FIRST <= LAST.")
+    powers = [2**n for n in range(int(last).bit_length())]
+    return sorted({int(first), *(p for p in powers if int(first) <= p <= int(last)), int(last)})
+
+
+def _listed(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+Settings = Annotated[
+    dict[str, Any], BeforeValidator(_settings, json_schema_input_type=dict[str, Any] | list[str] | str)
+]
+"""Values by dotted key; also KEY=VALUE texts."""
+Weights = Annotated[dict[str, float], BeforeValidator(_weights, json_schema_input_type=dict[str, float] | str)]
+"""Weight by folder of scores; also the name of one."""
+
+
+def arm_name(arm: Mapping[str, Any]) -> str:
+    """An arm of a comparison as it is typed."""
+    return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in arm.items())
+
+
+# -- requests -----------------------------------------------------------------------------------------------------
+class Request(Frozen):
+    """What is asked of one run."""
+
+    verb: ClassVar[str]
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Replay:
-        return cls(**record)
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The request of texts or values by field. Raises ConfigError, whatever is wrong with them."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            found = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_url=False)]
+            raise ConfigError("; ".join(found)) from None
+
+    def command(self, root: str, run_id: str, *, out: str | None = None, watch_parent: bool = False) -> list[str]:
+        """The process that does what is asked, without Prefect (flows/offline.py)."""
+        flags = [*(["--out", out] if out else []), *(["--watch-parent"] if watch_parent else [])]
+        return [sys.executable, "-m", "flows.offline", *flags, self.verb, root, run_id, self.model_dump_json()]
 
 
-def parse_steps(text: str, *, num_steps: int) -> tuple[int, int]:
-    """`40:200` -> (40, 200); either side may be left out. Raises ConfigError unless 0 <= first < last <= num_steps."""
-    match = re.fullmatch(r"(\d*):(\d*)", text)
-    first, last = (int(match[1] or 0), int(match[2] or num_steps)) if match else (0, 0)
-    if match is None or not 0 <= first < last <= num_steps:
-        raise ConfigError(
-            f"--steps {text}: expected FIRST:LAST with 0 <= FIRST < LAST <= {num_steps}, the steps that the run has "
-            f"trained, for example --steps 0:{num_steps}."
-        )
-    return first, last
+class ReplayRequest(Request):
+    """Train again from a run's log, with other settings (docs/replay.md)."""
+
+    verb = "replay"
+    steps: Annotated[str, AfterValidator(_steps)] = Field(
+        ":", examples=["40:100"], json_schema_extra={"pattern": STEPS}
+    )
+    """Optimizer steps of the run, counted from 0, LAST not included: 40:100 starts from policy version 40 and ends with
+    version 100. All it trained by default."""
+    from_version: int | None = Field(None, ge=0, le=10**9, examples=[40])
+    """Fork at policy version N: the same as steps N:."""
+    start: Start = Field("checkpoint", examples=["checkpoint"])
+    """checkpoint: the run's exact state, optimizer included (steps after the checkpoint before it are trained again on
+    the way). weights: the published weights and a new optimizer."""
+    overrides: Settings = Field({}, max_length=100, examples=[{"learner.lr": 0.001}])
+    """A changed setting (loss.*, learner.*, …), or scores=FOLDER, or scores={FOLDER: WEIGHT, …} for a mixture."""
+    scores: Weights = Field({}, max_length=20, examples=[{"oracle": 1.0}])
+    """Folder of scores -> weight of that teacher; the run's own when empty."""
+    compare: Annotated[tuple[Settings, ...], AfterValidator(_arms)] = Field(
+        (), max_length=20, examples=[[{"learner.lr": 0.001}, {"learner.lr": 0.002}]]
+    )
+    """One arm of a comparison on identical rollouts; give at least two."""
+    evaluate: bool = Field(False, examples=[True])
+    """Evaluate the first and last version after training."""
+    num_prompts: int = Field(0, ge=0, le=100_000, examples=[300])
+    """How many held-out prompts each arm of a comparison answers; the run's evaluate.num_prompts when 0."""
 
 
-def parse_settings(texts: list[str]) -> tuple[dict[str, Any], dict[str, float]]:
-    """KEY=VALUE texts -> (settings by dotted key, weights by folder of scores).
+class CandidateSettings(Frozen):
+    """Candidates to recompute from the published weights of the student that sampled; what is left out is the run's."""
 
-    `scores=NAME` and `scores={NAME: WEIGHT, …}` name what to train on; everything else is a key of the configuration.
-
-    Raises:
-        ConfigError: no `=`, or weights that are not positive.
-    """
-    settings = dict(parse_override(text) for text in texts)
-    named = settings.pop("scores", {})
-    weights = {named: 1.0} if isinstance(named, str) else named
-    if not isinstance(weights, Mapping) or not all(isinstance(w, int | float) and w > 0 for w in weights.values()):
-        raise ConfigError(f"scores={named!r}: expected NAME or {{NAME: WEIGHT, …}} with weights above 0.")
-    total = sum(weights.values())
-    return settings, {str(name): weight / total for name, weight in weights.items()}
+    head: int | None = Field(None, ge=0, le=100_000, examples=[4])
+    """Most likely ids."""
+    num_draws: int | None = Field(None, ge=0, le=100_000, examples=[4])
+    """Drawn ids."""
+    law: DrawLaw | None = Field(None, examples=["tail"])
+    """What they are drawn from."""
 
 
-def split_arm(text: str) -> list[str]:
-    """`loss.name=npd loss.top_k=4` -> its KEY=VALUE parts; values may hold blanks."""
-    return [part for part in re.split(r"\s+(?=[a-z_][a-z0-9_.]*=)", text.strip()) if part]
+class BackfillRequest(Request):
+    """Score a run's trajectories again, with another teacher or wider (docs/replay.md)."""
+
+    verb = "backfill"
+    teacher: Settings = Field({}, max_length=100, examples=[{"name": "hard", "smoothing": 1e-4}])
+    """A changed setting of the run's teacher; another teacher has another name and something else that differs, like
+    name=hard and smoothing=1e-4."""
+    top_k: Annotated[
+        Annotated[int, Field(ge=0, le=1_000_000)] | Literal["all"],
+        BeforeValidator(_top_k, json_schema_input_type=Annotated[int, Field(ge=0, le=1_000_000)] | Literal["all"]),
+    ] = Field(0, examples=[16])
+    """Most likely ids per token, or `all`."""
+    num_teacher_draws: int = Field(0, ge=0, le=100_000, examples=[8])
+    """Ids per token drawn by the teacher."""
+    candidates: Annotated[
+        CandidateSettings | None, BeforeValidator(_candidates, json_schema_input_type=CandidateSettings | str | None)
+    ] = Field(None, examples=[{"head": 4, "num_draws": 4, "law": "tail"}])
+    """Recompute the sampling student's candidates from its published weights."""
+    cache: bool = Field(False, examples=[True])
+    """Share answers with other runs of the storage root."""
 
 
-def replay_config(parent: RunConfig, replay: Replay) -> RunConfig:
-    """The child's configuration: the parent's, with the replay's settings, numbered as the parent's steps are.
+class CounterfactualRequest(Request):
+    """Consume a run's log later, in another order, under other bounds (docs/replay.md)."""
 
-    With another batch size a step is another stretch of the same indices, so the child's steps are renumbered. No
-    version is evaluated as it appears (`evaluate.every` 0): that would need a sampler and a teacher.
-
-    Raises:
-        ConfigError: a setting that a log cannot be replayed with, or a configuration that cannot work.
-    """
-    for key in replay.settings:
-        _check_replayable(key)
-    raw = parent.model_dump(mode="json")
-    settings = dict(replay.settings)
-    for key in list(settings):
-        section, _, tag = key.partition(".")
-        if tag and _VARIANTS.get(section) == tag and settings[key] != raw[section][tag]:
-            # Another variant: the old one's options mean nothing to it.
-            raw[section] = {tag: settings.pop(key)}
-    settings.setdefault("evaluate.every", 0)
-    schedule_steps = parent.learner.schedule_steps or parent.learner.num_steps
-    # Valid while only the batch size of the new settings matters; the real number of steps follows from it.
-    draft = load_config(raw, settings)
-    size, parent_size = draft.learner.batch_size, parent.learner.batch_size
-    num_steps = _steps_before(replay.last_version, parent_size, size)
-    _steps_before(replay.first_version, parent_size, size)
-    changed = {"num_steps": num_steps}
-    if "learner.schedule_steps" not in settings:
-        changed["schedule_steps"] = round(schedule_steps * parent_size / size)
-    return draft.model_copy(update={"learner": draft.learner.model_copy(update=changed)})
-
-
-def first_step(parent: RunConfig, child: RunConfig, replay: Replay) -> int:
-    """The child's number of the step that starts at the replay's first index."""
-    return _steps_before(replay.first_version, parent.learner.batch_size, child.learner.batch_size)
-
-
-def parent_version(step: int, *, parent_batch_size: int, batch_size: int) -> int:
-    """The version under which the parent trained the last index of the child's `step`.
-
-    Staleness in a replay is measured on this clock, since tokens carry the parent's version numbers. The last index,
-    not the first: a larger batch reaches rollouts of versions that its first index came before.
-    """
-    return ((step + 1) * batch_size - 1) // parent_batch_size
-
-
-def with_settings(replay: Replay, settings: Mapping[str, Any], scores: Mapping[str, float]) -> Replay:
-    """An arm of a comparison: the same replay with more settings; `scores` replaces the replay's unless empty."""
-    return replace(replay, settings={**replay.settings, **settings}, scores=dict(scores) or replay.scores)
-
-
-def _steps_before(version: int, parent_size: int, size: int) -> int:
-    steps, rest = divmod(version * parent_size, size)
-    if rest:
-        raise ConfigError(
-            f"learner.batch_size {size}: the parent's version {version} lies after index {version * parent_size}, "
-            f"which is not a whole number of steps of {size}. Choose --steps whose ends are."
-        )
-    return steps
-
-
-def _check_replayable(key: str) -> None:
-    section = key.partition(".")[0]
-    if key == "learner.num_steps":
-        raise ConfigError("learner.num_steps: a replay trains the steps that --steps names.")
-    if section not in _REPLAYABLE:
-        raise ConfigError(
-            f"--set {key}: the log was made with it and cannot be replayed with another. A replay changes "
-            f"{', '.join(_REPLAYABLE)} and scores; for anything else start a new run."
-        )
-
-
-@dataclass(frozen=True)
-class CandidateRequest:
-    """Candidates to recompute from the student that sampled."""
-
-    head: int
-    num_draws: int
-    law: DrawLaw
-
-    @property
-    def name(self) -> str:
-        """Of the folder that holds them, for example `head4-draws4-tail`."""
-        return f"head{self.head}-draws{self.num_draws}-{self.law}"
-
-
-@dataclass(frozen=True)
-class Backfill:
-    """One back-fill of one run."""
-
-    run_id: str
-    teacher: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted keys of the section `teacher` that differ from the run's own."""
-    top_k: int | Literal["all"] = 0
-    """At least this many of the teacher's most likely ids; what the run recorded is the least."""
-    num_teacher_draws: int = 0
-    """At least this many ids drawn from the teacher."""
-    candidates: str = ""
-    """`head=K,num_draws=N,law=LAW`; empty for the recorded ones."""
-
-
-def teacher_of(config: RunConfig, backfill: Backfill) -> TeacherConfig:
-    """The teacher to ask: the run's own, with the given settings changed.
-
-    Raises:
-        ConfigError: settings that cannot work, or another teacher under the name of the run's own.
-    """
-    if not backfill.teacher:
-        return config.teacher
-    raw: dict[str, Any] = config.model_dump(mode="json")
-    settings = dict(backfill.teacher)
-    if settings.get("engine", raw["teacher"]["engine"]) != raw["teacher"]["engine"]:
-        raw["teacher"] = {"engine": settings.pop("engine")}
-    changed = load_config(raw, {f"teacher.{key}": value for key, value in settings.items()}).teacher
-    if changed != config.teacher and changed.name == config.teacher.name:
-        raise ConfigError(
-            f"--teacher: {backfill.teacher} is another teacher than the run's own, under its name {changed.name!r}. "
-            "Give it a name, for example --teacher name=other; names tell score folders apart."
-        )
-    return changed
-
-
-def widths(config: RunConfig, backfill: Backfill, *, vocab_size: int) -> tuple[int, int]:
-    """(top-k, teacher draws) to ask for: never less than the run recorded, so that a back-fill serves its loss too."""
-    cached = config.cached()
-    recorded = vocab_size if cached.full_vocabulary else cached.top_k
-    top_k = vocab_size if backfill.top_k == "all" else max(recorded, backfill.top_k)
-    if top_k > vocab_size:
-        raise ConfigError(f"--top-k {backfill.top_k}: the vocabulary has {vocab_size} ids. Use --top-k all.")
-    return top_k, max(cached.num_teacher_draws, backfill.num_teacher_draws)
-
-
-def candidates_of(config: RunConfig, backfill: Backfill) -> CandidateRequest | None:
-    """The candidates to recompute; None for the recorded ones.
-
-    Raises:
-        ConfigError: `backfill.candidates` is not understood.
-    """
-    if not backfill.candidates:
-        return None
-    cached = config.cached()
-    values: dict[str, Any] = {"head": cached.head, "num_draws": cached.num_draws, "law": cached.law or "policy"}
-    for part in backfill.candidates.split(","):
-        name, _, value = part.partition("=")
-        if name not in values or not (value in ("policy", "tail") if name == "law" else value.isdigit()):
-            raise ConfigError(
-                f"--candidates {backfill.candidates!r}: {part!r} is not understood; expected head=K, num_draws=N and "
-                "law=policy or law=tail, joined by commas, for example --candidates head=4,num_draws=4,law=tail."
-            )
-        values[name] = value if name == "law" else int(value)
-    return CandidateRequest(**values)
-
-
-def folder_of(
-    config: RunConfig,
-    teacher: TeacherConfig,
-    *,
-    top_k: int,
-    num_teacher_draws: int,
-    candidates: CandidateRequest | None,
-) -> str:
-    """Folder of the scores: the teacher's name, `@`, and what was asked beyond what the run records.
-
-    Raises:
-        ConfigError: the run has those scores already.
-    """
-    cached = config.cached()
-    parts = [f"top{top_k}"] if top_k > cached.top_k and not cached.full_vocabulary else []
-    parts += [f"teacher-draws{num_teacher_draws}"] if num_teacher_draws > cached.num_teacher_draws else []
-    parts += [candidates.name] if candidates else []
-    if not parts and teacher.name == config.teacher.name:
-        raise ConfigError(
-            "there is nothing to back-fill: the run has its own teacher's scores with these widths already. Ask for "
-            "more with --top-k, --teacher-draws or --candidates, or for another teacher with --teacher."
-        )
-    return "@".join([teacher.name, *(["-".join(parts)] if parts else [])])
+    verb = "counterfactual"
+    staleness: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...],
+        BeforeValidator(_staleness, json_schema_input_type=tuple[Annotated[int, Field(ge=0)], ...] | str),
+    ] = Field((0, 1, 2, 4, 8, 16, 32, 64), min_length=1, examples=["0:64"])
+    """Bounds in policy versions: 0,2,8, or 0:64 for 0, 1, 2, 4 … 64."""
+    order: Annotated[tuple[Order, ...], BeforeValidator(_listed, json_schema_input_type=tuple[Order, ...] | str)] = (
+        Field(("index", "arrival"), min_length=1, examples=["index"])
+    )
+    """Some of index, arrival."""
+    on_stale: Annotated[
+        tuple[OnStale, ...], BeforeValidator(_listed, json_schema_input_type=tuple[OnStale, ...] | str)
+    ] = Field(("train", "drop", "hold"), min_length=1, examples=["train,drop"])
+    """Some of train, drop, hold."""
+    lag: int | None = Field(None, ge=0)
+    """Optimizer steps of delay for all bounds; as much as each allows by default."""
+    from_version: int | None = Field(None, ge=0)
+    """Policy version every setting starts from; the largest lag by default."""

@@ -2,20 +2,17 @@
 
 checkpoint c <= n --restore--> steps c … n−1 again, from the log --> state n, weights equal to published version n
 published version n --load--> the same weights with a new optimizer
-
-Trains a student on a log in another order of consumption and measures each step; publishes nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from asyncopd.errors import ConfigError, NonFiniteError
-from asyncopd.learner.statistics import staleness_tokens
+from asyncopd.errors import ConfigError
 from asyncopd.learner.student import Student
 from asyncopd.ports import RunLog
 from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory
@@ -89,46 +86,3 @@ def publish_start(log: RunLog, student: Student, step: int, *, worker: str) -> N
     log.publish_policy(PolicyWeights(version, student.weights()), worker=worker, facts={"step": step})
     # The checkpoint last: with it the child has begun, and asking for the replay again goes on with it.
     log.publish_checkpoint(step, 0, student.checkpoint(), worker=worker)
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """One step of a counterfactual."""
-
-    clock: int
-    """Learner version that the step starts from."""
-    num_tokens: int
-    staleness_mean: float
-    staleness_max: int
-    metrics: Mapping[str, float]
-    """As in a TrainStep."""
-
-
-def train_in_order(
-    student: Student,
-    steps: Mapping[int, Sequence[int]],
-    *,
-    read: Callable[[int], ScoredTrajectory],
-    on_step: Callable[[], None],
-) -> list[StepFigures]:
-    """One optimizer step per clock that has something to train. Ends early at a step whose loss is not finite.
-
-    Args:
-        student: in the state of the first clock.
-        steps: clock -> indices to train, by ascending clock.
-        read: index -> its trajectory with scores.
-        on_step: called after every clock.
-    """
-    figures: list[StepFigures] = []
-    for clock, indices in steps.items():
-        if indices:
-            batch = [read(index) for index in indices]
-            try:
-                result = student.train(clock, batch)
-            except NonFiniteError:
-                return figures
-            ages = staleness_tokens(batch, learner_version=clock)
-            mean = sum(age * count for age, count in ages.items()) / result.num_tokens
-            figures.append(StepFigures(clock, result.num_tokens, mean, max(ages), result.metrics))
-        on_step()
-    return figures

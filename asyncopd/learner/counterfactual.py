@@ -1,4 +1,4 @@
-"""Which rollouts of a log each learner step would have consumed under another staleness: pure functions.
+"""Which rollouts of a log each learner step would have consumed under another staleness, and what it then measures.
 
     parent's clock j --(+ lag)--> deliverable at clock j + lag --order--> step k = clock k takes up to B of them
                                                                   `-- over the bound: train | drop | hold
@@ -12,15 +12,18 @@ Generation cannot be re-ordered: the rollouts are those that the parent's polici
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, takewhile
-from typing import Any, Literal
+from typing import Any
 
-from asyncopd.errors import ConfigError
+import numpy as np
 
-Order = Literal["index", "arrival"]
-OnStale = Literal["train", "drop", "hold"]
+from asyncopd.config.requests import CounterfactualRequest, OnStale, Order
+from asyncopd.errors import ConfigError, NonFiniteError
+from asyncopd.learner.statistics import staleness_tokens
+from asyncopd.learner.student import Student
+from asyncopd.types import ScoredTrajectory
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,19 @@ class Consumption:
 
 
 @dataclass(frozen=True)
+class StepFigures:
+    """One step of a counterfactual."""
+
+    clock: int
+    """Learner version that the step starts from."""
+    num_tokens: int
+    staleness_mean: float
+    staleness_max: int
+    metrics: Mapping[str, float]
+    """As in a TrainStep."""
+
+
+@dataclass(frozen=True)
 class Cell:
     """What a replayed learner measured under one setting, over the measured clocks; means are over trained tokens."""
 
@@ -132,24 +148,17 @@ class Cell:
         return cls(setting=setting, **fields)
 
 
-def settings_of(
-    staleness: Sequence[int],
-    orders: Sequence[Order],
-    on_stale: Sequence[OnStale],
-    *,
-    recorded_staleness: int,
-    lag: int | None = None,
-) -> list[Setting]:
-    """All combinations. The lag makes the log as stale as each bound allows, unless one lag is given for all.
+def settings_of(asked: CounterfactualRequest, *, recorded_staleness: int) -> list[Setting]:
+    """All combinations. The lag makes the log as stale as each bound allows, unless one lag is asked for.
 
     Args:
         recorded_staleness: the log's own largest, in versions.
     """
     return [
-        Setting(bound, max(0, bound - recorded_staleness) if lag is None else lag, order, policy)
-        for bound in staleness
-        for order in orders
-        for policy in on_stale
+        Setting(bound, max(0, bound - recorded_staleness) if asked.lag is None else asked.lag, order, policy)
+        for bound in asked.staleness
+        for order in asked.order
+        for policy in asked.on_stale
     ]
 
 
@@ -241,3 +250,64 @@ def whole_batches(indices: Collection[int], batch_size: int) -> int:
     """How many batches of consecutive indices, from index 0 on, `indices` holds every index of."""
     known = set(indices)
     return next(k for k in count() if not known.issuperset(range(k * batch_size, (k + 1) * batch_size)))
+
+
+# -- what a learner then measures ---------------------------------------------------------------------------------
+def train_in_order(
+    student: Student,
+    steps: Mapping[int, Sequence[int]],
+    *,
+    read: Callable[[int], ScoredTrajectory],
+    on_step: Callable[[], None],
+) -> list[StepFigures]:
+    """One optimizer step per clock that has something to train. Ends early at a step whose loss is not finite.
+
+    Args:
+        student: in the state of the first clock.
+        steps: clock -> indices to train, by ascending clock.
+        read: index -> its trajectory with scores.
+        on_step: called after every clock.
+    """
+    figures: list[StepFigures] = []
+    for clock, indices in steps.items():
+        if indices:
+            batch = [read(index) for index in indices]
+            try:
+                result = student.train(clock, batch)
+            except NonFiniteError:
+                return figures
+            ages = staleness_tokens(batch, learner_version=clock)
+            mean = sum(age * count for age, count in ages.items()) / result.num_tokens
+            figures.append(StepFigures(clock, result.num_tokens, mean, max(ages), result.metrics))
+        on_step()
+    return figures
+
+
+def measure(
+    setting: Setting, consumption: Consumption, figures: Sequence[StepFigures], log: Log, *, measured_from: int
+) -> Cell:
+    """Token means over the measured clocks; waste as a share of the tokens whose turn came."""
+    seen = [step for step in figures if step.clock >= measured_from]
+    weights = np.array([step.num_tokens for step in seen], np.float64)
+    tokens = {rollout.index: rollout.num_tokens for rollout in log.rollouts}
+
+    def mean(key: str) -> float:
+        return float(np.average([step.metrics[key] for step in seen], weights=weights)) if seen else float("nan")
+
+    clocks = range(measured_from, log.num_clocks)
+    stale = sum(tokens[index] for clock in clocks for index in consumption.stale[clock])
+    expected = [clock for clock in clocks if consumption.steps[clock]]
+    return Cell(
+        setting=setting,
+        num_steps=len(seen),
+        num_idle=len(clocks) - len(expected),
+        is_finite=len(seen) == len(expected),
+        staleness_mean=float(np.average([s.staleness_mean for s in seen], weights=weights)) if seen else float("nan"),
+        staleness_max=max((s.staleness_max for s in seen), default=0),
+        loss_nats=mean("train/loss_nats"),
+        drift_nats=mean("train/drift_nats"),
+        ess_fraction=mean("train/ess_fraction"),
+        grad_norm=mean("train/grad_norm"),
+        num_tokens=int(weights.sum()),
+        num_tokens_wasted=stale,
+    )

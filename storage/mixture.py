@@ -1,4 +1,4 @@
-"""A mixture of teachers: log of the weighted mean of their probabilities, at ids that all of them scored.
+"""Scores of a run's trajectories by one teacher or by a mixture: which candidates they speak of, and what is exact.
 
     log q(v) = log Σ_i w_i q_i(v),   Σ_i w_i = 1            exact wherever every log q_i(v) is known
 
@@ -9,13 +9,93 @@ teacher's own: they agree for the whole vocabulary, and then the mixture's own r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncopd.config.recorded import CacheRequirements, check_cache
 from asyncopd.errors import ConfigError, ShapeError
-from asyncopd.types import FloatArray, TeacherScores
+from asyncopd.types import FloatArray, IndexRange, Manifest, ScoredTrajectory, TeacherScores, Trajectory
+from storage.candidates import with_candidates
+from storage.run_log import StoredRunLog
+
+SHARDS_CHECKED = 8
+"""Shards of which one row is compared with what the loss needs before training; the learner compares every batch."""
+
+
+class ScoresView:
+    """Trajectories with the scores of one or several teachers, read from one run's log.
+
+    All the folders named must have scored the same candidates: the trajectories' own, or one back-filled set.
+    """
+
+    def __init__(self, log: StoredRunLog, weights: Mapping[str, float], required: CacheRequirements) -> None:
+        """
+        Args:
+            weights: folder of scores -> weight; they add up to 1.
+            required: what the loss reads; not every mixture has a top-k.
+        """
+        self.log, self.weights, self.required = log, dict(weights), required
+        self.name = next(iter(weights)) if len(weights) == 1 else " + ".join(f"{w:g} {n}" for n, w in weights.items())
+
+    def find(self, shard: IndexRange) -> Manifest | None:
+        """A manifest of the shard's scores once every teacher has scored it."""
+        found = [self.log.find_scores(name, shard) for name in self.weights]
+        return None if None in found else found[0]
+
+    def read_trajectories(self, shard: IndexRange) -> list[Trajectory]:
+        """The shard's trajectories with the candidates that were scored."""
+        trajectories = self.log.read_trajectories(shard)
+        candidates = self._candidates(shard)
+        return with_candidates(self.log, candidates, shard, trajectories) if candidates else trajectories
+
+    def read_scores(self, shard: IndexRange) -> list[TeacherScores]:
+        """The shard's scores, mixed where there are several teachers."""
+        parts = [(weight, self.log.read_scores(name, shard)) for name, weight in self.weights.items()]
+        if len(parts) == 1:
+            return parts[0][1]
+        needs_top_k = self.required.top_k > 0 or self.required.full_vocabulary
+        return [
+            mix([(weight, scores[row]) for weight, scores in parts], name=self.name, needs_top_k=needs_top_k)
+            for row in range(len(parts[0][1]))
+        ]
+
+    def read_shard(self, shard: IndexRange) -> list[ScoredTrajectory]:
+        """Trajectories and scores of a shard, joined."""
+        pairs = zip(self.read_trajectories(shard), self.read_scores(shard), strict=True)
+        return [ScoredTrajectory(trajectory, scores) for trajectory, scores in pairs]
+
+    def check(self, shards: Sequence[IndexRange], *, vocab_size: int) -> None:
+        """Raise ConfigError, before anything is trained, when shards or arrays that the loss needs are not there."""
+        missing = [shard.name for shard in shards if self.find(shard) is None]
+        run_id = self.log.run_id
+        if missing:
+            raise ConfigError(
+                f"run {run_id}: {len(missing)} of {len(shards)} shards have no scores {self.name}, the first is "
+                f"{missing[0]}. Train the run further (`asyncopd train --run-id {run_id}`), back-fill the rest "
+                f"(`asyncopd backfill {run_id}`), or replay fewer steps (--steps)."
+            )
+        every = max(1, len(shards) // SHARDS_CHECKED)
+        for shard in {*shards[::every], shards[-1]}:
+            for scored in self.read_shard(shard)[:1]:
+                check_cache(self.required, CacheRequirements.held_by(scored, vocab_size=vocab_size), run_id=run_id)
+
+    def _candidates(self, shard: IndexRange) -> str | None:
+        """Name of the back-filled candidates that the scores speak of; None for the trajectories' own."""
+        names = {}
+        for folder in self.weights:
+            manifest = self.log.find_scores(folder, shard)
+            if manifest is None:
+                raise self.log.store.missing(self.log.layout.shard_manifest(self.log.layout.scores(folder), shard))
+            names[folder] = manifest.facts.get("candidates")
+        if len(set(names.values())) > 1:
+            raise ConfigError(
+                f"run {self.log.run_id}: the teachers of a mixture have scored different candidates: "
+                f"{ {folder: name or 'recorded' for folder, name in names.items()} }. Back-fill all of them with the "
+                "same --candidates."
+            )
+        return next(iter(names.values()))
 
 
 def mix(parts: Sequence[tuple[float, TeacherScores]], *, name: str, needs_top_k: bool) -> TeacherScores:

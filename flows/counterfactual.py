@@ -1,0 +1,296 @@
+"""Counterfactual staleness: one log, consumed late, in other orders and under other bounds. Without Prefect.
+
+    log --log_of--> consume (pure) --indices per clock--> Student from version f --> a Cell per setting, tables in --out
+
+Every setting starts from the parent's state at one version f, the largest lag, and is measured over the same clocks,
+f + the largest lag to the end: by then each has trained `lag` steps and its batches are ones the parent had not trained
+when it published f.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from asyncopd.config.requests import CounterfactualRequest
+from asyncopd.errors import ConfigError
+from asyncopd.learner.counterfactual import (
+    Cell,
+    Log,
+    Rollout,
+    Setting,
+    StepFigures,
+    arrived_steps,
+    check_defined,
+    consume,
+    measure,
+    settings_of,
+    train_in_order,
+    whole_batches,
+)
+from asyncopd.learner.restore import train_to
+from asyncopd.local.console import bar
+from asyncopd.report.text import table
+from asyncopd.types import IndexRange, ScoredTrajectory
+from flows.compare import console_table, digest, folder_of
+from flows.engines import student_skeleton
+from flows.wiring import OpenRun, open_stored_run, student_of
+from storage.mixture import ScoresView
+from storage.replay import check_counterfactual, read_step, scores_view
+from storage.stores import open_store
+
+HEADER = (
+    "bound",
+    "order",
+    "on stale",
+    "lag",
+    "staleness mean",
+    "max",
+    "loss nats",
+    "drift nats",
+    "ESS",
+    "grad norm",
+    "steps",
+    "idle",
+    "waste",
+)
+NOTE = (
+    "Exact: which rollouts each step consumes under the setting, their staleness (recorded versions against the "
+    "replayed learner's clock), and every ratio, drift and ESS, recomputed by the replayed learner on the recorded "
+    "log-probs. Approximate: the closed loop. The rollouts were made by the original run's policies at its own "
+    "staleness, not by the replayed learner's, so lag acts as a delay line between production and consumption. Every "
+    "setting starts from version {first} of the run, which had trained the first {lag} batches of the most delayed "
+    "setting already; the figures are therefore of clocks {measured} to {last} only. Under another order than "
+    "the run's, rollouts that overtook each other may come a few clocks earlier or later than that. In arrival order "
+    "whole shards arrive, at the times at which the original run's scores appeared; in index order a batch waits until "
+    "all of it is there (idle)."
+)
+MIN_MEASURED = 8
+"""Clocks that must be left to measure; fewer would be mostly noise."""
+
+
+async def run_counterfactual(
+    root: str, run_id: str, asked: CounterfactualRequest, *, console: Console, out: str | None
+) -> None:
+    """`asyncopd counterfactual`: tables in `out`, and a file for each finished cell, which is used again."""
+    run = open_stored_run(root, run_id)
+    log = log_of(run)
+    settings = settings_of(asked, recorded_staleness=log.recorded_staleness)
+    check_defined(settings, log)
+    first, measured_from = start_version(settings, log, asked.from_version)
+    question = [run.config.digest(), str(first), str(measured_from), str(log.num_clocks)]
+    folder = folder_of(out, f"{run_id}-counterfactual", question)
+    store = open_store(folder)
+    found = [Cell.from_record(json.loads(store.get(key))) for key in store.folder("cells").keys]
+    cells = await run_cells(
+        run,
+        log,
+        settings,
+        first=first,
+        measured_from=measured_from,
+        known={cell.setting: cell for cell in found},
+        keep=lambda cell: store.put(
+            f"cells/{digest([repr(cell.setting)])}.json", json.dumps(cell.to_record()).encode()
+        ),
+        console=console,
+    )
+    lag = max(setting.lag for setting in settings)
+    note = NOTE.format(first=first, lag=lag, measured=measured_from, last=log.num_clocks - 1)
+    rows = [_row(cell) for cell in cells]
+    text = f"# Counterfactuals of {run_id}\n\n{table(HEADER, rows, left=(1, 2))}\n\n{note}\n"
+    store.put("counterfactual.md", text.encode())
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{**cell.to_record(), "waste": cell.waste} for cell in cells]), sink)
+    store.put("counterfactual.parquet", sink.getvalue())
+    recorded = f"recorded in order {log.order} at staleness up to {log.recorded_staleness} versions"
+    console.print(recorded, highlight=False)
+    console.print(console_table("counterfactual staleness", HEADER, rows, left=(1, 2)))
+    console.print(note, highlight=False)
+    console.print(f"written to {folder}", highlight=False, soft_wrap=True)
+
+
+def log_of(run: OpenRun) -> Log:
+    """Every scored rollout that the run's steps decided about, with when its scores appeared on the learner's clock.
+
+    Raises:
+        ConfigError: the run trained nothing, lacks scores, or is a replay.
+    """
+    check_counterfactual(run.log)
+    steps = run.log.steps()
+    plan, view = run.config.plan, scores_view(run.log, run.config)
+    decided = _decided(run, len(steps))
+    shards = [of_shard.shard for of_shard in decided]
+    view.check(shards, vocab_size=run.task.tokenizer.vocab_size)
+    scored_at = [_scored_at(view, shard) for shard in shards]
+    # From the shard logs alone: a step began when its optimizer step did, which its record tells.
+    appeared = arrived_steps(scored_at, [step.finished - step.metrics["train/seconds"] for step in steps])
+    rollouts = [
+        Rollout(
+            index=trajectory.index,
+            step=of_shard.steps[trajectory.index],
+            # Clocks tick in milliseconds, but a rollout is never there before the version that ended it, nor later
+            # than the step that decided about it.
+            arrived_step=min(of_shard.steps[trajectory.index], max(appeared[number], trajectory.version_last)),
+            # Recorded arrivals are the order itself; learners look at a folder now and then, so times may differ.
+            arrival=scored_at[number] if plan.order == "index" else float(number),
+            version_oldest=trajectory.version_oldest,
+            num_tokens=len(trajectory.response_ids),
+            is_trained=trajectory.index not in of_shard.untrained,
+        )
+        for number, of_shard in enumerate(decided)
+        for trajectory in view.log.read_trajectories(of_shard.shard)
+        if trajectory.index in of_shard.steps
+    ]
+    indices = {index for of_shard in decided for index in of_shard.steps}
+    return Log(
+        run_id=run.log.run_id,
+        order=plan.order,
+        batch_size=plan.batch_size,
+        num_clocks=len(steps),
+        rollouts=rollouts,
+        num_batches=whole_batches(indices, plan.batch_size),
+        num_filtered=len(indices) - len(rollouts),
+    )
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What the run's steps decided about one shard."""
+
+    shard: IndexRange
+    steps: Mapping[int, int]
+    """Index -> the step that decided about it; without those that no trained step came to."""
+    untrained: Collection[int]
+    """Those dropped or held."""
+
+
+def _decided(run: OpenRun, num_steps: int) -> list[_Decided]:
+    plan = run.config.plan
+    if plan.order == "index":
+        return [
+            _Decided(shard, dict.fromkeys(shard.indices, step), ())
+            for step in range(num_steps)
+            for shard in plan.shards_of_step(step)
+        ]
+    found = []
+    for arrival in run.log.arrivals():
+        steps = {index: step for index, step in arrival.steps(plan.batch_size) if step < num_steps}
+        if steps:
+            found.append(_Decided(arrival.shard, steps, {*arrival.dropped, *arrival.held}))
+    return found
+
+
+def start_version(settings: Sequence[Setting], log: Log, asked: int | None) -> tuple[int, int]:
+    """(version every setting starts from, first clock measured).
+
+    Raises:
+        ConfigError: the log is too short for the largest lag.
+    """
+    lag = max(setting.lag for setting in settings)
+    first = lag if asked is None else asked
+    measured_from = first + lag
+    if first < lag or log.num_clocks - measured_from < MIN_MEASURED:
+        longest = (log.num_clocks - MIN_MEASURED) // 2
+        raise ConfigError(
+            f"a lag of {lag} steps from version {first}: expected a start at or after version {lag}, and at least "
+            f"{MIN_MEASURED} of the log's {log.num_clocks} steps after clock {measured_from}. Ask for less staleness; "
+            f"this log bears a lag of {longest}."
+        )
+    return first, measured_from
+
+
+async def run_cells(
+    run: OpenRun,
+    log: Log,
+    settings: Sequence[Setting],
+    *,
+    first: int,
+    measured_from: int,
+    known: Mapping[Setting, Cell],
+    keep: Callable[[Cell], None],
+    console: Console,
+) -> list[Cell]:
+    """Train and measure every setting that is not `known` yet; settings that consume alike are trained once.
+
+    `asyncopd.learner.counterfactual.check_defined` tells which settings mean something on this log.
+
+    Args:
+        keep: called with each new cell, so that a stopped call loses at most one.
+    """
+    consumptions = {setting: consume(log, setting) for setting in settings}
+    read = _reader(run, log)
+    start = student_of(run.config, student_skeleton(run.log))
+    if set(settings) - set(known):
+        await train_to(run.log, start, first, read_step=partial(read_step, run.log, run.config))
+    figures: dict[tuple[tuple[int, ...], ...], list[StepFigures]] = {}
+    cells = []
+    num_clocks = (log.num_clocks - first) * len({consumptions[s].steps[first:] for s in settings if s not in known})
+    with bar(console, f"from version {first}", num_clocks, "steps") as advance:
+        for setting in settings:
+            if setting in known:
+                cells.append(known[setting])
+                continue
+            consumption = consumptions[setting]
+            trained = consumption.steps[first:]
+            if trained not in figures:
+                student = student_of(run.config, student_skeleton(run.log))
+                student.restore(start.checkpoint())
+                figures[trained] = await asyncio.to_thread(
+                    train_in_order,
+                    student,
+                    dict(enumerate(trained, first)),
+                    read=read,
+                    on_step=partial(advance, 1),
+                )
+            cells.append(measure(setting, consumption, figures[trained], log, measured_from=measured_from))
+            keep(cells[-1])
+    return cells
+
+
+def _reader(run: OpenRun, log: Log) -> Callable[[int], ScoredTrajectory]:
+    """Index -> scored trajectory; the shards between the earliest and the latest index in use stay decoded."""
+    view, size = scores_view(run.log, run.config), run.config.plan.shard_size
+
+    @lru_cache(maxsize=256)
+    def shard(number: int) -> dict[int, ScoredTrajectory]:
+        scored = view.read_shard(IndexRange(number * size, (number + 1) * size))
+        return {row.trajectory.index: row for row in scored}
+
+    return lambda index: shard(index // size)[index]
+
+
+def _scored_at(view: ScoresView, shard: IndexRange) -> float:
+    manifest = view.find(shard)
+    assert manifest is not None  # check looked
+    return manifest.created
+
+
+def _row(cell: Cell) -> tuple[str, ...]:
+    def number(value: float, digits: int) -> str:
+        return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+
+    setting = cell.setting
+    return (
+        str(setting.max_staleness),
+        setting.order,
+        setting.on_stale,
+        str(setting.lag),
+        number(cell.staleness_mean, 2),
+        str(cell.staleness_max) if cell.num_steps else "–",
+        number(cell.loss_nats, 4),
+        number(cell.drift_nats, 5),
+        number(cell.ess_fraction, 3),
+        number(cell.grad_norm, 3),
+        f"{cell.num_steps}" + ("" if cell.is_finite else " (not finite)"),
+        str(cell.num_idle),
+        f"{100 * cell.waste:.1f} %",
+    )
