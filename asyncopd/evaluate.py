@@ -2,12 +2,10 @@
 
 RunLog --version 0, every k-th, last--> Sampler --responses--> verifier, Scorer --> Evaluation
 
-Differences between students that answered the same prompts with the same random numbers: paired statistics.
-
-Pairing: prompt i is answered once by every student, with the same uniforms. What is easy or hard about a prompt, and
-about its random numbers, is in both answers and cancels in their difference d_i; the standard error of the mean of d_i
-says how well the difference is known for *these two students*, over prompts and draws. It says nothing about training
-them again on other rollouts.
+Students are compared in pairs: prompt i is answered once by every student, with the same random numbers. What is easy
+or hard about it is in both answers and cancels in their difference d_i. The standard error of the mean of d_i says how
+well the difference is known for *these two students*, over prompts and draws; it says nothing about training them
+again.
 """
 
 from __future__ import annotations

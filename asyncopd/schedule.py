@@ -7,9 +7,7 @@ B is the batch size, τ the maximal staleness in versions. τ = 0 is synchronous
 asynchronous: one rule, no modes. A trajectory is consumed under version floor(a/B), so its staleness is at most τ.
 
 While the drift that the learner measured exceeds `max_drift`, τ is 0: what the next version needs may start, the rest
-waits for it. Order `arrival` has another belonging (asyncopd/schedule.py) and therefore another rule, `may_arrive`.
-
-Order `arrival`: which trajectories a step takes when it takes what was scored first. Pure values and functions.
+waits for it. In order `arrival` a step takes what was scored first:
 
     score manifests --first scored, first taken--> Arrival 0, 1, 2, ...  (storage: written once, before anything trains)
     rows of the arrivals, one after the other:   dropped    filtered earlier, or too stale and on_stale is drop
@@ -19,8 +17,6 @@ Order `arrival`: which trajectories a step takes when it takes what was scored f
 The arrivals give every trained trajectory a position, and positions are to this order what indices are to index order:
 step s trains positions [s·B, (s+1)·B). So whatever crashes, a step has its trajectories for good as soon as they are
 recorded, and a learner that went back trains the same ones again. What a step takes does not depend on rewinds.
-
-The shards of a plan that one worker still has to look at, in index order; in arrival order there is no last one.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ thread; each asks the stage for the next shard, so the order of work is decided 
     lane 2 --next shard?-->   |
                               +--wait for a version or a shard, with a deadline that names it
 
-How busy a process is: the share of the last seconds in which it had at least one piece of work in hand.
+A process is busy while it has at least one piece of work in hand; its heartbeat tells the share of the last seconds.
 """
 
 from __future__ import annotations

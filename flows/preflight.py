@@ -1,8 +1,6 @@
-"""What can be known to be wrong with a run before a model is loaded: storage, files, contexts, tokenizers.
+"""What can be known to be wrong with a run before a model is loaded: storage, files, contexts, tokenizers, engines.
 
-Loads no torch. Every refusal says what was found, what was expected and what to do.
-
-What can be known to be wrong with vLLM engines and HTTP teachers before anything starts, without loading either.
+Loads neither torch nor vLLM. Every refusal says what was found, what was expected and what to do.
 """
 
 from __future__ import annotations

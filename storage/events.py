@@ -1,11 +1,8 @@
-"""What somebody decided about a run after it was created: that it runs, that it stopped, which settings changed.
+"""What happens to a run besides its steps: decisions about it, arrivals, evaluations, spans, failures.
 
-states/0001.json    running | stopped | failed | completed, written by the flow; workers elsewhere read it
-changes/0001.json   settings that a resume changed; the configuration in force is run.json with these applied
-
-Evaluations, spans and failures: what a run tells about itself.
-
-The arrivals of a run of order `arrival`: numbered records, each written once, which no rewind supersedes.
+states/0001.json      running | stopped | failed | completed, written by the flow; workers elsewhere read it
+changes/0001.json     settings that a resume changed; the configuration in force is run.json with these applied
+arrivals/000017.json  order `arrival`: what the learner decided about a shard; no rewind supersedes it
 """
 
 from __future__ import annotations

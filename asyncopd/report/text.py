@@ -1,7 +1,4 @@
-"""A Summary in words and table rows, for Markdown and for the terminal: every figure with its unit, gaps as a dash.
-
-The report as Markdown that reads well in a terminal and on GitHub.
-"""
+"""A Summary in words and table rows, as Markdown and for the terminal: every figure with its unit, gaps as a dash."""
 
 from __future__ import annotations
 

@@ -4,15 +4,10 @@
                  ^                                  |
                  +--------- refresh (all slots) ----+      finished tokens stay, the cache is made again
 
-A token depends on seed, trajectory index, position and weights, never on the slot or on what runs beside it.
-Invariant during a step: slots 0 ... num_active−1 are occupied, so that the cache is read through views.
-Suffixes: S slots, A active slots, U uncached ones, C candidates columns.
-
-What the host keeps about responses in progress, and how a finished one becomes a Trajectory.
-
-Suffixes: A active slots, S rows, T response positions, C columns (emitted token, head, draws; then the tail mass).
-
-What every sampler refuses before it starts on a request.
+A token depends on seed, trajectory index, position and weights, never on the slot or on what runs beside it. Invariant
+during a step: slots 0 ... num_active−1 are occupied, so that the cache is read through views. Suffixes: S slots or
+rows of the host's records, A active slots, U uncached ones, T response positions, C columns (emitted token, head,
+draws; then the tail mass).
 """
 
 from __future__ import annotations

@@ -6,13 +6,10 @@ A pass sees one flat row of tokens (transformers' `AttentionInterface` is the on
       one new token per slot:            packed prompts: attend to their own segment,
       attends to the slot's buffers      and their keys and values are scattered into slots
 
-Nothing is padded to the longest response, and finishing a response frees its slot without touching the others.
-Suffixes: S slots, A decoding slots, G key-value heads, H heads, L cached positions, R·C prefill cells, N all tokens.
-
-A causal language model with its cache by slot: one pass decodes one token per slot and prefills new sequences.
-
-Owns the model, its attention and the cache; knows nothing about requests. Suffixes: A decoding slots, U sequences to
-prefill, N tokens of a pass, L cached positions, D hidden, V vocabulary.
+Nothing is padded to the longest response, and finishing a response frees its slot without touching the others. This
+module owns the model, its attention and the cache, and knows nothing about requests. Suffixes: S slots, A decoding
+slots, U sequences to prefill, G key-value heads, H heads, L cached positions, R·C prefill cells, N all tokens of a
+pass, D hidden, V vocabulary.
 """
 
 from __future__ import annotations

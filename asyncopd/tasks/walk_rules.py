@@ -1,11 +1,10 @@
-"""The walk on Z_p: its operations, shortest paths, demonstrator and vocabulary. Relies on numpy only.
+"""The walk on Z_p: operations, shortest paths, vocabulary, demonstrator, and its law in closed form. Needs numpy only.
 
 A walk goes from a start to a goal by operations on a state; the demonstrator's law depends on nothing but the
 noise level, the goal and the present state. Suffixes: Z noise levels, G goals, S states, O operations.
 
-The walk demonstrator's next-token distribution in closed form, for every prefix there is. Relies on numpy only.
-
-What has been written decides in which of three situations the next token stands; each is one row of a table:
+The oracle is the demonstrator's next-token distribution for every prefix there is. What has been written decides in
+which of three situations the next token stands; each is one row of a table:
 
     an operation is due at x   the demonstrator's law at x; EOS with certainty when x is the goal
     a state is due after op    op(x) with certainty, x being the state written last (or the start)

@@ -3,7 +3,8 @@
 config.json + model.safetensors --AsyncLLM--> engine process (weights, KV cache, scheduler)
    token ids in, token ids out: vLLM's tokenizer is never loaded
 
-What every vLLM worker process of ours can do besides vLLM's own work; a worker extension class of vLLM.
+`EngineWorker` is what each of its worker processes does besides: it ends when the process that started the engine is
+gone.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """A DuckDB connection with the relations of a snapshot. Whoever opens one in-process has all of DuckDB; SQL of other
 people goes through sandbox.py, whose child process opens it with `locked=True`.
 
-Where the Parquet objects of shards are, in terms that a process without our stores and credentials can be given.
-
-From a store to the Place of its objects; for S3 that takes the credentials this process would use itself.
+A Place says where the Parquet objects of shards are, in terms that a process without our stores can be given; for S3
+that takes the credentials this process would use itself.
 """
 
 from __future__ import annotations

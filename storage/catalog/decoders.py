@@ -1,6 +1,6 @@
 """Token ids as text, from a description small enough to be sent to another process. No torch, no transformers.
 
-From a run's record to how its token ids read: the task settings in the stored configuration say everything.
+Which description belongs to a run follows from the task settings in its stored configuration.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""What a relation is: a name, a meaning, documented columns, and for derived ones the view that makes it.
-
-The relations that are not derived: records (tables of JSON objects and manifests) and rows (Parquet shards).
+"""What a relation is (name, meaning, documented columns), and those that are read and not derived: records, which are
+tables of JSON objects and manifests, and rows, which are Parquet shards.
 """
 
 from __future__ import annotations

@@ -1,15 +1,12 @@
-"""The derived relations: SQL over rows and records, so that nobody has to take flat lists apart in a query.
-
-List columns are expanded side by side: several `unnest` in one SELECT go through their lists together, and a shorter
-list (or NULL) is filled up with NULL. A flat list of T·K numbers has entry i at position i // K and rank i % K.
-
-Every relation a query can name: its columns with their meaning, and, where it is derived, the view that makes it.
+"""Every relation a query can name, and the views behind the derived ones, which take flat lists apart.
 
     records    runs, policies, steps, evals, claims, shards, ...    Arrow tables built from JSON objects and manifests
     rows       trajectory_rows, score_rows                          Arrow datasets over the Parquet shards
     derived    trajectories, scores, tokens, candidates, ...        views over the two
 
-Times are TIMESTAMP WITH TIME ZONE in UTC. Indices and positions count from 0.
+List columns are expanded side by side: several `unnest` in one SELECT go through their lists together, and a shorter
+list (or NULL) is filled up with NULL. A flat list of T·K numbers has entry i at position i // K and rank i % K. Times
+are TIMESTAMP WITH TIME ZONE in UTC; indices and positions count from 0.
 """
 
 from __future__ import annotations

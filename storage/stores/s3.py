@@ -7,9 +7,8 @@
 A 412 may come from our own first try, whose answer was lost: we try again, and so may aiohttp (it repeats a PUT on a
 connection that broke) and any proxy on the way, unseen. Hence the attempt id, which only its writer can recognise.
 
-What an error of an S3 request means: somebody was first, try again, or stop and tell the user what to do.
-
-Relies on s3fs, which turns botocore's errors into Python's and keeps the server's answer as their cause.
+An error means one of three things: another writer was first, try again, or stop and tell the user what to do. s3fs
+turns botocore's errors into Python's and keeps the server's answer as their cause.
 """
 
 from __future__ import annotations
