@@ -20,8 +20,9 @@ from api.deps import Reader, part
 from api.problems import ProblemError, no_run, responses
 from api.schemas import Question, QuestionList, QuestionParameter, SqlRequest, SqlResult
 from asyncopd.errors import QueryError
+from storage.catalog.child import QueryLimits
 from storage.catalog.export import plain
-from storage.catalog.sandbox import FileGoneError, QueryLimits, RunningQuery, Sandbox
+from storage.catalog.sandbox import FileGoneError, RunningQuery, Sandbox
 from storage.catalog.snapshot import Catalog
 from storage.catalog.stored_queries import StoredQuery, stored_queries
 from storage.layout import RunLayout

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from query_log import LogSize, write_log
 
-from storage.catalog.sandbox import QueryLimits, Sandbox
+from storage.catalog.child import QueryLimits
+from storage.catalog.sandbox import Sandbox
 from storage.catalog.snapshot import Catalog
 from storage.catalog.stored_queries import stored_queries
 from storage.runs import list_runs

@@ -17,8 +17,9 @@ from catalog_builders import root_of, written_log
 from storage_builders import fresh_log, fresh_store
 
 from asyncopd.errors import QueryError, QueryLimitError, ShardCorruptError, StorageError
+from storage.catalog.child import QueryLimits
 from storage.catalog.connection import connect
-from storage.catalog.sandbox import QueryLimits, Sandbox
+from storage.catalog.sandbox import Sandbox
 from storage.catalog.snapshot import Catalog
 from storage.records import to_json
 from storage.stores import open_store

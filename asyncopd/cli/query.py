@@ -23,10 +23,11 @@ from rich.table import Table
 
 from asyncopd.config import parse_override
 from asyncopd.errors import QueryError
+from storage.catalog.child import QueryLimits
 from storage.catalog.export import ExportFormat, plain
 from storage.catalog.export import export as export_dataset
 from storage.catalog.rows import AsOf
-from storage.catalog.sandbox import QueryLimits, Sandbox
+from storage.catalog.sandbox import Sandbox
 from storage.catalog.snapshot import Catalog
 from storage.catalog.stored_queries import find_query, stored_queries
 from storage.runs import list_runs

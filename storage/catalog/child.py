@@ -1,29 +1,25 @@
 """The process that runs one query and ends: `python -I -c …main()` with an empty environment (sandbox.py starts it).
 
-    stdin   a line of JSON (request), then the Arrow IPC streams of the record relations, sizes in the request
+    stdin   the request, pickled by the parent: the query, what it can see, and its limits
     stdout  a line of JSON (started or error), an Arrow IPC stream of the rows, a line of JSON (how it ended)
 
 Starts with imports only and no data, so that one can be kept waiting. Everything it may know comes through stdin.
-
-What SQL of other people may say: one SELECT over the catalog's relations. Checked on DuckDB's own parse tree.
-
-This is the outer of several walls: behind it the connection has no external access and a locked configuration, and
-the process has limits. It is here for its messages, and because `arrow_scan` would take any number for an address.
-
-Damage that a query finds: pages carry checksums (storage/schema.py), and a reader reports a wrong one in its own words.
-
-An object's sha256 covers more, its footer too, but needs the whole object: `asyncopd maintain audit` checks that.
+`check` decides what SQL of other people may say. It is the outer of several walls: behind it the connection has no
+external access and a locked configuration, and the process has limits. It is here for its messages, and because
+`arrow_scan` would take any number for an address.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import resource
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import duckdb
@@ -39,6 +35,58 @@ ADDRESS_SPACE_BYTES = 4 * 2**30
 """On top of the query's memory: what libraries and thread stacks reserve without using it (2.1 GB measured with two
 threads), what pyarrow decodes, and slack. It ends a process that grows outside DuckDB's own count."""
 BATCH_ROWS = 8192
+TABLE_FUNCTIONS = frozenset({"unnest", "range", "generate_series", "json_each", "json_tree", "repeat"})
+"""Table functions that look at nothing but their arguments."""
+_FORBIDDEN_FUNCTIONS = frozenset(
+    {"getenv", "current_setting", "getvariable", "write_log", "json_execute_serialized_sql", "nextval", "currval"}
+)
+ALLOWED = (
+    "Allowed is one SELECT (also WITH, FROM, VALUES, DESCRIBE, SUMMARIZE) over the relations of the catalog: "
+    "`from documentation` lists them. Files, network, settings and other statements are not."
+)
+_DAMAGE = (
+    "CRC checksum verification failed",
+    "could not verify page integrity",
+    "Data corruption detected",
+    "decompression failed",
+    "Corrupted",
+    "deserialize thrift",
+    "Unexpected end of stream",
+    "Parquet magic bytes not found",
+    "Invalid Parquet",
+    # A file that Arrow read into columns that do not fit together.
+    "failed: Invalid: Column",
+)
+"""What DuckDB and Arrow say of a damaged Parquet file. Pages carry checksums (storage/schema.py); an object's sha256
+covers its footer too, but needs the whole object: `asyncopd maintain audit` checks that."""
+
+
+@dataclass(frozen=True)
+class QueryLimits:
+    """What one query may use."""
+
+    max_rows: int = 100_000
+    """Rows returned; more are cut off and the result says so. 0 for no limit."""
+    timeout_s: float = 30.0
+    """Wall time of the query itself, s."""
+    memory_bytes: int = 512 * 2**20
+    """DuckDB's memory; nothing is spilled to disk. 512 MiB sort two million rows beside a trainer."""
+    threads: int = 2
+    max_result_bytes: int = 256 * 2**20
+    """Bytes of the result as Arrow; 0 for no limit."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One query with everything it can see; the fields of a Snapshot among it."""
+
+    sql: str
+    parameters: Mapping[str, Any]
+    tables: Mapping[str, Any]
+    files: Mapping[str, Sequence[DataFile]]
+    place: Place
+    token_texts: Mapping[str, TokenTexts]
+    limits: QueryLimits
 
 
 def main() -> None:
@@ -46,55 +94,53 @@ def main() -> None:
     # What libraries print (DuckDB's progress bar, for one) must not get between the rows.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    # pyarrow's default allocator reserves address space by the gigabyte.
+    pa.set_memory_pool(pa.system_memory_pool())
     try:
-        request = json.loads(sys.stdin.buffer.readline())
-        _set_limits(request)
-        _serve(request, sys.stdin.buffer, out)
+        request: Request = pickle.load(sys.stdin.buffer)
+        _limit_process(request.limits)
+        _serve(request, out)
     except BaseException as error:
         _write(out, _explained(error))
     # Not sys.exit: nothing here needs tearing down, and DuckDB's bindings complain when it happens in this order.
     os._exit(0)
 
 
-def _set_limits(request: dict[str, Any]) -> None:
-    # pyarrow's default allocator reserves address space by the gigabyte.
-    pa.set_memory_pool(pa.system_memory_pool())
-    address_space = request["memory_bytes"] + ADDRESS_SPACE_BYTES
-    cpu_s = int(request["timeout_s"] * request["threads"]) + 5
+def _limit_process(limits: QueryLimits) -> None:
+    address_space = limits.memory_bytes + ADDRESS_SPACE_BYTES
     for limit, value in (
         (resource.RLIMIT_AS, address_space),
-        (resource.RLIMIT_CPU, cpu_s),
+        (resource.RLIMIT_CPU, int(limits.timeout_s * limits.threads) + 5),
         (resource.RLIMIT_FSIZE, 0),  # no file can grow, whoever asks
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (value, value))
 
 
-def _serve(request: dict[str, Any], source: BinaryIO, out: BinaryIO) -> None:
-    tables = {name: pa.ipc.open_stream(pa.py_buffer(source.read(size))).read_all() for name, size in request["tables"]}
-    sql = request["sql"]
+def _serve(request: Request, out: BinaryIO) -> None:
+    limits = request.limits
     connection = connect(
-        tables,
-        {name: [DataFile(*file) for file in files] for name, files in request["files"].items()},
-        Place(**request["place"]),
-        {run: TokenTexts(**texts) for run, texts in request["token_texts"].items()},
-        sql=sql,
-        memory_bytes=request["memory_bytes"],
-        threads=request["threads"],
+        request.tables,
+        request.files,
+        request.place,
+        request.token_texts,
+        sql=request.sql,
+        memory_bytes=limits.memory_bytes,
+        threads=limits.threads,
         locked=True,
     )
-    check(connection, sql, BY_NAME)
+    check(connection, request.sql, BY_NAME)
     started = time.monotonic()
-    timer = threading.Timer(request["timeout_s"], connection.interrupt)
+    timer = threading.Timer(limits.timeout_s, connection.interrupt)
     timer.daemon = True
     timer.start()
-    reader = connection.sql(sql, params=request["parameters"] or None).to_arrow_reader(BATCH_ROWS)
+    reader = connection.sql(request.sql, params=dict(request.parameters) or None).to_arrow_reader(BATCH_ROWS)
     _write(out, {"started": True})
     num_rows, truncated = 0, False
     ending: dict[str, Any] = {}
     with pa.ipc.new_stream(out, reader.schema) as writer:
         try:
-            for batch, is_last in _limited(reader, request["max_rows"]):
+            for batch, is_last in _limited(reader, limits.max_rows):
                 writer.write_batch(batch)
                 num_rows += batch.num_rows
                 truncated = is_last
@@ -137,17 +183,6 @@ def _explained(error: BaseException) -> dict[str, Any]:
 def _write(out: BinaryIO, fields: dict[str, Any]) -> None:
     out.write(json.dumps(fields).encode() + b"\n")
     out.flush()
-
-
-TABLE_FUNCTIONS = frozenset({"unnest", "range", "generate_series", "json_each", "json_tree", "repeat"})
-"""Table functions that look at nothing but their arguments."""
-_FORBIDDEN_FUNCTIONS = frozenset(
-    {"getenv", "current_setting", "getvariable", "write_log", "json_execute_serialized_sql", "nextval", "currval"}
-)
-ALLOWED = (
-    "Allowed is one SELECT (also WITH, FROM, VALUES, DESCRIBE, SUMMARIZE) over the relations of the catalog: "
-    "`from documentation` lists them. Files, network, settings and other statements are not."
-)
 
 
 def check(connection: duckdb.DuckDBPyConnection, sql: str, relations: Collection[str]) -> None:
@@ -195,24 +230,9 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
             waiting += node
 
 
-_SIGNS = (
-    "CRC checksum verification failed",
-    "could not verify page integrity",
-    "Data corruption detected",
-    "decompression failed",
-    "Corrupted",
-    "deserialize thrift",
-    "Unexpected end of stream",
-    "Parquet magic bytes not found",
-    "Invalid Parquet",
-    # A file that Arrow read into columns that do not fit together.
-    "failed: Invalid: Column",
-)
-
-
 def is_damage(message: str) -> bool:
     """Is this what DuckDB or Arrow says of a damaged Parquet file?"""
-    return any(sign.lower() in message.lower() for sign in _SIGNS)
+    return any(sign.lower() in message.lower() for sign in _DAMAGE)
 
 
 def damaged(message: str) -> ShardCorruptError:

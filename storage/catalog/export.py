@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 
 from asyncopd import __version__
 from asyncopd.errors import QueryError
+from storage.catalog.child import QueryLimits
 from storage.catalog.rows import AsOf
-from storage.catalog.sandbox import QueryLimits, RunningQuery, Sandbox
+from storage.catalog.sandbox import RunningQuery, Sandbox
 
 ExportFormat = Literal["sft", "parquet", "hf"]
 PROVENANCE = ("run", "index", "version_first", "version_last", "teacher", "teacher_digest")

@@ -1,25 +1,22 @@
 """SQL from anybody: each query in a process of its own, with nothing in its environment and limits on everything.
 
-    caller --query--> Sandbox --snapshot, request--> child.py (one query, then gone) --rows--> caller
+    caller --query--> Sandbox --request--> child.py, one query long --rows as they come--> RunningQuery --> caller
+                                               ^--- kill: deadline, cancel, a result too large, nobody reads on
 
 The child gets what the query can see and nothing else. A deadline, a crash or `cancel` ends the child and nobody else.
-
-One query at work in a child process: its deadline, its rows as they come, and how it ended.
-
-RunningQuery --request--> child.py     started, Arrow stream, ending --> schema(), batches(), ending
-     kill: deadline, cancel, a result too large, a caller who stops reading
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,10 +24,31 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from asyncopd.errors import QueryError, QueryLimitError, StorageError
-from storage.catalog.child import damaged
+from storage.catalog.child import QueryLimits, Request, damaged
 from storage.catalog.rows import AsOf
 from storage.catalog.snapshot import Catalog, Snapshot
 from storage.catalog.views import mentioned
+
+_GRACE_S = 2.0
+"""After its deadline a child has this long to say so itself."""
+_ROOT = str(Path(__file__).parents[2])
+
+
+@dataclass(frozen=True)
+class QueryResult:
+    """The rows of a finished query."""
+
+    table: Any
+    """pyarrow.Table."""
+    truncated: bool
+    """There were more rows than `max_rows`."""
+    seconds: float
+    """Time the query itself took, without reading the catalog and starting its process."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Row by row, as Python values."""
+        rows: list[dict[str, Any]] = self.table.to_pylist()
+        return rows
 
 
 class Sandbox:
@@ -127,75 +145,23 @@ class Sandbox:
                 self._spare = start_child()
 
 
-def _request(snapshot: Snapshot, sql: str, parameters: Mapping[str, Any], limits: QueryLimits) -> list[bytes]:
+def _request(snapshot: Snapshot, sql: str, parameters: Mapping[str, Any], limits: QueryLimits) -> bytes:
     if snapshot.place.kind == "memory":
         raise StorageError(
             "a memory:// root lives in one process, and queries run in another. Use a path or s3://, or ask in this "
             "process with open_run(...).sql."
         )
-    bodies = [_stream(table) for table in snapshot.tables.values()]
-    fields = {
-        "sql": sql,
-        "parameters": dict(parameters),
-        "files": {
-            name: [(file.key, file.run, file.shard, file.labels) for file in files]
-            for name, files in snapshot.files.items()
-        },
-        "place": asdict(snapshot.place),
-        "token_texts": {run: asdict(texts) for run, texts in snapshot.token_texts.items()},
-        "tables": [(name, len(body)) for name, body in zip(snapshot.tables, bodies, strict=True)],
-        **asdict(limits),
-    }
     try:
-        return [json.dumps(fields).encode() + b"\n", *bodies]
+        json.dumps(dict(parameters))
     except TypeError as error:
         raise QueryError(
             f"parameters {dict(parameters)!r}: {error}. Use numbers, strings, booleans or lists."
         ) from error
-
-
-def _stream(table: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
-
-
-_GRACE_S = 2.0
-"""After its deadline a child has this long to say so itself."""
-_ROOT = str(Path(__file__).parents[2])
-
-
-@dataclass(frozen=True)
-class QueryLimits:
-    """What one query may use."""
-
-    max_rows: int = 100_000
-    """Rows returned; more are cut off and the result says so. 0 for no limit."""
-    timeout_s: float = 30.0
-    """Wall time of the query itself, s."""
-    memory_bytes: int = 512 * 2**20
-    """DuckDB's memory; nothing is spilled to disk. 512 MiB sort two million rows beside a trainer."""
-    threads: int = 2
-    max_result_bytes: int = 256 * 2**20
-    """Bytes of the result as Arrow; 0 for no limit."""
-
-
-@dataclass(frozen=True)
-class QueryResult:
-    """The rows of a finished query."""
-
-    table: Any
-    """pyarrow.Table."""
-    truncated: bool
-    """There were more rows than `max_rows`."""
-    seconds: float
-    """Time the query itself took, without reading the catalog and starting its process."""
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Row by row, as Python values."""
-        rows: list[dict[str, Any]] = self.table.to_pylist()
-        return rows
+    request = Request(
+        sql, dict(parameters), snapshot.tables, snapshot.files, snapshot.place, snapshot.token_texts, limits
+    )
+    # Only this way round: what a child answers is read as JSON and Arrow.
+    return pickle.dumps(request)
 
 
 class RunningQuery:
@@ -204,7 +170,7 @@ class RunningQuery:
     def __init__(
         self,
         child: subprocess.Popen[bytes],
-        request: list[bytes],
+        request: bytes,
         limits: QueryLimits,
         release: Callable[[], None],
     ) -> None:
@@ -224,7 +190,7 @@ class RunningQuery:
         self._deadline.start()
         # A child that dies while it is written to says why, or how, when its answer is read.
         with contextlib.suppress(OSError):
-            child.stdin.writelines(request)
+            child.stdin.write(request)
             child.stdin.close()
 
     def cancel(self) -> None:
