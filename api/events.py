@@ -25,6 +25,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.reader import TERMINAL, RunReader
 from api.schemas import Event, EventKind
+from asyncopd.metrics import LOSS
 from asyncopd.types import Evaluation, TrainStep
 from storage.history import History
 from storage.run_view import RunView
@@ -182,7 +183,7 @@ def _event(kind: EventKind, time: float, message: str, data: Mapping[str, object
 
 
 def _step_event(step: TrainStep) -> Event:
-    loss = step.metrics.get("train/loss_nats")
+    loss = step.metrics.get(LOSS.key)
     message = f"step {step.step} trained {step.num_tokens:,} tokens" + (f", loss {loss:.4g} nats" if loss else "")
     metrics = {name: value for name, value in step.metrics.items() if value == value}
     return _event(

@@ -24,6 +24,7 @@ from api.schemas import (
     Throughput,
     Timeline,
 )
+from asyncopd.metrics import LOSS
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["observations"], dependencies=[Reader])
 EVENT_ID = "e0-0.f0.r0.s0-41.t1"
@@ -74,7 +75,7 @@ async def stream_events(
 def get_metrics(
     fold: Fold,
     key: Annotated[
-        list[str] | None, Query(description="Only these metrics; all when left out.", examples=[["train/loss_nats"]])
+        list[str] | None, Query(description="Only these metrics; all when left out.", examples=[[LOSS.key]])
     ] = None,
     from_step: FromStep = 0,
     to_step: ToStep = None,

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from api.problems import no_run
 from api.schemas import Latest, Progress, Run
 from asyncopd.errors import StorageError
+from asyncopd.metrics import DRIFT, KL, LOSS
 from asyncopd.report.measure import RECENT_STEPS, staleness_of, trained_per_s
 from asyncopd.types import TrainStep
 from storage.history import NUM_TOKENS, History, RunStatus, is_silent, role_of, status_of
@@ -170,7 +171,7 @@ def run_of(view: RunView, request: StateRequest | None, flow_run_id: str | None,
             tokens=int(history.columns.values(NUM_TOKENS).sum()),
         ),
         latest=_latest(history),
-        sparkline=[step.metrics.get("train/loss_nats") for step in _thinned(steps, SPARKLINE_POINTS)],
+        sparkline=[step.metrics.get(LOSS.key) for step in _thinned(steps, SPARKLINE_POINTS)],
         error=f"{failure.role}: {failure.reason}" if failure else None,
         flow_run_id=flow_run_id or (history.states[-1].by if history.states else None),
     )
@@ -197,9 +198,9 @@ def _latest(history: History) -> Latest:
         return Latest(accuracy=accuracy)
     metrics, staleness = history.steps[-1].metrics, staleness_of(history.steps[-RECENT_STEPS:])
     return Latest(
-        loss_nats=metrics.get("train/loss_nats"),
-        kl_nats=metrics.get("train/kl_nats"),
-        drift_nats=metrics.get("train/drift_nats"),
+        loss_nats=metrics.get(LOSS.key),
+        kl_nats=metrics.get(KL.key),
+        drift_nats=metrics.get(DRIFT.key),
         accuracy=accuracy,
         staleness_mean_versions=staleness.mean_versions,
         staleness_max_versions=staleness.max_versions,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from asyncopd.metrics import LOSS
 from storage.history import RunStatus
 
 RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -154,7 +155,7 @@ class Metrics(Schema):
     steps: list[float] = field("Mean step number of each point.", [0.0, 1.0])
     wall_s: list[Number] = field("Seconds since the run's first step was trained.", [0.0, 0.4])
     tokens: list[int] = field("Response tokens trained so far.", [2_400, 4_810])
-    series: dict[str, list[Number]] = field("By metric; docs/metrics.md explains each.", {"train/loss_nats": [0.9]})
+    series: dict[str, list[Number]] = field("By metric; docs/metrics.md explains each.", {LOSS.key: [0.9]})
 
 
 class Staleness(Schema):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from asyncopd.metrics import (
 )
 from asyncopd.types import Evaluation
 
-PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "metrics.md"
 
 
 def test_the_page_is_made_from_the_table() -> None:
@@ -61,3 +63,14 @@ def test_units_agree_with_keys_and_evaluations_have_the_fields_described() -> No
             assert metric.key.endswith("_nats") == metric.unit.startswith("nats") or metric.key == "train/grad_norm"
             assert not metric.key.endswith("_fraction") or metric.unit == "fraction"
     assert {metric.key for metric in EVALUATION} < {field.name for field in fields(Evaluation)}
+
+
+def test_no_module_spells_the_key_of_a_metric_itself() -> None:
+    spelled = [
+        f"{path.relative_to(ROOT)}: {key}"
+        for package in ("asyncopd", "storage", "flows", "api")
+        for path in (ROOT / package).rglob("*.py")
+        for key in re.findall(r'"((?:train|loss|rollout)/\w+)"', path.read_text())
+        if path != ROOT / "asyncopd" / "metrics.py"
+    ]
+    assert spelled == []

@@ -22,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from asyncopd.config import RunConfig
+from asyncopd.metrics import DRIFT, KL, LOSS
 from asyncopd.report.measure import RECENT_STEPS, staleness_of, trained_per_s
 from asyncopd.report.summary import StalenessFigures
 from asyncopd.report.text import duration, number, percent
@@ -324,7 +325,7 @@ def _policy(progress: Progress, config: RunConfig) -> str:
 
 def _losses(progress: Progress) -> str:
     metrics = progress.last_step.metrics if progress.last_step else {}
-    loss, kl, drift = (metrics.get(f"train/{key}_nats") for key in ("loss", "kl", "drift"))
+    loss, kl, drift = (metrics.get(metric.key) for metric in (LOSS, KL, DRIFT))
     return f"loss {_nats(loss)}, KL to teacher {_nats(kl)}, drift {_nats(drift, '.5f')}"
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from asyncopd.config import RunConfig
 from asyncopd.errors import ConfigError
+from asyncopd.metrics import SECONDS
 from asyncopd.plan import pipeline
 from asyncopd.plan.costs import Costs, DecodeCurve, Fleet
 from asyncopd.plan.forecast import Workload
@@ -95,7 +96,7 @@ def _seconds(spans: Sequence[Span], role: str, activity: str) -> float:
 def _train_rate(steps: Sequence[TrainStep]) -> tuple[float, float]:
     """(tokens/s, seconds of a step without tokens) by least squares; proportional where the fit makes no sense."""
     tokens = np.array([step.num_tokens for step in steps], float)
-    seconds = np.array([step.metrics["train/seconds"] for step in steps])
+    seconds = np.array([step.metrics[SECONDS.key] for step in steps])
     if tokens.std() > 0:
         slope, intercept = np.polyfit(tokens, seconds, 1)
         if slope > 0 and intercept >= 0:

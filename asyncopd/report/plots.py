@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from asyncopd.metrics import DRIFT, ENTROPY, ESS, GRAD_NORM, KL, LOSS
 from asyncopd.report.measure import Observations, Responses, accuracy_standard_error
 from asyncopd.types import Evaluation, TrainStep
 
@@ -106,14 +107,14 @@ def missing(axes: Axes, what: str) -> None:
 FloatArray = NDArray[np.float64]
 
 CURVES = (
-    ("train/loss_nats", "loss", "nats per token"),
-    ("train/kl_nats", "KL to teacher (training responses)", "nats per token"),
-    ("train/drift_nats", "drift KL(p_old‖p_θ)", "nats per token"),
-    ("train/ess_fraction", "effective sample size", "fraction of tokens"),
-    ("train/entropy_nats", "student entropy", "nats per token"),
-    ("train/grad_norm", "gradient norm before clipping", ""),
+    (LOSS, "loss"),
+    (KL, "KL to teacher (training responses)"),
+    (DRIFT, "drift KL(p_old‖p_θ)"),
+    (ESS, "effective sample size"),
+    (ENTROPY, "student entropy"),
+    (GRAD_NORM, "gradient norm before clipping"),
 )
-"""(metric key, title, unit) of the training curves."""
+"""(metric, title) of the training curves."""
 _EVALUATED: dict[str, Any] = {"color": INK, "linewidth": 2.4, "capsize": 3, "marker": "o", "markersize": 5}
 
 
@@ -167,7 +168,7 @@ def _accuracy(axes: Axes, placed: Sequence[tuple[Evaluation, float]]) -> None:
 
 
 def _kl(axes: Axes, placed: Sequence[tuple[Evaluation, float]], steps: Sequence[tuple[float, TrainStep]]) -> None:
-    training = [(x, step.metrics["train/kl_nats"]) for x, step in steps if "train/kl_nats" in step.metrics]
+    training = [(x, step.metrics[KL.key]) for x, step in steps if KL.key in step.metrics]
     if not training and not placed:
         missing(axes, "no KL was measured")
         return
@@ -186,11 +187,13 @@ def _kl(axes: Axes, placed: Sequence[tuple[Evaluation, float]], steps: Sequence[
 def plot_training(steps: Sequence[TrainStep]) -> bytes:
     """What every step measured: each step faint, their running mean bold."""
     page = Page(2, 3, width=13, height=6.6)
-    for axes, (key, title, unit) in zip(page.axes, CURVES, strict=True):
-        points = [(step.step, step.metrics[key]) for step in steps if np.isfinite(step.metrics.get(key, np.nan))]
+    for axes, (metric, title) in zip(page.axes, CURVES, strict=True):
+        points = [
+            (step.step, step.metrics[metric.key]) for step in steps if np.isfinite(step.metrics.get(metric.key, np.nan))
+        ]
         axes.set_title(title)
         if not points:
-            missing(axes, f"no step reported {key}")
+            missing(axes, f"no step reported {metric.key}")
             continue
         x, y = np.array(points, np.float64).T
         window = max(1, len(y) // 20)
@@ -198,7 +201,7 @@ def plot_training(steps: Sequence[TrainStep]) -> bytes:
         if window > 1:
             axes.plot(x, running_mean(y, window), color=ACCENT, linewidth=2.2)
         axes.set_xlabel("learner step")
-        axes.set_ylabel(unit)
+        axes.set_ylabel(metric.unit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return page.png()
 

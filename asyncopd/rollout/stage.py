@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
+from asyncopd.metrics import DRIFT
 from asyncopd.ports import RunLog, Sampler, SampleRequest, Task
 from asyncopd.schedule import OpenShards, Plan, Seen, num_taken
 from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, Trajectory
@@ -144,7 +145,7 @@ class RolloutStage:
             if number < 0 or number == self._drift[0]:
                 break
             if (step := self._log.find_step(number)) is not None:
-                self._drift = number, step.metrics["train/drift_nats"]
+                self._drift = number, step.metrics[DRIFT.key]
                 break
         return self._drift[1]
 

@@ -20,11 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from asyncopd.config import losses as c
 from asyncopd.config.losses import LossConfig
 from asyncopd.errors import RoleFailedError
+from asyncopd.metrics import DRIFT, ENTROPY, ESS, RATIO_MAX, Metric
 from asyncopd.ports import NamedBytes
 from asyncopd.study.loop import LoopSettings, evaluate, train_lagged
 from asyncopd.study.report import CellStore, digest
@@ -133,18 +132,18 @@ async def run_cell(
     quality = await evaluate(warm, trained.safetensors, loop)
     recent = trained.metrics[len(trained.metrics) // 2 :]
 
-    def over_recent(key: str, reduce: Callable[[Sequence[float]], Any] = np.mean) -> float:
-        return float(reduce([metrics[key] for metrics in recent])) if recent else float("nan")
+    def over_recent(metric: Metric) -> float:
+        return metric.over_steps([metrics[metric.key] for metrics in recent]) if recent else float("nan")
 
     row = {
         **asdict(cell),
         "loss": json.dumps(loss.model_dump(mode="json"), sort_keys=True),
         "num_steps": trained.num_steps,
         **asdict(quality),
-        "drift_nats": over_recent("train/drift_nats"),
-        "ess_fraction": over_recent("train/ess_fraction"),
-        "ratio_max": over_recent("train/ratio_max", max),
-        "entropy_nats": over_recent("train/entropy_nats"),
+        "drift_nats": over_recent(DRIFT),
+        "ess_fraction": over_recent(ESS),
+        "ratio_max": over_recent(RATIO_MAX),
+        "entropy_nats": over_recent(ENTROPY),
         "seconds": time.time() - started,
         "cpu_seconds": time.process_time() - cpu_started,
     }
