@@ -39,6 +39,7 @@ from asyncopd.learner.counterfactual import (
 )
 from asyncopd.learner.restore import train_to
 from asyncopd.local.console import bar
+from asyncopd.metrics import SECONDS
 from asyncopd.report.text import table
 from asyncopd.types import IndexRange, ScoredTrajectory
 from flows.compare import console_table, digest, folder_of
@@ -132,7 +133,7 @@ def log_of(run: OpenRun) -> Log:
     view.check(shards, vocab_size=run.task.tokenizer.vocab_size)
     scored_at = [_scored_at(view, shard) for shard in shards]
     # From the shard logs alone: a step began when its optimizer step did, which its record tells.
-    appeared = arrived_steps(scored_at, [step.finished - step.metrics["train/seconds"] for step in steps])
+    appeared = arrived_steps(scored_at, [step.finished - step.metrics[SECONDS.key] for step in steps])
     rollouts = [
         Rollout(
             index=trajectory.index,

@@ -23,6 +23,7 @@ from asyncopd.config.requests import CounterfactualRequest, OnStale, Order
 from asyncopd.errors import ConfigError, NonFiniteError
 from asyncopd.learner.statistics import staleness_tokens
 from asyncopd.learner.student import Student
+from asyncopd.metrics import DRIFT, ESS, GRAD_NORM, LOSS, Metric
 from asyncopd.types import ScoredTrajectory
 
 
@@ -291,8 +292,8 @@ def measure(
     weights = np.array([step.num_tokens for step in seen], np.float64)
     tokens = {rollout.index: rollout.num_tokens for rollout in log.rollouts}
 
-    def mean(key: str) -> float:
-        return float(np.average([step.metrics[key] for step in seen], weights=weights)) if seen else float("nan")
+    def mean(metric: Metric) -> float:
+        return float(np.average([step.metrics[metric.key] for step in seen], weights=weights)) if seen else float("nan")
 
     clocks = range(measured_from, log.num_clocks)
     stale = sum(tokens[index] for clock in clocks for index in consumption.stale[clock])
@@ -304,10 +305,10 @@ def measure(
         is_finite=len(seen) == len(expected),
         staleness_mean=float(np.average([s.staleness_mean for s in seen], weights=weights)) if seen else float("nan"),
         staleness_max=max((s.staleness_max for s in seen), default=0),
-        loss_nats=mean("train/loss_nats"),
-        drift_nats=mean("train/drift_nats"),
-        ess_fraction=mean("train/ess_fraction"),
-        grad_norm=mean("train/grad_norm"),
+        loss_nats=mean(LOSS),
+        drift_nats=mean(DRIFT),
+        ess_fraction=mean(ESS),
+        grad_norm=mean(GRAD_NORM),
         num_tokens=int(weights.sum()),
         num_tokens_wasted=stale,
     )
