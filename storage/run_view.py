@@ -360,6 +360,8 @@ class RunView:
 
     def _read_listed(self, kind: str, keys: Sequence[str]) -> None:
         known = self.records[kind]
+        for gone in known.keys() - set(keys):
+            del known[gone]
         # A worker overwrites its heartbeat, and its newest spans when it failed to write them.
         is_open = set(keys) if kind == "heartbeat" else set()
         if kind == "spans":

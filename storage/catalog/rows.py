@@ -1,35 +1,65 @@
-"""The rows of the record relations for one run, read from its log. What cannot change is read once and remembered.
+"""The rows of the record relations for one run, as of when: what its RunView has read, in columns.
 
-Values of the run log as rows of the record relations.
-
-As-of queries: which objects had been published at a time, or when a policy version was.
+RunView --Cut (a time, or a policy version)--> what was published by then --> rows, by relation
 """
 
 from __future__ import annotations
 
 import json
 import math
-import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
 from asyncopd.errors import StorageError
-from asyncopd.types import Evaluation, IndexRange, Manifest, PolicyVersion, Rewind, Span, TrainStep
+from asyncopd.types import Evaluation, IndexRange, Manifest, PolicyVersion, Rewind, TrainStep
 from storage.catalog.connection import DataFile
 from storage.catalog.decoders import TokenTexts, token_texts_of
 from storage.layout import parse_version
 from storage.learner_log import surviving
-from storage.manifests import read_manifest
-from storage.records import from_json
 from storage.run_log import StoredRunLog
+from storage.run_view import RunView
 from storage.schema import SCHEMA_VERSION
 
-_PARALLEL_REQUESTS = 16
-"""Objects read at once; a cold S3 run costs a request for each."""
+Row = dict[str, Any]
+Shard = tuple[str, IndexRange, Manifest]
+"""(teacher, shard, manifest); the teacher is empty for trajectories."""
+
+
+@dataclass(frozen=True)
+class AsOf:
+    """A moment of a run's life; give one of the two."""
+
+    version: int | None = None
+    """The moment this policy version was published, in every run that has it."""
+    time: float | None = None
+    """Unix time, seconds."""
+
+    def __post_init__(self) -> None:
+        if (self.version is None) == (self.time is None):
+            raise StorageError(
+                f"as of version {self.version} and time {self.time}: give exactly one of the two, a version number or "
+                "a time."
+            )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The same moment for one run. Versions, steps and evaluations are cut by number where a version was asked for:
+    a step is recorded just after the version it made, and belongs to it."""
+
+    time: float = math.inf
+    """What was written later is not seen."""
+    version: PolicyVersion | None = None
+    """Higher versions, and versions of later rewinds, are not seen."""
+
+    def has_version(self, version: PolicyVersion, written: float) -> bool:
+        """Is something about `version`, written at `written`, part of the picture?"""
+        if self.version is None:
+            return written <= self.time
+        return version.number <= self.version.number and version.rewind <= self.version.rewind
 
 
 class RunRecords:
@@ -37,67 +67,66 @@ class RunRecords:
 
     def __init__(self, log: StoredRunLog) -> None:
         self.run_id = log.run_id
-        self._log = log
-        self._remembered: dict[Any, Any] = {}
-        self._lock = threading.Lock()
+        self._view = RunView(log)
 
     def cut(self, as_of: AsOf | None) -> Cut | None:
         """The moment `as_of` of this run; None when the run did not exist then, or never made that version."""
         if as_of is None:
             return Cut()
         if as_of.time is not None:
-            return Cut(time=as_of.time) if (self._log.record.get("created") or 0.0) <= as_of.time else None
-        version = self._log.find_policy(as_of.version or 0)
+            return Cut(time=as_of.time) if (self._view.record.get("created") or 0.0) <= as_of.time else None
+        version = self._view.read("rewind").find_policy(as_of.version or 0)
         if version is None:
             return None
-        return Cut(time=self._policy(version).created, version=version)
+        manifest = self._view.records["policy"][self._view.layout.policy_manifest(version)]
+        return Cut(time=manifest.created, version=version)
 
     def read(self, relations: Collection[str], cut: Cut) -> dict[str, Sequence[Any]]:
         """Relation -> rows of the records in `relations`, and DataFiles of `trajectory_rows` and `score_rows`."""
-        manifests = self._shards(cut) if {"shards", "dropped", "trajectory_rows", "score_rows"} & {*relations} else []
+        shards = self._shards(cut) if {"shards", "dropped", "trajectory_rows", "score_rows"} & {*relations} else []
         steps = self._steps(cut) if {"steps", "superseded_steps", "dropped"} & {*relations} else ([], [])
-        makers: dict[str, Callable[[], Sequence[Any]]] = {
+        makers: dict[str, Callable[[], Iterable[Any]]] = {
             "runs": lambda: [self._run()],
             "policies": lambda: self._policies(cut),
-            "steps": lambda: [step_row(step) for step in steps[0]],
-            "superseded_steps": lambda: [step_row(step) for step in steps[1]],
+            "steps": lambda: map(step_row, steps[0]),
+            "superseded_steps": lambda: map(step_row, steps[1]),
             "evals": lambda: self._evaluations(cut),
             "claims": lambda: self._claims(cut),
-            "shards": lambda: [shard_row(*shard) for shard in manifests],
-            "dropped": lambda: [*dropped_of_shards(manifests), *dropped_of_steps(steps[0])],
+            "shards": lambda: [shard_row(*shard) for shard in shards],
+            "dropped": lambda: [*dropped_of_shards(shards), *dropped_of_steps(steps[0])],
             "rewinds": lambda: [
                 {"rewind": r.number, "to_step": r.to_step, "worker": r.worker, "recorded": time_of(r.recorded)}
-                for r in cut.rewinds(self._log.rewinds())
+                for r in self._rewinds(cut)
             ],
             "spans": lambda: self._spans(cut),
             "failures": lambda: [
                 {"role": f.role, "worker": f.worker, "reason": f.reason, "failed": time_of(f.failed)}
-                for f in self._log.failures()
+                for f in self._view.read("failure").failures()
                 if f.failed <= cut.time
             ],
         }
         rows: dict[str, Sequence[Any]] = {
             name: [{"run": self.run_id, **row} for row in make()] for name, make in makers.items() if name in relations
         }
-        rows["trajectory_rows"] = self._files(manifests, "rollout")
-        rows["score_rows"] = self._files(manifests, "score")
+        rows["trajectory_rows"] = self._files([shard for shard in shards if not shard[0]])
+        rows["score_rows"] = self._files([shard for shard in shards if shard[0]])
         return rows
 
     @cached_property
     def token_texts(self) -> TokenTexts:
         """How the run's token ids read."""
-        return token_texts_of(self._log.record)
+        return token_texts_of(self._view.record)
 
     # -- one relation each ----------------------------------------------------------------------------------------
     def _run(self) -> Row:
-        record = self._log.record
+        record = self._view.record
         config = record.get("config") or {}
         learner, rollout = config.get("learner") or {}, config.get("rollout") or {}
         return {
             "created": time_of(record.get("created")),
             "name": config.get("name"),
             "task": (config.get("task") or {}).get("kind"),
-            "teacher": self._teacher(config),
+            "teacher": self._teacher(),
             "loss": (config.get("loss") or {}).get("name"),
             "seed": config.get("seed"),
             "batch_size": learner.get("batch_size"),
@@ -110,34 +139,38 @@ class RunRecords:
             "config": json.dumps(config),
         }
 
-    def _teacher(self, config: Mapping[str, Any]) -> str | None:
-        named = (config.get("teacher") or {}).get("name")
-        return named or next(iter(sorted(self._log.teachers())), None)
+    def _teacher(self) -> str | None:
+        config = self._view.record.get("config") or {}
+        named: str | None = (config.get("teacher") or {}).get("name")
+        return named or next(iter(self._view.read("scores").teachers()), None)
+
+    def _rewinds(self, cut: Cut) -> list[Rewind]:
+        """Those the learner had made by then."""
+        return [rewind for rewind in self._view.read("rewind").rewinds if rewind.recorded <= cut.time]
+
+    def _surviving(self, versions: Iterable[PolicyVersion], cut: Cut) -> list[PolicyVersion]:
+        return surviving(versions, self._rewinds(cut))
 
     def _policies(self, cut: Cut) -> list[Row]:
-        versions = self._versions(self._log.layout.folder("policy"))
-        created = dict(zip(versions, self._parallel(self._policy, versions), strict=True))
-        seen = [version for version in versions if cut.has_version(version, created[version].created)]
-        return [policy_row(version, created[version]) for version in self._surviving(seen, cut)]
+        found = self._view.read("policy").records["policy"].items()
+        manifests = {version: manifest for key, manifest in list(found) if (version := parse_version(key)) is not None}
+        seen = [version for version, manifest in manifests.items() if cut.has_version(version, manifest.created)]
+        return [policy_row(version, manifests[version]) for version in self._surviving(seen, cut)]
 
     def _steps(self, cut: Cut) -> tuple[list[TrainStep], list[TrainStep]]:
         """(surviving, superseded), both in order."""
-        layout = self._log.layout
-        keys = [layout.step(found.number, found.rewind) for found in self._versions(layout.folder("step"))]
-        steps = self._parallel(lambda key: self._read(key, TrainStep), keys)
-        steps = [step for step in steps if cut.has_version(step.version, step.finished)]
+        found: list[TrainStep] = list(self._view.read("step").records["step"].values())
+        steps = [step for step in found if cut.has_version(step.version, step.finished)]
         # Step s counts exactly when the state s + 1 that it made does.
-        states = {(state.number, state.rewind) for state in self._surviving([_state(step) for step in steps], cut)}
-        counts = {id(step): (step.step + 1, step.rewind) in states for step in steps}
-        return [s for s in steps if counts[id(s)]], [s for s in steps if not counts[id(s)]]
+        by_state = {PolicyVersion(step.step + 1, step.rewind): step for step in steps}
+        kept = set(self._surviving(by_state, cut))
+        ordered = sorted(by_state.items())
+        return [step for s, step in ordered if s in kept], [step for s, step in ordered if s not in kept]
 
     def _evaluations(self, cut: Cut) -> list[Row]:
-        layout = self._log.layout
-        keys = [layout.evaluation(found) for found in self._versions(layout.folder("evaluation"))]
-        found = self._parallel(lambda key: self._read(key, Evaluation), keys)
-        found = [evaluation for evaluation in found if cut.has_version(evaluation.version, evaluation.finished)]
-        kept = set(self._surviving([evaluation.version for evaluation in found], cut))
-        return [evaluation_row(evaluation) for evaluation in found if evaluation.version in kept]
+        found: list[Evaluation] = list(self._view.read("evaluation").records["evaluation"].values())
+        by_version = {e.version: e for e in found if cut.has_version(e.version, e.finished)}
+        return [evaluation_row(by_version[version]) for version in self._surviving(by_version, cut)]
 
     def _claims(self, cut: Cut) -> list[Row]:
         return [
@@ -148,13 +181,11 @@ class RunRecords:
                 "worker": claim.worker,
                 "claimed": time_of(claim.claimed or None),
             }
-            for claim in self._log.claims()
+            for claim in self._view.read("claim").claims()
             if claim.claimed <= cut.time
         ]
 
     def _spans(self, cut: Cut) -> list[Row]:
-        keys = self._log.store.list(self._log.layout.folder("spans"))
-        batches = self._parallel(lambda key: self._read(key, list[Span]), keys)
         return [
             {
                 "role": span.role,
@@ -165,81 +196,32 @@ class RunRecords:
                 "seconds": span.end - span.start,
                 "detail": span.detail,
             }
-            for batch in batches
-            for span in batch
+            for span in self._view.read("spans").spans()
             if span.end <= cut.time
         ]
 
-    def _shards(self, cut: Cut) -> list[tuple[str, IndexRange, Manifest]]:
-        """(teacher, shard, manifest) of every complete shard; teacher is empty for trajectories."""
-        found = [("", shard) for shard in self._log.trajectory_shards()]
-        for teacher in self._log.teachers():
-            found += [(teacher, shard) for shard in self._log.score_shards(teacher)]
-        manifests = self._parallel(lambda pair: self._manifest(*pair), found)
-        return [
-            (teacher, shard, manifest)
-            for (teacher, shard), manifest in zip(found, manifests, strict=True)
-            if manifest is not None and manifest.created <= cut.time
-        ]
+    def _shards(self, cut: Cut) -> list[Shard]:
+        """Every complete shard. Raises StorageError where newer code wrote one."""
+        view = self._view.read("trajectories", "scores")
+        found = [("", shard, manifest) for shard, manifest in view.trajectories().items()]
+        for teacher in view.teachers():
+            found += [(teacher, shard, manifest) for shard, manifest in view.scores(teacher).items()]
+        for _, shard, manifest in found:
+            written_by = int(manifest.facts.get("parquet_schema_version", 0))
+            if written_by > SCHEMA_VERSION:
+                raise StorageError(
+                    f"run {self.run_id}: shard {shard.name} has Parquet schema version {written_by}, this code reads "
+                    f"up to {SCHEMA_VERSION}. Use the code version that wrote it, or name other runs with --run."
+                )
+        return [shard for shard in found if shard[2].created <= cut.time]
 
-    def _files(self, shards: Iterable[tuple[str, IndexRange, Manifest]], stage: str) -> list[DataFile]:
-        own = self._teacher(self._log.record.get("config") or {})
+    def _files(self, shards: Iterable[Shard]) -> list[DataFile]:
+        own = self._teacher()
         return [
             DataFile(key, self.run_id, shard.name, _labels(folder, own, manifest))
             for folder, shard, manifest in shards
-            if bool(folder) == (stage == "score")
             for key in manifest.objects
         ]
-
-    # -- reading --------------------------------------------------------------------------------------------------
-    def _manifest(self, teacher: str, shard: IndexRange) -> Manifest | None:
-        found: Manifest | None = self._once(
-            ("shard", teacher, shard),
-            lambda: self._log.find_scores(teacher, shard) if teacher else self._log.find_trajectories(shard),
-        )
-        written_by = 0 if found is None else int(found.facts.get("parquet_schema_version", 0))
-        if written_by > SCHEMA_VERSION:
-            raise StorageError(
-                f"run {self.run_id}: shard {shard.name} has Parquet schema version {written_by}, this code reads up to "
-                f"{SCHEMA_VERSION}. Use the code version that wrote it, or name other runs with --run."
-            )
-        return found
-
-    def _policy(self, version: PolicyVersion) -> Manifest:
-        key = self._log.layout.policy_manifest(version)
-        manifest: Manifest = self._once(key, lambda: read_manifest(self._log.store, key))
-        return manifest
-
-    def _read(self, key: str, kind: type[Any]) -> Any:
-        return self._once(key, lambda: from_json(self._log.store.get(key), key, kind))
-
-    def _once(self, key: Any, read: Callable[[], Any]) -> Any:
-        """What `read` gave the first time it gave anything."""
-        with self._lock:
-            if key in self._remembered:
-                return self._remembered[key]
-        value = read()
-        if value is not None:
-            with self._lock:
-                self._remembered[key] = value
-        return value
-
-    def _parallel(self, read: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
-        if not self._log.store.url.startswith("s3://"):
-            return [read(argument) for argument in arguments]
-        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-            return list(pool.map(read, arguments))
-
-    def _versions(self, folder: str) -> list[PolicyVersion]:
-        found = (parse_version(key) for key in self._log.store.folder(folder).keys)
-        return sorted(version for version in found if version is not None)
-
-    def _surviving(self, versions: Sequence[PolicyVersion], cut: Cut) -> list[PolicyVersion]:
-        return surviving(versions, cut.rewinds(self._log.rewinds()))
-
-
-def _state(step: TrainStep) -> PolicyVersion:
-    return PolicyVersion(step.step + 1, step.rewind)
 
 
 def _labels(folder: str, own: str | None, manifest: Manifest) -> dict[str, str]:
@@ -248,9 +230,6 @@ def _labels(folder: str, own: str | None, manifest: Manifest) -> dict[str, str]:
         return {}
     candidates = manifest.facts.get("candidates") or "trajectories"
     return {"folder": folder, "origin": "run" if folder == own else "backfill", "candidates_from": candidates}
-
-
-Row = dict[str, Any]
 
 
 def time_of(seconds: float | None) -> datetime | None:
@@ -342,41 +321,3 @@ def dropped_of_steps(steps: Iterable[TrainStep]) -> list[Row]:
         for step in steps
         for index, reason in {**step.dropped, **step.held}.items()
     ]
-
-
-@dataclass(frozen=True)
-class AsOf:
-    """A moment of a run's life; give one of the two."""
-
-    version: int | None = None
-    """The moment this policy version was published, in every run that has it."""
-    time: float | None = None
-    """Unix time, seconds."""
-
-    def __post_init__(self) -> None:
-        if (self.version is None) == (self.time is None):
-            raise StorageError(
-                f"as of version {self.version} and time {self.time}: give exactly one of the two, a version number or "
-                "a time."
-            )
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The same moment for one run. Versions, steps and evaluations are cut by number where a version was asked for:
-    a step is recorded just after the version it made, and belongs to it."""
-
-    time: float = math.inf
-    """What was written later is not seen."""
-    version: PolicyVersion | None = None
-    """Higher versions, and versions of later rewinds, are not seen."""
-
-    def has_version(self, version: PolicyVersion, written: float) -> bool:
-        """Is something about `version`, written at `written`, part of the picture?"""
-        if self.version is None:
-            return written <= self.time
-        return version.number <= self.version.number and version.rewind <= self.version.rewind
-
-    def rewinds(self, rewinds: Iterable[Rewind]) -> list[Rewind]:
-        """Those the learner had made by then."""
-        return [rewind for rewind in rewinds if rewind.recorded <= self.time]
