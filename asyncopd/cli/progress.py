@@ -139,7 +139,7 @@ class ProgressWatch:
         roles = tuple(
             RoleProgress(b, 0.0 if is_alive(b, lease_s=self._lease_s, now=now) else now - b.beaten)
             for b in sorted(history.beats.values(), key=lambda b: (role_of(b), b.worker))
-            if b.status and not b.retired
+            if b.status.role and not b.retired
         )
         tokens = self._count(history.beats.values())
         rates = self._rates(tokens)
