@@ -83,7 +83,7 @@ def _published(view: RunView) -> dict[str, list[tuple[float, int]]]:
     view.read("scores", "trajectories")
     stages = {"generated": view.trajectories(), "scored": view.scores(view.config.teacher.name)}
     return {
-        stage: [(manifest.created, int(manifest.facts["num_tokens"])) for manifest in shards.values()]
+        stage: [(manifest.created, manifest.facts.num_tokens or 0) for manifest in shards.values()]
         for stage, shards in stages.items()
     }
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from asyncopd.schedule import Arrival
 from asyncopd.types import (
+    NO_FACTS,
     Claim,
     Evaluation,
+    Facts,
     IndexRange,
     IntArray,
     Manifest,
@@ -185,7 +187,7 @@ class RunLog(Protocol):
     def read_trajectories(self, shard: IndexRange) -> list[Trajectory]: ...
 
     def publish_trajectories(
-        self, shard: IndexRange, trajectories: Sequence[Trajectory], *, worker: str, facts: Mapping[str, Any]
+        self, shard: IndexRange, trajectories: Sequence[Trajectory], *, worker: str, facts: Facts = NO_FACTS
     ) -> bool:
         """False when another worker's complete shard was there first; ours is then discarded."""
         ...
@@ -196,7 +198,7 @@ class RunLog(Protocol):
     def read_scores(self, teacher: str, shard: IndexRange) -> list[TeacherScores]: ...
 
     def publish_scores(
-        self, teacher: str, shard: IndexRange, scores: Sequence[TeacherScores], *, worker: str, facts: Mapping[str, Any]
+        self, teacher: str, shard: IndexRange, scores: Sequence[TeacherScores], *, worker: str, facts: Facts = NO_FACTS
     ) -> bool: ...
 
     # -- claims: who works on what ------------------------------------------------------------------------------
@@ -221,7 +223,7 @@ class RunLog(Protocol):
         ...
 
     # -- policy versions ----------------------------------------------------------------------------------------
-    def publish_policy(self, weights: PolicyWeights, *, worker: str, facts: Mapping[str, Any]) -> None: ...
+    def publish_policy(self, weights: PolicyWeights, *, worker: str, facts: Facts = NO_FACTS) -> None: ...
 
     def latest_policy(self) -> PolicyVersion | None:
         """The newest version of the surviving lineage."""

@@ -255,6 +255,91 @@ class PolicyWeights:
 
 
 @dataclass(frozen=True)
+class Removed:
+    """Why a shard has no data any more. Its manifest stays, so that nobody makes it again."""
+
+    reason: str
+    """`retention` or `quarantine`."""
+    at: float
+    """Unix time, seconds."""
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class ChainBase:
+    """The version that a delta is against."""
+
+    number: int
+    rewind: int
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class WeightChain:
+    """How a version is stored that a learner published which publishes deltas: in full, as a delta, or both."""
+
+    weights_sha256: str
+    """Of the full weights, however they were published."""
+    full: str | None
+    """Key of the full weights; None when only a delta was published."""
+    delta: str | None
+    """Key of the delta."""
+    base: ChainBase | None
+    """What the delta is against; always of a lower number."""
+    num_changed: int | None
+    """Elements whose bits differ from the version before; None when it is not known."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a manifest tells about its objects. None, or empty: its kind has no such thing, or it was not said."""
+
+    # -- shards: trajectories, scores, candidates; and cached scores
+    num_rows: int | None = None
+    index_range: tuple[int, int] | None = None
+    """First index and the one after the last."""
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    """Index -> reason, for every index without a row."""
+    num_tokens: int | None = None
+    """Response tokens of all rows."""
+    version_first: int | None = None
+    """Oldest and newest policy version among its tokens."""
+    version_last: int | None = None
+    num_correct: int | None = None
+    """Responses that the verifier accepted."""
+    seconds: float | None = None
+    """How long it took to make."""
+    teacher: str | None = None
+    teacher_digests: tuple[str, ...] = ()
+    """Sorted; one, unless the teacher changed between runs of a back-fill."""
+    num_tokens_asked: int | None = None
+    """Of `num_tokens`, those the teacher was asked about, and those whose answer was known."""
+    num_tokens_cached: int | None = None
+    candidates: str | None = None
+    """Name of the back-filled candidates that were scored in place of the recorded ones."""
+    backfill: Mapping[str, Any] | None = None
+    """Which teacher a back-fill asked, and for how much."""
+    token_keys: tuple[str, ...] = ()
+    """Digest of the question that each row of cached scores answers."""
+    parquet_schema_version: int | None = None
+    removed: Removed | None = None
+    # -- policies and checkpoints
+    step: int | None = None
+    """Learner steps behind the weights."""
+    rewind: int | None = None
+    chain: WeightChain | None = None
+    """None: the manifest's one object holds the full weights."""
+    # -- models
+    settings: Mapping[str, Any] | None = None
+    """How the model was made."""
+    loss_nats: float | None = None
+    """Of the last pre-training step, per token."""
+
+
+NO_FACTS = Facts()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What makes an object visible: written last, it promises the bytes it names."""
 
@@ -266,8 +351,7 @@ class Manifest:
     """Unix time, seconds."""
     worker: str
     """Who wrote it."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """Counts and ranges by kind, for example `num_rows`, `num_tokens`, `version_first`, `seconds`."""
+    facts: Facts = NO_FACTS
 
 
 @dataclass(frozen=True)

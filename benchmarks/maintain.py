@@ -70,17 +70,17 @@ def make_run(root: str, run_id: str, *, num_steps: int, batch_size: int, shard_s
     )
     log = create_run(open_store(root), run_id, {"config": config.model_dump(mode="json"), "config_hash": "x"})
     log.publish_architecture({"config.json": b"{}"})
-    log.publish_policy(PolicyWeights(PolicyVersion(0), rng.bytes(WEIGHTS_BYTES)), worker="w", facts={})
+    log.publish_policy(PolicyWeights(PolicyVersion(0), rng.bytes(WEIGHTS_BYTES)), worker="w")
     for step in range(num_steps):
         num_tokens = 0
         for shard in config.plan.shards_of_step(step):
             rows = [trajectory(index, rng) for index in shard.indices]
             num_tokens += sum(len(row.response_ids) for row, _ in rows)
-            log.publish_trajectories(shard, [row for row, _ in rows], worker="w", facts={})
-            log.publish_scores("oracle", shard, [scores for _, scores in rows], worker="w", facts={})
+            log.publish_trajectories(shard, [row for row, _ in rows], worker="w")
+            log.publish_scores("oracle", shard, [scores for _, scores in rows], worker="w")
         weights = rng.bytes(WEIGHTS_BYTES)
         version = PolicyVersion(step + 1)
-        log.publish_policy(PolicyWeights(version, weights), worker="w", facts={})
+        log.publish_policy(PolicyWeights(version, weights), worker="w")
         ages = {0: num_tokens}
         log.publish_step(TrainStep(step, 0, config.plan.step(step), version, num_tokens, {}, ages, time.time()))
         if (step + 1) % config.learner.checkpoint_every == 0:

@@ -15,6 +15,7 @@ from asyncopd.config import load_config
 from asyncopd.types import (
     Candidates,
     Evaluation,
+    Facts,
     IndexRange,
     PolicyVersion,
     PolicyWeights,
@@ -131,8 +132,8 @@ def _shard(log: StoredRunLog, shard: IndexRange, version: int, size: LogSize, rn
         )
     for stage, worker in (("rollout", "rollout-0"), ("score-oracle", "score-0")):
         log.claim(stage, shard, worker=worker, lease_s=60)
-    log.publish_trajectories(shard, trajectories, worker="rollout-0", facts={"seconds": num_tokens / 5000})
-    log.publish_scores("oracle", shard, scores, worker="score-0", facts={"seconds": num_tokens / 20000})
+    log.publish_trajectories(shard, trajectories, worker="rollout-0", facts=Facts(seconds=num_tokens / 5000))
+    log.publish_scores("oracle", shard, scores, worker="score-0", facts=Facts(seconds=num_tokens / 20000))
     return num_tokens
 
 
@@ -172,7 +173,9 @@ def _step(
 
 
 def _policy(log: StoredRunLog, number: int) -> None:
-    log.publish_policy(PolicyWeights(PolicyVersion(number), b"w%d" % number), worker="learn-0", facts={"step": number})
+    log.publish_policy(
+        PolicyWeights(PolicyVersion(number), b"w%d" % number), worker="learn-0", facts=Facts(step=number)
+    )
 
 
 def _spans(log: StoredRunLog, num_steps: int) -> None:

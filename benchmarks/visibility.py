@@ -50,7 +50,7 @@ def measure_latency(root: str, *, rounds: int, poll_s: float) -> None:
             time.sleep(random.uniform(0.01, 0.06))  # not in step with the watcher's polls
             weights = PolicyWeights(PolicyVersion(number, 0), random.randbytes(POLICY_BYTES))
             started = time.monotonic()
-            log.publish_policy(weights, worker="visibility", facts={})
+            log.publish_policy(weights, worker="visibility")
             publish_s.append(time.monotonic() - started)
             seen_s.append(float(watcher.stdout.readline()))
     print(f"{root}: {rounds} versions of {POLICY_BYTES} bytes, polled every {poll_s * 1e3:g} ms")

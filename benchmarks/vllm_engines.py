@@ -68,7 +68,7 @@ async def first_token_after_publish(sampler: VllmSampler, log: StoredRunLog, bod
     await asyncio.sleep(0.5 if num_running else 0)
     weights = PolicyWeights(PolicyVersion(sampler.version.number + 1), body)
     start = time.perf_counter()
-    await asyncio.to_thread(log.publish_policy, weights, worker="benchmark", facts={})
+    await asyncio.to_thread(log.publish_policy, weights, worker="benchmark")
     latest = await asyncio.to_thread(log.latest_policy)
     assert latest == weights.version
     await sampler.refresh(await asyncio.to_thread(log.read_policy, latest))

@@ -130,20 +130,19 @@ class Ways:
             if number > self._last[dtype]:
                 continue
             weights = PolicyWeights(PolicyVersion(number), bodies[dtype])
-            publish_s, _ = timed(lambda: log.publish_policy(weights, worker="learner", facts={}))  # noqa: B023
+            publish_s, _ = timed(lambda: log.publish_policy(weights, worker="learner"))  # noqa: B023
             read_s, found = timed(lambda: self.readers[dtype, kind].read_policy(weights.version))  # noqa: B023
             assert found == weights
             if number == 0:
                 continue  # no version to be against
             figures = self.figures[dtype, kind]
-            facts = log.policy_facts(weights.version)
+            chain = log.policy_facts(weights.version).chain
             (full_key, *_) = log.store.list(f"{log.layout.folder('policies')}/{number:06d}")
-            chain = facts.get("chain", {})
-            figures["bytes"].append(log.store.size(chain.get("delta") or full_key))
+            figures["bytes"].append(log.store.size((chain and chain.delta) or full_key))
             figures["publish_s"].append(publish_s)
             figures["read_s"].append(read_s)
             if kind == "delta":
-                figures["changed"].append(facts["chain"]["num_changed"] / num_elements(bodies[dtype], dtype))
+                figures["changed"].append(chain.num_changed / num_elements(bodies[dtype], dtype))
                 figures["overwrite_bytes"].append(overwrite_bytes(before[dtype], bodies[dtype], dtype))
 
     def join(self) -> None:

@@ -20,7 +20,7 @@ from asyncopd.ports import ScoreRequest
 from asyncopd.rollout.candidates import CandidateSource
 from asyncopd.teacher.cached import NoCache
 from asyncopd.teacher.stage import Backfilled, BackfillStage
-from asyncopd.types import IndexRange, Trajectory
+from asyncopd.types import Facts, IndexRange, Trajectory
 from flows.engines import make_scorer, student_skeleton
 from flows.roles import pretrain_model
 from flows.wiring import OpenRun, missing_models, open_stored_run
@@ -87,7 +87,7 @@ async def run_backfill(root: str, run_id: str, asked: BackfillRequest, *, consol
                     ),
                     cache=StoredScoreCache(run.store) if asked.cache else NoCache(),
                     candidates=_candidates(run, wanted.candidates, worker.name) if wanted.candidates else None,
-                    facts={"backfill": {"teacher": teacher.model_dump(mode="json"), "top_k": wanted.top_k}},
+                    facts=Facts(backfill={"teacher": teacher.model_dump(mode="json"), "top_k": wanted.top_k}),
                     lease_s=config.limits.lease_s,
                     on_shard=advance,
                 )
@@ -111,8 +111,8 @@ def _check_name(log: StoredRunLog, name: str, digest: str) -> None:
     """
     for folder in sorted(log.teachers(), key=lambda folder: _teacher_in(folder) != name):
         manifests = (log.find_scores(folder, shard) for shard in log.score_shards(folder))
-        found = (manifest.facts.get("teacher_digests") for manifest in manifests if manifest is not None)
-        digests: list[str] = next(filter(None, found), [])
+        found = (manifest.facts.teacher_digests for manifest in manifests if manifest is not None)
+        digests = next(filter(None, found), ())
         if _teacher_in(folder) == name and digests and digest not in digests:
             raise ConfigError(
                 f"run {log.run_id}: scores/{folder} holds answers of another teacher (digest {digests[0][:12]}, this "

@@ -38,7 +38,7 @@ def observe(view: RunView, teacher: str) -> Observations:
     """Read a run, finished or not. `teacher` is the name of its score shards."""
     history = view.refresh().read("scores", "trajectories", "spans").history
     shards, scored = view.trajectories(), view.scores(teacher)
-    tokens = {shard: int(manifest.facts.get("num_tokens", 0)) for shard, manifest in shards.items()}
+    tokens = {shard: manifest.facts.num_tokens or 0 for shard, manifest in shards.items()}
     return Observations(
         run_id=view.run_id,
         steps=history.steps,

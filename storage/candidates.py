@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from asyncopd.errors import ShardCorruptError
-from asyncopd.types import Candidates, IndexRange, Manifest, Trajectory
+from asyncopd.types import Candidates, Facts, IndexRange, Manifest, Trajectory
 from storage.manifests import find_manifest, publish, read_manifest, read_objects, what_to_do
 from storage.parquet import decode_candidates, encode_candidates
 from storage.run_log import StoredRunLog
@@ -34,11 +34,11 @@ def publish_candidates(
         {log.layout.shard_object(folder, shard): encode_candidates(candidates, log.run_id)},
         kind="candidates",
         worker=worker,
-        facts={
-            "num_rows": len(candidates),
-            "index_range": [shard.start, shard.stop],
-            "parquet_schema_version": SCHEMA_VERSION,
-        },
+        facts=Facts(
+            num_rows=len(candidates),
+            index_range=(shard.start, shard.stop),
+            parquet_schema_version=SCHEMA_VERSION,
+        ),
     )
 
 

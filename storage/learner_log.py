@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from asyncopd.errors import StorageError
-from asyncopd.types import PolicyVersion, Rewind, TrainStep
+from asyncopd.types import Facts, PolicyVersion, Rewind, TrainStep
 from storage.layout import RunLayout, new_nonce, parse_version
 from storage.manifests import publish, read_manifest, read_objects
 from storage.records import NumberedRecords, from_json, to_json
@@ -105,9 +105,7 @@ class LearnerLog:
         nonce = new_nonce()
         named = {self.layout.checkpoint_object(step, rewind, nonce, name): body for name, body in objects.items()}
         key = self.layout.checkpoint_manifest(step, rewind)
-        if not publish(
-            self.store, key, named, kind="checkpoint", worker=worker, facts={"step": step, "rewind": rewind}
-        ):
+        if not publish(self.store, key, named, kind="checkpoint", worker=worker, facts=Facts(step=step, rewind=rewind)):
             logger.info("%s exists already; the first one is kept", key)
 
     def latest_checkpoint(self) -> tuple[int, int] | None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError
-from asyncopd.types import Manifest
+from asyncopd.types import NO_FACTS, Facts, Manifest
 from storage.layout import quarantined
 from storage.records import from_json, to_json
 from storage.stores.base import ObjectStore
@@ -26,7 +26,7 @@ def publish(
     *,
     kind: str,
     worker: str,
-    facts: Mapping[str, Any],
+    facts: Facts = NO_FACTS,
 ) -> bool:
     """Make `objects` visible under `manifest_key`; their keys must be this writer's own.
 
@@ -132,10 +132,6 @@ def _read_object(store: ObjectStore, manifest_key: str, kind: str, key: str, pro
     return body
 
 
-REMOVED = "removed"
-"""Fact of a shard without data: {`reason`, `at`, `advice`}. The manifest stays, so that nobody makes it again."""
-
-
 def read_shard(store: ObjectStore, manifest_key: str, manifest: Manifest) -> tuple[str, bytes]:
     """(data key, verified bytes) of a shard, which has one data object.
 
@@ -143,8 +139,11 @@ def read_shard(store: ObjectStore, manifest_key: str, manifest: Manifest) -> tup
         ObjectMissingError: the data is gone, or was removed on purpose; the message says which.
         ShardCorruptError: the data is not what the manifest promises.
     """
-    if REMOVED in manifest.facts:
-        raise removed_error(manifest_key, manifest)
+    if (removed := manifest.facts.removed) is not None:
+        raise ObjectMissingError(
+            f"{manifest_key}: the data of this shard was removed ({removed.reason}) after its indices were trained, "
+            f"so they cannot be replayed. {removed.advice}".rstrip()
+        )
     if len(manifest.objects) != 1:
         raise ShardCorruptError(
             f"{manifest_key} names {len(manifest.objects)} data objects, a shard has one. "
@@ -152,12 +151,3 @@ def read_shard(store: ObjectStore, manifest_key: str, manifest: Manifest) -> tup
         )
     ((key, body),) = read_objects(store, manifest_key, manifest).items()
     return key, body
-
-
-def removed_error(manifest_key: str, manifest: Manifest) -> ObjectMissingError:
-    """The error that says that a shard's data was removed on purpose."""
-    removed: Mapping[str, Any] = manifest.facts[REMOVED]
-    return ObjectMissingError(
-        f"{manifest_key}: the data of this shard was removed ({removed['reason']}) after its indices were trained, "
-        f"so they cannot be replayed. {removed.get('advice', '')}".rstrip()
-    )

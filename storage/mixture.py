@@ -88,7 +88,7 @@ class ScoresView:
             manifest = self.log.find_scores(folder, shard)
             if manifest is None:
                 raise self.log.store.missing(self.log.layout.shard_manifest(self.log.layout.scores(folder), shard))
-            names[folder] = manifest.facts.get("candidates")
+            names[folder] = manifest.facts.candidates
         if len(set(names.values())) > 1:
             raise ConfigError(
                 f"run {self.log.run_id}: the teachers of a mixture have scored different candidates: "

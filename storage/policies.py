@@ -15,12 +15,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
-from asyncopd.types import Manifest, PolicyVersion, PolicyWeights
+from asyncopd.types import NO_FACTS, ChainBase, Facts, Manifest, PolicyVersion, PolicyWeights, WeightChain
 from storage.layout import RunLayout, parse_version
 from storage.learner_log import Lineage, possible_rewinds, surviving
 from storage.manifests import find_manifest, publish, read_manifest, read_object, sha256
@@ -64,14 +63,14 @@ class PolicyLog:
         """
         self._full_every = full_every
 
-    def publish_policy(self, weights: PolicyWeights, *, worker: str, facts: Mapping[str, Any]) -> None:
+    def publish_policy(self, weights: PolicyWeights, *, worker: str, facts: Facts = NO_FACTS) -> None:
         """Make a version visible. Publishing it again keeps the first; other bytes under one version are refused.
 
         Raises StorageError when the version exists with other weights: two learners are writing one run.
         """
         key, digest = self.layout.policy_manifest(weights.version), sha256(weights.safetensors)
         objects, chain = self._objects(weights, digest)
-        if not publish(self.store, key, objects, kind="policy", worker=worker, facts={**facts, **chain}):
+        if not publish(self.store, key, objects, kind="policy", worker=worker, facts=replace(facts, chain=chain)):
             published = StoredPolicy.of(weights.version, key, read_manifest(self.store, key))
             if published.sha256 != digest:
                 raise StorageError(
@@ -82,11 +81,11 @@ class PolicyLog:
         if self._full_every is not None:
             self._published = Published(weights, digest)
 
-    def _objects(self, weights: PolicyWeights, digest: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """What to store of a version, by key, and the facts that describe it: full weights, a delta, or both."""
+    def _objects(self, weights: PolicyWeights, digest: str) -> tuple[dict[str, bytes], WeightChain | None]:
+        """What to store of a version, by key, and how that is: full weights, a delta, or both."""
         version, body = weights.version, weights.safetensors
         if self._full_every is None:
-            return {self.layout.policy_object(version): body}, {}
+            return {self.layout.policy_object(version): body}, None
         base = self._published
         if base is not None and base.weights.version.number >= version.number:
             base = None
@@ -100,13 +99,11 @@ class PolicyLog:
         if delta is None or version.number % self._full_every == 0:
             # Beside the delta, not instead of it: who is up to date reads the delta of every version.
             objects[full_key := self.layout.policy_object(version)] = body
-        return objects, chain_facts(
-            weights_sha256=digest,
-            full=full_key,
-            delta=delta_key,
-            base=(base.weights.version, base.sha256) if base is not None and delta is not None else None,
-            num_changed=made.num_changed if made is not None else None,
-        )
+        against = None
+        if base is not None and delta is not None:
+            against = ChainBase(base.weights.version.number, base.weights.version.rewind, base.sha256)
+        num_changed = made.num_changed if made is not None else None
+        return objects, WeightChain(digest, full_key, delta_key, against, num_changed)
 
     def latest_policy(self) -> PolicyVersion | None:
         """The newest version of the surviving lineage. Two requests when nothing changed, so it can be polled."""
@@ -150,10 +147,10 @@ class PolicyLog:
         keys = self.store.folder(self.layout.folder("policy")).keys
         return sorted({version for key in keys if (version := parse_version(key)) is not None})
 
-    def policy_facts(self, version: PolicyVersion) -> Mapping[str, Any]:
+    def policy_facts(self, version: PolicyVersion) -> Facts:
         """What its publisher wrote beside a version. Empty when the version does not exist."""
         manifest = find_manifest(self.store, self.layout.policy_manifest(version))
-        return manifest.facts if manifest else {}
+        return manifest.facts if manifest else Facts()
 
     def _advance(self) -> None:
         """Follow the numbers from the last known version on, under the newest rewind."""
@@ -172,58 +169,25 @@ class StoredPolicy:
     version: PolicyVersion
     manifest_key: str
     manifest: Manifest
-    sha256: str
-    """Of the full weights, however they were published."""
-    full: str | None
-    """Key of the full weights; None when only a delta was published."""
-    delta: str | None
-    base: PolicyVersion | None
-    """What the delta is against; always of a lower number."""
-    base_sha256: str | None
+    chain: WeightChain
     is_chained: bool
     """Was it published by a learner that publishes deltas?"""
 
     @classmethod
     def of(cls, version: PolicyVersion, manifest_key: str, manifest: Manifest) -> StoredPolicy:
-        chain = manifest.facts.get("chain")
-        if chain is None:
-            ((key, promise),) = manifest.objects.items()
-            return cls(version, manifest_key, manifest, promise["sha256"], key, None, None, None, False)
-        base = chain["base"]
-        return cls(
-            version=version,
-            manifest_key=manifest_key,
-            manifest=manifest,
-            sha256=chain["weights_sha256"],
-            full=chain["full"],
-            delta=chain["delta"],
-            base=PolicyVersion(base["number"], base["rewind"]) if base else None,
-            base_sha256=base["weights_sha256"] if base else None,
-            is_chained=True,
-        )
+        chain = manifest.facts.chain
+        if chain is not None:
+            return cls(version, manifest_key, manifest, chain, True)
+        ((key, promise),) = manifest.objects.items()
+        return cls(version, manifest_key, manifest, WeightChain(promise["sha256"], key, None, None, None), False)
+
+    @property
+    def sha256(self) -> str:
+        """Of the full weights, however they were published."""
+        return self.chain.weights_sha256
 
     def size_bytes(self, key: str) -> int:
         return int(self.manifest.objects[key]["size_bytes"])
-
-
-def chain_facts(
-    *,
-    weights_sha256: str,
-    full: str | None,
-    delta: str | None,
-    base: tuple[PolicyVersion, str] | None,
-    num_changed: int | None,
-) -> dict[str, Any]:
-    """The facts that `StoredPolicy.of` reads back.
-
-    Args:
-        full, delta: keys of the objects; one of them at least.
-        base: version and weights' sha256 that the delta is against.
-        num_changed: elements whose bits differ from the version before; None when it is not known.
-    """
-    against = base and {"number": base[0].number, "rewind": base[0].rewind, "weights_sha256": base[1]}
-    chain = {"weights_sha256": weights_sha256, "full": full, "delta": delta, "base": against}
-    return {"chain": chain | {"num_changed": num_changed}}
 
 
 @dataclass(frozen=True)
@@ -283,28 +247,29 @@ class PolicyReader:
         while best is None or size < best.size_bytes:
             if held is not None and (held[0].version, held[0].sha256) == (at.version, at.sha256):
                 return _Route(None, deltas, size)
-            if at.full is not None and at.full not in broken:
-                found = _Route(at, deltas, size + at.size_bytes(at.full))
+            if at.chain.full is not None and at.chain.full not in broken:
+                found = _Route(at, deltas, size + at.size_bytes(at.chain.full))
                 best = found if best is None or found.size_bytes < best.size_bytes else best
             base = self._base(at, broken)
-            if base is None or at.delta is None:
+            if base is None or at.chain.delta is None:
                 break
             deltas = [at, *deltas]
-            size += at.size_bytes(at.delta)
+            size += at.size_bytes(at.chain.delta)
             at = base
         return best
 
     def _base(self, at: StoredPolicy, broken: dict[str, StorageError]) -> StoredPolicy | None:
         """The version before `at` in its chain; None when there is none, or none that fits."""
-        if at.delta is None or at.base is None or at.delta in broken:
+        delta, against = at.chain.delta, at.chain.base
+        if delta is None or against is None or delta in broken:
             return None
-        base = self.find(at.base) if at.base.number < at.version.number else None
-        if base is not None and base.sha256 == at.base_sha256:
+        base = self.find(PolicyVersion(against.number, against.rewind)) if against.number < at.version.number else None
+        if base is not None and base.sha256 == against.weights_sha256:
             return base
         found = "does not exist" if base is None else f"has weights {base.sha256[:12]}"
-        broken[at.delta] = ShardCorruptError(
-            f"{at.delta} is against version {at.base.number} of rewind {at.base.rewind} with weights "
-            f"{str(at.base_sha256)[:12]}, which {found}; a delta fits its own base only."
+        broken[delta] = ShardCorruptError(
+            f"{delta} is against version {against.number} of rewind {against.rewind} with weights "
+            f"{against.weights_sha256[:12]}, which {found}; a delta fits its own base only."
         )
         return None
 
@@ -319,7 +284,7 @@ class PolicyReader:
         reading = ""
         try:
             if route.full is not None:
-                reading = route.full.full or ""
+                reading = route.full.chain.full or ""
                 body = read_object(self._store, route.full.manifest_key, route.full.manifest, reading)
             else:
                 assert held is not None
@@ -328,7 +293,7 @@ class PolicyReader:
                 return body
             changed = bytearray(body)
             for step in route.deltas:
-                reading = step.delta or ""
+                reading = step.chain.delta or ""
                 apply_delta(changed, read_object(self._store, step.manifest_key, step.manifest, reading))
         except (ObjectMissingError, ShardCorruptError) as error:
             if target.is_chained:
@@ -344,7 +309,7 @@ class PolicyReader:
             f"the manifest expects {target.sha256[:12]}."
         )
         logger.warning("%s Looking for another way.", wrong)
-        broken |= {step.delta: wrong for step in route.deltas if step.delta is not None}
+        broken |= {step.chain.delta: wrong for step in route.deltas if step.chain.delta is not None}
         return None
 
 

@@ -26,6 +26,7 @@ from asyncopd.schedule import Arrival
 from asyncopd.types import (
     Claim,
     Evaluation,
+    Facts,
     Heartbeat,
     IndexRange,
     IndexSet,
@@ -150,17 +151,11 @@ def _read_step(fields: dict[str, Any]) -> dict[str, Any]:
     return {**_nan_for_null(fields), "indices": indices}
 
 
-def _read_manifest(fields: dict[str, Any]) -> dict[str, Any]:
-    facts = dict(fields["facts"])
-    if "dropped" in facts:
-        facts["dropped"] = {int(index): reason for index, reason in facts["dropped"].items()}
-    return {**fields, "facts": facts}
-
-
 _SPAN_FIELDS = [field.name for field in dataclasses.fields(Span)]
 _WRITE: Mapping[type, Callable[[Any], dict[str, Any]]] = {
     Claim: lambda claim: {"worker": claim.worker, "claimed": claim.claimed},
     Heartbeat: lambda beat: _plain(vars(beat) | {"status": _told(beat.status)}),
+    Manifest: lambda manifest: _plain(vars(manifest) | {"facts": _told(manifest.facts)}),
     Rewind: lambda rewind: _renamed(_plain(rewind), number="rewind"),
     RunState: lambda state: _renamed(_plain(state), number=""),
     TrainStep: _write_step,
@@ -171,12 +166,12 @@ _READ: Mapping[Any, Callable[[dict[str, Any]], Any]] = {
     Evaluation: lambda fields: _nan_for_null(fields),
     TrainStep: _read_step,
     list[Span]: lambda fields: [dict(zip(_SPAN_FIELDS, row, strict=True)) for row in fields["spans"]],
-    Manifest: _read_manifest,
 }
 
 
-def _told(status: WorkerStatus) -> dict[str, Any]:
-    return {name: value for name, value in vars(status).items() if value is not None}
+def _told(value: WorkerStatus | Facts) -> dict[str, Any]:
+    """The fields that say something."""
+    return {name: field for name, field in vars(value).items() if field is not None and field not in ({}, ())}
 
 
 @lru_cache(maxsize=64)

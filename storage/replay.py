@@ -24,7 +24,7 @@ from asyncopd.config.requests import BackfillRequest, ReplayRequest, Request
 from asyncopd.errors import ConfigError, StorageError
 from asyncopd.schedule import Arrival, Plan, arrivals_of_step, num_taken
 from asyncopd.tasks.build import build_task
-from asyncopd.types import IndexRange, Manifest, ScoredTrajectory, TeacherScores, Trajectory
+from asyncopd.types import NO_FACTS, Facts, IndexRange, Manifest, ScoredTrajectory, TeacherScores, Trajectory
 from storage.mixture import ScoresView
 from storage.run_log import StoredRunLog
 from storage.stores.base import ObjectStore
@@ -83,12 +83,12 @@ class ReplayLog(StoredRunLog):
         return ScoresView(self.source, self.replay.scores, loss.requirements())
 
     def publish_trajectories(
-        self, shard: IndexRange, trajectories: Sequence[Trajectory], *, worker: str, facts: Mapping[str, Any]
+        self, shard: IndexRange, trajectories: Sequence[Trajectory], *, worker: str, facts: Facts = NO_FACTS
     ) -> NoReturn:
         raise self._read_only(shard)
 
     def publish_scores(
-        self, teacher: str, shard: IndexRange, scores: Sequence[TeacherScores], *, worker: str, facts: Mapping[str, Any]
+        self, teacher: str, shard: IndexRange, scores: Sequence[TeacherScores], *, worker: str, facts: Facts = NO_FACTS
     ) -> NoReturn:
         raise self._read_only(shard)
 

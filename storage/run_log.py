@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from asyncopd.errors import ShapeError, ShardCorruptError
-from asyncopd.types import IndexRange, Manifest, TeacherScores, Trajectory
+from asyncopd.types import NO_FACTS, Facts, IndexRange, Manifest, TeacherScores, Trajectory
 from storage.claims import ClaimLog
 from storage.events import ArrivalLog, ObservationLog, RunStateLog
 from storage.layout import RunLayout, decode_name, new_nonce, parse_shard
@@ -73,9 +74,9 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
         return trajectories
 
     def publish_trajectories(
-        self, shard: IndexRange, trajectories: Sequence[Trajectory], *, worker: str, facts: Mapping[str, Any]
+        self, shard: IndexRange, trajectories: Sequence[Trajectory], *, worker: str, facts: Facts = NO_FACTS
     ) -> bool:
-        """Make a shard visible; `facts["dropped"]` maps each index without a trajectory to the reason.
+        """Make a shard visible; `facts.dropped` maps each index without a trajectory to the reason.
 
         Returns:
             False when another worker's complete shard was there first; ours is then discarded.
@@ -83,15 +84,17 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
             ShapeError: trajectories and dropped indices do not add up to the shard.
         """
         ordered = sorted(trajectories, key=lambda trajectory: trajectory.index)
-        _check_cover(shard, [trajectory.index for trajectory in ordered], facts.get("dropped", {}))
-        known = {
+        _check_cover(shard, [trajectory.index for trajectory in ordered], facts.dropped)
+        known: dict[str, Any] = {
             "num_tokens": sum(len(trajectory.response_ids) for trajectory in ordered),
             # Over all runs of tokens: after a rewind a response may go on under an older version than it began with.
             "version_first": min((run.version for t in ordered for run in t.version_runs), default=None),
             "version_last": max((run.version for t in ordered for run in t.version_runs), default=None),
         }
         body = encode_trajectories(ordered, self.run_id)
-        return self._publish_shard("trajectories", shard, body, len(ordered), worker=worker, facts={**facts, **known})
+        return self._publish_shard(
+            "trajectories", shard, body, len(ordered), worker=worker, facts=replace(facts, **known)
+        )
 
     def trajectory_shards(self) -> list[IndexRange]:
         """All published shards of trajectories, in index order."""
@@ -116,29 +119,28 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
         return scores
 
     def publish_scores(
-        self, teacher: str, shard: IndexRange, scores: Sequence[TeacherScores], *, worker: str, facts: Mapping[str, Any]
+        self, teacher: str, shard: IndexRange, scores: Sequence[TeacherScores], *, worker: str, facts: Facts = NO_FACTS
     ) -> bool:
         """Make a teacher's scores of a shard visible. Indices dropped at rollout are dropped here without being named.
 
         Returns and raises as `publish_trajectories` does.
         """
         ordered = sorted(scores, key=lambda row: row.index)
-        dropped: dict[int, str] = dict(facts.get("dropped", {}))
+        dropped = dict(facts.dropped)
         if len(ordered) + len(dropped) < len(shard):
             rollout = self.find_trajectories(shard)
-            dropped = {**(rollout.facts.get("dropped", {}) if rollout else {}), **dropped}
+            dropped = {**(rollout.facts.dropped if rollout else {}), **dropped}
         _check_cover(shard, [row.index for row in ordered], dropped)
         known: dict[str, Any] = {
             "num_tokens": sum(len(row.sampled_logprobs_T) for row in ordered),
             "teacher": teacher,
-            "teacher_digests": sorted({row.teacher_digest for row in ordered}),
+            "teacher_digests": tuple(sorted({row.teacher_digest for row in ordered})),
+            "dropped": dropped,
         }
-        if dropped:
-            known["dropped"] = dropped
         body = encode_scores(ordered, self.run_id, self._topk_precision)
         folder = self.layout.scores(teacher)
         return self._publish_shard(
-            "scores", shard, body, len(ordered), worker=worker, facts={**facts, **known}, folder=folder
+            "scores", shard, body, len(ordered), worker=worker, facts=replace(facts, **known), folder=folder
         )
 
     def score_shards(self, teacher: str) -> list[IndexRange]:
@@ -154,9 +156,7 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
         """Store what engines need besides weights (config, tokenizer files), by name. False when it was there."""
         nonce = new_nonce()
         named = {self.layout.architecture_object(nonce, name): body for name, body in objects.items()}
-        return publish(
-            self.store, self.layout.architecture_manifest, named, kind="architecture", worker=worker, facts={}
-        )
+        return publish(self.store, self.layout.architecture_manifest, named, kind="architecture", worker=worker)
 
     def read_architecture(self) -> Mapping[str, bytes]:
         """What `publish_architecture` stored, by name. Raises as `read_trajectories` does."""
@@ -173,18 +173,22 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
         num_rows: int,
         *,
         worker: str,
-        facts: Mapping[str, Any],
+        facts: Facts,
         folder: str = "",
     ) -> bool:
         folder = folder or self.layout.trajectories
-        own = {"num_rows": num_rows, "index_range": [shard.start, shard.stop], "parquet_schema_version": SCHEMA_VERSION}
         return publish(
             self.store,
             self.layout.shard_manifest(folder, shard),
             {self.layout.shard_object(folder, shard): body},
             kind=kind,
             worker=worker,
-            facts={**facts, **own},
+            facts=replace(
+                facts,
+                num_rows=num_rows,
+                index_range=(shard.start, shard.stop),
+                parquet_schema_version=SCHEMA_VERSION,
+            ),
         )
 
     def _read_shard(self, folder: str, shard: IndexRange) -> tuple[str, Manifest, str, bytes]:
@@ -203,14 +207,14 @@ def _check_cover(shard: IndexRange, rows: Sequence[int], dropped: Iterable[int])
     if sorted([*rows, *dropped]) != list(shard.indices):
         raise ShapeError(
             f"shard {shard.name}: rows for {list(rows)} and dropped indices {sorted(dropped)} do not add up to "
-            f"[{shard.start}, {shard.stop}). Give each index a row, or a reason in facts['dropped']."
+            f"[{shard.start}, {shard.stop}). Give each index a row, or a reason in facts.dropped."
         )
 
 
 def check_rows(key: str, manifest: Manifest, shard: IndexRange, rows: Sequence[int]) -> None:
     """Raise ShardCorruptError unless the rows found are those the manifest promises."""
-    expected_rows, expected_range = manifest.facts.get("num_rows"), manifest.facts.get("index_range")
-    dropped = manifest.facts.get("dropped", {})
+    expected_rows, expected_range = manifest.facts.num_rows, list(manifest.facts.index_range or ())
+    dropped = manifest.facts.dropped
     if (
         expected_range != [shard.start, shard.stop]
         or len(rows) != expected_rows

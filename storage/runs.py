@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asyncopd.errors import RunMissingError, StorageError
-from asyncopd.types import Manifest
+from asyncopd.types import NO_FACTS, Facts, Manifest
 from storage.layout import RUNS, RunLayout, new_nonce, shared_key
 from storage.manifests import find_manifest, publish, read_manifest, read_objects
 from storage.records import from_json, to_json
@@ -73,7 +73,7 @@ def list_runs(store: ObjectStore) -> list[str]:
 
 
 def publish_model(
-    store: ObjectStore, digest: str, objects: Mapping[str, bytes], facts: Mapping[str, Any], *, worker: str = ""
+    store: ObjectStore, digest: str, objects: Mapping[str, bytes], facts: Facts = NO_FACTS, *, worker: str = ""
 ) -> bool:
     """Store a pretrained model for all runs under the digest of how it was made. False when it was there before."""
     nonce = new_nonce()

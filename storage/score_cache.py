@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from asyncopd.ports import ScoreRequest
-from asyncopd.types import TeacherScores, Trajectory
+from asyncopd.types import Facts, TeacherScores, Trajectory
 from storage.layout import parse, shared_key
 from storage.manifests import publish, read_manifest, read_objects
 from storage.parquet import decode_scores, encode_scores
@@ -70,12 +70,12 @@ class StoredScoreCache:
             {shared_key("cached scores.data", question=question, pack=pack): body},
             kind="cached scores",
             worker=worker,
-            facts={
-                "token_keys": keys,
-                "num_rows": len(keys),
-                "teacher_digests": [teacher_digest],
-                "parquet_schema_version": SCHEMA_VERSION,
-            },
+            facts=Facts(
+                token_keys=tuple(keys),
+                num_rows=len(keys),
+                teacher_digests=(teacher_digest,),
+                parquet_schema_version=SCHEMA_VERSION,
+            ),
         )
 
     def _look_for_packs(self, question: str) -> None:
@@ -86,7 +86,7 @@ class StoredScoreCache:
             pack = parsed.fields.get("pack", "")
             if parsed.kind == "cached scores" and pack not in known:
                 known.add(pack)
-                for row, token_key in enumerate(read_manifest(self._store, key).facts["token_keys"]):
+                for row, token_key in enumerate(read_manifest(self._store, key).facts.token_keys):
                     places.setdefault(token_key, (pack, row))
 
     def _pack(self, question: str, pack: str) -> list[TeacherScores]:

@@ -47,7 +47,7 @@ def new_log(store: ObjectStore, *, checkpoint_every: int = 2) -> StoredRunLog:
     config = load_config(sections)
     log = create_run(store, "run", {"config": config.model_dump(mode="json"), "config_hash": config.digest()})
     log.publish_architecture({"config.json": b"{}"})
-    log.publish_policy(make_weights(0), worker="w", facts={})
+    log.publish_policy(make_weights(0), worker="w")
     return log
 
 
@@ -60,9 +60,9 @@ def train(log: StoredRunLog, first: int, last: int, *, rewind: int = 0, checkpoi
             rows = make_trajectories(shard)
             num_tokens += sum(len(row.response_ids) for row in rows)
             if log.find_trajectories(shard) is None:
-                log.publish_trajectories(shard, rows, worker="w", facts={})
-                log.publish_scores("oracle", shard, [make_scores(row) for row in rows], worker="w", facts={})
-        log.publish_policy(make_weights(step + 1, rewind), worker="w", facts={})
+                log.publish_trajectories(shard, rows, worker="w")
+                log.publish_scores("oracle", shard, [make_scores(row) for row in rows], worker="w")
+        log.publish_policy(make_weights(step + 1, rewind), worker="w")
         version = PolicyVersion(step + 1, rewind)
         log.publish_step(TrainStep(step, rewind, indices, version, num_tokens, {}, {0: num_tokens}, 1000.0 + step))
         if (step + 1) % checkpoint_every == 0:

@@ -129,9 +129,9 @@ def publish_run(log: StoredRunLog, config: RunConfig, *, num_steps: int | None =
                 trajectory(index, int(n), max(0, s - plan.max_staleness), stopped=n < 192)
                 for index, n in zip(shard.indices, lengths, strict=True)
             ]
-            log.publish_trajectories(shard, rows, worker="rollout-host-1-aaaa", facts={})
+            log.publish_trajectories(shard, rows, worker="rollout-host-1-aaaa")
             scores = [scores_of(row) for row in rows]
-            log.publish_scores(config.teacher.name, shard, scores, worker="score-host-1-aaaa", facts={})
+            log.publish_scores(config.teacher.name, shard, scores, worker="score-host-1-aaaa")
             tokens += int(lengths.sum())
         rolled = max(0.0, s - 2.0)
         slack = 0.25 if s > 2 else 0.0

@@ -252,7 +252,7 @@ def test_a_teacher_under_a_second_name_is_refused_before_it_is_asked(run: OpenRu
 def counts(run: OpenRun, folder: str = "oracle") -> tuple[int, int]:
     """Tokens asked of the teacher and answered by the cache, by the manifests."""
     facts = [run.log.find_scores(folder, shard).facts for shard in run.log.trajectory_shards()]
-    return sum(f["num_tokens_asked"] for f in facts), sum(f["num_tokens_cached"] for f in facts)
+    return sum(f.num_tokens_asked for f in facts), sum(f.num_tokens_cached for f in facts)
 
 
 def test_a_second_run_over_identical_rollouts_asks_the_teacher_nothing(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from storage_builders import (
 )
 
 from asyncopd.errors import ObjectMissingError, StorageError
-from asyncopd.types import IndexRange, VersionRun
+from asyncopd.types import Facts, IndexRange, VersionRun
 from storage.catalog.rows import AsOf
 from storage.catalog.snapshot import Catalog
 from storage.catalog.views import RELATIONS, closure, mentioned
@@ -37,8 +37,8 @@ FIRST, SECOND = IndexRange(0, 4), IndexRange(4, 8)
 
 def publish_shard(log: StoredRunLog, shard: IndexRange) -> None:
     trajectories = make_trajectories(shard)
-    log.publish_trajectories(shard, trajectories, worker="w", facts={})
-    log.publish_scores("oracle", shard, [make_scores(t) for t in trajectories], worker="w", facts={})
+    log.publish_trajectories(shard, trajectories, worker="w")
+    log.publish_scores("oracle", shard, [make_scores(t) for t in trajectories], worker="w")
 
 
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: relation.name)
@@ -175,7 +175,7 @@ def publish_previous_schema(log: StoredRunLog, shard: IndexRange) -> None:
     old = table.drop_columns(sorted(gone)).replace_schema_metadata({"schema_version": "0", "kind": "trajectories"})
     trajectories = pa.BufferOutputStream()
     pq.write_table(old, trajectories)
-    facts = {"num_rows": len(shard), "index_range": [shard.start, shard.stop]}
+    facts = Facts(num_rows=len(shard), index_range=(shard.start, shard.stop))
     folder = log.layout.trajectories
     objects = {log.layout.shard_object(folder, shard): bytes(trajectories.getvalue())}
     publish(
@@ -183,12 +183,12 @@ def publish_previous_schema(log: StoredRunLog, shard: IndexRange) -> None:
     )
     halved = StoredRunLog(log.store, log.run_id, topk_precision="float16")
     rows = [make_scores(t) for t in make_trajectories(shard)]
-    halved.publish_scores("oracle", shard, rows, worker="old", facts={})
+    halved.publish_scores("oracle", shard, rows, worker="old")
 
 
 def test_files_of_a_newer_schema_are_refused_by_name(tmp_path: Path) -> None:
     log = fresh_log("file", tmp_path)
-    folder, facts = log.layout.trajectories, {"num_rows": 4, "parquet_schema_version": 99}
+    folder, facts = log.layout.trajectories, Facts(num_rows=4, parquet_schema_version=99)
     body = encode_trajectories(make_trajectories(FIRST), log.run_id)
     key = log.layout.shard_manifest(folder, FIRST)
     publish(log.store, key, {log.layout.shard_object(folder, FIRST): body}, kind="trajectories", worker="", facts=facts)
@@ -202,10 +202,10 @@ def test_steps_of_an_abandoned_lineage_are_kept_apart() -> None:
     for number in range(4):
         log.publish_step(make_step(number))
         log.publish_evaluation(make_evaluation(number + 1))
-        log.publish_policy(make_weights(number + 1), worker="w", facts={})
+        log.publish_policy(make_weights(number + 1), worker="w")
     log.record_rewind(2, worker="w")
     log.publish_step(make_step(2, rewind=1, metrics={"train/seconds": 2.0}))
-    log.publish_policy(make_weights(3, rewind=1, body=b"other"), worker="w", facts={})
+    log.publish_policy(make_weights(3, rewind=1, body=b"other"), worker="w")
     catalog = Catalog(log.store)
     assert ask(catalog, "SELECT step, rewind FROM steps ORDER BY 1") == [(0, 0), (1, 0), (2, 1)]
     assert ask(catalog, "SELECT step, rewind FROM superseded_steps ORDER BY 1") == [(2, 0), (3, 0)]
@@ -218,8 +218,8 @@ def test_a_dropped_index_counts_once_and_is_not_trained(tmp_path: Path) -> None:
     log = fresh_log("file", tmp_path)
     kept = [t for t in make_trajectories(FIRST) if t.index not in (0, 1)]
     dropped = {0: "too long", 1: "no answer"}
-    log.publish_trajectories(FIRST, kept, worker="w", facts={"dropped": dropped})
-    log.publish_scores("oracle", FIRST, [make_scores(kept[0])], worker="w", facts={"dropped": {3: "teacher refused"}})
+    log.publish_trajectories(FIRST, kept, worker="w", facts=Facts(dropped=dropped))
+    log.publish_scores("oracle", FIRST, [make_scores(kept[0])], worker="w", facts=Facts(dropped={3: "teacher refused"}))
     log.publish_step(dataclasses.replace(make_step(0), dropped={2: "held too long"}))
     catalog = Catalog(log.store)
     assert ask(catalog, "SELECT index, stage, reason FROM dropped ORDER BY index") == [
@@ -233,14 +233,14 @@ def test_a_dropped_index_counts_once_and_is_not_trained(tmp_path: Path) -> None:
 
 def test_as_of_shows_the_log_as_it_was(tmp_path: Path) -> None:
     log = fresh_log("file", tmp_path)
-    log.publish_policy(make_weights(0), worker="w", facts={})
+    log.publish_policy(make_weights(0), worker="w")
     publish_shard(log, FIRST)
-    log.publish_policy(make_weights(1), worker="w", facts={})
+    log.publish_policy(make_weights(1), worker="w")
     log.publish_step(dataclasses.replace(make_step(0), finished=time.time()))
     between = time.time()
     time.sleep(0.01)
     publish_shard(log, SECOND)
-    log.publish_policy(make_weights(2), worker="w", facts={})
+    log.publish_policy(make_weights(2), worker="w")
     log.publish_step(dataclasses.replace(make_step(1), finished=time.time()))
     catalog = Catalog(log.store)
     sql = (
@@ -260,7 +260,7 @@ def test_scores_of_a_second_teacher_do_not_multiply_tokens(tmp_path: Path) -> No
     log = fresh_log("file", tmp_path)
     publish_shard(log, FIRST)
     other = [dataclasses.replace(make_scores(t), teacher="zweiter") for t in make_trajectories(FIRST)]
-    log.publish_scores("zweiter", FIRST, other, worker="w", facts={})
+    log.publish_scores("zweiter", FIRST, other, worker="w")
     catalog = Catalog(log.store)
     num_tokens = sum(len(t.response_ids) for t in make_trajectories(FIRST))
     assert ask(catalog, "SELECT count(*) FROM tokens") == [(num_tokens,)]
@@ -272,8 +272,8 @@ def test_wider_scores_of_the_same_teacher_do_not_multiply_tokens_either(tmp_path
     log = fresh_log("file", tmp_path)
     publish_shard(log, FIRST)
     again = [make_scores(t) for t in make_trajectories(FIRST)]
-    log.publish_scores("oracle@top8", FIRST, again, worker="w", facts={})
-    log.publish_scores("oracle@head2", FIRST, again, worker="w", facts={"candidates": "head2"})
+    log.publish_scores("oracle@top8", FIRST, again, worker="w")
+    log.publish_scores("oracle@head2", FIRST, again, worker="w", facts=Facts(candidates="head2"))
     catalog = Catalog(log.store)
     num_tokens = sum(len(t.response_ids) for t in make_trajectories(FIRST))
     assert ask(catalog, "SELECT count(*), count(teacher_logprob) FROM tokens") == [(num_tokens, num_tokens)]
@@ -312,7 +312,7 @@ def test_each_token_has_its_own_version_however_often_weights_changed(tmp_path: 
     runs = (VersionRun(3, 1), VersionRun(5, 1), VersionRun(6, num_tokens - 3), VersionRun(9, 1))
     dropped = {index: "test" for index in FIRST.indices if index != trajectory.index}
     replaced = dataclasses.replace(trajectory, version_runs=runs)
-    log.publish_trajectories(FIRST, [replaced], worker="w", facts={"dropped": dropped})
+    log.publish_trajectories(FIRST, [replaced], worker="w", facts=Facts(dropped=dropped))
     found = ask(Catalog(log.store), "SELECT position, version, token_id, teacher_logprob FROM tokens ORDER BY position")
     versions = [3, 5, *[6] * (num_tokens - 3), 9]
     assert found == [(i, versions[i], int(trajectory.response_ids[i]), None) for i in range(num_tokens)]

@@ -15,7 +15,7 @@ from query_log import write_log
 from storage_builders import fresh_log, fresh_store, make_step, make_trajectories
 
 from asyncopd.errors import QueryError
-from asyncopd.types import IndexRange, Span
+from asyncopd.types import Facts, IndexRange, Span
 from storage.catalog.notebook import OpenedRun
 from storage.catalog.stored_queries import find_query, stored_queries
 from storage.run_log import StoredRunLog
@@ -92,7 +92,7 @@ def test_a_back_fill_changes_no_answer_about_the_runs_own_teacher(tmp_path: Path
     for shard in log.trajectory_shards():
         rows = [pair.scores for pair in own if pair.trajectory.index in shard.indices]
         wider = [dataclasses.replace(row, sampled_logprobs_T=row.sampled_logprobs_T - 1) for row in rows]
-        log.publish_scores("oracle@top8", shard, wider, worker="w", facts={})
+        log.publish_scores("oracle@top8", shard, wider, worker="w")
     again = answers("teacher_mass_in_topk", log)
     after = {name: answers(name, log) for name in asked}
     after["masses"], before["masses"] = [row for row in again if row["folder"] == "oracle"], masses
@@ -124,7 +124,7 @@ def test_the_indices_of_a_version_are_its_steps_and_say_what_was_dropped(tmp_pat
     rows = answers("made_version", version=3)
     assert [row["index"] for row in rows] == list(range(2 * SIZE.batch_size, 3 * SIZE.batch_size))
     log = fresh_log("file", tmp_path)
-    log.publish_trajectories(IndexRange(0, 4), make_trajectories(IndexRange(0, 4)), worker="w", facts={})
+    log.publish_trajectories(IndexRange(0, 4), make_trajectories(IndexRange(0, 4)), worker="w")
     log.publish_step(make_step(0))
     assert [row["dropped"] for row in answers("made_version", log)] == ["too long", None, None, None]
 
@@ -137,7 +137,7 @@ def test_lost_work_is_priced(tmp_path: Path) -> None:
     log.retire("a")
     time.sleep(0.02)
     assert log.claim("rollout", shard, worker="b", lease_s=60)
-    log.publish_trajectories(shard, trajectories, worker="b", facts={"seconds": 10.0})
+    log.publish_trajectories(shard, trajectories, worker="b", facts=Facts(seconds=10.0))
     for number in range(2):
         log.publish_step(dataclasses.replace(make_step(number), metrics={"train/seconds": 3.0}))
     log.record_rewind(1, worker="w")
@@ -155,7 +155,7 @@ def test_lost_work_is_priced(tmp_path: Path) -> None:
 
 def test_seconds_and_tokens_by_stage(tmp_path: Path) -> None:
     log = fresh_log("file", tmp_path)
-    log.publish_trajectories(IndexRange(0, 4), make_trajectories(IndexRange(0, 4)), worker="w", facts={})
+    log.publish_trajectories(IndexRange(0, 4), make_trajectories(IndexRange(0, 4)), worker="w")
     log.publish_spans(
         "w", 1, [Span("rollout", "w", "sample", 1.0, 3.0), Span("rollout", "w", "wait:version", 3.0, 8.0)]
     )
@@ -192,7 +192,7 @@ def test_mismatch_looks_at_steps_without_staleness_only() -> None:
 
 def test_the_slowest_shard_comes_first_with_its_longest_response() -> None:
     log = written_log()
-    slowest = max(log.trajectory_shards(), key=lambda shard: log.find_trajectories(shard).facts["seconds"])
+    slowest = max(log.trajectory_shards(), key=lambda shard: log.find_trajectories(shard).facts.seconds)
     row = answers("slowest_shards")[0]
     assert (row["stage"], row["shard"], row["attempts"]) == ("rollout", slowest.name, 1)
     assert row["longest"] == max(len(t.response_ids) for t in log.read_trajectories(slowest))

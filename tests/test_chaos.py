@@ -97,11 +97,11 @@ def finished_run() -> tuple[StoredRunLog, Observer]:
         shard = IndexRange(start, start + 4)
         trajectories = make_trajectories(shard)
         log.claim("rollout", shard, worker="w", lease_s=10)
-        log.publish_trajectories(shard, trajectories, worker="w", facts={})
-        log.publish_scores("oracle", shard, [make_scores(t) for t in trajectories], worker="w", facts={})
+        log.publish_trajectories(shard, trajectories, worker="w")
+        log.publish_scores("oracle", shard, [make_scores(t) for t in trajectories], worker="w")
     for number in range(2):
         train(log, number, IndexRange(8 * number, 8 * number + 8))
-    log.publish_policy(PolicyWeights(PolicyVersion(2), b"w2"), worker="w", facts={})
+    log.publish_policy(PolicyWeights(PolicyVersion(2), b"w2"), worker="w")
     observer.look()
     return log, observer
 
@@ -133,7 +133,7 @@ def test_a_lost_step_is_found() -> None:
 
 def test_a_shard_that_was_durable_and_is_gone_is_found_and_its_tokens_counted() -> None:
     log, observer = finished_run()
-    num_tokens = observer.durable["rollout"][IndexRange(0, 4)].manifest.facts["num_tokens"]
+    num_tokens = observer.durable["rollout"][IndexRange(0, 4)].manifest.facts.num_tokens
     before = Disturbance(Strike("SIGKILL", "a"), struck=0.0, at_step=1, recovery_s=1.0, restarted=())
     after = Disturbance(Strike("SIGKILL", "b"), struck=time.time(), at_step=1, recovery_s=1.0, restarted=())
     quarantine(log.store, log.layout.shard_manifest(log.layout.trajectories, IndexRange(0, 4)))

@@ -222,7 +222,7 @@ def test_bytes_and_tokenizer_files_read_as_text(tmp_path: Path) -> None:
 
 def test_a_run_whose_tokenizer_is_gone_still_answers_everything_else(tmp_path: Path) -> None:
     log = fresh_log("file", tmp_path)
-    log.publish_trajectories(IndexRange(0, 2), make_trajectories(IndexRange(0, 2)), worker="w", facts={})
+    log.publish_trajectories(IndexRange(0, 2), make_trajectories(IndexRange(0, 2)), worker="w")
     sandbox = Sandbox(Catalog(log.store))
     assert sandbox.query("SELECT count(*) AS n FROM trajectories").rows() == [{"n": 2}]
     with pytest.raises(QueryError, match="cannot be shown as text"):

@@ -40,7 +40,7 @@ def test_samplers_that_join_and_are_killed_never_hold_the_learner_up_longer_than
     steps = log.steps()
     assert [index for step in steps for index in step.indices.indices] == list(range(8 * 50))
     assert num_before < 45, "the samplers were killed when hardly anything was left to do"
-    shard_s = max(log.find_trajectories(shard).facts["seconds"] for shard in log.trajectory_shards())
+    shard_s = max(log.find_trajectories(shard).facts.seconds for shard in log.trajectory_shards())
     pauses = [after.finished - before.finished for before, after in itertools.pairwise(steps)]
     # The second is for polls of 0.1 s along three roles, on a machine that others use too.
     assert max(pauses[num_before - 1 :]) < run.config.limits.lease_s + shard_s + 1.0

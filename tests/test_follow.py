@@ -159,7 +159,7 @@ def a_run(store: ObjectStore, config: RunConfig) -> list[Callable[[], object]]:
         lambda: new_log(store, config, "late"),
         lambda: log.heartbeat("pretrain-host-1-aaaa", pretraining),
         lambda: log.retire("pretrain-host-1-aaaa"),
-        lambda: log.publish_policy(weights_of(0), worker=LEARN, facts={}),
+        lambda: log.publish_policy(weights_of(0), worker=LEARN),
         lambda: log.heartbeat(ROLLOUT, sampling),
         lambda: log.publish_evaluation(evaluation(0, 0.43)),
         lambda: log.publish_step(train_step(0, staleness_tokens={0: 100})),

@@ -33,7 +33,7 @@ def found(log: StoredRunLog) -> list[tuple[str, str]]:
 # -- conservation -------------------------------------------------------------------------------------------------
 def test_two_shards_for_one_index(log: StoredRunLog) -> None:
     shard = IndexRange(1, 3)
-    log.publish_trajectories(shard, make_trajectories(shard), worker="w", facts={})
+    log.publish_trajectories(shard, make_trajectories(shard), worker="w")
     assert ("overlap", "trajectories/000001-000002.json") in found(log)
 
 
@@ -70,7 +70,7 @@ def test_a_step_that_breaks_the_staleness_bound(log: StoredRunLog, staleness: in
 
 def test_scores_without_their_trajectories(log: StoredRunLog) -> None:
     shard = IndexRange(40, 42)
-    log.publish_scores("oracle", shard, [make_scores(row) for row in make_trajectories(shard)], worker="w", facts={})
+    log.publish_scores("oracle", shard, [make_scores(row) for row in make_trajectories(shard)], worker="w")
     assert found(log) == [("missing", "trajectories/000040-000041.json")]
 
 
@@ -86,15 +86,15 @@ def test_a_trained_index_without_scores(log: StoredRunLog) -> None:
 def test_scores_of_another_teacher_under_the_same_name(log: StoredRunLog) -> None:
     shard = IndexRange(40, 42)
     rows = make_trajectories(shard)
-    log.publish_trajectories(shard, rows, worker="w", facts={})
+    log.publish_trajectories(shard, rows, worker="w")
     other = [replace(make_scores(row), teacher_digest="d2") for row in rows]
-    log.publish_scores("oracle", shard, other, worker="w", facts={})
+    log.publish_scores("oracle", shard, other, worker="w")
     assert found(log) == [("mismatch", "scores/oracle/000040-000041.json")]
 
 
 # -- lineage ------------------------------------------------------------------------------------------------------
 def test_objects_of_a_rewind_that_is_not_recorded(log: StoredRunLog) -> None:
-    log.publish_policy(make_weights(3, 1), worker="w", facts={})
+    log.publish_policy(make_weights(3, 1), worker="w")
     assert ("missing", "rewinds/0001.json") in found(log)
 
 
@@ -123,7 +123,7 @@ def test_a_manifest_that_tells_other_tokens_than_its_rows(log: StoredRunLog) -> 
     manifest = log.find_trajectories(shard)
     assert manifest is not None
     key = log.layout.shard_manifest(log.layout.trajectories, shard)
-    log.store.put(key, to_json(replace(manifest, facts={**manifest.facts, "num_tokens": 99})))
+    log.store.put(key, to_json(replace(manifest, facts=replace(manifest.facts, num_tokens=99))))
     assert ("mismatch", "trajectories/000000-000001.json") in found(log)
 
 
@@ -138,7 +138,7 @@ def test_records_of_kinds_that_the_audit_does_not_know_are_checked_by_their_chec
 
 # -- what is in progress ------------------------------------------------------------------------------------------
 def test_a_version_whose_step_is_not_recorded_yet_is_in_progress(log: StoredRunLog) -> None:
-    log.publish_policy(make_weights(5), worker="w", facts={})
+    log.publish_policy(make_weights(5), worker="w")
     assert found(log) == []
 
 

@@ -18,7 +18,6 @@ from asyncopd.types import IndexRange, PolicyVersion, WorkerStatus
 from flows.wiring import OpenRun, open_stored_run
 from storage.maintain.audit import audit_run
 from storage.maintain.quarantine import set_aside
-from storage.manifests import REMOVED
 from storage.run_log import StoredRunLog
 from storage.stores.base import ObjectStore
 
@@ -170,7 +169,7 @@ def test_a_shard_trained_before_the_checkpoint_is_not_made_again(log: StoredRunL
     log = resume(log)
     manifest = log.find_trajectories(shard)
     assert manifest is not None
-    assert REMOVED in manifest.facts
+    assert manifest.facts.removed is not None
     assert log.steps() == steps
     report = audit_run(log.store, log.run_id, recheck_s=0)
     assert report.is_clean

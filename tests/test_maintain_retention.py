@@ -160,7 +160,7 @@ def test_a_removed_version_does_not_uncover_an_older_one_of_its_number() -> None
     log = memory_log()
     train(log, 0, 2)
     log.record_rewind(2, worker="w")
-    log.publish_policy(make_weights(2, 1), worker="w", facts={})
+    log.publish_policy(make_weights(2, 1), worker="w")
     train(log, 2, 6, rewind=1)
     collect(log, policy(checkpoints=1, every=0, last=1))
     assert log.find_policy(2) is None

@@ -97,7 +97,7 @@ async def test_a_rewind_does_not_take_a_sampler_back_to_older_weights(tmp_path: 
         assert sampler.version == PolicyVersion(4, 0)
         for number in (4, 5):
             newer = replace(run.log.read_policy(PolicyVersion(4)), version=PolicyVersion(number, 1))
-            run.log.publish_policy(newer, worker="learner", facts={})
+            run.log.publish_policy(newer, worker="learner")
         await worker.wait_for(lambda: sampler.version == PolicyVersion(5, 1) or None, "version 5")
     await sampler.close()
 
@@ -119,8 +119,8 @@ async def test_a_run_that_publishes_deltas_equals_one_that_publishes_full_weight
         await pipeline.run_all(runs[-1])
     full, delta = (open_stored_run(run.config.storage.root, run.log.run_id) for run in runs)
 
-    assert "chain" not in full.log.policy_facts(full.log.find_policy(1))
-    assert delta.log.policy_facts(delta.log.find_policy(1))["chain"]["full"] is None, "version 1 is a delta"
+    assert full.log.policy_facts(full.log.find_policy(1)).chain is None
+    assert delta.log.policy_facts(delta.log.find_policy(1)).chain.full is None, "version 1 is a delta"
     assert full.log.policies() == delta.log.policies()
     for version in full.log.policies():
         assert full.log.read_policy(version) == delta.log.read_policy(version)

@@ -231,7 +231,7 @@ def logged_run(config: RunConfig, costs: Costs) -> StoredRunLog:
             work("rollout", "orchestrate:refresh", costs.refresh_s)
         shard = config.plan.step(step)
         made = [make_trajectory(index, num_tokens=length) for index in shard.indices]
-        log.publish_trajectories(shard, made, worker="rollout-1", facts={})
+        log.publish_trajectories(shard, made, worker="rollout-1")
         work("rollout", "sample", length * costs.decode.table(size)[size])
         work("rollout", "orchestrate:parquet", costs.shard_s)
         now += costs.handover_s / 2

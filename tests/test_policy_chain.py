@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from storage_builders import STORE_KINDS, fresh_log, memory_log, reopened
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
-from asyncopd.types import PolicyVersion, PolicyWeights
+from asyncopd.types import Facts, PolicyVersion, PolicyWeights
 from storage.records import to_json
 from storage.run_log import StoredRunLog
 from storage.stores.base import MemoryStore
@@ -44,7 +44,7 @@ def learner(log: StoredRunLog, full_every: int = 4) -> StoredRunLog:
 
 def train(log: StoredRunLog, first: int, last: int, rewind: int = 0) -> None:
     for number in range(first, last + 1):
-        log.publish_policy(weights_after(number, rewind), worker="learner", facts={"step": number})
+        log.publish_policy(weights_after(number, rewind), worker="learner", facts=Facts(step=number))
 
 
 def manifest_of(log: StoredRunLog, number: int, rewind: int = 0) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_every_version_is_read_as_it_was_published(kind: str, tmp_path: Path) ->
     for number in (0, 1, 2, 9, 3, 4, 8):
         assert sampler.read_policy(PolicyVersion(number)) == weights_after(number)
     assert sampler.latest_policy() == PolicyVersion(9)
-    assert sampler.policy_facts(PolicyVersion(9))["step"] == 9
+    assert sampler.policy_facts(PolicyVersion(9)).step == 9
 
 
 def test_deltas_are_what_is_stored_between_full_versions() -> None:
@@ -150,7 +150,7 @@ def test_weights_that_change_all_over_are_published_in_full() -> None:
     rng = np.random.default_rng(0)
     for number in range(3):
         body = safetensors.numpy.save({"w": rng.integers(0, 2**32, 1000, dtype=np.uint32)})
-        publisher.publish_policy(PolicyWeights(PolicyVersion(number), body), worker="l", facts={})
+        publisher.publish_policy(PolicyWeights(PolicyVersion(number), body), worker="l")
         assert [key.rsplit(".", 1)[1] for key in manifest_of(log, number)["objects"]] == ["safetensors"]
         assert log.read_policy(PolicyVersion(number)).safetensors == body
 
@@ -164,9 +164,7 @@ def test_publishing_again_keeps_the_first_and_refuses_other_weights() -> None:
     train(learner(log), 3, 3)
     assert log.store.list("runs") == before
     with pytest.raises(StorageError, match=r"000003.r0.json was published by learner with sha256"):
-        publisher.publish_policy(
-            PolicyWeights(PolicyVersion(3), weights_after(9).safetensors), worker="other", facts={}
-        )
+        publisher.publish_policy(PolicyWeights(PolicyVersion(3), weights_after(9).safetensors), worker="other")
     train(publisher, 4, 5)
     assert reopened(log).read_policy(PolicyVersion(5)) == weights_after(5)
 

@@ -205,7 +205,7 @@ def test_work_on_a_log_is_refused_before_a_model_could_be_loaded(
 ) -> None:
     log = new_log(open_store(str(tmp_path / "runs")), config_of(), "parent")
     publish_run(log, config_of())
-    log.publish_policy(weights_of(12), worker="learn-0", facts={})
+    log.publish_policy(weights_of(12), worker="learn-0")
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("the process that loads torch was started"))
     name, *options = command.split(" ", 1)
     message = refusal(capsys, name, "parent", "--root", str(tmp_path / "runs"), *" ".join(options).split())

@@ -250,7 +250,7 @@ def test_steps_that_the_parent_has_not_trained_are_refused(parent: OpenRun) -> N
 def test_nothing_can_be_written_into_the_shards_of_a_replay(parent: OpenRun) -> None:
     child = replayed(parent)
     with pytest.raises(StorageError, match="is a replay and reads the shards of parent"):
-        child.log.publish_trajectories(IndexRange(0, 4), [], worker="w", facts={})
+        child.log.publish_trajectories(IndexRange(0, 4), [], worker="w")
 
 
 def test_settings_and_arms_are_parsed() -> None:

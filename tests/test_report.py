@@ -180,9 +180,9 @@ def test_lengths_of_a_big_run_come_from_shards_spread_evenly(
     for number in range(9):
         shard = IndexRange(4 * number, 4 * number + 4)
         rows = [trajectory(index, num_tokens=number + 1, stopped=number < 8) for index in shard.indices]
-        log.publish_trajectories(shard, rows, worker="w", facts={})
+        log.publish_trajectories(shard, rows, worker="w")
         if number < 2:
-            log.publish_scores("oracle", shard, [scores_of(row) for row in rows], worker="w", facts={})
+            log.publish_scores("oracle", shard, [scores_of(row) for row in rows], worker="w")
     summary = summarise(log, config_of())
     lengths = summary.lengths
     assert (lengths.num_shards_read, lengths.num_shards, lengths.num_responses) == (3, 9, 12)
@@ -196,7 +196,7 @@ def test_lengths_of_a_big_run_come_from_shards_spread_evenly(
 def test_a_damaged_shard_is_named_and_costs_only_itself(log: StoredRunLog) -> None:
     for start in (0, 4):
         shard = IndexRange(start, start + 4)
-        log.publish_trajectories(shard, [trajectory(index, 5) for index in shard.indices], worker="w", facts={})
+        log.publish_trajectories(shard, [trajectory(index, 5) for index in shard.indices], worker="w")
     damaged = next(key for key in log.store.list(log.layout.trajectories) if "000004" in key and "parquet" in key)
     log.store.put(damaged, b"not what was written")
     summary = summarise(log, config_of())

@@ -38,7 +38,7 @@ def prefect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Prefect]:
 def root(tmp_path: Path) -> str:
     found = make_root(tmp_path / "runs")
     for version in (0, 2, 4, 12):
-        open_run(open_store(found), DONE).publish_policy(weights_of(version), worker="learn-0", facts={})
+        open_run(open_store(found), DONE).publish_policy(weights_of(version), worker="learn-0")
     return found
 
 

@@ -42,7 +42,7 @@ def prefect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Prefect]:
 def root(tmp_path: Path) -> str:
     found = make_root(tmp_path / "runs")
     # What its last step published: by it a replay knows how far there is to go.
-    open_run(open_store(found), DONE).publish_policy(weights_of(12), worker="learn-0", facts={})
+    open_run(open_store(found), DONE).publish_policy(weights_of(12), worker="learn-0")
     return found
 
 

@@ -89,7 +89,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 for start in range(0, 40, 4):
     shard = IndexRange(start, start + 4)
-    print(log.publish_trajectories(shard, make_trajectories(shard), worker=sys.argv[2], facts={}), flush=True)
+    print(log.publish_trajectories(shard, make_trajectories(shard), worker=sys.argv[2]), flush=True)
 """
 
 

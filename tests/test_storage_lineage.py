@@ -12,7 +12,7 @@ from storage_builders import make_evaluation, make_step, make_weights, memory_lo
 
 import storage.policies
 from asyncopd.errors import ObjectMissingError, StorageError
-from asyncopd.types import PolicyVersion, Rewind
+from asyncopd.types import Facts, PolicyVersion, Rewind
 from storage.learner_log import possible_rewinds, survives, surviving
 from storage.run_log import StoredRunLog
 from storage.stores.base import MemoryStore
@@ -21,7 +21,7 @@ from storage.stores.base import MemoryStore
 def train(log: StoredRunLog, first: int, last: int, rewind: int = 0) -> None:
     """Publish states first..last, each with the step that made it."""
     for number in range(first, last + 1):
-        log.publish_policy(make_weights(number, rewind), worker="learner", facts={})
+        log.publish_policy(make_weights(number, rewind), worker="learner")
         if number:
             log.publish_step(make_step(number - 1, rewind))
 
@@ -79,13 +79,13 @@ def test_a_gap_in_the_numbers_is_found_by_the_next_listing(monkeypatch: pytest.M
 
 def test_publishing_weights_again_keeps_the_first_and_refuses_others() -> None:
     log = memory_log()
-    log.publish_policy(make_weights(1), worker="a", facts={"lr": 0.5})
+    log.publish_policy(make_weights(1), worker="a", facts=Facts(step=1))
     before = log.store.list("runs")
-    log.publish_policy(make_weights(1), worker="b", facts={})
+    log.publish_policy(make_weights(1), worker="b")
     assert log.store.list("runs") == before
-    assert log.policy_facts(PolicyVersion(1)) == {"lr": 0.5}
+    assert log.policy_facts(PolicyVersion(1)) == Facts(step=1)
     with pytest.raises(StorageError, match=r"policies/000001.r0.json was published by a.*now b brings"):
-        log.publish_policy(make_weights(1, body=b"other"), worker="b", facts={})
+        log.publish_policy(make_weights(1, body=b"other"), worker="b")
     assert log.read_policy(PolicyVersion(1)) == make_weights(1)
 
 
@@ -192,7 +192,7 @@ def test_a_version_that_its_checkpoint_preceded_is_found_under_the_rewind() -> N
     train(log, 0, 2)
     log.publish_checkpoint(3, 0, {"model": b"m"}, worker="w")
     log.record_rewind(3, worker="w")
-    log.publish_policy(make_weights(3, 1), worker="w", facts={})
+    log.publish_policy(make_weights(3, 1), worker="w")
     assert log.find_policy(3) == log.latest_policy() == PolicyVersion(3, 1)
 
 

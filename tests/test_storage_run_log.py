@@ -25,7 +25,7 @@ from storage_builders import (
 
 from asyncopd.errors import ObjectMissingError, ShapeError, ShardCorruptError
 from asyncopd.ports import RunLog
-from asyncopd.types import IndexRange, PolicyVersion
+from asyncopd.types import Facts, IndexRange, PolicyVersion
 from storage.manifests import quarantine
 from storage.records import to_json
 from storage.run_log import StoredRunLog
@@ -35,7 +35,7 @@ SHARD = IndexRange(8, 12)
 
 def published(log: StoredRunLog) -> tuple[str, str]:
     """Publish trajectories of SHARD; returns the keys of manifest and data."""
-    assert log.publish_trajectories(SHARD, make_trajectories(SHARD), worker="w", facts={})
+    assert log.publish_trajectories(SHARD, make_trajectories(SHARD), worker="w")
     manifest = log.find_trajectories(SHARD)
     assert manifest is not None
     (data_key,) = manifest.objects
@@ -50,12 +50,12 @@ def test_a_run_reads_the_same_from_every_kind_of_store(kind: str, tmp_path: Path
     assert log.latest_policy() is None
     rows = make_trajectories(SHARD)
     scores = [make_scores(row) for row in rows]
-    log.publish_policy(make_weights(0), worker="learner", facts={})
+    log.publish_policy(make_weights(0), worker="learner")
     assert log.claim("rollout", SHARD, worker="w", lease_s=9)
-    assert log.publish_trajectories(SHARD, rows[::-1], worker="w", facts={"seconds": 1.5})
-    assert log.publish_scores("oracle", SHARD, scores, worker="t", facts={})
+    assert log.publish_trajectories(SHARD, rows[::-1], worker="w", facts=Facts(seconds=1.5))
+    assert log.publish_scores("oracle", SHARD, scores, worker="t")
     log.publish_step(make_step(0))
-    log.publish_policy(make_weights(1), worker="learner", facts={})
+    log.publish_policy(make_weights(1), worker="learner")
     log.publish_checkpoint(1, 0, {"model.safetensors": b"m", "optimizer.pt": b"o"}, worker="learner")
     log.publish_evaluation(make_evaluation(1))
 
@@ -76,19 +76,19 @@ def test_a_run_reads_the_same_from_every_kind_of_store(kind: str, tmp_path: Path
 def test_a_manifest_tells_what_its_shard_holds() -> None:
     log = memory_log()
     rows = [make_trajectory(index, num_tokens=2, version=index) for index in SHARD.indices]
-    log.publish_trajectories(SHARD, rows, worker="w", facts={"seconds": 2.5, "num_rows": "not yours to say"})
+    log.publish_trajectories(SHARD, rows, worker="w", facts=Facts(seconds=2.5, num_rows=1_000))  # not its to say
     manifest = log.find_trajectories(SHARD)
     assert manifest is not None
     assert (manifest.kind, manifest.worker) == ("trajectories", "w")
-    assert manifest.facts == {
-        "seconds": 2.5,
-        "num_rows": 4,
-        "num_tokens": 8,
-        "index_range": [8, 12],
-        "version_first": 8,
-        "version_last": 12,
-        "parquet_schema_version": 1,
-    }
+    assert manifest.facts == Facts(
+        seconds=2.5,
+        num_rows=4,
+        num_tokens=8,
+        index_range=(8, 12),
+        version_first=8,
+        version_last=12,
+        parquet_schema_version=1,
+    )
 
 
 # -- races --------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def test_the_second_publisher_leaves_nothing_behind() -> None:
     published(log)
     before = log.store.list("runs")
     other = [make_trajectory(index, num_tokens=9) for index in SHARD.indices]
-    assert not reopened(log).publish_trajectories(SHARD, other, worker="late", facts={})
+    assert not reopened(log).publish_trajectories(SHARD, other, worker="late")
     assert log.store.list("runs") == before
     assert_same(log.read_trajectories(SHARD), make_trajectories(SHARD))
 
@@ -111,7 +111,7 @@ def test_of_concurrent_publishers_one_wins_and_the_rest_clean_up(kind: str, tmp_
         rows = [make_trajectory(index, num_tokens=1 + number) for index in SHARD.indices]
         mine = reopened(log)
         barrier.wait()
-        return mine.publish_trajectories(SHARD, rows, worker=f"w{number}", facts={})
+        return mine.publish_trajectories(SHARD, rows, worker=f"w{number}")
 
     with ThreadPoolExecutor(6) as threads:
         won = list(threads.map(publish, range(6)))
@@ -137,37 +137,37 @@ def test_dropped_indices_have_a_reason_instead_of_a_row() -> None:
     log = memory_log()
     rows = [make_trajectory(8), make_trajectory(11)]
     dropped = {9: "ifd above 1", 10: "too long"}
-    log.publish_trajectories(SHARD, rows, worker="w", facts={"dropped": dropped})
+    log.publish_trajectories(SHARD, rows, worker="w", facts=Facts(dropped=dropped))
     manifest = reopened(log).find_trajectories(SHARD)
     assert manifest is not None
-    assert manifest.facts["dropped"] == dropped
+    assert manifest.facts.dropped == dropped
     assert [row.index for row in log.read_trajectories(SHARD)] == [8, 11]
 
 
 def test_scores_follow_the_trajectories_that_were_dropped() -> None:
     log = memory_log()
     rows = [make_trajectory(8), make_trajectory(11)]
-    log.publish_trajectories(SHARD, rows, worker="w", facts={"dropped": {9: "a", 10: "b"}})
-    log.publish_scores("oracle", SHARD, [make_scores(row) for row in rows], worker="t", facts={})
+    log.publish_trajectories(SHARD, rows, worker="w", facts=Facts(dropped={9: "a", 10: "b"}))
+    log.publish_scores("oracle", SHARD, [make_scores(row) for row in rows], worker="t")
     manifest = log.find_scores("oracle", SHARD)
     assert manifest is not None
-    assert manifest.facts["dropped"] == {9: "a", 10: "b"}
+    assert manifest.facts.dropped == {9: "a", 10: "b"}
     assert [row.index for row in log.read_scores("oracle", SHARD)] == [8, 11]
 
 
 def test_a_scorer_may_drop_more() -> None:
     log = memory_log()
     rows = [make_trajectory(8), make_trajectory(10), make_trajectory(11)]
-    log.publish_trajectories(SHARD, rows, worker="w", facts={"dropped": {9: "a"}})
-    log.publish_scores("oracle", SHARD, [make_scores(rows[0])], worker="t", facts={"dropped": {10: "b", 11: "c"}})
+    log.publish_trajectories(SHARD, rows, worker="w", facts=Facts(dropped={9: "a"}))
+    log.publish_scores("oracle", SHARD, [make_scores(rows[0])], worker="t", facts=Facts(dropped={10: "b", 11: "c"}))
     manifest = log.find_scores("oracle", SHARD)
     assert manifest is not None
-    assert manifest.facts["dropped"] == {9: "a", 10: "b", 11: "c"}
+    assert manifest.facts.dropped == {9: "a", 10: "b", 11: "c"}
 
 
 def test_a_shard_may_be_dropped_as_a_whole() -> None:
     log = memory_log()
-    log.publish_trajectories(SHARD, [], worker="w", facts={"dropped": dict.fromkeys(SHARD.indices, "no")})
+    log.publish_trajectories(SHARD, [], worker="w", facts=Facts(dropped=dict.fromkeys(SHARD.indices, "no")))
     assert log.read_trajectories(SHARD) == []
 
 
@@ -178,9 +178,9 @@ def test_rows_and_dropped_indices_must_add_up(indices: list[int], dropped: dict[
     log = memory_log()
     rows = [make_trajectory(index) for index in indices]
     with pytest.raises(ShapeError, match=r"shard 000008-000011: rows for.*do not add up"):
-        log.publish_trajectories(SHARD, rows, worker="w", facts={"dropped": dropped})
+        log.publish_trajectories(SHARD, rows, worker="w", facts=Facts(dropped=dropped))
     with pytest.raises(ShapeError, match="do not add up"):
-        log.publish_scores("t", SHARD, [make_scores(row) for row in rows], worker="w", facts={"dropped": dropped})
+        log.publish_scores("t", SHARD, [make_scores(row) for row in rows], worker="w", facts=Facts(dropped=dropped))
 
 
 # -- damage -------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_a_quarantined_shard_can_be_published_again() -> None:
 @pytest.mark.parametrize("noun", ["policy", "checkpoint"])
 def test_damaged_weights_are_named(noun: str) -> None:
     log = memory_log()
-    log.publish_policy(make_weights(3), worker="w", facts={})
+    log.publish_policy(make_weights(3), worker="w")
     log.publish_checkpoint(3, 0, {"model": b"weights"}, worker="w")
     folder = log.layout.folder("policy") if noun == "policy" else log.layout.folder("checkpoint")
     (key,) = [key for key in log.store.list(folder) if not key.endswith(".json")]

@@ -10,7 +10,7 @@ import pytest
 from storage_builders import STORE_KINDS, fresh_store, make_evaluation, memory_log, reopened
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
-from asyncopd.types import Evaluation, IndexRange, PolicyVersion, Span, WorkerStatus
+from asyncopd.types import Evaluation, Facts, IndexRange, PolicyVersion, Span, WorkerStatus
 from storage.layout import RunLayout, decode_name, encode_name, parse, parse_shard, parse_version
 from storage.records import from_json, to_json
 from storage.runs import create_run, find_model, list_runs, open_run, publish_model, read_model
@@ -54,11 +54,11 @@ def test_run_ids_that_cannot_be_a_folder_are_refused(run_id: str, tmp_path: Path
 
 def test_a_model_is_shared_by_digest(store: ObjectStore) -> None:
     assert find_model(store, "abc123") is None
-    assert publish_model(store, "abc123", {"config.json": b"{}", "model.safetensors": b"w"}, {"steps": 500})
-    assert not publish_model(store, "abc123", {"config.json": b"[]"}, {})
+    assert publish_model(store, "abc123", {"config.json": b"{}", "model.safetensors": b"w"}, Facts(loss_nats=0.5))
+    assert not publish_model(store, "abc123", {"config.json": b"[]"})
     manifest = find_model(store, "abc123")
     assert manifest is not None
-    assert (manifest.kind, manifest.facts) == ("model", {"steps": 500})
+    assert (manifest.kind, manifest.facts) == ("model", Facts(loss_nats=0.5))
     assert read_model(store, "abc123") == {"config.json": b"{}", "model.safetensors": b"w"}
     with pytest.raises(ObjectMissingError, match=r"models/other.json does not exist"):
         read_model(store, "other")

@@ -15,7 +15,7 @@ from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, Trajectory
 from storage.parquet import decode_scores, decode_trajectories, encode_scores, encode_trajectories
 
 LIMIT_MS = 100.0
-WORKER: dict[str, Any] = {"worker": "w", "facts": {}}
+WORKER: dict[str, Any] = {"worker": "w"}
 
 
 def _walk_rows(indices: Iterable[int]) -> list[Trajectory]:

@@ -69,7 +69,7 @@ class IndexIntake(_ShardReader):
         dropped: dict[int, str] = {}
         for shard in self._plan.shards_of_step(step):
             manifest = await self._worker.wait_for(partial(self._find, shard), f"scores of {shard.name}")
-            dropped |= manifest.facts.get("dropped", {})
+            dropped |= manifest.facts.dropped
             rows |= await asyncio.to_thread(self._read, shard)
         return Batch(self._plan.step(step), list(rows.values()), dropped)
 
@@ -116,7 +116,7 @@ class ArrivalIntake(_ShardReader):
             shard,
             earlier=self._log.arrivals(),
             oldest_version={index: row.trajectory.version_oldest for index, row in rows.items()},
-            dropped=manifest.facts.get("dropped", {}) if manifest else {},
+            dropped=manifest.facts.dropped if manifest else {},
         )
         # Recorded before anything trains on it. False: another learner was first, and what it decided counts.
         self._log.record_arrival(arrival)

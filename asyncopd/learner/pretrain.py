@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from asyncopd.losses.divergences import cross_entropy
 from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
 from asyncopd.models.packing import pack
 from asyncopd.ports import Task
+from asyncopd.types import Facts
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MadeModel:
 
     objects: Mapping[str, bytes]
     """`config.json` and `model.safetensors`."""
-    facts: Mapping[str, Any]
+    facts: Facts
     """Settings, last loss and the seconds it took."""
 
 
@@ -66,7 +66,7 @@ def make_tiny_model(
         "config.json": json.dumps(causal_lm.config.to_dict()).encode(),
         "model.safetensors": to_safetensors(causal_lm),
     }
-    facts = {"settings": model.model_dump(mode="json"), "loss_nats": loss, "seconds": time.time() - started}
+    facts = Facts(settings=model.model_dump(mode="json"), loss_nats=loss, seconds=time.time() - started)
     return MadeModel(objects, facts)
 
 

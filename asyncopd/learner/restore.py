@@ -15,7 +15,7 @@ from typing import Protocol
 from asyncopd.errors import ConfigError
 from asyncopd.learner.student import Student
 from asyncopd.ports import RunLog
-from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory
+from asyncopd.types import Facts, PolicyVersion, PolicyWeights, ScoredTrajectory
 
 
 class CheckpointedLog(RunLog, Protocol):
@@ -83,6 +83,6 @@ def find_version(log: RunLog, number: int) -> PolicyVersion:
 def publish_start(log: RunLog, student: Student, step: int, *, worker: str) -> None:
     """Make the student's state the child's first version and checkpoint: its learner then resumes from there."""
     version = PolicyVersion(step)
-    log.publish_policy(PolicyWeights(version, student.weights()), worker=worker, facts={"step": step})
+    log.publish_policy(PolicyWeights(version, student.weights()), worker=worker, facts=Facts(step=step))
     # The checkpoint last: with it the child has begun, and asking for the replay again goes on with it.
     log.publish_checkpoint(step, 0, student.checkpoint(), worker=worker)

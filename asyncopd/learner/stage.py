@@ -19,7 +19,7 @@ from asyncopd.learner.student import Student
 from asyncopd.metrics import LR, SECONDS, recorded
 from asyncopd.ports import RunLog
 from asyncopd.schedule import LEARNER_PLACE, Plan
-from asyncopd.types import Claim, PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
+from asyncopd.types import Claim, Facts, PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
 from asyncopd.worker import Worker
 
 
@@ -152,7 +152,7 @@ class LearnStage:
 
     def _publish(self, version: PolicyVersion) -> None:
         weights = PolicyWeights(version, self._student.weights())
-        self._log.publish_policy(weights, worker=self._worker.name, facts={"step": version.number})
+        self._log.publish_policy(weights, worker=self._worker.name, facts=Facts(step=version.number))
 
     def _record(
         self, step: int, version: PolicyVersion, batch: Batch, measured: Mapping[str, float], seconds: float

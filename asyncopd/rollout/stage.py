@@ -19,7 +19,7 @@ from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
 from asyncopd.metrics import DRIFT
 from asyncopd.ports import RunLog, Sampler, SampleRequest, Task
 from asyncopd.schedule import OpenShards, Plan, Seen, num_taken
-from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, Trajectory
+from asyncopd.types import Facts, IndexRange, PolicyVersion, PolicyWeights, Trajectory
 from asyncopd.worker import NextShard, Worker
 
 logger = logging.getLogger(__name__)
@@ -91,13 +91,7 @@ class RolloutStage:
         started = time.time()
         trajectories = await asyncio.gather(*(self._one(index) for index in shard.indices))
         num_tokens = sum(len(t.response_ids) for t in trajectories)
-        facts = {
-            "num_tokens": num_tokens,
-            "version_first": min(t.version_first for t in trajectories),
-            "version_last": max(t.version_last for t in trajectories),
-            "num_correct": sum(bool(t.correct) for t in trajectories),
-            "seconds": time.time() - started,
-        }
+        facts = Facts(num_correct=sum(bool(t.correct) for t in trajectories), seconds=time.time() - started)
         with self._worker.span("orchestrate:parquet", shard.name):
             first = await asyncio.to_thread(
                 self._log.publish_trajectories, shard, trajectories, worker=self._worker.name, facts=facts

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from asyncopd.ports import ScoreCache, Scorer, ScoreRequest
-from asyncopd.types import TeacherScores, Trajectory
+from asyncopd.types import Facts, TeacherScores, Trajectory
 
 
 class NoCache:
@@ -48,13 +48,13 @@ class Answers:
     def num_tokens(self) -> int:
         return self.num_tokens_asked + self.num_tokens_cached
 
-    def facts(self) -> dict[str, int]:
+    def facts(self) -> Facts:
         """For the manifest of the score shard."""
-        return {
-            "num_tokens": self.num_tokens,
-            "num_tokens_asked": self.num_tokens_asked,
-            "num_tokens_cached": self.num_tokens_cached,
-        }
+        return Facts(
+            num_tokens=self.num_tokens,
+            num_tokens_asked=self.num_tokens_asked,
+            num_tokens_cached=self.num_tokens_cached,
+        )
 
     def described(self, what: str) -> str:
         """Detail of the span in which they were made."""

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from asyncopd.errors import ConfigError
 from asyncopd.ports import RunLog, ScoreCache, Scorer, ScoreRequest
 from asyncopd.schedule import OpenShards, Plan, num_taken
 from asyncopd.teacher.cached import NoCache, score_through
-from asyncopd.types import IndexRange, Trajectory
+from asyncopd.types import Facts, IndexRange, Trajectory
 from asyncopd.worker import NextShard, Worker
 
 
@@ -70,7 +70,7 @@ class ScoreStage:
         answers = await score_through(self._cache, self._scorer, trajectories, self._request, worker=self._worker.name)
         finished = time.time()
         self._worker.record("score", started, finished, answers.described(shard.name))
-        facts = {**answers.facts(), "seconds": finished - started}
+        facts = replace(answers.facts(), seconds=finished - started)
         scores, num_tokens = answers.scores, answers.num_tokens
         with self._worker.span("orchestrate:parquet", shard.name):
             await asyncio.to_thread(
@@ -137,7 +137,7 @@ class BackfillStage:
         request: ScoreRequest,
         cache: ScoreCache,
         candidates: CandidateShards | None,
-        facts: Mapping[str, Any],
+        facts: Facts,
         lease_s: float,
         on_shard: Callable[[int], None],
     ) -> None:
@@ -168,7 +168,7 @@ class BackfillStage:
             for shard in waiting:
                 found = await asyncio.to_thread(self._log.find_scores, self._folder, shard)
                 if found is not None:
-                    self._check_teacher(found.facts["teacher_digests"])
+                    self._check_teacher(found.facts.teacher_digests)
                     self._counts["found"] += 1
                     self._on_shard(len(shard))
                 elif await asyncio.to_thread(self._claim, shard):
@@ -201,15 +201,17 @@ class BackfillStage:
 
     async def _work(self, shard: IndexRange) -> None:
         trajectories = await asyncio.to_thread(self._log.read_trajectories, shard)
-        facts = dict(self._facts)
+        candidates = None
         if self._candidates is not None:
             trajectories = await asyncio.to_thread(self._candidates.join, shard, trajectories)
-            facts["candidates"] = self._candidates.name
+            candidates = self._candidates.name
         started = time.time()
         answers = await score_through(self._cache, self._scorer, trajectories, self._request, worker=self._worker.name)
         finished = time.time()
         self._worker.record("score", started, finished, answers.described(shard.name))
-        facts |= {**answers.facts(), "seconds": finished - started}
+        facts = replace(
+            answers.facts(), backfill=self._facts.backfill, candidates=candidates, seconds=finished - started
+        )
         await asyncio.to_thread(
             self._log.publish_scores, self._folder, shard, answers.scores, worker=self._worker.name, facts=facts
         )

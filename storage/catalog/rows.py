@@ -207,7 +207,7 @@ class RunRecords:
         for teacher in view.teachers():
             found += [(teacher, shard, manifest) for shard, manifest in view.scores(teacher).items()]
         for _, shard, manifest in found:
-            written_by = int(manifest.facts.get("parquet_schema_version", 0))
+            written_by = manifest.facts.parquet_schema_version or 0
             if written_by > SCHEMA_VERSION:
                 raise StorageError(
                     f"run {self.run_id}: shard {shard.name} has Parquet schema version {written_by}, this code reads "
@@ -228,7 +228,7 @@ def _labels(folder: str, own: str | None, manifest: Manifest) -> dict[str, str]:
     """What every row of a file of scores has in common; nothing for trajectories."""
     if not folder:
         return {}
-    candidates = manifest.facts.get("candidates") or "trajectories"
+    candidates = manifest.facts.candidates or "trajectories"
     return {"folder": folder, "origin": "run" if folder == own else "backfill", "candidates_from": candidates}
 
 
@@ -290,10 +290,10 @@ def shard_row(teacher: str, shard: IndexRange, manifest: Manifest) -> Row:
         "stage": "score" if teacher else "rollout",
         "teacher": teacher,
         **range_row(shard),
-        "num_rows": facts.get("num_rows"),
-        "num_tokens": facts.get("num_tokens"),
-        "num_dropped": len(facts.get("dropped", {})),
-        "seconds": facts.get("seconds"),
+        "num_rows": facts.num_rows,
+        "num_tokens": facts.num_tokens,
+        "num_dropped": len(facts.dropped),
+        "seconds": facts.seconds,
         "worker": manifest.worker,
         "published": time_of(manifest.created),
         "size_bytes": sum(promise["size_bytes"] for promise in manifest.objects.values()),
@@ -305,7 +305,7 @@ def dropped_of_shards(shards: Iterable[tuple[str, IndexRange, Manifest]]) -> lis
     rows: dict[tuple[int, str], Row] = {}
     at_rollout: set[int] = set()
     for teacher, _, manifest in sorted(shards, key=lambda found: found[0]):
-        for index, reason in manifest.facts.get("dropped", {}).items():
+        for index, reason in manifest.facts.dropped.items():
             if not teacher:
                 at_rollout.add(index)
             elif index in at_rollout:

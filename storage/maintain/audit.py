@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from storage.layout import parse, parse_shard, parse_version, shared_key
 from storage.maintain.checks import DataChecks, check_conservation, check_lineage
 from storage.maintain.findings import AuditReport, Finding, Mend
-from storage.manifests import REMOVED
 from storage.run_view import MANIFESTS, RunView
 from storage.stores.base import ObjectStore
 
@@ -120,10 +119,10 @@ def _said(kind: str, value: object) -> object:
         case "evaluation":
             return (value.version.number, value.version.rewind)  # type: ignore[attr-defined]
         case "checkpoint":
-            return (value.facts.get("step"), value.facts.get("rewind"))  # type: ignore[attr-defined]
+            return (value.facts.step, value.facts.rewind)  # type: ignore[attr-defined]
         case "rewind":
             return value.number  # type: ignore[attr-defined]
-    return value.facts.get("index_range")  # type: ignore[attr-defined]
+    return list(value.facts.index_range or ())  # type: ignore[attr-defined]
 
 
 def _check_garbage(snapshot: RunView, mend: Mend, grace_s: float) -> Iterator[Finding]:
@@ -143,7 +142,7 @@ def _check_garbage(snapshot: RunView, mend: Mend, grace_s: float) -> Iterator[Fi
 
 def _notes(snapshot: RunView) -> Iterator[str]:
     for kind in ("trajectories", "scores"):
-        reasons = [m.facts[REMOVED]["reason"] for m in snapshot.records[kind].values() if REMOVED in m.facts]
+        reasons = [m.facts.removed.reason for m in snapshot.records[kind].values() if m.facts.removed]
         for reason in sorted(set(reasons)):
             yield (
                 f"{reasons.count(reason)} shards of {kind} keep their manifest only ({reason}); their steps cannot be "

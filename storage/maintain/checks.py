@@ -18,7 +18,7 @@ from storage.layout import parse, parse_shard, parse_version
 from storage.learner_log import possible_rewinds
 from storage.maintain.findings import Finding, Mend
 from storage.maintain.ledger import Ledger, events_of
-from storage.manifests import REMOVED, find_manifest, sha256
+from storage.manifests import find_manifest, sha256
 from storage.parquet import decode_scores, decode_trajectories
 from storage.run_log import check_rows
 from storage.run_view import RunView
@@ -112,7 +112,7 @@ class DataChecks:
             )
             return
         lengths = [len(row.response_ids if manifest.kind == "trajectories" else row.sampled_logprobs_T) for row in rows]
-        promised = manifest.facts.get("num_tokens")
+        promised = manifest.facts.num_tokens
         if promised is not None and sum(lengths) != promised:
             mend = self._mend.quarantine(manifest_key)
             yield Finding("mismatch", manifest_key, f"{promised} response tokens", f"{sum(lengths)}", mend)
@@ -121,7 +121,7 @@ class DataChecks:
 def _check_promises(mend: Mend, key: str, manifest: Manifest) -> Iterator[Finding]:
     """Does the manifest name as many objects as its kind has?"""
     if manifest.kind in ("trajectories", "scores"):
-        expected = 0 if REMOVED in manifest.facts else 1
+        expected = 0 if manifest.facts.removed else 1
         if len(manifest.objects) != expected:
             found = f"{len(manifest.objects)} data objects"
             yield Finding("mismatch", key, f"{expected} data objects", found, mend.quarantine(key))
@@ -290,7 +290,7 @@ def _overlaps(snapshot: RunView, folder: str, shards: Shards, mend: Mend) -> Ite
 
 def _scores_fit(snapshot: RunView, folder: str, scores: Shards, trajectories: Shards, mend: Mend) -> Iterator[Finding]:
     """Scores belong to a stored shard, count its tokens, and come from one teacher."""
-    digests = sorted({tuple(manifest.facts.get("teacher_digests", ())) for manifest in scores.values()} - {()})
+    digests = sorted({manifest.facts.teacher_digests for manifest in scores.values()} - {()})
     for shard, manifest in sorted(scores.items()):
         key = snapshot.layout.shard_manifest(folder, shard)
         rolled_out = trajectories.get(shard)
@@ -306,11 +306,11 @@ def _scores_fit(snapshot: RunView, folder: str, scores: Shards, trajectories: Sh
                     mend.quarantine(trajectories_key),
                 )
             continue
-        counts = [tuple(m.facts.get(name) for name in ("num_rows", "num_tokens")) for m in (rolled_out, manifest)]
+        counts = [(m.facts.num_rows, m.facts.num_tokens) for m in (rolled_out, manifest)]
         if counts[0][0] == counts[1][0] and counts[0] != counts[1]:
             expected = f"scores of the {counts[0][1]} tokens of {trajectories_key}"
             yield Finding("mismatch", key, expected, f"scores of {counts[1][1]}", mend.quarantine(key))
-        own = tuple(manifest.facts.get("teacher_digests", ()))
+        own = manifest.facts.teacher_digests
         if own and own != digests[0]:
             expected = f"scores by teacher {digests[0]}, as in other shards"
             yield Finding("mismatch", key, expected, f"scores by teacher {own}", mend.quarantine(key))
@@ -374,7 +374,7 @@ def _follows_the_plan(
     for step in steps:
         key = snapshot.layout.step(step.step, step.rewind)
         ages, total = step.staleness_tokens, sum(step.staleness_tokens.values())
-        counted = [scores[shard].facts.get("num_tokens") for shard in plan.shards_of_step(step.step) if shard in scores]
+        counted = [scores[shard].facts.num_tokens for shard in plan.shards_of_step(step.step) if shard in scores]
         counts: list[int] = [count for count in counted if count is not None]
         is_whole = len(counts) == len(plan.shards_of_step(step.step)) and not step.dropped
         stored = sum(counts) if is_whole else step.num_tokens

@@ -22,10 +22,10 @@ from typing import Any
 
 from asyncopd.config.schema import Retention
 from asyncopd.errors import StorageError
-from asyncopd.types import IndexRange, Manifest, PolicyVersion, Removal
+from asyncopd.types import IndexRange, Manifest, PolicyVersion, Removal, Removed
 from storage.layout import parse, parse_shard, parse_version
 from storage.learner_log import survives
-from storage.manifests import REMOVED, find_manifest, read_objects
+from storage.manifests import find_manifest, read_objects
 from storage.records import to_json
 from storage.run_view import MANIFESTS, RunView
 from storage.stores.base import ObjectStore
@@ -118,7 +118,7 @@ def collect_run(
 
 def empty_shard(store: ObjectStore, key: str, manifest: Manifest, *, reason: str, advice: str, now: float) -> None:
     """Replace a shard's manifest by one without data: its counts stay, reading it raises, and nobody makes it again."""
-    facts = {**manifest.facts, REMOVED: {"reason": reason, "at": now, "advice": advice}}
+    facts = replace(manifest.facts, removed=Removed(reason, now, advice))
     store.put(key, to_json(replace(manifest, objects={}, facts=facts)))
 
 
@@ -150,7 +150,7 @@ def _kept(snapshot: RunView, policy: Retention) -> Kept:
     emptied = {
         index
         for key, manifest in snapshot.records["trajectories"].items()
-        if manifest.facts.get(REMOVED, {}).get("reason") == "retention"
+        if manifest.facts.removed and manifest.facts.removed.reason == "retention"
         for index in (parse_shard(key) or IndexRange(0, 1)).indices
     }
     return what_to_keep(
@@ -168,10 +168,9 @@ def _kept(snapshot: RunView, policy: Retention) -> Kept:
 
 def _bases(manifest: Manifest | None) -> Iterator[PolicyVersion]:
     """The versions that a version's weights are a difference to; none where they are stored whole."""
-    chain = (manifest.facts.get("chain") if manifest else None) or {}
-    base = chain.get("base")
-    if base and not chain.get("full"):
-        yield PolicyVersion(base["number"], base["rewind"])
+    chain = manifest.facts.chain if manifest else None
+    if chain is not None and chain.base is not None and not chain.full:
+        yield PolicyVersion(chain.base.number, chain.base.rewind)
 
 
 def _removable_manifests(snapshot: RunView, policy: Retention, kept: Kept, oldest: float) -> Iterator[tuple[str, str]]:
@@ -197,7 +196,7 @@ def _removable_shards(snapshot: RunView, kept: Kept, oldest: float) -> dict[str,
         key: "retention"
         for kind in ("trajectories", "scores")
         for key, manifest in snapshot.records[kind].items()
-        if REMOVED not in manifest.facts
+        if manifest.facts.removed is None
         and snapshot.entries[key].modified <= oldest
         and decided.issuperset((parse_shard(key) or IndexRange(0, 1)).indices)
     }

@@ -269,4 +269,4 @@ def events_of(view: RunView, teacher: str | None = None) -> list[Event]:
 
 
 def _dropped(manifest: Manifest) -> dict[int, str]:
-    return dict(manifest.facts.get("dropped", {}))
+    return dict(manifest.facts.dropped)

@@ -14,15 +14,14 @@ anything else  set aside; an observation is lost
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from asyncopd.errors import ObjectMissingError, StorageError
-from asyncopd.types import IndexRange, Manifest, PolicyVersion, PolicyWeights, Removal, Rewind
+from asyncopd.types import Facts, IndexRange, Manifest, PolicyVersion, PolicyWeights, Removal, Rewind
 from storage.layout import MODELS, parse, parse_shard, parse_version, quarantined, run_of
 from storage.learner_log import survives, surviving
 from storage.maintain.collect import empty_shard
 from storage.maintain.findings import Mend
-from storage.manifests import REMOVED
 from storage.records import to_json
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
@@ -147,7 +146,7 @@ def _scores(snapshot: RunView, key: str, done: Quarantine) -> None:
     rolled_out = snapshot.records["trajectories"].get(
         snapshot.layout.shard_manifest(snapshot.layout.trajectories, shard)
     )
-    if rolled_out is not None and REMOVED in rolled_out.facts:
+    if rolled_out is not None and rolled_out.facts.removed:
         _keep_without_data(snapshot, [key], "a step before the newest checkpoint", done)
         return
     _move(snapshot, key, done)
@@ -178,7 +177,7 @@ def _keep_without_data(snapshot: RunView, keys: list[str], trained_in: str, done
 def _rebuilt(snapshot: RunView, key: str) -> Manifest:
     """A manifest for a shard whose own is gone or cannot be read."""
     shard, kind = _shard_of(key), parse(key).kind
-    return Manifest(kind, {}, time.time(), _WORKER, {"index_range": [shard.start, shard.stop], "num_rows": 0})
+    return Manifest(kind, {}, time.time(), _WORKER, Facts(index_range=(shard.start, shard.stop), num_rows=0))
 
 
 def _free_claims(snapshot: RunView, shard: IndexRange, stage: str, done: Quarantine) -> None:
@@ -197,8 +196,8 @@ def _checkpoint(snapshot: RunView, key: str, done: Quarantine) -> None:
     done.consequences.append(
         f"a resume starts after step {number - 1} now." if number else "a resume starts at step 0."
     )
-    emptied = [m for m in snapshot.records["trajectories"].values() if REMOVED in m.facts]
-    if any(m.facts["index_range"][1] > _first_index(snapshot, number) for m in emptied):
+    emptied = [m for m in snapshot.records["trajectories"].values() if m.facts.removed]
+    if any((m.facts.index_range or (0, 0))[1] > _first_index(snapshot, number) for m in emptied):
         done.consequences.append("but trajectories after it were removed: restore the checkpoint, or start a new run.")
 
 
@@ -217,8 +216,7 @@ def _policy(snapshot: RunView, key: str, done: Quarantine) -> None:
     _move(snapshot, key, done)
     if weights is not None:
         manifest = snapshot.records["policy"].get(key)
-        facts = {"step": version.number, **(manifest.facts if manifest else {})}
-        facts.pop("chain", None)
+        facts = replace(manifest.facts if manifest else Facts(step=version.number), chain=None)
         log.publish_policy(PolicyWeights(version, weights), worker=_WORKER, facts=facts)
         done.consequences.append(f"version {version.number} was published again from the checkpoint of the same state.")
         return

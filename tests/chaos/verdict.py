@@ -148,7 +148,7 @@ def _indices(ranges: Iterable[IndexRange | IndexSet]) -> list[int]:
 
 def _tokens(observer: Observer, shards: Iterable[IndexRange]) -> int:
     known = observer.durable["rollout"]
-    return sum(known[shard].manifest.facts["num_tokens"] for shard in shards if shard in known)
+    return sum(known[shard].manifest.facts.num_tokens or 0 for shard in shards if shard in known)
 
 
 def _trajectories(log: StoredRunLog) -> Iterable[Trajectory]:
