@@ -74,7 +74,7 @@ def recorded(values: Mapping[Metric, float]) -> dict[str, float]:
         ConfigError: a metric is not in the table; names it and what to do.
     """
     for metric in values:
-        if _METRICS.get(metric.key) != metric:
+        if METRICS.get(metric.key) != metric:
             raise ConfigError(
                 f"metric {metric.key!r} is not in the table of asyncopd/metrics.py, so nobody could say what it means. "
                 "Define it there, then run `python -m asyncopd.metrics` for docs/metrics.md."
@@ -82,18 +82,14 @@ def recorded(values: Mapping[Metric, float]) -> dict[str, float]:
     return {metric.key: float(value) for metric, value in values.items()}
 
 
-def of_key(key: str) -> Metric | None:
-    """The metric that is stored under `key`; None for one that only an older version of this program recorded."""
-    return _METRICS.get(key)
-
-
-_METRICS: dict[str, Metric] = {}
+METRICS: dict[str, Metric] = {}
+"""The metrics of a training step by key. A stored step of an older version of this program may have others."""
 
 
 def _metric(key: str, unit: str, reduction: Reduction, meaning: str) -> Metric:
-    assert key not in _METRICS, f"{key} stands twice in the table"
-    _METRICS[key] = Metric(key, unit, reduction, meaning)
-    return _METRICS[key]
+    assert key not in METRICS, f"{key} stands twice in the table"
+    METRICS[key] = Metric(key, unit, reduction, meaning)
+    return METRICS[key]
 
 
 LOSS = _metric(
@@ -250,7 +246,7 @@ EVALUATION = (
 
 def documented(page: str) -> str:
     """`page` with the tables between its `<!-- table: … -->` and `<!-- end -->` marks made anew."""
-    step, loss = ([m for m in _METRICS.values() if m.key.startswith("loss/") is of_loss] for of_loss in (False, True))
+    step, loss = ([m for m in METRICS.values() if m.key.startswith("loss/") is of_loss] for of_loss in (False, True))
     for name, metrics in (("step", step), ("loss", loss), ("evaluation", EVALUATION)):
         mark = f"<!-- table: {name}; made by `python -m asyncopd.metrics` -->\n"
         before, found, after = page.partition(mark)

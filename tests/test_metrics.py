@@ -14,12 +14,12 @@ from asyncopd.metrics import (
     DRIFT,
     EVALUATION,
     LOSS,
+    METRICS,
     RATIO_MAX,
     TRAJECTORIES,
     Metric,
     Reduction,
     documented,
-    of_key,
     recorded,
 )
 from asyncopd.types import Evaluation
@@ -42,8 +42,8 @@ def test_a_metric_outside_the_table_cannot_be_recorded() -> None:
     # Nor one that means something else under a key of the table.
     with pytest.raises(ConfigError, match="train/loss_nats"):
         recorded({Metric(LOSS.key, "bits", Reduction.TOKEN_MEAN, "made up"): 1.0})
-    assert of_key("train/drift_nats") is DRIFT
-    assert of_key("train/surprise_nats") is None
+    assert METRICS["train/drift_nats"] is DRIFT
+    assert "train/surprise_nats" not in METRICS
 
 
 def test_a_metric_says_how_tokens_and_steps_reduce() -> None:
@@ -56,12 +56,10 @@ def test_a_metric_says_how_tokens_and_steps_reduce() -> None:
 
 
 def test_units_agree_with_keys_and_evaluations_have_the_fields_described() -> None:
-    for line in PAGE.read_text().splitlines():
-        if line.startswith(("| `train/", "| `loss/", "| `rollout/")):
-            metric = of_key(line.split("`")[1])
-            assert metric is not None
-            assert metric.key.endswith("_nats") == metric.unit.startswith("nats") or metric.key == "train/grad_norm"
-            assert not metric.key.endswith("_fraction") or metric.unit == "fraction"
+    for metric in METRICS.values():
+        assert re.fullmatch(r"(train|rollout|loss)/[a-z0-9_]+", metric.key)
+        assert metric.key.endswith("_nats") == metric.unit.startswith("nats") or metric.key == "train/grad_norm"
+        assert not metric.key.endswith("_fraction") or metric.unit == "fraction"
     assert {metric.key for metric in EVALUATION} < {field.name for field in fields(Evaluation)}
 
 

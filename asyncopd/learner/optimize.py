@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from asyncopd.errors import NonFiniteError
-from asyncopd.learner.statistics import StepStatistics
+from asyncopd.learner.statistics import StepStatistics, of_all_ranks
 from asyncopd.losses.contract import Estimator, StepContext
 from asyncopd.losses.gather import gather_logprobs
 from asyncopd.losses.rows import TokenRows
@@ -149,13 +148,8 @@ def _step_context(
     mine = StepContext.join(
         [estimator.step_context(b.rows, model(b.packed, estimator.student_ids(b.rows))[0]) for b in batches]
     )
-    if accelerator.num_processes == 1:
-        return mine
-    # On the CPU: an unpickled GPU tensor would come back on the device of the rank that sent it.
     shifts_H = None if mine.harmful_shifts_H is None else mine.harmful_shifts_H.cpu()
-    everyones: list[StepContext] = [mine] * accelerator.num_processes
-    torch.distributed.all_gather_object(everyones, StepContext(shifts_H))
-    return StepContext.join(everyones)
+    return StepContext.join(of_all_ranks(StepContext(shifts_H), accelerator)) if accelerator.num_processes > 1 else mine
 
 
 def _summed(value: int, accelerator: Accelerator) -> int:

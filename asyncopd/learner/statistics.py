@@ -57,12 +57,12 @@ class StepStatistics:
 
     def non_finite_indices(self, accelerator: Accelerator) -> list[int]:
         """Trajectories with a token whose loss is NaN or infinite, of all ranks, sorted."""
-        return sorted(set().union(*_of_all_ranks(self._non_finite, accelerator)))
+        return sorted(set().union(*of_all_ranks(self._non_finite, accelerator)))
 
     def reduced(self, accelerator: Accelerator) -> dict[m.Metric, float]:
         """Over all micro-batches and ranks, as each metric's reduction says."""
         mine = {metric: np.concatenate(parts) for metric, parts in self._arrays.items()}
-        everyones = _of_all_ranks((mine, np.concatenate(self._log_ratios)), accelerator)
+        everyones = of_all_ranks((mine, np.concatenate(self._log_ratios)), accelerator)
         arrays = {metric: np.concatenate([theirs[metric] for theirs, _ in everyones]) for metric in mine}
         reduced = {metric: metric.reduced(values_T) for metric, values_T in arrays.items()}
         ratios = ratio_metrics(np.concatenate([log_ratios for _, log_ratios in everyones]))
@@ -74,7 +74,11 @@ def _on_cpu(values_T: Tensor) -> NDArray[np.float32]:
     return values
 
 
-def _of_all_ranks(value: T, accelerator: Accelerator) -> list[T]:
+def of_all_ranks(value: T, accelerator: Accelerator) -> list[T]:
+    """The value of every rank, by rank.
+
+    Arrays should be on the CPU: an unpickled GPU tensor would come back on the device of the rank that sent it.
+    """
     everyones = [value] * accelerator.num_processes
     if accelerator.num_processes > 1:
         torch.distributed.all_gather_object(everyones, value)
