@@ -23,6 +23,9 @@ from asyncopd.tasks.prompts import read_questions
 from asyncopd.teacher.prompt_logprobs import MAX_FULL_VOCABULARY
 from storage.stores import open_store
 
+MIN_HEAD_SIZE = 32
+"""Of vLLM's attention on CPUs."""
+
 
 def preflight(config: RunConfig) -> None:
     """Check everything about a run that needs a disk but no model.
@@ -126,10 +129,6 @@ def _json(path: Path, role: str) -> dict[str, Any]:
         raise ConfigError(f"{role}.path: {path} is missing; expected a model directory in Hugging Face format.")
     loaded: dict[str, Any] = json.loads(path.read_text())
     return loaded
-
-
-MIN_HEAD_SIZE = 32
-"""Of vLLM's attention on CPUs."""
 
 
 def check_vllm(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from asyncopd.errors import ConfigError
 from asyncopd.models.random import derive, stream_key, uniforms
-from asyncopd.types import DrawLaw
+from asyncopd.types import Candidates, DrawLaw, FinishReason, IntArray, Trajectory, VersionRun
 
 LOGPROB_FLOOR = -100.0
 """Nats; stored where a log-prob is lower or −inf. exp(−100) is 0 in any loss, and unlike −inf it can be subtracted."""
@@ -37,6 +37,45 @@ class CandidateRule:
     num_draws: int
     """Draws to record; under law `policy` the emitted token is the first of them."""
     law: DrawLaw = "policy"
+
+    def candidates(self, ids_TC: NDArray[np.int32], logprobs_TC: NDArray[np.float32]) -> Candidates:
+        """What was recorded at T positions, from columns; the values are views into them.
+
+        Args:
+            ids_TC: [T, 1 + K + N] emitted token, head, draws.
+            logprobs_TC: [T, 1 + K + N + 1] log p_old of those, nats, then the tail mass.
+        """
+        head_end = 1 + self.head
+        return Candidates(
+            head_ids_TK=ids_TC[:, 1:head_end],
+            head_logprobs_TK=logprobs_TC[:, 1:head_end],
+            tail_logmass_T=logprobs_TC[:, -1],
+            draw_ids_TN=ids_TC[:, head_end:],
+            draw_logprobs_TN=logprobs_TC[:, head_end:-1],
+            law=self.law,
+        )
+
+    def trajectory(
+        self,
+        index: int,
+        prompt_ids: IntArray,
+        ids_TC: NDArray[np.int32],
+        logprobs_TC: NDArray[np.float32],
+        *,
+        version_runs: tuple[VersionRun, ...],
+        finish_reason: FinishReason,
+    ) -> Trajectory:
+        """A finished response from the columns of `candidates`; the rollout stage adds what it knows of the prompt."""
+        return Trajectory(
+            index=index,
+            prompt_id="",
+            prompt_ids=prompt_ids,
+            response_ids=ids_TC[:, 0],
+            behaviour_logprobs_T=logprobs_TC[:, 0],
+            version_runs=version_runs,
+            finish_reason=finish_reason,
+            candidates=self.candidates(ids_TC, logprobs_TC),
+        )
 
 
 @dataclass(frozen=True)

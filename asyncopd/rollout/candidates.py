@@ -134,20 +134,11 @@ class CandidateSource:
         self, trajectory: Trajectory, ids_TC: NDArray[np.int32], logprobs_TC: NDArray[np.float32]
     ) -> Candidates:
         self._check_reproduced(trajectory, logprobs_TC[:, 0])
-        head_end = 1 + self._rule.head
-        draw_ids_TN, draw_logprobs_TN = ids_TC[:, head_end:].copy(), logprobs_TC[:, head_end:-1].copy()
         if self._rule.law == "policy" and self._rule.num_draws:
             # The emitted token is draw 0, with the log-prob that was recorded.
-            draw_ids_TN[:, 0] = trajectory.response_ids
-            draw_logprobs_TN[:, 0] = trajectory.behaviour_logprobs_T
-        return Candidates(
-            head_ids_TK=ids_TC[:, 1:head_end].copy(),
-            head_logprobs_TK=logprobs_TC[:, 1:head_end].copy(),
-            tail_logmass_T=logprobs_TC[:, -1].copy(),
-            draw_ids_TN=draw_ids_TN,
-            draw_logprobs_TN=draw_logprobs_TN,
-            law=self._rule.law,
-        )
+            ids_TC[:, 1 + self._rule.head] = trajectory.response_ids
+            logprobs_TC[:, 1 + self._rule.head] = trajectory.behaviour_logprobs_T
+        return self._rule.candidates(ids_TC, logprobs_TC)
 
     def _check_reproduced(self, trajectory: Trajectory, logprobs_T: NDArray[np.float32]) -> None:
         difference = float(np.abs(logprobs_T - trajectory.behaviour_logprobs_T).mean())

@@ -25,7 +25,7 @@ from asyncopd.models.packing import PackedTokens, TokenPair, pack
 from asyncopd.models.sampling import CandidateRule, check_law, draw, law_logprobs, policy_key
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.slots import SlotModel
-from asyncopd.types import Candidates, FinishReason, IntArray, PolicyVersion, PolicyWeights, Trajectory, VersionRun
+from asyncopd.types import FinishReason, IntArray, PolicyVersion, PolicyWeights, Trajectory, VersionRun
 
 # Short rows keep the block-causal mask small: attention over C cells costs C² whatever the segments are.
 _ROW_CAPACITY = 128
@@ -262,23 +262,13 @@ class TokenRecords:
         """The finished response; its arrays are views into two copies made here."""
         ids_TC = self._ids_STC[response.row, :count].copy()
         logprobs_TC = self._logprobs_STC[response.row, :count].copy()
-        head_end = 1 + self._rule.head
-        return Trajectory(
-            index=response.request.index,
-            prompt_id="",
-            prompt_ids=response.request.prompt_ids,
-            response_ids=ids_TC[:, 0],
-            behaviour_logprobs_T=logprobs_TC[:, 0],
+        return self._rule.trajectory(
+            response.request.index,
+            response.request.prompt_ids,
+            ids_TC,
+            logprobs_TC,
             version_runs=response.version_runs(count),
             finish_reason=finish_reason,
-            candidates=Candidates(
-                head_ids_TK=ids_TC[:, 1:head_end],
-                head_logprobs_TK=logprobs_TC[:, 1:head_end],
-                tail_logmass_T=logprobs_TC[:, -1],
-                draw_ids_TN=ids_TC[:, head_end:],
-                draw_logprobs_TN=logprobs_TC[:, head_end:-1],
-                law=self._rule.law,
-            ),
         )
 
 

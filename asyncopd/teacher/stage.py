@@ -1,13 +1,10 @@
-"""The scoring stage: asks one teacher about every trajectory shard of a run, in index order as far as they exist.
+"""Scoring: a teacher is asked about every trajectory shard of a run, as it appears or, back-filled, long after.
 
-    RunLog --trajectory shards--> next_shard --claim--> cache, then Scorer --> score shards
+    ScoreStage     trajectory shards --next_shard, claim--> cache, then Scorer --> scores/<teacher>/
+    BackfillStage  trajectory shards --(candidates recomputed beside them)--> cache, then Scorer --> scores/<folder>/
 
-The back-filling stage: asks a teacher about rollouts that exist, into a folder of scores of its own.
-
-    trajectory shards --(candidates recomputed beside them)--> cache, then Scorer --> scores/<folder>/
-
-Nothing that exists is changed. Shards are claimed, so several processes can share the work; a shard that is there
-already is skipped, so a back-fill that stopped goes on where it was.
+Shards are scored in index order as far as they exist, and claimed, so that several processes can share the work. A
+shard of scores that is there is skipped, so either goes on where it was; nothing that exists is changed.
 """
 
 from __future__ import annotations

@@ -1,23 +1,15 @@
 """Starting a vLLM engine for a model directory: one place for the settings both roles share, public names only.
 
-config.json + model.safetensors --AsyncLLM--> engine process (weights, KV cache, scheduler)
+config.json + model.safetensors --AsyncLLM--> engine process (weights, KV cache, scheduler; recorder.EngineWorker)
    token ids in, token ids out: vLLM's tokenizer is never loaded
-
-`EngineWorker` is what each of its worker processes does besides: it ends when the process that started the engine is
-gone.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import signal
-import threading
-import time
 from typing import Any
 
-import psutil
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -33,7 +25,7 @@ async def start_engine(
     name: str,
     max_context: int,
     max_sequences: int,
-    worker_extension: str = "asyncopd.vllm.engine.EngineWorker",
+    worker_extension: str = "asyncopd.vllm.recorder.EngineWorker",
     **changes: Any,
 ) -> AsyncLLM:
     """An engine that serves `model`, loaded in its own process. Takes 10 to 60 s; the event loop goes on meanwhile.
@@ -43,7 +35,7 @@ async def start_engine(
         name: names the engine in errors.
         max_context: most tokens of prompt and response together.
         max_sequences: responses in one batch.
-        worker_extension: a subclass of `EngineWorker`.
+        worker_extension: `EngineWorker` or a subclass.
         changes: further engine arguments.
     Raises:
         EngineError: vLLM cannot serve the model, or did not start.
@@ -93,38 +85,3 @@ async def stop_engine(engine: AsyncLLM) -> None:
     if engine.output_handler is not None:
         engine.output_handler.cancel()
     await asyncio.to_thread(engine.shutdown)
-
-
-_LOOK_EVERY_S = 1.0
-
-
-class EngineWorker:
-    """Mixed into vLLM's worker class by `worker_extension_cls`; called through `AsyncLLM.collective_rpc`."""
-
-    def end_with(self, pid: int) -> None:
-        """End the engine within a second or so of process `pid`, however that ends: vLLM itself does not notice.
-
-        The engine is this process and those between it and `pid`: with its own worker processes vLLM has two layers.
-        """
-        role = psutil.Process(pid)
-        ancestors = psutil.Process().parents()
-        between = ancestors[: ancestors.index(role)] if role in ancestors else []
-        watch = threading.Thread(target=_end_with, args=(role, between), name="end-with-role", daemon=True)
-        watch.start()
-
-
-def _end_with(role: psutil.Process, between: list[psutil.Process]) -> None:
-    while _runs(role):
-        time.sleep(_LOOK_EVERY_S)
-    # Nobody is left to hand anything to, and an orderly shutdown would wait for that nobody.
-    for process in between:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

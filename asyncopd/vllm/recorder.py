@@ -1,20 +1,27 @@
-"""What AsyncOPD runs inside vLLM's engine process: draws tokens, and keeps what was drawn until it is fetched.
+"""What AsyncOPD runs inside vLLM's engine process: draws tokens, keeps what was drawn, and ends with its role.
 
     logits --RecordingDraw.apply--> law, draws (models/sampling, the hf engine's own) --> all logits −inf but one
                        |                                                                    vLLM's argmax emits that
                        +--> store --RecordFetcher.take_records (collective RPC)--> VllmSampler
 
-Both classes are vLLM's official extension points: a logits processor and a worker extension. vLLM's samplers are not
-used because they hand out no draws, their seeds crash the CPU engine, and top-p kernels hide the truncated law.
+A logits processor and worker extensions are vLLM's official extension points; its processes import them by name, so
+this module imports no engine. vLLM's samplers are not used because they hand out no draws, their seeds crash the CPU
+engine, and top-p kernels hide the truncated law.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from vllm import SamplingParams
@@ -22,10 +29,10 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
 
 from asyncopd.models.sampling import CandidateRule, draw, law_logprobs
-from asyncopd.vllm.engine import EngineWorker
 
 TICKET, KEY, LAW = "asyncopd_ticket", "asyncopd_key", "asyncopd_law"
 """Names in a request's `extra_args` (its ticket and random key) and in the engine's `additional_config`."""
+_LOOK_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,21 @@ class RecordingDraw(LogitsProcessor):  # type: ignore[misc]  # vLLM is optional,
         return logits
 
 
+class EngineWorker:
+    """Mixed into vLLM's worker class by `worker_extension_cls`; called through `AsyncLLM.collective_rpc`."""
+
+    def end_with(self, pid: int) -> None:
+        """End the engine within a second or so of process `pid`, however that ends: vLLM itself does not notice.
+
+        The engine is this process and those between it and `pid`: with its own worker processes vLLM has two layers.
+        """
+        role = psutil.Process(pid)
+        ancestors = psutil.Process().parents()
+        between = ancestors[: ancestors.index(role)] if role in ancestors else []
+        watch = threading.Thread(target=_end_with, args=(role, between), name="end-with-role", daemon=True)
+        watch.start()
+
+
 class RecordFetcher(EngineWorker):
     """Added to vLLM's worker class by `worker_extension_cls`; called through `AsyncLLM.collective_rpc`."""
 
@@ -124,3 +146,20 @@ def _bytes_of(recording: _Recording) -> list[bytes]:
     ids_TC = np.stack([step.ids_AC[row].numpy() for step, row in places])
     logprobs_TC = np.stack([step.logprobs_AC[row].numpy() for step, row in places])
     return [ids_TC.tobytes(), logprobs_TC.tobytes()]
+
+
+def _end_with(role: psutil.Process, between: list[psutil.Process]) -> None:
+    while _runs(role):
+        time.sleep(_LOOK_EVERY_S)
+    # Nobody is left to hand anything to, and an orderly shutdown would wait for that nobody.
+    for process in between:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

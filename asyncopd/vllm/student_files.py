@@ -15,7 +15,7 @@ from vllm.outputs import CompletionOutput
 from asyncopd.errors import EngineError
 from asyncopd.models.sampling import CandidateRule
 from asyncopd.ports import SampleRequest
-from asyncopd.types import Candidates, FinishReason, PolicyWeights, Trajectory, VersionRun
+from asyncopd.types import PolicyWeights, Trajectory, VersionRun
 from asyncopd.vllm.model_folder import ModelFolder
 
 
@@ -100,28 +100,17 @@ def trajectory_of(
             f"with versions {completion.weight_versions}. This is a bug of the vllm engine or a vLLM other than 0.32; "
             "use rollout.engine hf and report it."
         )
-    head_end = 1 + rule.head
-    reason: FinishReason = "stop" if emitted[-1] == eos_id else "length"
-    return Trajectory(
-        index=request.index,
-        prompt_id="",
-        prompt_ids=request.prompt_ids,
-        response_ids=ids_TC[:, 0],
-        behaviour_logprobs_T=logprobs_TC[:, 0],
+    return rule.trajectory(
+        request.index,
+        request.prompt_ids,
+        ids_TC,
+        logprobs_TC,
         version_runs=tuple(
             VersionRun(int(span.version.split(".")[0]), span.end - span.start)
             for span in completion.weight_versions
             if span.end > span.start
         ),
-        finish_reason=reason,
-        candidates=Candidates(
-            head_ids_TK=ids_TC[:, 1:head_end],
-            head_logprobs_TK=logprobs_TC[:, 1:head_end],
-            tail_logmass_T=logprobs_TC[:, -1],
-            draw_ids_TN=ids_TC[:, head_end:],
-            draw_logprobs_TN=logprobs_TC[:, head_end:-1],
-            law=rule.law,
-        ),
+        finish_reason="stop" if emitted[-1] == eos_id else "length",
     )
 
 

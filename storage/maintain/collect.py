@@ -5,7 +5,7 @@
 The record comes before the first deletion, and a manifest goes before its data: a crash in between leaves unreferenced
 objects, which the next collection removes.
 
-What of a run must stay: a pure function of its policy and its history.
+What must stay (`what_to_keep`) is a pure function of the policy and the history of a run:
 
 newest checkpoint, and the one before     a resume, also when the newest turns out corrupt
 their versions, and the newest one        what samplers load while the learner goes on
