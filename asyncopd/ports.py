@@ -10,25 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from asyncopd.records import NO_FACTS, Claim, Facts, Manifest, RunState, WorkerStatus
 from asyncopd.schedule import Arrival
 from asyncopd.types import (
-    NO_FACTS,
-    Claim,
     Evaluation,
-    Facts,
     IndexRange,
     IntArray,
-    Manifest,
     PolicyVersion,
     PolicyWeights,
     Prompt,
-    RunState,
     Span,
     Split,
     TeacherScores,
     TrainStep,
     Trajectory,
-    WorkerStatus,
 )
 
 

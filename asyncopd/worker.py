@@ -27,7 +27,8 @@ from typing import Any, Protocol, TypeVar
 
 from asyncopd.errors import DeadlineError, RunStoppedError, StorageError
 from asyncopd.ports import RunLog
-from asyncopd.types import IndexRange, Span, WorkerStatus
+from asyncopd.records import WorkerStatus
+from asyncopd.types import IndexRange, Span
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncopd.config import load_config
+from asyncopd.records import Facts
 from asyncopd.types import (
     Candidates,
     Evaluation,
-    Facts,
     IndexRange,
     PolicyVersion,
     PolicyWeights,

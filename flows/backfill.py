@@ -17,10 +17,11 @@ from asyncopd.learner.restore import find_version
 from asyncopd.local.console import bar
 from asyncopd.models.sampling import CandidateRule
 from asyncopd.ports import ScoreRequest
+from asyncopd.records import Facts
 from asyncopd.rollout.candidates import CandidateSource
 from asyncopd.teacher.cached import NoCache
 from asyncopd.teacher.stage import Backfilled, BackfillStage
-from asyncopd.types import Facts, IndexRange, Trajectory
+from asyncopd.types import IndexRange, Trajectory
 from flows.engines import make_scorer, student_skeleton
 from flows.roles import pretrain_model
 from flows.wiring import OpenRun, missing_models, open_stored_run

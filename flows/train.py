@@ -37,8 +37,8 @@ from asyncopd.config.resume import safe_changes
 from asyncopd.errors import ConfigError
 from asyncopd.local.processes import TERMINATE_GRACE_S, RoleProcesses, RoleSpec, home, record_process
 from asyncopd.local.stack import prefect_environment
+from asyncopd.records import RunStateName
 from asyncopd.schedule import LEARNER_PLACE
-from asyncopd.types import RunStateName
 from flows.preflight import preflight
 from flows.report import report_run
 from storage.launches import LaunchLog

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from asyncopd.errors import ShardCorruptError
-from asyncopd.types import Candidates, Facts, IndexRange, Manifest, Trajectory
+from asyncopd.records import Facts, Manifest
+from asyncopd.types import Candidates, IndexRange, Trajectory
 from storage.manifests import find_manifest, publish, read_manifest, read_objects, what_to_do
 from storage.parquet import decode_candidates, encode_candidates
 from storage.run_log import StoredRunLog

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from asyncopd.errors import ShardCorruptError
-from asyncopd.types import Claim, Heartbeat, IndexRange, WorkerStatus
+from asyncopd.records import Claim, Heartbeat, WorkerStatus
+from asyncopd.types import IndexRange
 from storage.layout import RunLayout, parse
 from storage.records import from_json, to_json
 from storage.stores.base import ObjectStore

@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from asyncopd.records import Failure, RunChange, RunState, RunStateName
 from asyncopd.schedule import Arrival
-from asyncopd.types import Evaluation, Failure, RunChange, RunState, RunStateName, Span
+from asyncopd.types import Evaluation, Span
 from storage.layout import RunLayout, parse_version
 from storage.learner_log import Lineage, surviving
 from storage.records import NumberedRecords, from_json, to_json

@@ -18,7 +18,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncopd.types import Evaluation, Failure, Heartbeat, Rewind, RunState, TrainStep
+from asyncopd.records import Failure, Heartbeat, Rewind, RunState
+from asyncopd.types import Evaluation, TrainStep
 from storage.launches import StateRequest
 
 RunStatus = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]

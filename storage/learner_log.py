@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from asyncopd.errors import StorageError
-from asyncopd.types import Facts, PolicyVersion, Rewind, TrainStep
+from asyncopd.records import Facts, Rewind
+from asyncopd.types import PolicyVersion, TrainStep
 from storage.layout import RunLayout, new_nonce, parse_version
 from storage.manifests import publish, read_manifest, read_objects
 from storage.records import NumberedRecords, from_json, to_json

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError
-from asyncopd.types import NO_FACTS, Facts, Manifest
+from asyncopd.records import NO_FACTS, Facts, Manifest
 from storage.layout import quarantined
 from storage.records import from_json, to_json
 from storage.stores.base import ObjectStore

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from asyncopd.config.recorded import CacheRequirements, check_cache
 from asyncopd.errors import ConfigError, ShapeError
-from asyncopd.types import FloatArray, IndexRange, Manifest, ScoredTrajectory, TeacherScores, Trajectory
+from asyncopd.records import Manifest
+from asyncopd.types import FloatArray, IndexRange, ScoredTrajectory, TeacherScores, Trajectory
 from storage.candidates import with_candidates
 from storage.run_log import StoredRunLog
 

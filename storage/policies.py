@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
-from asyncopd.types import NO_FACTS, ChainBase, Facts, Manifest, PolicyVersion, PolicyWeights, WeightChain
+from asyncopd.records import NO_FACTS, ChainBase, Facts, Manifest, WeightChain
+from asyncopd.types import PolicyVersion, PolicyWeights
 from storage.layout import RunLayout, parse_version
 from storage.learner_log import Lineage, possible_rewinds, surviving
 from storage.manifests import find_manifest, publish, read_manifest, read_object, sha256

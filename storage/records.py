@@ -22,21 +22,9 @@ from typing import Any, Generic, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 
 from asyncopd.errors import ShapeError, ShardCorruptError, StorageError
+from asyncopd.records import Claim, Facts, Heartbeat, Manifest, Rewind, RunState, WorkerStatus
 from asyncopd.schedule import Arrival
-from asyncopd.types import (
-    Claim,
-    Evaluation,
-    Facts,
-    Heartbeat,
-    IndexRange,
-    IndexSet,
-    Manifest,
-    Rewind,
-    RunState,
-    Span,
-    TrainStep,
-    WorkerStatus,
-)
+from asyncopd.types import Evaluation, IndexRange, IndexSet, Span, TrainStep
 from storage.layout import parse
 from storage.stores.base import ObjectStore
 

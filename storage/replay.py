@@ -22,9 +22,10 @@ from asyncopd.config import RunConfig
 from asyncopd.config.replay import Backfill, Replay, backfill_of, first_step, replay_config, replays_of
 from asyncopd.config.requests import BackfillRequest, ReplayRequest, Request
 from asyncopd.errors import ConfigError, StorageError
+from asyncopd.records import NO_FACTS, Facts, Manifest
 from asyncopd.schedule import Arrival, Plan, arrivals_of_step, num_taken
 from asyncopd.tasks.build import build_task
-from asyncopd.types import NO_FACTS, Facts, IndexRange, Manifest, ScoredTrajectory, TeacherScores, Trajectory
+from asyncopd.types import IndexRange, ScoredTrajectory, TeacherScores, Trajectory
 from storage.mixture import ScoresView
 from storage.run_log import StoredRunLog
 from storage.stores.base import ObjectStore

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from asyncopd.errors import ShapeError, ShardCorruptError
-from asyncopd.types import NO_FACTS, Facts, IndexRange, Manifest, TeacherScores, Trajectory
+from asyncopd.records import NO_FACTS, Facts, Manifest
+from asyncopd.types import IndexRange, TeacherScores, Trajectory
 from storage.claims import ClaimLog
 from storage.events import ArrivalLog, ObservationLog, RunStateLog
 from storage.layout import RunLayout, decode_name, new_nonce, parse_shard

@@ -18,22 +18,9 @@ from typing import Any
 from asyncopd.config import RunConfig
 from asyncopd.config.schema import Limits
 from asyncopd.errors import ShardCorruptError, StorageError
+from asyncopd.records import Claim, Failure, Heartbeat, Manifest, Removal, Rewind, RunChange, RunState
 from asyncopd.schedule import Arrival
-from asyncopd.types import (
-    Claim,
-    Evaluation,
-    Failure,
-    Heartbeat,
-    IndexRange,
-    Manifest,
-    PolicyVersion,
-    Removal,
-    Rewind,
-    RunChange,
-    RunState,
-    Span,
-    TrainStep,
-)
+from asyncopd.types import Evaluation, IndexRange, PolicyVersion, Span, TrainStep
 from storage.events import with_changes
 from storage.history import History, RunStatus, is_alive, role_of, status_of
 from storage.launches import LaunchLog, StateRequest

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asyncopd.errors import RunMissingError, StorageError
-from asyncopd.types import NO_FACTS, Facts, Manifest
+from asyncopd.records import NO_FACTS, Facts, Manifest
 from storage.layout import RUNS, RunLayout, new_nonce, shared_key
 from storage.manifests import find_manifest, publish, read_manifest, read_objects
 from storage.records import from_json, to_json

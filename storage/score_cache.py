@@ -16,7 +16,8 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from asyncopd.ports import ScoreRequest
-from asyncopd.types import Facts, TeacherScores, Trajectory
+from asyncopd.records import Facts
+from asyncopd.types import TeacherScores, Trajectory
 from storage.layout import parse, shared_key
 from storage.manifests import publish, read_manifest, read_objects
 from storage.parquet import decode_scores, encode_scores

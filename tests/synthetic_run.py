@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from asyncopd.config import RunConfig
+from asyncopd.records import WorkerStatus
 from asyncopd.types import (
     Candidates,
     Evaluation,
@@ -18,7 +19,6 @@ from asyncopd.types import (
     TrainStep,
     Trajectory,
     VersionRun,
-    WorkerStatus,
 )
 from storage.run_log import StoredRunLog
 from storage.runs import create_run

@@ -9,7 +9,7 @@ from storage_builders import make_step, memory_log
 from synthetic_run import config_of
 
 from asyncopd.cli.progress import ProgressWatch, bottleneck
-from asyncopd.types import WorkerStatus
+from asyncopd.records import WorkerStatus
 from asyncopd.worker import WINDOW_S, BusyShare
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView

@@ -24,7 +24,8 @@ from storage_builders import (
 )
 
 from asyncopd.errors import ObjectMissingError, StorageError
-from asyncopd.types import Facts, IndexRange, VersionRun
+from asyncopd.records import Facts
+from asyncopd.types import IndexRange, VersionRun
 from storage.catalog.rows import AsOf
 from storage.catalog.snapshot import Catalog
 from storage.catalog.views import RELATIONS, closure, mentioned

@@ -15,7 +15,8 @@ from query_log import write_log
 from storage_builders import fresh_log, fresh_store, make_step, make_trajectories
 
 from asyncopd.errors import QueryError
-from asyncopd.types import Facts, IndexRange, Span
+from asyncopd.records import Facts
+from asyncopd.types import IndexRange, Span
 from storage.catalog.notebook import OpenedRun
 from storage.catalog.stored_queries import find_query, stored_queries
 from storage.run_log import StoredRunLog

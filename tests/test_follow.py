@@ -14,7 +14,7 @@ from asyncopd.cli.follow import follow, show_report, show_status
 from asyncopd.cli.progress import ProgressWatch
 from asyncopd.config import RunConfig
 from asyncopd.errors import StorageError
-from asyncopd.types import WorkerStatus
+from asyncopd.records import WorkerStatus
 from flows.report import summarise
 from storage.layout import parse_version
 from storage.run_log import StoredRunLog

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = (
-    "types errors metrics",
+    "types errors records metrics",
     "config schedule ports worker losses models tasks",
     "rollout teacher learner evaluate vllm report local plan study storage",
     "flows api",
@@ -22,6 +22,7 @@ FLOORS = (
 """Names below asyncopd/, or at the top. A module imports from lower floors and from its own folder."""
 ALLOWED = {
     "types": {"errors"},
+    "records": {"types"},
     "metrics": {"errors"},
     "config": {"schedule"},
     "ports": {"schedule"},
@@ -33,7 +34,7 @@ ALLOWED = {
     "study": {"rollout", "teacher", "learner", "evaluate", "report", "local"},
 }
 """Neighbours of the same floor that a folder knows. Stages are siblings and never know each other."""
-STORAGE_KNOWS = {"types", "errors", "schedule", "config", "tasks", "ports"}
+STORAGE_KNOWS = {"types", "errors", "records", "schedule", "config", "tasks", "ports"}
 ONLY_IN = {
     "torch": {"losses", "models", "learner", "rollout", "teacher", "vllm", "study", "flows"},
     "vllm": {"vllm"},

@@ -14,7 +14,8 @@ import pytest
 
 from asyncopd.cli import main
 from asyncopd.errors import ObjectMissingError, StorageError
-from asyncopd.types import IndexRange, PolicyVersion, WorkerStatus
+from asyncopd.records import WorkerStatus
+from asyncopd.types import IndexRange, PolicyVersion
 from flows.wiring import OpenRun, open_stored_run
 from storage.maintain.audit import audit_run
 from storage.maintain.quarantine import set_aside

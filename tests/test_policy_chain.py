@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from storage_builders import STORE_KINDS, fresh_log, memory_log, reopened
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
-from asyncopd.types import Facts, PolicyVersion, PolicyWeights
+from asyncopd.records import Facts
+from asyncopd.types import PolicyVersion, PolicyWeights
 from storage.records import to_json
 from storage.run_log import StoredRunLog
 from storage.stores.base import MemoryStore

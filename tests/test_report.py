@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from synthetic_run import START, config_of, evaluation, new_log, publish_run, scores_of, train_step, trajectory
 
+from asyncopd.records import WorkerStatus
 from asyncopd.report.measure import STANDSTILL_S
 from asyncopd.report.summary import Summary
 from asyncopd.report.text import to_markdown
 from asyncopd.report.write import Report
-from asyncopd.types import IndexRange, Span, WorkerStatus
+from asyncopd.types import IndexRange, Span
 from flows.report import report_run, summarise
 from storage.run_log import StoredRunLog
 from storage.stores import open_store

@@ -22,7 +22,7 @@ from synthetic_run import config_of, new_log, weights_of
 
 from api.reader import FRESH_S
 from asyncopd.local import prefect_api as flow_runs
-from asyncopd.types import WorkerStatus
+from asyncopd.records import WorkerStatus
 from flows.train import _requested_end
 from storage.launches import LaunchLog
 from storage.runs import open_run

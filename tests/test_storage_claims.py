@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from storage_builders import STORE_KINDS, fresh_log, fresh_store
 
-from asyncopd.types import IndexRange, WorkerStatus
+from asyncopd.records import WorkerStatus
+from asyncopd.types import IndexRange
 from storage.records import to_json
 from storage.run_log import StoredRunLog
 from storage.stores.base import ObjectStore

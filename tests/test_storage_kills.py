@@ -124,7 +124,8 @@ HOLD = """
 import sys, time
 real = time.time
 time.time = lambda: real() + float(sys.argv[2])
-from asyncopd.types import IndexRange, WorkerStatus
+from asyncopd.records import WorkerStatus
+from asyncopd.types import IndexRange
 from storage.stores import open_store
 from storage.run_log import StoredRunLog
 

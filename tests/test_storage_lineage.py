@@ -12,7 +12,8 @@ from storage_builders import make_evaluation, make_step, make_weights, memory_lo
 
 import storage.policies
 from asyncopd.errors import ObjectMissingError, StorageError
-from asyncopd.types import Facts, PolicyVersion, Rewind
+from asyncopd.records import Facts, Rewind
+from asyncopd.types import PolicyVersion
 from storage.learner_log import possible_rewinds, survives, surviving
 from storage.run_log import StoredRunLog
 from storage.stores.base import MemoryStore

@@ -25,7 +25,8 @@ from storage_builders import (
 
 from asyncopd.errors import ObjectMissingError, ShapeError, ShardCorruptError
 from asyncopd.ports import RunLog
-from asyncopd.types import Facts, IndexRange, PolicyVersion
+from asyncopd.records import Facts
+from asyncopd.types import IndexRange, PolicyVersion
 from storage.manifests import quarantine
 from storage.records import to_json
 from storage.run_log import StoredRunLog

@@ -10,7 +10,8 @@ import pytest
 from storage_builders import STORE_KINDS, fresh_store, make_evaluation, memory_log, reopened
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
-from asyncopd.types import Evaluation, Facts, IndexRange, PolicyVersion, Span, WorkerStatus
+from asyncopd.records import Facts, WorkerStatus
+from asyncopd.types import Evaluation, IndexRange, PolicyVersion, Span
 from storage.layout import RunLayout, decode_name, encode_name, parse, parse_shard, parse_version
 from storage.records import from_json, to_json
 from storage.runs import create_run, find_model, list_runs, open_run, publish_model, read_model

@@ -9,24 +9,9 @@ from typing import Any
 
 import pytest
 
+from asyncopd.records import Claim, Failure, Heartbeat, Manifest, Removal, Rewind, RunChange, RunState, WorkerStatus
 from asyncopd.schedule import Arrival
-from asyncopd.types import (
-    Claim,
-    Evaluation,
-    Failure,
-    Heartbeat,
-    IndexRange,
-    IndexSet,
-    Manifest,
-    PolicyVersion,
-    Removal,
-    Rewind,
-    RunChange,
-    RunState,
-    Span,
-    TrainStep,
-    WorkerStatus,
-)
+from asyncopd.types import Evaluation, IndexRange, IndexSet, PolicyVersion, Span, TrainStep
 from storage.records import from_json, to_json
 
 STORED: dict[str, str] = json.loads((Path(__file__).parent / "stored_records.json").read_text(encoding="utf-8"))

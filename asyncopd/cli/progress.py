@@ -23,10 +23,11 @@ from rich.table import Table
 
 from asyncopd.config import RunConfig
 from asyncopd.metrics import DRIFT, KL, LOSS
+from asyncopd.records import Heartbeat, WorkerStatus
 from asyncopd.report.measure import RECENT_STEPS, staleness_of, trained_per_s
 from asyncopd.report.summary import StalenessFigures
 from asyncopd.report.text import duration, number, percent
-from asyncopd.types import Evaluation, Heartbeat, TrainStep, WorkerStatus
+from asyncopd.types import Evaluation, TrainStep
 from storage.history import History, RunStatus, is_alive, role_of, status_of
 from storage.run_view import RunView
 

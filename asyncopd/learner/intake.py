@@ -14,8 +14,9 @@ from typing import Protocol
 
 from asyncopd.errors import StorageError
 from asyncopd.ports import RunLog
+from asyncopd.records import Manifest
 from asyncopd.schedule import Arrival, OpenShards, Plan, arrivals_of_step, judge, num_taken
-from asyncopd.types import IndexRange, IndexSet, Manifest, ScoredTrajectory
+from asyncopd.types import IndexRange, IndexSet, ScoredTrajectory
 from asyncopd.worker import Worker
 
 

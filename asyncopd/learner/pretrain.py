@@ -17,7 +17,7 @@ from asyncopd.losses.divergences import cross_entropy
 from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
 from asyncopd.models.packing import pack
 from asyncopd.ports import Task
-from asyncopd.types import Facts
+from asyncopd.records import Facts
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Protocol
 from asyncopd.errors import ConfigError
 from asyncopd.learner.student import Student
 from asyncopd.ports import RunLog
-from asyncopd.types import Facts, PolicyVersion, PolicyWeights, ScoredTrajectory
+from asyncopd.records import Facts
+from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory
 
 
 class CheckpointedLog(RunLog, Protocol):

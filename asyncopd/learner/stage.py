@@ -18,8 +18,9 @@ from asyncopd.learner.statistics import batch_metrics, staleness_tokens
 from asyncopd.learner.student import Student
 from asyncopd.metrics import LR, SECONDS, recorded
 from asyncopd.ports import RunLog
+from asyncopd.records import Claim, Facts
 from asyncopd.schedule import LEARNER_PLACE, Plan
-from asyncopd.types import Claim, Facts, PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
+from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
 from asyncopd.worker import Worker
 
 

@@ -18,8 +18,9 @@ from dataclasses import replace
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
 from asyncopd.metrics import DRIFT
 from asyncopd.ports import RunLog, Sampler, SampleRequest, Task
+from asyncopd.records import Facts
 from asyncopd.schedule import OpenShards, Plan, Seen, num_taken
-from asyncopd.types import Facts, IndexRange, PolicyVersion, PolicyWeights, Trajectory
+from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, Trajectory
 from asyncopd.worker import NextShard, Worker
 
 logger = logging.getLogger(__name__)

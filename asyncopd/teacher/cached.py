@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from asyncopd.ports import ScoreCache, Scorer, ScoreRequest
-from asyncopd.types import Facts, TeacherScores, Trajectory
+from asyncopd.records import Facts
+from asyncopd.types import TeacherScores, Trajectory
 
 
 class NoCache:

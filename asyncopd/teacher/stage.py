@@ -17,9 +17,10 @@ from typing import Protocol
 
 from asyncopd.errors import ConfigError
 from asyncopd.ports import RunLog, ScoreCache, Scorer, ScoreRequest
+from asyncopd.records import Facts
 from asyncopd.schedule import OpenShards, Plan, num_taken
 from asyncopd.teacher.cached import NoCache, score_through
-from asyncopd.types import Facts, IndexRange, Trajectory
+from asyncopd.types import IndexRange, Trajectory
 from asyncopd.worker import NextShard, Worker
 
 

@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import Any
 
 from asyncopd.errors import StorageError
-from asyncopd.types import Evaluation, IndexRange, Manifest, PolicyVersion, Rewind, TrainStep
+from asyncopd.records import Manifest, Rewind
+from asyncopd.types import Evaluation, IndexRange, PolicyVersion, TrainStep
 from storage.catalog.connection import DataFile
 from storage.catalog.decoders import TokenTexts, token_texts_of
 from storage.layout import parse_version

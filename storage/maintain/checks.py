@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from asyncopd.config import RunConfig
 from asyncopd.errors import AsyncOPDError, StorageError
-from asyncopd.types import IndexRange, Manifest, PolicyVersion, TrainStep
+from asyncopd.records import Manifest
+from asyncopd.types import IndexRange, PolicyVersion, TrainStep
 from storage.layout import parse, parse_shard, parse_version
 from storage.learner_log import possible_rewinds
 from storage.maintain.findings import Finding, Mend

@@ -22,7 +22,8 @@ from typing import Any
 
 from asyncopd.config.schema import Retention
 from asyncopd.errors import StorageError
-from asyncopd.types import IndexRange, Manifest, PolicyVersion, Removal, Removed
+from asyncopd.records import Manifest, Removal, Removed
+from asyncopd.types import IndexRange, PolicyVersion
 from storage.layout import parse, parse_shard, parse_version
 from storage.learner_log import survives
 from storage.manifests import find_manifest, read_objects

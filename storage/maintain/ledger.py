@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from asyncopd.errors import LedgerError
-from asyncopd.types import IndexRange, Manifest
+from asyncopd.records import Manifest
+from asyncopd.types import IndexRange
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
 

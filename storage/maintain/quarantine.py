@@ -17,7 +17,8 @@ import time
 from dataclasses import dataclass, field, replace
 
 from asyncopd.errors import ObjectMissingError, StorageError
-from asyncopd.types import Facts, IndexRange, Manifest, PolicyVersion, PolicyWeights, Removal, Rewind
+from asyncopd.records import Facts, Manifest, Removal, Rewind
+from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights
 from storage.layout import MODELS, parse, parse_shard, parse_version, quarantined, run_of
 from storage.learner_log import survives, surviving
 from storage.maintain.collect import empty_shard

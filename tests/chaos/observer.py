@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from asyncopd.types import IndexRange, Manifest
+from asyncopd.records import Manifest
+from asyncopd.types import IndexRange
 from storage.run_log import StoredRunLog
 
 LOOK_EVERY_S = 0.05
