@@ -15,7 +15,7 @@ import pytest
 
 from asyncopd.errors import RoleFailedError, StorageError
 from asyncopd.local import processes as roles
-from asyncopd.local.processes import Child, RoleProcesses, RoleSpec
+from asyncopd.local.processes import RoleProcesses, RoleSpec
 
 pytestmark = pytest.mark.processes
 
@@ -27,14 +27,12 @@ class Sleepers(RoleProcesses):
 
     code = SLEEPER
 
-    def _start(self, spec: RoleSpec) -> None:
-        self._started[spec] = time.monotonic()
-        argv = [sys.executable, "-c", self.code]
-        self._children[spec] = Child(spec.name, argv, log_path=self._log_dir / "role.log", env=self._env)
+    def _command(self, spec: RoleSpec) -> list[str]:
+        return [sys.executable, "-c", self.code]
 
     @property
     def pid(self) -> int | None:
-        return next((child.record.pid for child in self._children.values()), None)
+        return next((role.child.record.pid for role in self._roles.values()), None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Owns child processes so that none outlives its purpose, whatever is killed and how.
+"""Owns child processes so that none outlives its purpose, whatever is killed and how; and keeps a run's roles alive.
 
     parent --Popen, own session, stdin pipe, log file--> child --watch_parent()--> ends itself when stdin closes
        |
@@ -7,11 +7,10 @@
 
 A pid alone may belong to somebody else by the time it is read; with the start time it names one process for ever.
 
-Keeps the role processes of a run alive on one machine: starts, restarts, stops them, and reports why one failed.
-
-start all --> five times a second: ended well? done with it.  ended badly? start again, up to max_restarts, else fail
-              heartbeat stood still for hang_s although the process lives? SIGKILL, then as above
-stop: SIGTERM to all at once, SIGKILL after the grace; by stdin's end they also stop when this process dies
+    RoleProcesses   start all --> five times a second: ended well? done with it
+                                                       ended badly? start again, up to max_restarts, else fail
+                                                       alive but no heartbeat for hang_s? SIGKILL, then as above
+                    stop: SIGTERM to all at once, SIGKILL after the grace
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from asyncopd.errors import RoleFailedError, StorageError
 
 TERMINATE_GRACE_S = 4.0
 """From SIGTERM to SIGKILL. Roles stop within a second or two; cancellation promises ten in all."""
-
-
+STEADY_S = 300.0
+"""A process that lived this long has its restarts again: what kills a role once an hour is not a broken role."""
 STACK_HOME = "ASYNCOPD_STACK_HOME"
 """Environment variable that marks everything a stack started, directly or not, with the home of that stack."""
 
@@ -192,10 +191,6 @@ def _descendants(process: psutil.Process) -> Iterator[psutil.Process]:
         yield from process.children(recursive=True)
 
 
-STEADY_S = 300.0
-"""A process that lived this long has its restarts again: what kills a role once an hour is not a broken role."""
-
-
 @dataclass(frozen=True)
 class RoleSpec:
     """One process to keep alive."""
@@ -208,6 +203,18 @@ class RoleSpec:
     @property
     def name(self) -> str:
         return f"{self.role}-{self.number}"
+
+
+@dataclass
+class _Role:
+    """A role process that was started, and what was last seen of it."""
+
+    child: Child
+    started: float
+    """Monotonic seconds, as `seen`."""
+    beat: object = None
+    seen: float = 0.0
+    """When `beat` was seen first."""
 
 
 class RoleProcesses:
@@ -234,16 +241,11 @@ class RoleProcesses:
             beats: pid -> anything that changes with every heartbeat of that process on this machine.
             retire: told the pid of every child that ended, so that nobody waits for its leases to run out.
         """
-        self._run_id, self._root, self._log_dir, self._env = run_id, root, log_dir, env
+        self._specs, self._run_id, self._root, self._log_dir, self._env = specs, run_id, root, log_dir, env
         self._max_restarts, self._hang_s = max_restarts, hang_s
-        self._restarts_left = {spec.name: max_restarts for spec in specs}
-        self._beats, self._retire = beats, retire
-        self._last_beats: dict[int, tuple[object, float]] = {}
-        """pid -> its last heartbeat, and when this process saw it first, on the monotonic clock."""
-        self._failure_of, self._say = failure_of, say
-        self._children: dict[RoleSpec, Child] = {}
-        self._started: dict[RoleSpec, float] = {}
-        self._specs = specs
+        self._failure_of, self._beats, self._retire, self._say = failure_of, beats, retire, say
+        self._restarts_left = dict.fromkeys(specs, max_restarts)
+        self._roles: dict[RoleSpec, _Role] = {}
 
     async def run(self) -> None:
         """Run every role to its end.
@@ -254,25 +256,24 @@ class RoleProcesses:
         try:
             for spec in self._specs:
                 self._start(spec)
-            checked_s = time.monotonic()
-            while self._children:
+            checked = time.monotonic()
+            while self._roles:
                 await asyncio.sleep(0.2)
-                if time.monotonic() - checked_s > self._hang_s / 5:
+                if time.monotonic() - checked > self._hang_s / 5:
                     await self._kill_hung()
-                    checked_s = time.monotonic()
-                for spec, child in list(self._children.items()):
-                    status = child.exit_status()
+                    checked = time.monotonic()
+                for spec, role in list(self._roles.items()):
+                    status = role.child.exit_status()
                     if status is not None:
-                        self._ended(spec, child, status)
+                        self._ended(spec, status)
         finally:
             self.stop()
 
     def stop(self) -> None:
         """End every role still running, within about TERMINATE_GRACE_S seconds."""
-        children = list(self._children.values())
-        self._children.clear()
-        alive = [process for child in children if (process := child.record.process()) is not None]
-        end_processes(alive, TERMINATE_GRACE_S)
+        children = [role.child for role in self._roles.values()]
+        self._roles.clear()
+        end_processes([process for child in children if (process := child.record.process()) is not None])
         for child in children:
             child.exit_status()
             child.close()
@@ -284,46 +285,43 @@ class RoleProcesses:
         except StorageError:
             return  # storage that does not answer says nothing about the roles
         now = time.monotonic()
-        for spec, child in self._children.items():
-            beat = beats.get(child.record.pid)
-            last, since = self._last_beats.get(child.record.pid, (None, now))
-            if beat is None or beat != last:
-                self._last_beats[child.record.pid] = (beat, now)
-            elif now - since > self._hang_s:
-                self._say(f"{spec.name} gave no sign of life for {now - since:.0f} s and is killed")
-                child.kill()
-                self._last_beats[child.record.pid] = (beat, now)
+        for spec, role in self._roles.items():
+            beat = beats.get(role.child.record.pid)
+            if beat is None or beat != role.beat:
+                role.beat, role.seen = beat, now
+            elif now - role.seen > self._hang_s:
+                self._say(f"{spec.name} gave no sign of life for {now - role.seen:.0f} s and is killed")
+                role.child.kill()
+                role.seen = now
 
     def _start(self, spec: RoleSpec) -> None:
-        self._started[spec] = time.monotonic()
-        self._children[spec] = Child(
+        child = Child(
             spec.name,
-            [
-                *(sys.executable, "-m", "flows.roles", spec.role, "--run-id", self._run_id, "--root", self._root),
-                *("--flow", "--watch-parent"),
-            ],
+            self._command(spec),
             log_path=self._log_dir / f"{spec.name}.log",
             # Which of several workers this is, so that each takes a GPU of its own (rollout.vllm.devices).
             env={**self._env, "ASYNCOPD_ROLE_NUMBER": str(spec.number)},
         )
+        self._roles[spec] = _Role(child, time.monotonic())
 
-    def _ended(self, spec: RoleSpec, child: Child, status: int) -> None:
-        del self._children[spec]
-        self._last_beats.pop(child.record.pid, None)
-        child.close()
+    def _command(self, spec: RoleSpec) -> list[str]:
+        run = ("--run-id", self._run_id, "--root", self._root)
+        return [sys.executable, "-m", "flows.roles", spec.role, *run, "--flow", "--watch-parent"]
+
+    def _ended(self, spec: RoleSpec, status: int) -> None:
+        role = self._roles.pop(spec)
+        role.child.close()
         if status == 0:
             self._say(f"{spec.name} finished")
             return
-        reason = self._failure_of(spec.role) or child.tail()
+        reason = self._failure_of(spec.role) or role.child.tail()
         cause = f"exit status {status}" if status > 0 else f"signal {-status}"
         with contextlib.suppress(StorageError):  # its leases then run out by themselves
-            self._retire(child.record.pid)
-        if time.monotonic() - self._started[spec] > STEADY_S:
-            self._restarts_left[spec.name] = self._max_restarts
-        if self._restarts_left[spec.name] == 0:
-            raise RoleFailedError(f"{spec.name} ended with {cause}: {reason}\nIts output is in {child.log_path}.")
-        self._restarts_left[spec.name] -= 1
-        self._say(
-            f"{spec.name} ended with {cause} and is started again ({self._restarts_left[spec.name]} left): {reason}"
-        )
+            self._retire(role.child.record.pid)
+        if time.monotonic() - role.started > STEADY_S:
+            self._restarts_left[spec] = self._max_restarts
+        if self._restarts_left[spec] == 0:
+            raise RoleFailedError(f"{spec.name} ended with {cause}: {reason}\nIts output is in {role.child.log_path}.")
+        self._restarts_left[spec] -= 1
+        self._say(f"{spec.name} ended with {cause} and is started again ({self._restarts_left[spec]} left): {reason}")
         self._start(spec)

@@ -87,22 +87,8 @@ def up_service(say: Callable[[str], None]) -> None:
                     f"what uses it, or choose another: ASYNCOPD_SERVICE_URL=http://{host}:{port + 1} asyncopd up."
                 )
         say(f"starting the service at {service_url()}")
-        _spawn(
-            "service",
-            [
-                sys.executable,
-                "-m",
-                "api",
-                "--host",
-                host,
-                "--port",
-                str(port),
-                "--root",
-                "runs",
-                "--configs",
-                "configs",
-            ],
-        )
+        options = {"--host": host, "--port": str(port), "--root": "runs", "--configs": "configs"}
+        _spawn("service", [sys.executable, "-m", "api", *(part for option in options.items() for part in option)])
     _wait(_service_settled, 120, f"the service at {service_url()}", home() / "logs" / "service.log")
     if not service_answers():
         raise StackError(f"the service ended; the reason is at the end of {home() / 'logs' / 'service.log'}.")
@@ -180,12 +166,7 @@ def prefect_environment() -> dict[str, str]:
     } | {key: value for key, value in os.environ.items() if key.startswith(("PREFECT_", "OMP_"))}
 
 
-def child_environment() -> dict[str, str]:
-    """This process's environment with `prefect_environment` in it."""
-    return {**os.environ, **prefect_environment()}
-
-
-def prefect_command(*arguments: str) -> list[str]:
+def _prefect(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "prefect", *arguments]
 
 
@@ -203,7 +184,7 @@ def _ensure_server(say: Callable[[str], None]) -> None:
                 f"choose another: PREFECT_API_URL=http://127.0.0.1:{port + 1}/api asyncopd up."
             )
     say(f"starting a Prefect server at {api_url()} (a fresh one takes 30–50 s)")
-    log_path = _spawn("server", prefect_command("server", "start", "--host", address.hostname, "--port", str(port)))
+    log_path = _spawn("server", _prefect("server", "start", "--host", address.hostname, "--port", str(port)))
     _wait(server_answers, SERVER_START_S, f"the Prefect server at {api_url()}", log_path)
 
 
@@ -215,7 +196,7 @@ def _ensure_worker(say: Callable[[str], None]) -> None:
     response = httpx.post(f"{api_url()}/work_pools/", json={"name": POOL, "type": "process"}, timeout=30)
     if response.status_code not in (201, 409):
         raise StackError(f"the Prefect server refused work pool {POOL}: {response.status_code} {response.text[:300]}")
-    _spawn("worker", prefect_command("worker", "start", "--pool", POOL, "--type", "process"))
+    _spawn("worker", _prefect("worker", "start", "--pool", POOL, "--type", "process"))
 
 
 def _ensure_deployed(say: Callable[[str], None]) -> None:
@@ -231,8 +212,8 @@ def _ensure_deployed(say: Callable[[str], None]) -> None:
             return
     say("deploying prefect.yaml")
     result = subprocess.run(
-        prefect_command("--no-prompt", "deploy", "--all"),
-        env=child_environment(),
+        _prefect("--no-prompt", "deploy", "--all"),
+        env={**os.environ, **prefect_environment()},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -259,7 +240,7 @@ def _spawn(name: str, argv: list[str]) -> Path:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**child_environment(), STACK_HOME: str(home())},
+            env={**os.environ, **prefect_environment(), STACK_HOME: str(home())},
         )
     record_process(name, process.pid)
     return log_path
