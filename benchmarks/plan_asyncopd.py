@@ -9,6 +9,7 @@ learner GPUs with a staleness bound of 4, against 7 time-shared GPUs; Qwen3-1.7B
 
 from __future__ import annotations
 
+import argparse
 import itertools
 
 from rich.console import Console
@@ -53,6 +54,8 @@ def costs(mean: float, score: float, train: float) -> Costs:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     table = Table(title="4 rollout + 3 learner + 1 teacher, to 7 time-shared + 1 teacher at τ = 0")
     for heading in ("lengths", "score tokens/s", "train tokens/s", "time-shared tokens/s", "τ=1", "τ=2", "τ=4", "τ=8"):
         table.add_column(heading, justify="left" if heading == "lengths" else "right")
