@@ -46,6 +46,34 @@ PAGE_KEYS = 1000
 REQUEST_TIMEOUT_S = 120.0
 """For one request but GET, sending its body included: 16 MiB at 140 kB/s. A GET only has to go on arriving."""
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_RETRYABLE_CODES = re.compile(
+    "ConditionalRequestConflict|OperationAborted|InternalError|ServiceUnavailable|SlowDown|Throttling|RequestTimeout"
+    "|408|409|429|500|502|503|504"
+)
+_RETRYABLE_NAMES = {
+    "ClientConnectorError",
+    "ClientOSError",
+    "ConnectTimeoutError",
+    "ConnectionClosedError",
+    "ConnectionError",
+    "EndpointConnectionError",
+    "HTTPClientError",
+    "ReadTimeoutError",
+    "ServerDisconnectedError",
+}
+_NO_CREDENTIALS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "TokenRetrievalError",
+    "SSOTokenLoadError",
+    "UnauthorizedSSOTokenError",
+}
+_UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError"}
+_WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
+_WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"}
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+_jitter = random.SystemRandom()
 
 
 @dataclass(frozen=True)
@@ -141,14 +169,9 @@ class S3Store(ObjectStore):
 
     def folder(self, prefix: str) -> Folder:
         pages = [*self._pages(prefix, Delimiter="/")]
-        return Folder(
-            keys=sorted(self._key(entry) for page in pages for entry in page.get("Contents", [])),
-            folders=sorted(
-                entry["Prefix"].rstrip("/").rsplit("/", 1)[-1]
-                for page in pages
-                for entry in page.get("CommonPrefixes", [])
-            ),
-        )
+        keys = sorted(self._key(entry) for page in pages for entry in page.get("Contents", []))
+        folders = [entry["Prefix"].rstrip("/") for page in pages for entry in page.get("CommonPrefixes", [])]
+        return Folder(keys, sorted(folder.rsplit("/", 1)[-1] for folder in folders))
 
     def delete(self, key: str) -> None:
         self._request("delete", key, "delete_object", Key=self._object_name(key))
@@ -266,9 +289,6 @@ class S3Store(ObjectStore):
         return without_secrets(str(client.meta.endpoint_url if client else named))
 
 
-_jitter = random.SystemRandom()
-
-
 def _new_attempt() -> dict[str, str]:
     """User metadata that no other write of this or any process carries."""
     return {"attempt": uuid.uuid4().hex}
@@ -282,47 +302,6 @@ def _or_none(request: Callable[[], T]) -> T | None:
         if code_of(exc) == "NoSuchBucket":
             raise
         return None
-
-
-_RETRYABLE_CODES = {
-    "ConditionalRequestConflict",
-    "OperationAborted",
-    "InternalError",
-    "ServiceUnavailable",
-    "SlowDown",
-    "Throttling",
-    "RequestTimeout",
-    "408",
-    "409",
-    "429",
-    "500",
-    "502",
-    "503",
-    "504",
-}
-_RETRYABLE_NAMES = {
-    "ClientConnectorError",
-    "ClientOSError",
-    "ConnectTimeoutError",
-    "ConnectionClosedError",
-    "ConnectionError",
-    "EndpointConnectionError",
-    "HTTPClientError",
-    "ReadTimeoutError",
-    "ServerDisconnectedError",
-}
-_NO_CREDENTIALS = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "CredentialRetrievalError",
-    "TokenRetrievalError",
-    "SSOTokenLoadError",
-    "UnauthorizedSSOTokenError",
-}
-_UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError"}
-_WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
-_WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"}
-_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 def code_of(exc: BaseException) -> str:
@@ -339,7 +318,7 @@ def key_exists(exc: BaseException) -> bool:
 def transient(exc: BaseException) -> bool:
     """May the same request succeed a moment later?"""
     if code_of(exc):
-        return code_of(exc) in _RETRYABLE_CODES
+        return _RETRYABLE_CODES.fullmatch(code_of(exc)) is not None
     return (
         isinstance(exc, (*s3fs.core.S3_RETRYABLE_ERRORS, ConnectionError, TimeoutError))
         or (isinstance(exc, OSError) and exc.errno in (errno.EBUSY, errno.ECONNRESET, errno.EPIPE))
