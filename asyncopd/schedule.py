@@ -35,7 +35,7 @@ LEARNER_PLACE = IndexRange(0, 1)
 Order = Literal["index", "arrival"]
 """`index`: a step trains its own index range. `arrival`: it trains what was scored first."""
 OnStale = Literal["drop", "hold", "train"]
-"""What order `arrival` does with a trajectory older than τ when a step comes to it."""
+"""What order `arrival` does with a trajectory staler than τ when a step comes to it."""
 
 
 def step_of(index: int, batch_size: int) -> int:
@@ -183,7 +183,7 @@ class Plan:
 
 
 STALE = "stale"
-"""The reason of what is dropped or held because it is older than τ."""
+"""The reason of what is dropped or held because it is staler than τ."""
 
 
 @dataclass(frozen=True)

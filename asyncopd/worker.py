@@ -33,6 +33,8 @@ from asyncopd.types import IndexRange, Span
 logger = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
+WINDOW_S = 10.0
+"""Long enough to cover several steps of a small run, short enough to follow a change."""
 STOPPED = 143
 """Exit status of a role that was asked to stop, as a shell reports SIGTERM."""
 
@@ -251,10 +253,6 @@ async def run_lanes(task: Callable[[], Awaitable[int]], *, num_lanes: int, shard
     async with asyncio.TaskGroup() as lanes:
         for _ in range(num_lanes):
             lanes.create_task(lane())
-
-
-WINDOW_S = 10.0
-"""Long enough to cover several steps of a small run, short enough to follow a change."""
 
 
 class BusyShare:

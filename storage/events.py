@@ -90,35 +90,21 @@ class ObservationLog:
         self.store.put_if_absent(self.layout.evaluation(evaluation.version), to_json(evaluation))
 
     def evaluations(self) -> list[Evaluation]:
-        """Evaluations of the surviving lineage, by version."""
-        return [self.read_evaluation(key) for key in self.evaluation_keys()]
-
-    def evaluation_keys(self) -> list[str]:
-        """Keys of the evaluations of the surviving lineage, by version. What is stored under one never changes."""
+        """Evaluations of the surviving lineage, by version. Raises ShardCorruptError."""
         keys = self.store.folder(self.layout.folder("evaluation")).keys
         found = [version for key in keys if (version := parse_version(key)) is not None]
-        return [self.layout.evaluation(version) for version in surviving(found, self.lineage.read())]
-
-    def read_evaluation(self, key: str) -> Evaluation:
-        """One evaluation. Raises ObjectMissingError or ShardCorruptError."""
-        return from_json(self.store.get(key), key, Evaluation)
+        kept = [self.layout.evaluation(version) for version in surviving(found, self.lineage.read())]
+        return [from_json(self.store.get(key), key, Evaluation) for key in kept]
 
     def publish_spans(self, worker: str, sequence: int, spans: Sequence[Span]) -> None:
         """Write the `sequence`-th batch of a worker's spans; writing it again replaces it."""
         self.store.put(self.layout.span(worker, sequence), to_json(list(spans)))
 
     def spans(self) -> list[Span]:
-        """All spans of all workers, by start."""
-        spans = [span for key in self.span_keys() for span in self.read_spans(key)]
+        """All spans of all workers, by start. Raises ShardCorruptError."""
+        keys = self.store.list(self.layout.folder("spans"))
+        spans = [span for key in keys for span in from_json(self.store.get(key), key, list[Span])]
         return sorted(spans, key=lambda span: span.start)
-
-    def span_keys(self) -> list[str]:
-        """Keys of all batches of spans; those of one worker in order. A worker replaces at most its last."""
-        return self.store.list(self.layout.folder("spans"))
-
-    def read_spans(self, key: str) -> list[Span]:
-        """One batch of a worker's spans. Raises ObjectMissingError or ShardCorruptError."""
-        return from_json(self.store.get(key), key, list[Span])
 
     def publish_failure(self, role: str, worker: str, reason: str) -> None:
         """Record why a role failed; every call adds a record."""
@@ -126,16 +112,9 @@ class ObservationLog:
         self.store.put(self.layout.failure(now, role, worker), to_json(Failure(role, worker, reason, now)))
 
     def failures(self) -> list[Failure]:
-        """All failures, oldest first."""
-        return [self.read_failure(key) for key in self.failure_keys()]
-
-    def failure_keys(self) -> list[str]:
-        """Keys of all failures, oldest first. What is stored under one never changes."""
-        return self.store.list(self.layout.folder("failure"))
-
-    def read_failure(self, key: str) -> Failure:
-        """One failure. Raises ObjectMissingError or ShardCorruptError."""
-        return from_json(self.store.get(key), key, Failure)
+        """All failures, oldest first. Raises ShardCorruptError."""
+        keys = self.store.list(self.layout.folder("failure"))
+        return [from_json(self.store.get(key), key, Failure) for key in keys]
 
 
 class ArrivalLog:

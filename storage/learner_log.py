@@ -1,10 +1,8 @@
-"""Which versions, steps and checkpoints count after the learner went back to a checkpoint.
+"""What the learner leaves behind besides weights: steps, checkpoints and rewinds, and what counts after a rewind.
 
     number n of rewind r survives  iff  no later rewind r' > r went back to a state before n  (to_step < n)
 
 `n` counts learner steps behind a state: a policy version, a checkpoint, or step s as the state s + 1 it made.
-
-What the learner leaves behind besides weights: steps, checkpoints and rewinds.
 """
 
 from __future__ import annotations
@@ -21,6 +19,8 @@ from storage.layout import RunLayout, new_nonce, parse_version
 from storage.manifests import publish, read_manifest, read_objects
 from storage.records import NumberedRecords, from_json, to_json
 from storage.stores.base import ObjectStore
+
+logger = logging.getLogger(__name__)
 
 
 class Lineage(NumberedRecords[Rewind]):
@@ -56,9 +56,6 @@ def possible_rewinds(number: int, rewinds: list[Rewind]) -> Iterator[int]:
         yield rewind
         if rewind and rewinds[rewind - 1].to_step < number:
             return
-
-
-logger = logging.getLogger(__name__)
 
 
 class LearnerLog:

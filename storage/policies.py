@@ -1,6 +1,4 @@
-"""Policy versions of one run: published by the learner, fetched by number, polled cheaply.
-
-Reading policy versions that were published as deltas: the cheapest chain that can be read, and never wrong weights.
+"""Policy versions of one run: published by the learner in full or as deltas, fetched by number, polled cheaply.
 
     version 12 --delta--> 13 --delta--> 14 --delta--> 15
     full                                              full        a full version every k, beside its delta
