@@ -107,7 +107,15 @@ HIDDEN_IMPORTS = {
 
 
 @pytest.mark.parametrize(
-    "module", ["asyncopd.config", "asyncopd.cli", "asyncopd.types", "storage.run_log", "flows.preflight"]
+    "module",
+    [
+        "asyncopd.config",
+        "asyncopd.cli",
+        "asyncopd.cli.train, asyncopd.cli.replay, asyncopd.cli.query, asyncopd.cli.maintain, asyncopd.cli.plan",
+        "asyncopd.types",
+        "storage.run_log",
+        "flows.preflight",
+    ],
 )
 def test_light_modules_import_neither_torch_nor_prefect(module: str) -> None:
     heavy = ("torch", "prefect", "transformers", "matplotlib")

@@ -256,3 +256,40 @@ def test_status_and_down_without_a_stack(capsys: pytest.CaptureFixture[str]) -> 
         cli.main(["down"])
     assert ended.value.code == 0
     assert "nothing runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("trian", 'Unknown command "trian". Did you mean "train"?'),
+        ("maintain audti run", 'Unknown command "audti". Did you mean "audit"?'),
+        ("train --run-di x", "Unknown option: --run-di. Did you mean --run-id?"),
+        ("train a.yaml b.yaml", "Unused Tokens: ['b.yaml']"),
+        ("worker sampler run", 'Invalid value "sampler"'),
+        ("serve --nice 20", "Must be <= 19"),
+        ("study staleness", "--out"),
+        ("status --root", "--root"),
+    ],
+)
+def test_a_line_that_cannot_be_understood(capsys: pytest.CaptureFixture[str], line: str, said: str) -> None:
+    assert said in refusal(capsys, *line.split())
+
+
+def test_a_command_without_its_subcommand_shows_them_and_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, shown in (([], "counterfactual"), (["maintain"], "quarantine"), (["token"], "revoke")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(line)
+        assert ended.value.code == 2
+        assert shown in capsys.readouterr().out
+
+
+def test_every_command_that_help_lists_can_be_imported_and_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    families = {name: commands for (_, name, _), commands in cli.FAMILIES.items()}
+    lines = [[path] for commands in cli.COMMANDS.values() for path in commands]
+    lines += [[family, path] for family, commands in families.items() for path in commands]
+    for line in lines:
+        words = [word.partition(":")[2].rstrip("_") or word for word in line]
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words, "--help"])
+        assert ended.value.code == 0
+        assert f"Usage: asyncopd {' '.join(words)}" in capsys.readouterr().out
