@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from asyncopd.config.losses import ESTIMATORS, HeadTailConfig, LossConfig
+from asyncopd.config.losses import CORRECTIONS, ESTIMATORS, HeadTailConfig, LossConfig
 from asyncopd.config.recorded import CacheRequirements, check_cache
 from asyncopd.errors import ConfigError
 from asyncopd.losses import build_estimator
@@ -34,6 +34,7 @@ NAMES = (
 
 def test_these_are_all_the_names() -> None:
     assert tuple(kind.model_fields["name"].default for kind in ESTIMATORS) == NAMES
+    assert tuple(kind.model_fields["name"].default for kind in CORRECTIONS) == CORRECTION_NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,7 +44,10 @@ def test_a_name_alone_gives_an_estimator_and_survives_a_round_trip(name: str) ->
     assert LOSS.validate_json(LOSS.dump_json(config)) == config
 
 
-@pytest.mark.parametrize("correction", ["none", "clip", "decoupled", "m2po", "truncate", "mask"])
+CORRECTION_NAMES = ("none", "clip", "decoupled", "m2po", "truncate", "mask")
+
+
+@pytest.mark.parametrize("correction", CORRECTION_NAMES)
 def test_every_correction_builds_and_only_m2po_needs_the_step_first(correction: str) -> None:
     config = LOSS.validate_python({"name": "policy_gradient", "correction": {"name": correction}})
     assert build_estimator(config).needs_step_pass == (correction == "m2po")
