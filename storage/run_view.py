@@ -22,7 +22,7 @@ from asyncopd.records import Claim, Failure, Heartbeat, Manifest, Removal, Rewin
 from asyncopd.schedule import Arrival
 from asyncopd.types import Evaluation, IndexRange, PolicyVersion, Span, TrainStep
 from storage.events import with_changes
-from storage.history import History, RunStatus, is_alive, role_of, status_of
+from storage.history import History, is_alive, role_of
 from storage.launches import LaunchLog, StateRequest
 from storage.layout import RunLayout, parse, parse_shard, parse_version
 from storage.learner_log import possible_rewinds, surviving
@@ -65,11 +65,7 @@ class RunView:
     """
 
     def __init__(self, log: StoredRunLog, *, fresh_s: float = 0.0) -> None:
-        """
-        Args:
-            log: of the run. A replay's shards are those of the run that was sampled.
-            fresh_s: a history this young, seconds, is not read again by `refresh`.
-        """
+        """A history younger than `fresh_s` is not read again. A replay's shards are those of the run it reads."""
         self.log, self.store, self.layout, self.run_id = log, log.store, log.layout, log.run_id
         self.records: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
         """Kind -> key -> what the record says; kinds without objects are present and empty."""
@@ -152,24 +148,18 @@ class RunView:
     def find_step(self, number: int) -> TrainStep | None:
         """Step `number` of the surviving lineage, as far as rewinds were read."""
         # Step s made state s + 1, and counts exactly when that state does.
-        for rewind in possible_rewinds(number + 1, self.rewinds):
-            step: TrainStep | None = self._find("step", self.layout.step(number, rewind))
-            if step is not None:
-                return step
-        return None
+        states = possible_rewinds(number + 1, self.rewinds)
+        steps = (self._find("step", self.layout.step(number, rewind)) for rewind in states)
+        return next((step for step in steps if step is not None), None)
 
     def find_policy(self, number: int) -> PolicyVersion | None:
         """Version `number` of the surviving lineage, as far as rewinds were read."""
-        candidates = (PolicyVersion(number, rewind) for rewind in possible_rewinds(number, self.rewinds))
-        return next((v for v in candidates if self._find("policy", self.layout.policy_manifest(v)) is not None), None)
+        versions = (PolicyVersion(number, rewind) for rewind in possible_rewinds(number, self.rewinds))
+        return next((v for v in versions if self._find("policy", self.layout.policy_manifest(v)) is not None), None)
 
     def find_request(self) -> StateRequest | None:
         """What a user last asked of the run."""
         return LaunchLog(self.store).find_request(self.run_id)
-
-    def status(self, now: float | None = None) -> RunStatus:
-        """The state of the run as of the last `refresh`, and by what was asked of it up to now."""
-        return status_of(self.history, self.config.learner.num_steps, self.find_request(), now)
 
     def is_finished(self, config: RunConfig) -> bool:
         """Is every step of `config` trained, and the last version evaluated where evaluations are on?"""
@@ -207,11 +197,6 @@ class RunView:
             return self.config
         except (StorageError, KeyError, ValueError):
             return None
-
-    @property
-    def run_states(self) -> list[RunState]:
-        """What the flow said about the run, oldest first."""
-        return [state for _, state in sorted(self.records["state"].items())]
 
     # -- what counts ----------------------------------------------------------------------------------------------
     @property
@@ -263,10 +248,6 @@ class RunView:
         return str(parse(key).fields["teacher"])
 
     # -- what happened --------------------------------------------------------------------------------------------
-    def arrivals(self) -> list[Arrival]:
-        """The shards the learner came to, in that order."""
-        return [arrival for _, arrival in sorted(self.records["arrival"].items())]
-
     def failures(self) -> list[Failure]:
         """Why roles failed, oldest first."""
         return [failure for _, failure in sorted(self.records["failure"].items())]
@@ -304,7 +285,7 @@ class RunView:
     # -- private --------------------------------------------------------------------------------------------------
     def _look(self, known: History) -> History:
         self.read("state")
-        states = self.run_states
+        states: list[RunState] = [state for _, state in sorted(self.records["state"].items())]
         if known.is_over and len(states) == len(known.states):
             return known
         if len(states) != len(known.states):

@@ -17,7 +17,7 @@ from asyncopd.errors import StorageError
 from asyncopd.types import Heartbeat, PolicyVersion, WorkerStatus
 from flows.report import observe, summarise
 from storage.catalog.notebook import open_run as open_to_query
-from storage.history import STARTING_S
+from storage.history import STARTING_S, status_of
 from storage.launches import LaunchLog
 from storage.maintain.ledger import ledger_of
 from storage.maintain.quarantine import set_aside
@@ -110,9 +110,10 @@ def test_everybody_says_the_same_of_its_state(log: StoredRunLog, tmp_path: Path)
 
     def told(now: float | None = None) -> set[str]:
         clock = time.time if now is None else lambda: now
+        view = RunView(log).refresh()
         shown = {
             ProgressWatch(RunView(log), CONFIG, wall_clock=clock).look().status,
-            RunView(log).refresh().status(now),
+            status_of(view.history, CONFIG.learner.num_steps, view.find_request(), now),
         }
         return shown if now else {*shown, client.get(f"/v1/runs/{log.run_id}").json()["status"]}
 

@@ -259,7 +259,7 @@ def events_of(view: RunView, teacher: str | None = None) -> list[Event]:
     configured = view.records["run"].get(view.layout.record, {}).get("config", {}).get("teacher", {}).get("name")
     scores = view.scores(teacher or configured or next(iter(view.teachers()), ""))
     events += (Scored(shard, _dropped(manifest)) for shard, manifest in scores.items())
-    events += (Judged(arrival.dropped, arrival.held) for arrival in view.arrivals())
+    events += (Judged(arrival.dropped, arrival.held) for _, arrival in sorted(view.records["arrival"].items()))
     # By rewind: what was trained under it, then the rewind that followed. A superseded learner's late steps too.
     steps = sorted(view.records["step"].values(), key=lambda step: step.step)
     for rewind in range(len(view.rewinds) + 1):
