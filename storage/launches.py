@@ -1,10 +1,4 @@
-"""What the service was asked for and is not yet, or no longer, in a run: launches, requests, idempotency keys.
-
-service/launches/<run_id>.json        what was asked, before any flow started; a run without run.json is queued
-service/flow_runs/<run_id>.json       Prefect's id of the run's last flow run
-service/wishes/<run_id>.json          paused | cancelled | running: what a user last requested
-service/idempotency/<sha256>.json     an Idempotency-Key with the run it made
-"""
+"""What the service was asked for and is not yet, or no longer, in a run: launches, requests, idempotency keys."""
 
 from __future__ import annotations
 
@@ -14,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from storage.layout import check_run_id
+from storage.layout import parse, shared_key
 from storage.records import from_json, to_json
 from storage.stores.base import ObjectStore
 
 RequestedState = Literal["running", "paused", "cancelled"]
-_FOLDER = "service"
 
 
 @dataclass(frozen=True)
@@ -39,35 +32,39 @@ class LaunchLog:
 
     def record_launch(self, run_id: str, fields: Mapping[str, Any]) -> bool:
         """Remember what a run was asked to be. False when a launch of that id exists."""
-        return self._store.put_if_absent(_key("launches", run_id), to_json({**fields, "recorded": time.time()}))
+        return self._store.put_if_absent(
+            shared_key("launch", run_id=run_id), to_json({**fields, "recorded": time.time()})
+        )
 
     def find_launch(self, run_id: str) -> dict[str, Any] | None:
         """What `record_launch` stored, with `recorded`."""
-        return self._find(_key("launches", run_id))
+        return self._find(shared_key("launch", run_id=run_id))
 
     def launches(self) -> list[str]:
         """Run ids of all launches, sorted."""
-        keys = self._store.folder(f"{_FOLDER}/launches").keys
-        return sorted(key.rsplit("/", 1)[1].removesuffix(".json") for key in keys)
+        keys = self._store.folder(shared_key("launch", run_id="x").rpartition("/")[0]).keys
+        return sorted(parsed.fields["run_id"] for key in keys if (parsed := parse(key)).kind == "launch")
 
     def record_flow_run(self, run_id: str, flow_run_id: str) -> None:
         """The flow run that now works on a run."""
-        self._store.put(_key("flow_runs", run_id), to_json({"flow_run_id": flow_run_id, "recorded": time.time()}))
+        self._store.put(
+            shared_key("flow run", run_id=run_id), to_json({"flow_run_id": flow_run_id, "recorded": time.time()})
+        )
 
     def find_flow_run(self, run_id: str) -> str | None:
-        found = self._find(_key("flow_runs", run_id))
+        found = self._find(shared_key("flow run", run_id=run_id))
         return None if found is None else str(found["flow_run_id"])
 
     def record_request(self, run_id: str, state: RequestedState) -> None:
-        self._store.put(_key("wishes", run_id), to_json({"wish": state, "recorded": time.time()}))
+        self._store.put(shared_key("request", run_id=run_id), to_json({"wish": state, "recorded": time.time()}))
 
     def find_request(self, run_id: str) -> StateRequest | None:
-        found = self._find(_key("wishes", run_id))
+        found = self._find(shared_key("request", run_id=run_id))
         return None if found is None else StateRequest(found["wish"], found["recorded"])
 
     def claim_key(self, key: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """What was first stored under an idempotency key: `fields`, or an earlier request's."""
-        name = f"{_FOLDER}/idempotency/{hashlib.sha256(key.encode()).hexdigest()}.json"
+        name = shared_key("idempotency", digest=hashlib.sha256(key.encode()).hexdigest())
         if self._store.put_if_absent(name, to_json(fields)):
             return dict(fields)
         return from_json(self._store.get(name), name, dict)
@@ -75,7 +72,3 @@ class LaunchLog:
     def _find(self, key: str) -> dict[str, Any] | None:
         body = self._store.find(key)
         return None if body is None else from_json(body, key, dict)
-
-
-def _key(kind: str, run_id: str) -> str:
-    return f"{_FOLDER}/{kind}/{check_run_id(run_id)}.json"

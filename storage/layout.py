@@ -26,6 +26,10 @@ SHARED = {
     "model.data": "models/{digest}/{nonce}/{object}",
     "cached scores": "score-cache/{question}/{pack}.json",  # manifest of a teacher's answers, for all runs
     "cached scores.data": "score-cache/{question}/{pack}.{nonce}.parquet",
+    "launch": "service/launches/{run_id}.json",  # what the service was asked for, before any flow started
+    "flow run": "service/flow_runs/{run_id}.json",  # Prefect's id of the run's last flow run
+    "request": "service/wishes/{run_id}.json",  # what a user last asked: paused, cancelled or running
+    "idempotency": "service/idempotency/{digest}.json",  # an Idempotency-Key with the run it made
 }
 """Kind -> key of what belongs to no run."""
 OF_A_RUN = {
@@ -130,6 +134,7 @@ _PARTS = {
     "shard": _Part(r"\d{6,}-\d{6,}", lambda shard: shard.name, IndexRange.parse),
     "state": _Part(r"\d{6,}\.r\d+", lambda state: f"{state.number:06d}.r{state.rewind}", _read_state),
     **dict.fromkeys(("object", "digest", "question", "pack"), _Part(_OBJECT_NAME.pattern, check_object_name)),
+    "run_id": _Part(_RUN_ID.pattern, check_run_id),
     "coding": _Part("safetensors|delta"),
     "nonce": _Part(r"[^/.]+"),
     "rest": _Part(".+"),
@@ -204,7 +209,7 @@ def run_of(key: str) -> str | None:
 
 
 def shared_key(kind: str, **fields: Any) -> str:
-    """The key of a `model` or of `cached scores`, or of their data; data get a new key at every call."""
+    """A key of SHARED; data get a new key at every call."""
     return _TEMPLATES[kind].build({"nonce": new_nonce(), **fields})
 
 
