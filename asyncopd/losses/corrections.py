@@ -3,11 +3,10 @@
 All trade bias for variance: outside their region they are the identity, inside it they remove or bound the gradient.
 None changes the normalisation: a masked draw still counts in N and its token in the step's token count.
 
-M2PO: a trust region on the second moment of the log-ratio, found over the whole optimizer step.
+M2PO bounds the second moment of the log-ratio by a threshold that is found over the whole optimizer step, because one
+for each micro-batch would make the loss depend on how the step is split:
 
     micro-batches, ranks --harmful_shifts--> one 1-D tensor --second_moment_threshold--> τ --m2po--> each micro-batch
-
-A per-micro-batch τ would make the loss depend on how the step is split; hence the pass before the step.
 """
 
 from __future__ import annotations

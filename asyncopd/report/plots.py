@@ -1,7 +1,6 @@
-"""How every plot of the report looks: one colour per role, light background, few lines. Colours are Okabe and Ito's,
-which colour-blind readers can tell apart.
+"""Plots of quality, training, staleness and response lengths, and how every plot looks; each function returns a PNG.
 
-Plots of quality, training, staleness and response lengths; each returns a PNG. The timeline has its own file.
+One colour per role, of Okabe and Ito's, which colour-blind readers can tell apart. The timeline has its own file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Data objects against the manifests that promise them: presence, size, sha256, rows, indices, tokens.
+"""What an audit checks.
 
-The learner's side of a run: do rewinds, versions, steps, checkpoints and evaluations tell one story?
-
-Conservation: every index of a run is in exactly one state (storage/maintain/ledger.py), and the records of it agree.
+objects       data against the manifests that promise it: presence, size, sha256, rows, indices, tokens
+lineage       rewinds, versions, steps, checkpoints and evaluations agree with each other
+conservation  every index is in exactly one state (storage/maintain/ledger.py), and the records of it agree
 """
 
 from __future__ import annotations
