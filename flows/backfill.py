@@ -19,7 +19,6 @@ from asyncopd.models.sampling import CandidateRule
 from asyncopd.ports import ScoreRequest
 from asyncopd.records import Facts
 from asyncopd.rollout.candidates import CandidateSource
-from asyncopd.teacher.cached import NoCache
 from asyncopd.teacher.stage import Backfilled, BackfillStage
 from asyncopd.types import IndexRange, Trajectory
 from flows.engines import make_scorer, student_skeleton
@@ -86,7 +85,7 @@ async def run_backfill(root: str, run_id: str, asked: BackfillRequest, *, consol
                     request=ScoreRequest(
                         wanted.top_k, wanted.num_teacher_draws, config.rollout.temperature, config.seed
                     ),
-                    cache=StoredScoreCache(run.store) if asked.cache else NoCache(),
+                    cache=StoredScoreCache(run.store) if asked.cache else None,
                     candidates=_candidates(run, wanted.candidates, worker.name) if wanted.candidates else None,
                     facts=Facts(backfill={"teacher": teacher.model_dump(mode="json"), "top_k": wanted.top_k}),
                     lease_s=config.limits.lease_s,

@@ -25,17 +25,7 @@ from flows.wiring import OpenRun, evaluate_stage, open_stored_run
 from storage.replay import replays_asked
 from storage.stores import open_store
 
-HEADER = (
-    "arm",
-    "accuracy",
-    "difference",
-    "paired ±",
-    "unpaired ±",
-    "KL nats",
-    "difference",
-    "paired ±",
-    "unpaired ±",
-)
+HEADER = ["arm", "accuracy", "difference", "paired ±", "unpaired ±", "KL nats", "difference", "paired ±", "unpaired ±"]
 NOTE = (
     "All arms trained on the same rollouts from the same start, and answered the same {prompts} held-out prompts with "
     "the same random numbers. A difference is arm minus first arm with its standard error over prompts: paired (prompt "

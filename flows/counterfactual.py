@@ -49,21 +49,6 @@ from storage.mixture import ScoresView
 from storage.replay import check_counterfactual, read_step, scores_view
 from storage.stores import open_store
 
-HEADER = (
-    "bound",
-    "order",
-    "on stale",
-    "lag",
-    "staleness mean",
-    "max",
-    "loss nats",
-    "drift nats",
-    "ESS",
-    "grad norm",
-    "steps",
-    "idle",
-    "waste",
-)
 NOTE = (
     "Exact: which rollouts each step consumes under the setting, their staleness (recorded versions against the "
     "replayed learner's clock), and every ratio, drift and ESS, recomputed by the replayed learner on the recorded "
@@ -106,15 +91,16 @@ async def run_counterfactual(
     )
     lag = max(setting.lag for setting in settings)
     note = NOTE.format(first=first, lag=lag, measured=measured_from, last=log.num_clocks - 1)
-    rows = [_row(cell) for cell in cells]
-    text = f"# Counterfactuals of {run_id}\n\n{table(HEADER, rows, left=(1, 2))}\n\n{note}\n"
+    header = list(_row(cells[0]))
+    rows = [list(_row(cell).values()) for cell in cells]
+    text = f"# Counterfactuals of {run_id}\n\n{table(header, rows, left=(1, 2))}\n\n{note}\n"
     store.put("counterfactual.md", text.encode())
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([{**cell.to_record(), "waste": cell.waste} for cell in cells]), sink)
     store.put("counterfactual.parquet", sink.getvalue())
     recorded = f"recorded in order {log.order} at staleness up to {log.recorded_staleness} versions"
     console.print(recorded, highlight=False)
-    console.print(console_table("counterfactual staleness", HEADER, rows, left=(1, 2)))
+    console.print(console_table("counterfactual staleness", header, rows, left=(1, 2)))
     console.print(note, highlight=False)
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
 
@@ -275,23 +261,22 @@ def _scored_at(view: ScoresView, shard: IndexRange) -> float:
     return manifest.created
 
 
-def _row(cell: Cell) -> tuple[str, ...]:
+def _row(cell: Cell) -> dict[str, str]:
     def number(value: float, digits: int) -> str:
         return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
-    setting = cell.setting
-    return (
-        str(setting.max_staleness),
-        setting.order,
-        setting.on_stale,
-        str(setting.lag),
-        number(cell.staleness_mean, 2),
-        str(cell.staleness_max) if cell.num_steps else "–",
-        number(cell.loss_nats, 4),
-        number(cell.drift_nats, 5),
-        number(cell.ess_fraction, 3),
-        number(cell.grad_norm, 3),
-        f"{cell.num_steps}" + ("" if cell.is_finite else " (not finite)"),
-        str(cell.num_idle),
-        f"{100 * cell.waste:.1f} %",
-    )
+    return {
+        "bound": str(cell.setting.max_staleness),
+        "order": cell.setting.order,
+        "on stale": cell.setting.on_stale,
+        "lag": str(cell.setting.lag),
+        "staleness mean": number(cell.staleness_mean, 2),
+        "max": str(cell.staleness_max) if cell.num_steps else "–",
+        "loss nats": number(cell.loss_nats, 4),
+        "drift nats": number(cell.drift_nats, 5),
+        "ESS": number(cell.ess_fraction, 3),
+        "grad norm": number(cell.grad_norm, 3),
+        "steps": f"{cell.num_steps}" + ("" if cell.is_finite else " (not finite)"),
+        "idle": str(cell.num_idle),
+        "waste": f"{100 * cell.waste:.1f} %",
+    }

@@ -174,7 +174,7 @@ async def _restore_parent_state(
     """Give the child's student the parent's state, trained under the parent's own settings. Was it reached exactly?"""
     student = student_of(parent.config, student_skeleton(parent.log))
     with bar(console, f"to version {replay.first_version}", replay.first_version, "steps at most") as advance:
-        reached = await train_to(
+        is_exact = await train_to(
             parent.log,
             student,
             replay.first_version,
@@ -182,4 +182,4 @@ async def _restore_parent_state(
             on_step=lambda step: advance(1),
         )
     restore(student.checkpoint())
-    return reached.is_exact
+    return is_exact

@@ -7,9 +7,7 @@ published version n --load--> the same weights with a new optimizer
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from asyncopd.errors import ConfigError
@@ -27,16 +25,6 @@ class CheckpointedLog(RunLog, Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Reached:
-    """How a student came to a state."""
-
-    num_steps_trained: int
-    """Steps trained again between the checkpoint and the state."""
-    is_exact: bool
-    """Are the weights those of the published version, bit for bit?"""
-
-
 async def train_to(
     log: CheckpointedLog,
     student: Student,
@@ -44,13 +32,15 @@ async def train_to(
     *,
     read_step: Callable[[int], Sequence[ScoredTrajectory]],
     on_step: Callable[[int], None] = lambda step: None,
-) -> Reached:
+) -> bool:
     """Bring a fresh student to the state that the run's learner had after `version` steps, optimizer included.
 
     Args:
         student: with the settings of the run, before its first step.
         read_step: the batch that the run trained in a step.
         on_step: called with each step trained on the way.
+    Returns:
+        Are the weights those of the published version, bit for bit?
     Raises:
         ConfigError: the run has not come that far.
     """
@@ -66,7 +56,7 @@ async def train_to(
         await asyncio.to_thread(student.train, number, await asyncio.to_thread(read_step, number))
         on_step(number)
     found, expected = student.weights(), log.read_policy(published).safetensors
-    return Reached(version - step, hashlib.sha256(found).digest() == hashlib.sha256(expected).digest())
+    return found == expected
 
 
 def find_version(log: RunLog, number: int) -> PolicyVersion:

@@ -7,31 +7,12 @@ trajectories --ScoreCache.find--> known   ----------------------------+--> score
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from asyncopd.ports import ScoreCache, Scorer, ScoreRequest
 from asyncopd.records import Facts
 from asyncopd.types import TeacherScores, Trajectory
-
-
-class NoCache:
-    """`ports.ScoreCache` that keeps nothing."""
-
-    def find(
-        self, teacher_digest: str, request: ScoreRequest, trajectories: Sequence[Trajectory]
-    ) -> Mapping[int, TeacherScores]:
-        return {}
-
-    def add(
-        self,
-        teacher_digest: str,
-        request: ScoreRequest,
-        answers: Sequence[tuple[Trajectory, TeacherScores]],
-        *,
-        worker: str,
-    ) -> None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -65,15 +46,16 @@ class Answers:
 
 
 async def score_through(
-    cache: ScoreCache, scorer: Scorer, trajectories: Sequence[Trajectory], request: ScoreRequest, *, worker: str
+    cache: ScoreCache | None, scorer: Scorer, trajectories: Sequence[Trajectory], request: ScoreRequest, *, worker: str
 ) -> Answers:
-    """Score every trajectory, asking the teacher only about those the cache does not know."""
-    found = await asyncio.to_thread(cache.find, scorer.digest, request, trajectories)
+    """Score every trajectory, asking the teacher only about those that the cache, if there is one, does not know."""
+    found = await asyncio.to_thread(cache.find, scorer.digest, request, trajectories) if cache else {}
     known = {index: replace(scores, index=index, teacher=scorer.name) for index, scores in found.items()}
     unknown = [trajectory for trajectory in trajectories if trajectory.index not in known]
     asked = await scorer.score(unknown, request) if unknown else []
     answers = list(zip(unknown, asked, strict=True))
-    await asyncio.to_thread(cache.add, scorer.digest, request, answers, worker=worker)
+    if cache:
+        await asyncio.to_thread(cache.add, scorer.digest, request, answers, worker=worker)
     by_index = known | {scores.index: scores for scores in asked}
     return Answers(
         scores=[by_index[trajectory.index] for trajectory in trajectories],

@@ -19,7 +19,7 @@ from asyncopd.errors import ConfigError
 from asyncopd.ports import RunLog, ScoreCache, Scorer, ScoreRequest
 from asyncopd.records import Facts
 from asyncopd.schedule import OpenShards, Plan, num_taken
-from asyncopd.teacher.cached import NoCache, score_through
+from asyncopd.teacher.cached import score_through
 from asyncopd.types import IndexRange, Trajectory
 from asyncopd.worker import NextShard, Worker
 
@@ -40,7 +40,7 @@ class ScoreStage:
     ) -> None:
         """`cache` is asked before the teacher; None to ask the teacher for everything."""
         self._log, self._worker, self._plan, self._scorer, self._request = log, worker, plan, scorer, request
-        self._lease_s, self._cache = lease_s, cache or NoCache()
+        self._lease_s, self._cache = lease_s, cache
         self._stage = f"score-{scorer.name}"
         self._open = OpenShards(plan)
         """Shards neither scored nor claimed by this worker, in index order."""
@@ -133,7 +133,7 @@ class BackfillStage:
         folder: str,
         scorer: Scorer,
         request: ScoreRequest,
-        cache: ScoreCache,
+        cache: ScoreCache | None,
         candidates: CandidateShards | None,
         facts: Facts,
         lease_s: float,
