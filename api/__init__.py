@@ -1,12 +1,12 @@
 """The service: launch, watch and inspect runs over REST and in the browser.
 
-main      create_app: settings -> FastAPI                    security  tokens, scopes, who may ask
+main      create_app: settings -> FastAPI                    deps      the parts that routes share; who may ask
 schemas   every request and answer, with examples            limits    sizes, rates, origins, headers
 problems  errors as RFC 9457 problem details                 launcher  runs start and stop through Prefect
-runs, observe, trajectories, logprobs, offline, queries, configs, health, pages     the routes
+runs, observe, trajectories, replay, sql, health, pages      the routes
 
-    storage --RunView: one look serves all--> History --> views, once a moment: Answers --> JSON
-                                                      --> Feed, once an event: Hub --> every stream
+    storage --RunView: one look serves all--> reader, views --> JSON
+                                         --> Feed, once an event: Hub --> every stream
 
 It reads storage and starts deployments by name; it imports neither flows nor torch. Killing it loses nothing.
 """

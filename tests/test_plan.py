@@ -18,7 +18,7 @@ from storage_builders import make_step, make_trajectory, memory_log
 import asyncopd.schedule
 from asyncopd.cli import main
 from asyncopd.cli.plan import costs_of_run
-from asyncopd.config import RunConfig
+from asyncopd.config import RunConfig, load_config
 from asyncopd.errors import ConfigError, DeadlineError
 from asyncopd.plan.calibrate import calibrate, wall_s
 from asyncopd.plan.costs import Costs, DecodeCurve, Fleet, splits
@@ -29,6 +29,7 @@ from asyncopd.schedule import Plan
 from asyncopd.types import Span
 from storage.run_log import StoredRunLog
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 CURVE = DecodeCurve((1, 8, 64), (0.004, 0.006, 0.02))
 COSTS = Costs(
     CURVE,
@@ -151,6 +152,17 @@ def test_more_gpus_are_never_slower_when_all_responses_are_alike(
     lengths = [length] * plan.num_indices
     before, after = (run(plan, lengths, costs, each, num_slots=num_slots).wall_s for each in (fleet, more))
     assert after <= before * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_that_ships_is_planned_within_its_own_bound(path: Path) -> None:
+    config = load_config(path)
+    lengths = Lognormal(20, 60, 200)
+    work = Workload(lengths, config.learner.batch_size, config.rollout.shard_size, 4, num_slots=config.rollout.slots)
+    planned = forecast(work, COSTS, Fleet(2, 1, 1), config.staleness.max_staleness)
+    tokens = int(lengths.draw(4 * config.learner.batch_size, work.seed).sum())
+    assert sum(planned.staleness_tokens.values()) == tokens
+    assert max(planned.staleness_tokens) <= config.staleness.max_staleness
 
 
 def test_processes_that_share_a_machine_slow_each_other_down() -> None:
