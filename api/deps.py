@@ -176,7 +176,7 @@ Streams = Annotated[Hub, part("hub")]
 RunId = Annotated[str, UrlPath(pattern=RUN_ID_PATTERN, description="Id of a run.", examples=["walk-7"])]
 
 
-async def fold(run_id: RunId, runs: Runs) -> RunView:
+async def view(run_id: RunId, runs: Runs) -> RunView:
     """The run of the path, read up to now; 404 while it does not exist in storage."""
     held = runs.held(run_id)
     return held if held is not None and held.is_fresh else await run_in_threadpool(runs.view, run_id)
@@ -203,5 +203,5 @@ async def known_query(request: Request) -> None:
         )
 
 
-Fold = Annotated[RunView, Depends(fold)]
+View = Annotated[RunView, Depends(view)]
 KnownRun = Annotated[str, Depends(known_run)]

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import StreamingResponse
 
 from api import views
-from api.deps import Fold, KnownRun, Reader, Streams
+from api.deps import KnownRun, Reader, Streams, View
 from api.events import Cursor
 from api.problems import responses
 from api.schemas import (
@@ -37,7 +37,7 @@ ToStep = Annotated[int | None, Query(ge=1, description="Step to stop before.", e
 
 @router.get("/events", operation_id="list_events", response_model=EventPage, responses=responses(404))
 async def list_events(
-    fold: Fold,
+    view: View,
     streams: Streams,
     after: Annotated[
         str | None, Query(description="`id` of the last event you have.", examples=[EVENT_ID], max_length=200)
@@ -45,7 +45,7 @@ async def list_events(
     limit: Annotated[int, Query(ge=1, le=1000, description="Events per page.", examples=[100])] = 100,
 ) -> Response:
     """States, steps, rewinds, evaluations and failures, oldest first."""
-    found, has_more = (await streams.feed(fold)).page(Cursor.parse(after), limit)
+    found, has_more = (await streams.feed(view)).page(Cursor.parse(after), limit)
     # They are JSON already.
     body = b'{"data":[%b],"has_more":%b}' % (b",".join(found), b"true" if has_more else b"false")
     return Response(body, media_type="application/json")
@@ -73,7 +73,7 @@ async def stream_events(
 
 @router.get("/metrics", operation_id="get_metrics", responses=responses(404))
 def get_metrics(
-    fold: Fold,
+    view: View,
     key: Annotated[
         list[str] | None, Query(description="Only these metrics; all when left out.", examples=[[LOSS.key]])
     ] = None,
@@ -82,44 +82,44 @@ def get_metrics(
     max_points: MaxPoints = 500,
 ) -> Metrics:
     """Training curves."""
-    return views.metrics_of(fold, key, from_step, to_step, max_points)
+    return views.metrics_of(view, key, from_step, to_step, max_points)
 
 
 @router.get("/staleness", operation_id="get_staleness", responses=responses(404))
 def get_staleness(
-    fold: Fold, from_step: FromStep = 0, to_step: ToStep = None, max_points: MaxPoints = 200
+    view: View, from_step: FromStep = 0, to_step: ToStep = None, max_points: MaxPoints = 200
 ) -> Staleness:
     """Trained tokens by staleness over time."""
-    return views.staleness_of(fold, from_step, to_step, max_points)
+    return views.staleness_of(view, from_step, to_step, max_points)
 
 
 @router.get("/throughput", operation_id="get_throughput", responses=responses(404))
-def get_throughput(fold: Fold, max_points: MaxPoints = 60) -> Throughput:
+def get_throughput(view: View, max_points: MaxPoints = 60) -> Throughput:
     """Response tokens per second of rollout, scoring and learning."""
-    return views.throughput_of(fold, max_points)
+    return views.throughput_of(view, max_points)
 
 
 @router.get("/policies", operation_id="list_policies", responses=responses(404))
-def list_policies(fold: Fold) -> PolicyList:
+def list_policies(view: View) -> PolicyList:
     """Published versions of the surviving lineage, and the rewinds."""
-    return views.policies_of(fold)
+    return views.policies_of(view)
 
 
 @router.get("/checkpoints", operation_id="list_checkpoints", responses=responses(404))
-def list_checkpoints(fold: Fold) -> CheckpointList:
+def list_checkpoints(view: View) -> CheckpointList:
     """States the learner can resume from."""
-    return views.checkpoints_of(fold)
+    return views.checkpoints_of(view)
 
 
 @router.get("/evals", operation_id="list_evaluations", responses=responses(404))
-def list_evaluations(fold: Fold) -> EvaluationList:
+def list_evaluations(view: View) -> EvaluationList:
     """Quality on held-out prompts, by version."""
-    return views.evaluations_of(fold)
+    return views.evaluations_of(view)
 
 
 @router.get("/timeline", operation_id="get_timeline", responses=responses(404))
 def get_timeline(
-    fold: Fold,
+    view: View,
     start_s: Annotated[
         float, Query(ge=0, description="Window start, seconds after the first span.", examples=[0.0])
     ] = 0.0,
@@ -127,4 +127,4 @@ def get_timeline(
     max_spans: Annotated[int, Query(ge=10, le=20_000, description="Spans per worker, about.", examples=[1500])] = 1500,
 ) -> Timeline:
     """Who worked and who waited for what, in lanes."""
-    return views.timeline_of(fold, start_s, stop_s, max_spans)
+    return views.timeline_of(view, start_s, stop_s, max_spans)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header
 
-from api.deps import Fold, Launcher, Runs
+from api.deps import Launcher, Runs, View
 from api.problems import ProblemError, responses
 from api.reader import RunReader
 from api.schemas import Work
@@ -27,12 +27,12 @@ IdempotencyKey = Annotated[
 
 
 @router.post("/replay", status_code=202, operation_id="replay_run", responses=responses(404, 409, 413))
-def replay_run(asked: ReplayRequest, fold: Fold, runs: Runs, idempotency_key: IdempotencyKey = None) -> Work:
+def replay_run(asked: ReplayRequest, view: View, runs: Runs, idempotency_key: IdempotencyKey = None) -> Work:
     """Train again from this run's log, with no sampler and no teacher, into a run of its own."""
-    run_id = fold.log.run_id
-    if not fold.history.steps:
+    run_id = view.log.run_id
+    if not view.history.steps:
         raise ProblemError(409, "nothing-to-replay", f"Run {run_id} has trained no step yet.")
-    children = [replay.child_id for replay in check(fold.log, asked)]
+    children = [replay.child_id for replay in check(view.log, asked)]
     child = children[0] if children and not asked.compare else None
     name = child or f"{'compare' if asked.compare else 'replay'}-{run_id}"
     flow_run_id = _start(asked, run_id, runs, name, idempotency_key)
@@ -43,10 +43,10 @@ def replay_run(asked: ReplayRequest, fold: Fold, runs: Runs, idempotency_key: Id
 
 
 @router.post("/backfill", status_code=202, operation_id="backfill_run", responses=responses(404, 409, 413))
-def backfill_run(asked: BackfillRequest, fold: Fold, runs: Runs, idempotency_key: IdempotencyKey = None) -> Work:
+def backfill_run(asked: BackfillRequest, view: View, runs: Runs, idempotency_key: IdempotencyKey = None) -> Work:
     """Score this run's trajectories again, beside what exists."""
-    run_id = fold.log.run_id
-    check(fold.log, asked)
+    run_id = view.log.run_id
+    check(view.log, asked)
     flow_run_id = _start(asked, run_id, runs, f"backfill-{run_id}", idempotency_key)
     return Work(parent=run_id, flow_run_id=flow_run_id)
 

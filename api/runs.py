@@ -8,7 +8,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
 
-from api.deps import Fold, Launcher, Launches, Reader, RunId, Runs
+from api.deps import Launcher, Launches, Reader, RunId, Runs, View
 from api.problems import responses
 from api.schemas import RUN_ID_PATTERN, Run, RunConfigOut, RunCreate, RunPage
 from storage.history import RunStatus
@@ -73,10 +73,10 @@ def get_run(run_id: RunId, runs: Runs) -> Run:
 
 
 @router.get("/{run_id}/config", dependencies=[Reader], operation_id="get_run_config", responses=responses(404))
-def get_run_config(fold: Fold) -> RunConfigOut:
+def get_run_config(view: View) -> RunConfigOut:
     """The configuration in force, and what resumes changed."""
-    changes = [{"settings": dict(c.settings), "recorded": c.recorded} for c in fold.log.changes()]
-    return RunConfigOut(config=fold.config.model_dump(mode="json"), changes=changes)
+    changes = [{"settings": dict(c.settings), "recorded": c.recorded} for c in view.log.changes()]
+    return RunConfigOut(config=view.config.model_dump(mode="json"), changes=changes)
 
 
 _order = partial(router.post, status_code=202, dependencies=[Launcher], responses=responses(404, 409))

@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Path, Query
 
-from api.deps import Fold, Reader
+from api.deps import Reader, View
 from api.problems import ProblemError, responses
 from api.schemas import Alternative, Token, TrajectoryOut, TrajectoryPage, TrajectorySummary
 from asyncopd.config import RunConfig
@@ -58,7 +58,7 @@ class Filter:
 
 @router.get("", operation_id="list_trajectories", responses=responses(404))
 def list_trajectories(
-    fold: Fold,
+    view: View,
     after: Annotated[int, Query(ge=-1, description="`next_cursor` of the page before.", examples=[-1])] = -1,
     limit: Annotated[int, Query(ge=1, le=500, description="Trajectories per page.", examples=[50])] = 50,
     version: Annotated[
@@ -71,23 +71,23 @@ def list_trajectories(
     min_tokens: Annotated[int, Query(ge=1, description="Only responses at least this long.", examples=[1])] = 1,
 ) -> TrajectoryPage:
     """Responses in index order, filtered."""
-    return page_of(fold, after, limit, Filter(version, correct, group, min_tokens))
+    return page_of(view, after, limit, Filter(version, correct, group, min_tokens))
 
 
 @router.get("/{index}", operation_id="get_trajectory", responses=responses(404))
 def get_trajectory(
-    fold: Fold, index: Annotated[int, Path(ge=0, description="Address in the run.", examples=[128])]
+    view: View, index: Annotated[int, Path(ge=0, description="Address in the run.", examples=[128])]
 ) -> TrajectoryOut:
     """A response token by token, with what teacher and student thought at each."""
-    return trajectory_of(fold, index)
+    return trajectory_of(view, index)
 
 
-def page_of(fold: RunView, after: int, limit: int, shown: Filter) -> TrajectoryPage:
+def page_of(view: RunView, after: int, limit: int, shown: Filter) -> TrajectoryPage:
     """At most `limit` trajectories above index `after`, in index order."""
     found: list[TrajectorySummary] = []
-    shards = [shard for shard in fold.log.trajectory_shards() if shard.stop > after + 1]
+    shards = [shard for shard in view.log.trajectory_shards() if shard.stop > after + 1]
     for number, shard in enumerate(shards):
-        for row in _rows_of(fold, shard):
+        for row in _rows_of(view, shard):
             if row.summary.index <= after or not shown.shows(row):
                 continue
             found.append(row.summary)
@@ -98,22 +98,22 @@ def page_of(fold: RunView, after: int, limit: int, shown: Filter) -> TrajectoryP
     return TrajectoryPage(data=found)
 
 
-def trajectory_of(fold: RunView, index: int) -> TrajectoryOut:
+def trajectory_of(view: RunView, index: int) -> TrajectoryOut:
     """One trajectory. Raises ProblemError 404."""
-    shard = fold.log.shard_of(index)
+    shard = view.log.shard_of(index)
     trajectory = None
     if shard is not None:
-        trajectory = next((t for t in fold.log.read_trajectories(shard) if t.index == index), None)
+        trajectory = next((t for t in view.log.read_trajectories(shard) if t.index == index), None)
     if shard is None or trajectory is None:
         raise ProblemError(
-            404, "no-such-trajectory", f"Index {index} of run {fold.log.run_id} is not produced yet, or was dropped."
+            404, "no-such-trajectory", f"Index {index} of run {view.log.run_id} is not produced yet, or was dropped."
         )
-    teacher = fold.config.teacher.name
-    has_scores = fold.log.find_scores(teacher, shard) is not None
-    found = fold.log.read_scores(teacher, shard) if has_scores else ()
+    teacher = view.config.teacher.name
+    has_scores = view.log.find_scores(teacher, shard) is not None
+    found = view.log.read_scores(teacher, shard) if has_scores else ()
     scores = next((scores for scores in found if scores.index == index), None)
-    tokenizer = task_of(fold.config).tokenizer
-    step = next((s for s in fold.history.steps if index in s.indices.indices), None)
+    tokenizer = task_of(view.config).tokenizer
+    step = next((s for s in view.history.steps if index in s.indices.indices), None)
     return TrajectoryOut(
         summary=_summary(trajectory, scores),
         prompt=tokenizer.decode(trajectory.prompt_ids.tolist()),
