@@ -14,7 +14,8 @@ from synthetic_run import config_of, evaluation, new_log, publish_run, train_ste
 from api.reader import RunReader
 from asyncopd.cli.progress import ProgressWatch
 from asyncopd.errors import StorageError
-from asyncopd.types import Heartbeat, PolicyVersion, WorkerStatus
+from asyncopd.records import Heartbeat, WorkerStatus
+from asyncopd.types import PolicyVersion
 from flows.report import observe, summarise
 from storage.catalog.notebook import open_run as open_to_query
 from storage.history import STARTING_S, status_of
