@@ -40,11 +40,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Readable text; special tokens are shown, not dropped."""
-        ...
 
     def token_text(self, token_id: int) -> str:
         """The text of a single token, for viewers."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -68,15 +66,12 @@ class Task(Protocol):
 
     def prompt(self, index: int, split: Split) -> Prompt:
         """The `index`-th prompt of the seeded, endless stream of `split`; the two splits share no question."""
-        ...
 
     def verify(self, prompt: Prompt, response_ids: Sequence[int]) -> bool:
         """Is the response right? Never raises on what a model may generate."""
-        ...
 
     def demonstration(self, index: int, split: Split) -> Demonstration:
         """The `index`-th demonstration of the seeded stream that pre-training uses."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,6 @@ class Sampler(Protocol):
     @property
     def version(self) -> PolicyVersion | None:
         """The version new tokens are sampled from; None before the first `refresh`."""
-        ...
 
     async def sample(self, request: SampleRequest) -> Trajectory:
         """Generate one response; many calls run at once and share the engine's batch.
@@ -103,7 +97,6 @@ class Sampler(Protocol):
         The returned Trajectory has an empty `prompt_id` and `group` and no `correct`: the rollout stage knows those.
         Raises EngineError when the request cannot be served (prompt and limit exceed the context, for example).
         """
-        ...
 
     async def refresh(self, weights: PolicyWeights) -> None:
         """Switch to newer weights.
@@ -111,11 +104,9 @@ class Sampler(Protocol):
         With in-flight updates, what is in flight keeps its finished tokens and goes on under the new weights. Without,
         it ends under the weights it started with, and this call returns when it has.
         """
-        ...
 
     async def close(self) -> None:
         """Stop the engine; pending `sample` calls raise EngineError."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -139,11 +130,9 @@ class Scorer(Protocol):
 
     async def score(self, trajectories: Sequence[Trajectory], request: ScoreRequest) -> list[TeacherScores]:
         """Score every response token of every trajectory; the result is in the order of the argument."""
-        ...
 
     async def close(self) -> None:
         """Stop the engine, if it has one of its own; harmless when repeated."""
-        ...
 
 
 class ScoreCache(Protocol):
@@ -153,7 +142,6 @@ class ScoreCache(Protocol):
         self, teacher_digest: str, request: ScoreRequest, trajectories: Sequence[Trajectory]
     ) -> Mapping[int, TeacherScores]:
         """The answers that are there, by trajectory index; their index and teacher are those of the first asker."""
-        ...
 
     def add(
         self,
@@ -164,115 +152,60 @@ class ScoreCache(Protocol):
         worker: str,
     ) -> None:
         """Keep what a teacher answered. Harmless when repeated."""
-        ...
 
 
 class RunLog(Protocol):
-    """One Run in storage. Every `publish_*` is durable when it returns and harmless when repeated; reads verify.
+    """One Run in storage; `storage.run_log.StoredRunLog` says what each method does. Stages call them in threads.
 
-    `find_*` answers None or an empty list when nothing was published yet; `read_*` raises instead
-    (ObjectMissingError, ShardCorruptError). Calls block; stages call them in threads.
+    Every `publish_*` is durable when it returns and harmless when repeated; reads verify. `find_*` answers None or an
+    empty list when nothing was published yet; `read_*` raises instead (ObjectMissingError, ShardCorruptError).
     """
 
     run_id: str
 
     # -- rollouts -----------------------------------------------------------------------------------------------
     def find_trajectories(self, shard: IndexRange) -> Manifest | None: ...
-
     def read_trajectories(self, shard: IndexRange) -> list[Trajectory]: ...
-
     def publish_trajectories(
         self, shard: IndexRange, trajectories: Sequence[Trajectory], *, worker: str, facts: Facts = NO_FACTS
-    ) -> bool:
-        """False when another worker's complete shard was there first; ours is then discarded."""
-        ...
+    ) -> bool: ...
 
     # -- scores -------------------------------------------------------------------------------------------------
     def find_scores(self, teacher: str, shard: IndexRange) -> Manifest | None: ...
-
     def read_scores(self, teacher: str, shard: IndexRange) -> list[TeacherScores]: ...
-
     def publish_scores(
         self, teacher: str, shard: IndexRange, scores: Sequence[TeacherScores], *, worker: str, facts: Facts = NO_FACTS
     ) -> bool: ...
 
-    # -- claims: who works on what ------------------------------------------------------------------------------
-    def claim(self, stage: str, shard: IndexRange, *, worker: str, lease_s: float) -> bool:
-        """True when `worker` now holds the shard: nobody did, or the holder's heartbeat stood still for `lease_s`."""
-        ...
-
-    def take(self, stage: str, shard: IndexRange, *, worker: str, lease_s: float) -> Claim | None:
-        """As `claim`, with the claim itself."""
-        ...
-
-    def heartbeat(self, worker: str, status: WorkerStatus) -> None:
-        """Renew every lease of `worker` and tell what it does; overwrites its last heartbeat. Not after `retire`."""
-        ...
-
-    def retire(self, worker: str) -> None:
-        """The worker stops in good order: its unfinished claims are free at once. Final within this process."""
-        ...
-
-    def run_state(self) -> RunState | None:
-        """What the run's flow last said about it; None while nobody said anything."""
-        ...
+    # -- who works on what --------------------------------------------------------------------------------------
+    def claim(self, stage: str, shard: IndexRange, *, worker: str, lease_s: float) -> Claim | None: ...
+    def heartbeat(self, worker: str, status: WorkerStatus) -> None: ...
+    def retire(self, worker: str) -> None: ...
+    def run_state(self) -> RunState | None: ...
 
     # -- policy versions ----------------------------------------------------------------------------------------
     def publish_policy(self, weights: PolicyWeights, *, worker: str, facts: Facts = NO_FACTS) -> None: ...
-
-    def latest_policy(self) -> PolicyVersion | None:
-        """The newest version of the surviving lineage."""
-        ...
-
-    def find_policy(self, number: int) -> PolicyVersion | None:
-        """Version `number` of the surviving lineage."""
-        ...
-
+    def latest_policy(self) -> PolicyVersion | None: ...
+    def find_policy(self, number: int) -> PolicyVersion | None: ...
     def read_policy(self, version: PolicyVersion) -> PolicyWeights: ...
-
-    def policies(self) -> Sequence[PolicyVersion]:
-        """All versions of the surviving lineage, oldest first."""
-        ...
+    def policies(self) -> Sequence[PolicyVersion]: ...
 
     # -- learner ------------------------------------------------------------------------------------------------
     def publish_step(self, step: TrainStep) -> None: ...
-
-    def find_step(self, number: int) -> TrainStep | None:
-        """Step `number` of the surviving lineage."""
-        ...
-
+    def find_step(self, number: int) -> TrainStep | None: ...
     def publish_checkpoint(self, step: int, rewind: int, objects: Mapping[str, bytes], *, worker: str) -> None: ...
-
-    def latest_checkpoint(self) -> tuple[int, int] | None:
-        """(step, rewind) of the newest complete checkpoint of the surviving lineage."""
-        ...
-
+    def checkpoints(self) -> Sequence[tuple[int, int]]: ...
+    def latest_checkpoint(self) -> tuple[int, int] | None: ...
     def read_checkpoint(self, step: int, rewind: int) -> Mapping[str, bytes]: ...
-
-    def record_rewind(self, to_step: int, *, worker: str) -> int:
-        """The learner went back to `to_step`: later steps and versions are superseded. Returns the rewind's number."""
-        ...
-
-    def current_rewind(self) -> int:
-        """Number of the last recorded rewind, under which a learner publishes; 0 before the first."""
-        ...
-
-    # -- order `arrival` ----------------------------------------------------------------------------------------
-    def arrivals(self) -> Sequence[Arrival]:
-        """The shards the learner came to, in that order; empty in index order. Cheap to poll."""
-        ...
-
-    def record_arrival(self, arrival: Arrival) -> bool:
-        """False when another learner has recorded this number; its record then counts. Never superseded by a rewind."""
-        ...
+    def record_rewind(self, to_step: int, *, worker: str) -> int: ...
+    def current_rewind(self) -> int: ...
+    def arrivals(self) -> Sequence[Arrival]: ...
+    def record_arrival(self, arrival: Arrival) -> bool: ...
 
     # -- observations -------------------------------------------------------------------------------------------
     def publish_evaluation(self, evaluation: Evaluation) -> None: ...
-
     def evaluations(self) -> list[Evaluation]: ...
-
     def publish_spans(self, worker: str, sequence: int, spans: Sequence[Span]) -> None: ...
-
     def publish_failure(self, role: str, worker: str, reason: str) -> None: ...
 
 
@@ -281,12 +214,9 @@ class NamedBytes(Protocol):
 
     def find(self, key: str) -> bytes | None:
         """The bytes under `key`; None where there are none."""
-        ...
 
     def put(self, key: str, body: bytes) -> None:
         """Store `body`, instead of what was there."""
-        ...
 
     def put_if_absent(self, key: str, body: bytes) -> bool:
         """Store `body` unless something is there, which then stays: False."""
-        ...

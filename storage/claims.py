@@ -47,12 +47,9 @@ class ClaimLog:
         # Of its own, so that a claim that waits for a slow store does not hold up the heartbeat.
         self._beat_lock = threading.Lock()
 
-    def claim(self, stage: str, shard: IndexRange, *, worker: str, lease_s: float) -> bool:
-        """True when `worker` now holds the shard: nobody did, or the holder's heartbeat stood still for `lease_s`."""
-        return self.take(stage, shard, worker=worker, lease_s=lease_s) is not None
-
-    def take(self, stage: str, shard: IndexRange, *, worker: str, lease_s: float) -> Claim | None:
-        """As `claim`, with the claim itself: its attempt says whether somebody held the shard before."""
+    def claim(self, stage: str, shard: IndexRange, *, worker: str, lease_s: float) -> Claim | None:
+        """The claim by which `worker` now holds the shard: nobody did, or the holder's heartbeat stood still for
+        `lease_s`; its attempt says whether somebody held the shard before. None when somebody else holds it."""
         with self._claim_lock:
             if worker in self._retired:
                 return None

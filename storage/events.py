@@ -15,8 +15,8 @@ from typing import Any
 from asyncopd.records import Failure, RunChange, RunState, RunStateName
 from asyncopd.schedule import Arrival
 from asyncopd.types import Evaluation, Span
-from storage.layout import RunLayout, parse_version
-from storage.learner_log import Lineage, surviving
+from storage.layout import RunLayout
+from storage.learner_log import Lineage
 from storage.records import NumberedRecords, from_json, to_json
 from storage.stores.base import ObjectStore
 
@@ -91,10 +91,8 @@ class ObservationLog:
 
     def evaluations(self) -> list[Evaluation]:
         """Evaluations of the surviving lineage, by version. Raises ShardCorruptError."""
-        keys = self.store.folder(self.layout.folder("evaluation")).keys
-        found = [version for key in keys if (version := parse_version(key)) is not None]
-        kept = [self.layout.evaluation(version) for version in surviving(found, self.lineage.read())]
-        return [from_json(self.store.get(key), key, Evaluation) for key in kept]
+        keys = [self.layout.evaluation(version) for version in self.lineage.surviving("evaluation")]
+        return [from_json(self.store.get(key), key, Evaluation) for key in keys]
 
     def publish_spans(self, worker: str, sequence: int, spans: Sequence[Span]) -> None:
         """Write the `sequence`-th batch of a worker's spans; writing it again replaces it."""

@@ -16,7 +16,7 @@ from asyncopd.errors import StorageError
 from asyncopd.records import Facts, Rewind
 from asyncopd.types import PolicyVersion, TrainStep
 from storage.layout import RunLayout, new_nonce, parse_version
-from storage.manifests import publish, read_manifest, read_objects
+from storage.manifests import publish, read_named
 from storage.records import NumberedRecords, from_json, to_json
 from storage.stores.base import ObjectStore
 
@@ -28,13 +28,22 @@ class Lineage(NumberedRecords[Rewind]):
 
     def __init__(self, store: ObjectStore, layout: RunLayout) -> None:
         super().__init__(store, layout.rewind, Rewind)
-        self._run_id = layout.run_id
+        self._layout = layout
 
     def record(self, to_step: int, worker: str) -> int:
         """Append a rewind; returns its number. Several writers get different numbers."""
         if to_step < 0:
-            raise StorageError(f"cannot rewind {self._run_id} to step {to_step}; expected 0 or more.")
+            raise StorageError(f"cannot rewind {self._layout.run_id} to step {to_step}; expected 0 or more.")
         return self.append(lambda number: Rewind(number=number, to_step=to_step, worker=worker, recorded=time.time()))
+
+    def stored(self, kind: str) -> list[PolicyVersion]:
+        """The states of all policies, checkpoints, steps or evaluations that are stored, superseded ones too."""
+        keys = self._store.folder(self._layout.folder(kind)).keys
+        return sorted({state for key in keys if (state := parse_version(key)) is not None})
+
+    def surviving(self, kind: str) -> list[PolicyVersion]:
+        """Those of `stored` that count, oldest first."""
+        return surviving(self.stored(kind), self.read())
 
 
 def survives(number: int, rewind: int, rewinds: Iterable[Rewind]) -> bool:
@@ -89,14 +98,10 @@ class LearnerLog:
 
     def steps(self) -> list[TrainStep]:
         """All steps of the surviving lineage, in order; reads every one of them."""
-        keys = self.store.folder(self.layout.folder("step")).keys
-        found = [version for key in keys if (version := parse_version(key)) is not None]
-        states = surviving((PolicyVersion(step.number + 1, step.rewind) for step in found), self.lineage.read())
-        read = []
-        for state in states:
-            key = self.layout.step(state.number - 1, state.rewind)
-            read.append(from_json(self.store.get(key), key, TrainStep))
-        return read
+        made = [PolicyVersion(step.number + 1, step.rewind) for step in self.lineage.stored("step")]
+        states = surviving(made, self.lineage.read())
+        keys = [self.layout.step(state.number - 1, state.rewind) for state in states]
+        return [from_json(self.store.get(key), key, TrainStep) for key in keys]
 
     def publish_checkpoint(self, step: int, rewind: int, objects: Mapping[str, bytes], *, worker: str) -> None:
         """Make the state after `step` steps visible, as named bodies. A second one is discarded."""
@@ -113,9 +118,7 @@ class LearnerLog:
 
     def checkpoints(self) -> list[tuple[int, int]]:
         """(step, rewind) of all complete checkpoints of the surviving lineage, oldest first."""
-        keys = self.store.folder(self.layout.folder("checkpoint")).keys
-        states = [version for key in keys if (version := parse_version(key)) is not None]
-        return [(state.number, state.rewind) for state in surviving(states, self.lineage.read())]
+        return [(state.number, state.rewind) for state in self.lineage.surviving("checkpoint")]
 
     def read_checkpoint(self, step: int, rewind: int) -> Mapping[str, bytes]:
         """The bodies of a checkpoint, by name.
@@ -124,9 +127,7 @@ class LearnerLog:
             ObjectMissingError: there is no such checkpoint, or a body is gone.
             ShardCorruptError: a body is not the published one.
         """
-        key = self.layout.checkpoint_manifest(step, rewind)
-        bodies = read_objects(self.store, key, read_manifest(self.store, key))
-        return {object_key.rsplit("/", 1)[1]: body for object_key, body in bodies.items()}
+        return read_named(self.store, self.layout.checkpoint_manifest(step, rewind))
 
     def record_rewind(self, to_step: int, *, worker: str) -> int:
         """The learner went back to `to_step`: later steps and versions are superseded. Returns the rewind's number."""

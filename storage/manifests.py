@@ -2,7 +2,6 @@
 
 put data (unique keys) ... -> put_if_absent manifest -> True : visible, complete, final
                                                      -> False: somebody was first, our data objects are deleted
-
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError
 from asyncopd.records import NO_FACTS, Facts, Manifest
@@ -70,14 +68,35 @@ def read_objects(store: ObjectStore, manifest_key: str, manifest: Manifest) -> d
         ObjectMissingError: a promised object does not exist.
         ShardCorruptError: an object's bytes are not the promised ones.
     """
-    return {
-        key: _read_object(store, manifest_key, manifest.kind, key, promise) for key, promise in manifest.objects.items()
-    }
+    return {key: read_object(store, manifest_key, manifest, key) for key in manifest.objects}
+
+
+def read_named(store: ObjectStore, manifest_key: str) -> dict[str, bytes]:
+    """The bodies of a checkpoint, model or architecture, by file name. Raises as `read_manifest` and `read_objects`."""
+    bodies = read_objects(store, manifest_key, read_manifest(store, manifest_key))
+    return {key.rsplit("/", 1)[1]: body for key, body in bodies.items()}
 
 
 def read_object(store: ObjectStore, manifest_key: str, manifest: Manifest, key: str) -> bytes:
     """One of the bodies `manifest` promises. Raises as `read_objects` does."""
-    return _read_object(store, manifest_key, manifest.kind, key, manifest.objects[key])
+    promise, advice = manifest.objects[key], what_to_do(manifest_key, manifest.kind)
+    body = store.find(key)
+    if body is None:
+        raise ObjectMissingError(
+            f"{key} does not exist in {store.url}, but the manifest {manifest_key} promises "
+            f"{promise['size_bytes']} bytes. {advice}"
+        )
+    if len(body) != promise["size_bytes"]:
+        raise ShardCorruptError(
+            f"{key}: found {len(body)} bytes, the manifest expects {promise['size_bytes']}. {advice}"
+        )
+    found, expected = sha256(body), promise["sha256"]
+    if found != expected:
+        raise ShardCorruptError(
+            f"{key}: sha256 {found[:12]} does not match the manifest's {expected[:12]} ({len(body)} bytes read). "
+            f"{advice}"
+        )
+    return body
 
 
 def sha256(body: bytes) -> str:
@@ -109,27 +128,6 @@ def quarantine(store: ObjectStore, manifest_key: str) -> str:
     store.put(moved, body)
     store.delete(manifest_key)
     return moved
-
-
-def _read_object(store: ObjectStore, manifest_key: str, kind: str, key: str, promise: Mapping[str, Any]) -> bytes:
-    advice = what_to_do(manifest_key, kind)
-    body = store.find(key)
-    if body is None:
-        raise ObjectMissingError(
-            f"{key} does not exist in {store.url}, but the manifest {manifest_key} promises "
-            f"{promise['size_bytes']} bytes. {advice}"
-        )
-    if len(body) != promise["size_bytes"]:
-        raise ShardCorruptError(
-            f"{key}: found {len(body)} bytes, the manifest expects {promise['size_bytes']}. {advice}"
-        )
-    found, expected = sha256(body), promise["sha256"]
-    if found != expected:
-        raise ShardCorruptError(
-            f"{key}: sha256 {found[:12]} does not match the manifest's {expected[:12]} ({len(body)} bytes read). "
-            f"{advice}"
-        )
-    return body
 
 
 def read_shard(store: ObjectStore, manifest_key: str, manifest: Manifest) -> tuple[str, bytes]:

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
 from asyncopd.records import NO_FACTS, ChainBase, Facts, Manifest, WeightChain
 from asyncopd.types import PolicyVersion, PolicyWeights
-from storage.layout import RunLayout, parse_version
-from storage.learner_log import Lineage, possible_rewinds, surviving
+from storage.layout import RunLayout
+from storage.learner_log import Lineage, possible_rewinds
 from storage.manifests import find_manifest, publish, read_manifest, read_object, sha256
 from storage.stores.base import ObjectStore
 from storage.weight_delta import apply_delta, encode_delta
@@ -139,12 +139,7 @@ class PolicyLog:
 
     def policies(self) -> list[PolicyVersion]:
         """All versions of the surviving lineage, oldest first."""
-        return surviving(self.published_policies(), self.lineage.read())
-
-    def published_policies(self) -> list[PolicyVersion]:
-        """All versions that are stored, superseded ones too, by number and rewind."""
-        keys = self.store.folder(self.layout.folder("policy")).keys
-        return sorted({version for key in keys if (version := parse_version(key)) is not None})
+        return self.lineage.surviving("policy")
 
     def policy_facts(self, version: PolicyVersion) -> Facts:
         """What its publisher wrote beside a version. Empty when the version does not exist."""

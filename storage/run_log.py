@@ -19,7 +19,7 @@ from storage.claims import ClaimLog
 from storage.events import ArrivalLog, ObservationLog, RunStateLog
 from storage.layout import RunLayout, decode_name, new_nonce, parse_shard
 from storage.learner_log import LearnerLog, Lineage
-from storage.manifests import find_manifest, publish, read_manifest, read_objects, read_shard, what_to_do
+from storage.manifests import find_manifest, publish, read_manifest, read_named, read_shard, what_to_do
 from storage.parquet import decode_scores, decode_trajectories, encode_scores, encode_trajectories
 from storage.policies import PolicyLog
 from storage.records import from_json
@@ -161,9 +161,7 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
 
     def read_architecture(self) -> Mapping[str, bytes]:
         """What `publish_architecture` stored, by name. Raises as `read_trajectories` does."""
-        key = self.layout.architecture_manifest
-        bodies = read_objects(self.store, key, read_manifest(self.store, key))
-        return {object_key.rsplit("/", 1)[1]: body for object_key, body in bodies.items()}
+        return read_named(self.store, self.layout.architecture_manifest)
 
     # -- private --------------------------------------------------------------------------------------------------
     def _publish_shard(

@@ -8,7 +8,7 @@ from typing import Any
 from asyncopd.errors import RunMissingError, StorageError
 from asyncopd.records import NO_FACTS, Facts, Manifest
 from storage.layout import RUNS, RunLayout, new_nonce, shared_key
-from storage.manifests import find_manifest, publish, read_manifest, read_objects
+from storage.manifests import find_manifest, publish, read_named
 from storage.records import from_json, to_json
 from storage.replay import ReplayLog
 from storage.run_log import StoredRunLog
@@ -88,6 +88,4 @@ def find_model(store: ObjectStore, digest: str) -> Manifest | None:
 
 def read_model(store: ObjectStore, digest: str) -> Mapping[str, bytes]:
     """The bodies of a stored model, by name. Raises ObjectMissingError or ShardCorruptError."""
-    key = shared_key("model", digest=digest)
-    bodies = read_objects(store, key, read_manifest(store, key))
-    return {object_key.rsplit("/", 1)[1]: body for object_key, body in bodies.items()}
+    return read_named(store, shared_key("model", digest=digest))

@@ -146,10 +146,10 @@ def test_the_holder_is_the_last_claimant_that_lives(store: ObjectStore) -> None:
 
 def test_the_attempt_of_a_claim_tells_whether_there_was_a_holder_before(store: ObjectStore) -> None:
     (ours, _), (theirs, _) = observer(store), observer(store)
-    assert ours.take("learn", SHARD, worker="a", lease_s=10).attempt == 1
-    assert theirs.take("learn", SHARD, worker="b", lease_s=10) is None
+    assert ours.claim("learn", SHARD, worker="a", lease_s=10).attempt == 1
+    assert theirs.claim("learn", SHARD, worker="b", lease_s=10) is None
     ours.retire("a")
-    assert theirs.take("learn", SHARD, worker="b", lease_s=10).attempt == 2
+    assert theirs.claim("learn", SHARD, worker="b", lease_s=10).attempt == 2
 
 
 def test_a_holder_that_never_beats_counts_from_the_first_look(store: ObjectStore) -> None:
@@ -206,7 +206,7 @@ def test_of_eight_claimants_one_wins(kind: str, dead_holder: bool, tmp_path: Pat
     def claim(number: int) -> bool:
         mine = StoredRunLog(log.store, "run")
         barrier.wait()
-        return mine.claim("rollout", SHARD, worker=f"w{number}", lease_s=60)
+        return mine.claim("rollout", SHARD, worker=f"w{number}", lease_s=60) is not None
 
     with ThreadPoolExecutor(8) as threads:
         won = list(threads.map(claim, range(8)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from asyncopd.errors import ConfigError
 from asyncopd.learner.student import Student
@@ -17,16 +16,8 @@ from asyncopd.records import Facts
 from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory
 
 
-class CheckpointedLog(RunLog, Protocol):
-    """A run log that lists its checkpoints."""
-
-    def checkpoints(self) -> Sequence[tuple[int, int]]:
-        """(step, rewind) of the surviving lineage, oldest first."""
-        ...
-
-
 async def train_to(
-    log: CheckpointedLog,
+    log: RunLog,
     student: Student,
     version: int,
     *,

@@ -87,7 +87,7 @@ class LearnStage:
                 next_batch.cancel()
 
     def _take_place(self) -> Claim | None:
-        return self._log.take("learn", LEARNER_PLACE, worker=self._worker.name, lease_s=self._lease_s)
+        return self._log.claim("learn", LEARNER_PLACE, worker=self._worker.name, lease_s=self._lease_s)
 
     def _resume(self, attempt: int) -> int:
         """Restore the newest checkpoint, or publish version 0. Returns the step to go on with.

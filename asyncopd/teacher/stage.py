@@ -187,7 +187,8 @@ class BackfillStage:
         )
 
     def _claim(self, shard: IndexRange) -> bool:
-        return self._log.claim(f"backfill-{self._folder}", shard, worker=self._worker.name, lease_s=self._lease_s)
+        claim = self._log.claim(f"backfill-{self._folder}", shard, worker=self._worker.name, lease_s=self._lease_s)
+        return claim is not None
 
     def _check_teacher(self, digests: Sequence[str]) -> None:
         if set(digests) - {self._scorer.digest}:
