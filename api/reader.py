@@ -72,7 +72,7 @@ class RunReader:
         if (held := self.held(run_id)) is not None:
             return held
         try:
-            record = RunLayout(run_id).record
+            record = RunLayout(run_id).key("run")
         except StorageError:
             return None  # nothing can have such an id
         if not self.store.exists(record):
@@ -90,7 +90,7 @@ class RunReader:
         if run_id not in self._created:
             # The launch first: a run must not change its place in the list when its flow creates it.
             launch = self.launches.find_launch(run_id)
-            body = None if launch else self.store.find(RunLayout(run_id).record)
+            body = None if launch else self.store.find(RunLayout(run_id).key("run"))
             if launch:
                 self._created[run_id] = float(launch["recorded"])
             elif body is not None:

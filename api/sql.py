@@ -96,7 +96,7 @@ class QueryQueue:
 
     def _run(self, asked: SqlRequest, state: _Asked) -> bytes:
         for run_id in asked.runs or ():
-            if not self._store.exists(RunLayout(run_id).record):
+            if not self._store.exists(RunLayout(run_id).key("run")):
                 raise no_run(run_id)
         try:
             return self._query(asked, state)

@@ -68,7 +68,7 @@ class ClaimLog:
                     return None
                 attempt = 1 if claim is None else claim.attempt + 1
                 mine = Claim(stage=stage, shard=shard, attempt=attempt, worker=worker, claimed=time.time())
-                key, body = self.layout.claim(stage, shard, attempt), to_json(mine)
+                key, body = self.layout.key("claim", stage=stage, shard=shard, attempt=attempt), to_json(mine)
                 won = self.store.put_if_absent(key, body, durable=False)
                 claim = self._newest[stage, shard] = mine if won else self._read_claim(stage, shard, attempt)
 
@@ -95,7 +95,7 @@ class ClaimLog:
 
         Final within this process; a process that takes the name again works as any other.
         """
-        last = self._read_heartbeat(key := self.layout.heartbeat(worker), self.store.find(key))
+        last = self._read_heartbeat(key := self.layout.key("heartbeat", worker=worker), self.store.find(key))
         self._beat(worker, last.status if last else WorkerStatus(), retired=True)
 
     def retire_process(self, *, host: str, pid: int) -> list[str]:
@@ -134,11 +134,11 @@ class ClaimLog:
                 self._retired.add(worker)
             number = self._beats[worker] = self._beats.get(worker, 0) + 1
             beat = Heartbeat(worker=worker, beaten=time.time(), retired=retired, status=status, beat=number)
-            self.store.put(self.layout.heartbeat(worker), to_json(beat), durable=False)
+            self.store.put(self.layout.key("heartbeat", worker=worker), to_json(beat), durable=False)
 
     def _dead(self, worker: str, lease_s: float) -> bool:
         """Has `worker` retired, or has its heartbeat not changed for `lease_s` while this process was looking?"""
-        key = self.layout.heartbeat(worker)
+        key = self.layout.key("heartbeat", worker=worker)
         body, now_s = self.store.find(key), self._clock()
         sighting = self._sightings.get(worker)
         if sighting is None or sighting.body != body:
@@ -147,11 +147,11 @@ class ClaimLog:
         return (beat is not None and beat.retired) or now_s - sighting.seen_s >= lease_s
 
     def _find_claim(self, stage: str, shard: IndexRange, attempt: int) -> Claim | None:
-        exists = self.store.exists(self.layout.claim(stage, shard, attempt))
+        exists = self.store.exists(self.layout.key("claim", stage=stage, shard=shard, attempt=attempt))
         return self._read_claim(stage, shard, attempt) if exists else None
 
     def _read_claim(self, stage: str, shard: IndexRange, attempt: int) -> Claim:
-        key = self.layout.claim(stage, shard, attempt)
+        key = self.layout.key("claim", stage=stage, shard=shard, attempt=attempt)
         try:
             return from_json(self.store.get(key), key, Claim)
         except ShardCorruptError:

@@ -21,20 +21,27 @@ from storage.records import NumberedRecords, from_json, to_json
 from storage.stores.base import ObjectStore
 
 
-class RunStateLog:
-    """States and changes of one run."""
+class EventLog:
+    """What happened to one run besides its steps; and what it is."""
 
     store: ObjectStore
     layout: RunLayout
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        """What `create_run` stored; `StoredRunLog` has it."""
-        raise NotImplementedError
+    lineage: Lineage
 
     def __init__(self) -> None:
-        self._states = NumberedRecords(self.store, self.layout.state, RunState)
-        self._changes = NumberedRecords(self.store, self.layout.change, RunChange)
+        self._record: Mapping[str, Any] | None = None
+        self._states = NumberedRecords(self.store, self.layout, "state", RunState)
+        self._changes = NumberedRecords(self.store, self.layout, "change", RunChange)
+        self._arrivals = NumberedRecords(self.store, self.layout, "arrival", Arrival, first=0)
+
+    # -- states and settings --------------------------------------------------------------------------------------
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What `create_run` stored: config, config_hash, code_version, created, parent. Read once, then remembered."""
+        if self._record is None:
+            key = self.layout.key("run")
+            self._record = from_json(self.store.get(key), key, dict)
+        return self._record
 
     def run_state(self) -> RunState | None:
         """The latest state; None while nobody recorded one. One request when nothing changed, so it can be polled."""
@@ -64,6 +71,46 @@ class RunStateLog:
         """Append a change: dotted key -> (old value, new value). In force for every process started afterwards."""
         return self._changes.append(lambda _: RunChange(settings, time.time()))
 
+    # -- observations ---------------------------------------------------------------------------------------------
+    def publish_evaluation(self, evaluation: Evaluation) -> None:
+        """Record the quality of one version; the first evaluation of a version is kept."""
+        self.store.put_if_absent(self.layout.key("evaluation", state=evaluation.version), to_json(evaluation))
+
+    def evaluations(self) -> list[Evaluation]:
+        """Evaluations of the surviving lineage, by version. Raises ShardCorruptError."""
+        keys = [self.layout.key("evaluation", state=version) for version in self.lineage.surviving("evaluation")]
+        return [from_json(self.store.get(key), key, Evaluation) for key in keys]
+
+    def publish_spans(self, worker: str, sequence: int, spans: Sequence[Span]) -> None:
+        """Write the `sequence`-th batch of a worker's spans; writing it again replaces it."""
+        self.store.put(self.layout.key("spans", worker=worker, sequence=sequence), to_json(list(spans)))
+
+    def spans(self) -> list[Span]:
+        """All spans of all workers, by start. Raises ShardCorruptError."""
+        keys = self.store.list(self.layout.folder("spans"))
+        spans = [span for key in keys for span in from_json(self.store.get(key), key, list[Span])]
+        return sorted(spans, key=lambda span: span.start)
+
+    def publish_failure(self, role: str, worker: str, reason: str) -> None:
+        """Record why a role failed; every call adds a record."""
+        now = time.time()
+        key = self.layout.key("failure", unix_ms=int(now * 1000), role=role, worker=worker)
+        self.store.put(key, to_json(Failure(role, worker, reason, now)))
+
+    def failures(self) -> list[Failure]:
+        """All failures, oldest first. Raises ShardCorruptError."""
+        keys = self.store.list(self.layout.folder("failure"))
+        return [from_json(self.store.get(key), key, Failure) for key in keys]
+
+    # -- arrivals -------------------------------------------------------------------------------------------------
+    def arrivals(self) -> list[Arrival]:
+        """All arrivals, in order. They are numbered without gaps, so one request tells that there is no new one."""
+        return self._arrivals.read()
+
+    def record_arrival(self, arrival: Arrival) -> bool:
+        """False when this number was recorded before, by another learner or before a crash; that record counts."""
+        return self._arrivals.write(arrival.number, arrival)
+
 
 def with_changes(config: Mapping[str, Any], changes: Iterable[Mapping[str, Sequence[Any]]]) -> dict[str, Any]:
     """`config` after `changes`, oldest first, each dotted key -> (old value, new value)."""
@@ -76,58 +123,3 @@ def with_changes(config: Mapping[str, Any], changes: Iterable[Mapping[str, Seque
                 section = section[part]
             section[name] = new
     return changed
-
-
-class ObservationLog:
-    """Evaluations, spans and failures of one run."""
-
-    store: ObjectStore
-    layout: RunLayout
-    lineage: Lineage
-
-    def publish_evaluation(self, evaluation: Evaluation) -> None:
-        """Record the quality of one version; the first evaluation of a version is kept."""
-        self.store.put_if_absent(self.layout.evaluation(evaluation.version), to_json(evaluation))
-
-    def evaluations(self) -> list[Evaluation]:
-        """Evaluations of the surviving lineage, by version. Raises ShardCorruptError."""
-        keys = [self.layout.evaluation(version) for version in self.lineage.surviving("evaluation")]
-        return [from_json(self.store.get(key), key, Evaluation) for key in keys]
-
-    def publish_spans(self, worker: str, sequence: int, spans: Sequence[Span]) -> None:
-        """Write the `sequence`-th batch of a worker's spans; writing it again replaces it."""
-        self.store.put(self.layout.span(worker, sequence), to_json(list(spans)))
-
-    def spans(self) -> list[Span]:
-        """All spans of all workers, by start. Raises ShardCorruptError."""
-        keys = self.store.list(self.layout.folder("spans"))
-        spans = [span for key in keys for span in from_json(self.store.get(key), key, list[Span])]
-        return sorted(spans, key=lambda span: span.start)
-
-    def publish_failure(self, role: str, worker: str, reason: str) -> None:
-        """Record why a role failed; every call adds a record."""
-        now = time.time()
-        self.store.put(self.layout.failure(now, role, worker), to_json(Failure(role, worker, reason, now)))
-
-    def failures(self) -> list[Failure]:
-        """All failures, oldest first. Raises ShardCorruptError."""
-        keys = self.store.list(self.layout.folder("failure"))
-        return [from_json(self.store.get(key), key, Failure) for key in keys]
-
-
-class ArrivalLog:
-    """Which shards the learner of one run came to, in which order, and what it decided."""
-
-    store: ObjectStore
-    layout: RunLayout
-
-    def __init__(self) -> None:
-        self._arrivals = NumberedRecords(self.store, self.layout.arrival, Arrival, first=0)
-
-    def arrivals(self) -> list[Arrival]:
-        """All arrivals, in order. They are numbered without gaps, so one request tells that there is no new one."""
-        return self._arrivals.read()
-
-    def record_arrival(self, arrival: Arrival) -> bool:
-        """False when this number was recorded before, by another learner or before a crash; that record counts."""
-        return self._arrivals.write(arrival.number, arrival)

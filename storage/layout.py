@@ -237,12 +237,9 @@ class RunLayout:
         """The folder that all objects of a kind lie in, at whatever depth."""
         return f"{self.root}/{OF_A_RUN[kind].split('/')[0]}"
 
-    def _key(self, kind: str, **fields: Any) -> str:
+    def key(self, kind: str, **fields: Any) -> str:
+        """A key of OF_A_RUN, from the fields that its template names."""
         return f"{self.root}/{_TEMPLATES[kind].build({'nonce': new_nonce(), **fields})}"
-
-    @property
-    def record(self) -> str:
-        return self._key("run")
 
     # -- shards ---------------------------------------------------------------------------------------------------
     @property
@@ -262,61 +259,9 @@ class RunLayout:
     def shard_object(self, folder: str, shard: IndexRange) -> str:
         return f"{folder}/{_OF_ITS_DATA.build({'shard': shard, 'nonce': new_nonce()})}"
 
-    # -- learner --------------------------------------------------------------------------------------------------
-    def policy_manifest(self, version: PolicyVersion) -> str:
-        return self._key("policy", state=version)
-
-    def policy_object(self, version: PolicyVersion) -> str:
-        return self._key("policy.data", number=version.number, rewind=version.rewind, coding="safetensors")
-
-    def policy_delta(self, version: PolicyVersion) -> str:
-        return self._key("policy.data", number=version.number, rewind=version.rewind, coding="delta")
-
+    # -- states: steps and a rewind ---------------------------------------------------------------------------------
     def step(self, number: int, rewind: int) -> str:
-        return self._key("step", state=PolicyVersion(number, rewind))
+        return self.key("step", state=PolicyVersion(number, rewind))
 
     def checkpoint_manifest(self, step: int, rewind: int) -> str:
-        return self._key("checkpoint", state=PolicyVersion(step, rewind))
-
-    def checkpoint_object(self, step: int, rewind: int, nonce: str, name: str) -> str:
-        return self._key("checkpoint.data", state=PolicyVersion(step, rewind), nonce=nonce, object=name)
-
-    def rewind(self, number: int) -> str:
-        return self._key("rewind", number=number)
-
-    def state(self, number: int) -> str:
-        return self._key("state", number=number)
-
-    def change(self, number: int) -> str:
-        return self._key("change", number=number)
-
-    def arrival(self, number: int) -> str:
-        return self._key("arrival", number=number)
-
-    @property
-    def architecture_manifest(self) -> str:
-        return self._key("architecture")
-
-    def architecture_object(self, nonce: str, name: str) -> str:
-        return self._key("architecture.data", nonce=nonce, object=name)
-
-    # -- workers, observations, maintenance -----------------------------------------------------------------------
-    def claim(self, stage: str, shard: IndexRange, attempt: int) -> str:
-        return self._key("claim", stage=stage, shard=shard, attempt=attempt)
-
-    def heartbeat(self, worker: str) -> str:
-        return self._key("heartbeat", worker=worker)
-
-    def evaluation(self, version: PolicyVersion) -> str:
-        return self._key("evaluation", state=version)
-
-    def span(self, worker: str, sequence: int) -> str:
-        return self._key("spans", worker=worker, sequence=sequence)
-
-    def failure(self, when: float, role: str, worker: str) -> str:
-        """A new key at every call; keys sort by time."""
-        return self._key("failure", unix_ms=int(when * 1000), role=role, worker=worker)
-
-    def removal(self, when: float) -> str:
-        """A new key at every call; keys sort by time."""
-        return self._key("removal", unix_ms=int(when * 1000))
+        return self.key("checkpoint", state=PolicyVersion(step, rewind))

@@ -27,8 +27,7 @@ class Lineage(NumberedRecords[Rewind]):
     """The rewinds of one run, cached."""
 
     def __init__(self, store: ObjectStore, layout: RunLayout) -> None:
-        super().__init__(store, layout.rewind, Rewind)
-        self._layout = layout
+        super().__init__(store, layout, "rewind", Rewind)
 
     def record(self, to_step: int, worker: str) -> int:
         """Append a rewind; returns its number. Several writers get different numbers."""
@@ -105,8 +104,8 @@ class LearnerLog:
 
     def publish_checkpoint(self, step: int, rewind: int, objects: Mapping[str, bytes], *, worker: str) -> None:
         """Make the state after `step` steps visible, as named bodies. A second one is discarded."""
-        nonce = new_nonce()
-        named = {self.layout.checkpoint_object(step, rewind, nonce, name): body for name, body in objects.items()}
+        fields = {"state": PolicyVersion(step, rewind), "nonce": new_nonce()}
+        named = {self.layout.key("checkpoint.data", **fields, object=name): body for name, body in objects.items()}
         key = self.layout.checkpoint_manifest(step, rewind)
         if not publish(self.store, key, named, kind="checkpoint", worker=worker, facts=Facts(step=step, rewind=rewind)):
             logger.info("%s exists already; the first one is kept", key)

@@ -1,12 +1,15 @@
 """Trajectories and TeacherScores to Parquet bytes and back, exactly: what is read equals what was written, bit by bit.
 
+A column is called as the field that it holds, without the field's shape suffix: `head_ids` holds `head_ids_TK`.
 Arrays that `decode_*` returns are read-only views of the file's columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +21,12 @@ from asyncopd.types import Candidates, DrawLaw, FinishReason, TeacherScores, Tra
 from storage.schema import SCHEMA_VERSION, TopkPrecision, parquet_options, shard_schema
 
 Array = NDArray[Any]
+T = TypeVar("T")
+
+_OTHER_NAMES = {"group": "prompt_group", "law": "draw_law"}
+_WIDTHS = {"topk": "topk_k", "head": "head_k", "draw": "num_draws", "teacher_draw": "num_teacher_draws"}
+"""Start of a matrix column's name -> the column with its second dimension, row by row."""
+_CHOICES = {"finish_reason": get_args(FinishReason), "draw_law": get_args(DrawLaw)}
 
 
 def encode_trajectories(trajectories: Sequence[Trajectory], run_id: str) -> bytes:
@@ -27,22 +36,14 @@ def encode_trajectories(trajectories: Sequence[Trajectory], run_id: str) -> byte
         ShapeError: an array is not int32 or float32 as the types say.
     """
     runs = [trajectory.version_runs for trajectory in trajectories]
-    candidates = [trajectory.candidates for trajectory in trajectories]
-    values: dict[str, Any] = {
-        "index": [t.index for t in trajectories],
-        "prompt_id": [t.prompt_id for t in trajectories],
-        "prompt_group": [t.group for t in trajectories],
-        "prompt_ids": [t.prompt_ids for t in trajectories],
-        "num_tokens": [len(t.response_ids) for t in trajectories],
-        "response_ids": [t.response_ids for t in trajectories],
-        "behaviour_logprobs": [t.behaviour_logprobs_T for t in trajectories],
-        "version_first": [t.version_first for t in trajectories],
-        "version_last": [t.version_last for t in trajectories],
+    values = {
+        **_values(trajectories, Trajectory),
+        **_values([trajectory.candidates for trajectory in trajectories], Candidates),
+        "num_tokens": [len(trajectory.response_ids) for trajectory in trajectories],
+        "version_first": [trajectory.version_first for trajectory in trajectories],
+        "version_last": [trajectory.version_last for trajectory in trajectories],
         "version_run_versions": [np.array([run.version for run in row], np.int32) for row in runs],
         "version_run_lengths": [np.array([run.length for run in row], np.int32) for row in runs],
-        "finish_reason": [t.finish_reason for t in trajectories],
-        "correct": [t.correct for t in trajectories],
-        **_candidate_values(candidates),
     }
     return _write("trajectories", values, shard_schema("trajectories", run_id))
 
@@ -53,11 +54,14 @@ def decode_trajectories(body: bytes, key: str) -> list[Trajectory]:
     Raises:
         ShardCorruptError: `body` is no trajectories file of this schema version.
     """
-    rows = _Rows(body, key, "trajectories")
-    try:
-        return [_trajectory(rows, row) for row in range(rows.num_rows)]
-    except (ValueError, KeyError, IndexError, TypeError, ShapeError) as exc:
-        raise rows.corrupt(str(exc)) from exc
+
+    def trajectory(rows: _Rows, row: int) -> Trajectory:
+        versions, lengths = rows.flat("version_run_versions", row), rows.flat("version_run_lengths", row)
+        runs = tuple(VersionRun(*run) for run in zip(versions.tolist(), lengths.tolist(), strict=True))
+        candidates = Candidates(**rows.fields(Candidates, row))
+        return Trajectory(**rows.fields(Trajectory, row), version_runs=runs, candidates=candidates)
+
+    return _decoded(body, key, "trajectories", trajectory)
 
 
 def encode_candidates(candidates: Mapping[int, Candidates], run_id: str) -> bytes:
@@ -65,7 +69,7 @@ def encode_candidates(candidates: Mapping[int, Candidates], run_id: str) -> byte
     indices = sorted(candidates)
     ordered = [candidates[index] for index in indices]
     lengths = [len(row.tail_logmass_T) for row in ordered]
-    values = {"index": indices, "num_tokens": lengths, **_candidate_values(ordered)}
+    values = {"index": indices, "num_tokens": lengths, **_values(ordered, Candidates)}
     return _write("candidates", values, shard_schema("candidates", run_id))
 
 
@@ -75,11 +79,13 @@ def decode_candidates(body: bytes, key: str) -> dict[int, Candidates]:
     Raises:
         ShardCorruptError: `body` is no candidates file of this schema version.
     """
-    rows = _Rows(body, key, "candidates")
-    try:
-        return {rows.values["index"][row]: _candidates(rows, row) for row in range(rows.num_rows)}
-    except (ValueError, KeyError, IndexError, TypeError, ShapeError) as exc:
-        raise rows.corrupt(str(exc)) from exc
+    pairs = _decoded(
+        body,
+        key,
+        "candidates",
+        lambda rows, row: (int(rows.values["index"][row]), Candidates(**rows.fields(Candidates, row))),
+    )
+    return dict(pairs)
 
 
 def encode_scores(scores: Sequence[TeacherScores], run_id: str, topk_precision: TopkPrecision = "float32") -> bytes:
@@ -90,24 +96,7 @@ def encode_scores(scores: Sequence[TeacherScores], run_id: str, topk_precision: 
     """
     for row in scores:
         _check_shapes(row)
-    values: dict[str, Any] = {
-        "index": [s.index for s in scores],
-        "teacher": [s.teacher for s in scores],
-        "teacher_digest": [s.teacher_digest for s in scores],
-        "temperature": [s.temperature for s in scores],
-        "num_tokens": [len(s.sampled_logprobs_T) for s in scores],
-        "sampled_logprobs": [s.sampled_logprobs_T for s in scores],
-        "topk_k": [s.topk_ids_TK.shape[1] for s in scores],
-        "topk_ids": [s.topk_ids_TK for s in scores],
-        "topk_logprobs": [s.topk_logprobs_TK for s in scores],
-        "head_k": [s.head_logprobs_TK.shape[1] for s in scores],
-        "head_logprobs": [s.head_logprobs_TK for s in scores],
-        "num_draws": [s.draw_logprobs_TN.shape[1] for s in scores],
-        "draw_logprobs": [s.draw_logprobs_TN for s in scores],
-        "num_teacher_draws": [s.teacher_draw_ids_TM.shape[1] for s in scores],
-        "teacher_draw_ids": [s.teacher_draw_ids_TM for s in scores],
-        "teacher_draw_logprobs": [s.teacher_draw_logprobs_TM for s in scores],
-    }
+    values = {**_values(scores, TeacherScores), "num_tokens": [len(row.sampled_logprobs_T) for row in scores]}
     return _write("scores", values, shard_schema("scores", run_id, topk_precision))
 
 
@@ -119,76 +108,65 @@ def decode_scores(body: bytes, key: str) -> list[TeacherScores]:
     Raises:
         ShardCorruptError: `body` is no scores file of this schema version.
     """
-    rows = _Rows(body, key, "scores")
+    return _decoded(body, key, "scores", lambda rows, row: TeacherScores(**rows.fields(TeacherScores, row)))
+
+
+# -- fields and columns -----------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """A field of a value that is a column of its file."""
+
+    name: str
+    column: str
+    num_dims: int
+    """1 and 2: an array with one row per response token. 0: any other value."""
+    width: str
+    """Column with the second dimension; empty when there is none."""
+
+
+@lru_cache(maxsize=8)
+def _fields(kind: type) -> list[_Field]:
+    found = []
+    for name in (field.name for field in dataclasses.fields(kind)):
+        if name not in ("version_runs", "candidates"):
+            column, _, dims = name.rpartition("_") if name[-1].isupper() else (name, "", "")
+            width = _WIDTHS[column.rpartition("_")[0]] if len(dims) == 2 else ""
+            found.append(_Field(name, _OTHER_NAMES.get(column, column), len(dims), width))
+    return found
+
+
+def _values(rows: Sequence[Any], kind: type) -> dict[str, list[Any]]:
+    """The columns of what `rows` hold, and of their widths."""
+    values = {}
+    for field in _fields(kind):
+        values[field.column] = [getattr(row, field.name) for row in rows]
+        if field.width:
+            values[field.width] = [array.shape[1] for array in values[field.column]]
+    return values
+
+
+def _check_shapes(scores: TeacherScores) -> None:
+    num_tokens = len(scores.sampled_logprobs_T)
+    widths: dict[str, int] = {}
+    for field in _fields(TeacherScores):
+        if not field.num_dims:
+            continue
+        shape = getattr(scores, field.name).shape
+        expected = (num_tokens, widths.setdefault(field.width, shape[-1]))[: field.num_dims]
+        if shape != expected:
+            raise ShapeError(
+                f"index {scores.index}: scores.{field.name} is {shape}, expected {expected} with one row for each of "
+                f"{num_tokens} response tokens."
+            )
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+def _decoded(body: bytes, key: str, kind: str, build: Callable[[_Rows, int], T]) -> list[T]:
+    rows = _Rows(body, key, kind)
     try:
-        return [_scores(rows, row) for row in range(rows.num_rows)]
+        return [build(rows, row) for row in range(rows.num_rows)]
     except (ValueError, KeyError, IndexError, TypeError, ShapeError) as exc:
         raise rows.corrupt(str(exc)) from exc
-
-
-def _trajectory(rows: _Rows, row: int) -> Trajectory:
-    num_tokens: int = rows.values["num_tokens"][row]
-    finish_reason: FinishReason = rows.choice("finish_reason", row, get_args(FinishReason))
-    versions, lengths = rows.flat("version_run_versions", row).tolist(), rows.flat("version_run_lengths", row).tolist()
-    return Trajectory(
-        index=rows.values["index"][row],
-        prompt_id=rows.values["prompt_id"][row],
-        prompt_ids=rows.flat("prompt_ids", row),
-        response_ids=rows.flat("response_ids", row).reshape(num_tokens),
-        behaviour_logprobs_T=rows.flat("behaviour_logprobs", row),
-        version_runs=tuple(VersionRun(*run) for run in zip(versions, lengths, strict=True)),
-        finish_reason=finish_reason,
-        candidates=_candidates(rows, row),
-        group=rows.values["prompt_group"][row],
-        correct=rows.values["correct"][row],
-    )
-
-
-def _candidate_values(candidates: Sequence[Candidates]) -> dict[str, Any]:
-    return {
-        "head_k": [c.head_ids_TK.shape[1] for c in candidates],
-        "head_ids": [c.head_ids_TK for c in candidates],
-        "head_logprobs": [c.head_logprobs_TK for c in candidates],
-        "tail_logmass": [c.tail_logmass_T for c in candidates],
-        "num_draws": [c.draw_ids_TN.shape[1] for c in candidates],
-        "draw_ids": [c.draw_ids_TN for c in candidates],
-        "draw_logprobs": [c.draw_logprobs_TN for c in candidates],
-        "draw_law": [c.law for c in candidates],
-    }
-
-
-def _candidates(rows: _Rows, row: int) -> Candidates:
-    num_tokens: int = rows.values["num_tokens"][row]
-    law: DrawLaw = rows.choice("draw_law", row, get_args(DrawLaw))
-    head_TK = (num_tokens, rows.values["head_k"][row])
-    draws_TN = (num_tokens, rows.values["num_draws"][row])
-    return Candidates(
-        head_ids_TK=rows.flat("head_ids", row).reshape(head_TK),
-        head_logprobs_TK=rows.flat("head_logprobs", row).reshape(head_TK),
-        tail_logmass_T=rows.flat("tail_logmass", row),
-        draw_ids_TN=rows.flat("draw_ids", row).reshape(draws_TN),
-        draw_logprobs_TN=rows.flat("draw_logprobs", row).reshape(draws_TN),
-        law=law,
-    )
-
-
-def _scores(rows: _Rows, row: int) -> TeacherScores:
-    num_tokens: int = rows.values["num_tokens"][row]
-    topk_TK = (num_tokens, rows.values["topk_k"][row])
-    teacher_draws_TM = (num_tokens, rows.values["num_teacher_draws"][row])
-    return TeacherScores(
-        index=rows.values["index"][row],
-        teacher=rows.values["teacher"][row],
-        teacher_digest=rows.values["teacher_digest"][row],
-        temperature=rows.values["temperature"][row],
-        sampled_logprobs_T=rows.flat("sampled_logprobs", row).reshape(num_tokens),
-        topk_ids_TK=rows.flat("topk_ids", row).reshape(topk_TK),
-        topk_logprobs_TK=rows.flat("topk_logprobs", row).reshape(topk_TK),
-        head_logprobs_TK=rows.flat("head_logprobs", row).reshape(num_tokens, rows.values["head_k"][row]),
-        draw_logprobs_TN=rows.flat("draw_logprobs", row).reshape(num_tokens, rows.values["num_draws"][row]),
-        teacher_draw_ids_TM=rows.flat("teacher_draw_ids", row).reshape(teacher_draws_TM),
-        teacher_draw_logprobs_TM=rows.flat("teacher_draw_logprobs", row).reshape(teacher_draws_TM),
-    )
 
 
 class _Rows:
@@ -224,11 +202,19 @@ class _Rows:
         offsets, numbers = self._flat[name]
         return numbers[offsets[row] : offsets[row + 1]]
 
-    def choice(self, name: str, row: int, allowed: Sequence[str]) -> Any:
-        value = self.values[name][row]
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}, expected one of {list(allowed)}")
-        return value
+    def fields(self, kind: type, row: int) -> dict[str, Any]:
+        """The fields of one row's value that are columns, by name."""
+        num_tokens, found = self.values["num_tokens"][row], {}
+        for field in _fields(kind):
+            if field.column in self._flat:
+                array = self.flat(field.column, row)
+                shape = (num_tokens, self.values[field.width][row]) if field.width else (num_tokens,)
+                found[field.name] = array.reshape(shape) if field.num_dims else array
+            else:
+                value = found[field.name] = self.values[field.column][row]
+                if value not in (allowed := _CHOICES.get(field.column, (value,))):
+                    raise ValueError(f"{field.column} is {value!r}, expected one of {list(allowed)}")
+        return found
 
     def corrupt(self, reason: str) -> ShardCorruptError:
         return ShardCorruptError(
@@ -262,20 +248,3 @@ def _list_array(field: Any, rows: Sequence[Array]) -> Any:
         raise ShapeError(f"column {field.name} was given {flat.dtype}, expected {expected}; convert with .astype.")
     values = pa.array(flat.astype(np.float16) if pa.types.is_float16(value_type) else flat, value_type)
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values, type=field.type)
-
-
-def _check_shapes(scores: TeacherScores) -> None:
-    num_tokens = len(scores.sampled_logprobs_T)
-    for name, array, expected in (
-        ("sampled_logprobs_T", scores.sampled_logprobs_T, (num_tokens,)),
-        ("topk_logprobs_TK", scores.topk_logprobs_TK, scores.topk_ids_TK.shape),
-        ("teacher_draw_logprobs_TM", scores.teacher_draw_logprobs_TM, scores.teacher_draw_ids_TM.shape),
-        ("head_logprobs_TK", scores.head_logprobs_TK, (num_tokens, *scores.head_logprobs_TK.shape[1:2])),
-        ("draw_logprobs_TN", scores.draw_logprobs_TN, (num_tokens, *scores.draw_logprobs_TN.shape[1:2])),
-    ):
-        is_flat = name == "sampled_logprobs_T"
-        if array.shape != expected or len(array) != num_tokens or (array.ndim == 2) == is_flat:
-            raise ShapeError(
-                f"index {scores.index}: scores.{name} is {array.shape}, expected {expected} with one row for each of "
-                f"{num_tokens} response tokens."
-            )

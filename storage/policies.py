@@ -67,7 +67,7 @@ class PolicyLog:
 
         Raises StorageError when the version exists with other weights: two learners are writing one run.
         """
-        key, digest = self.layout.policy_manifest(weights.version), sha256(weights.safetensors)
+        key, digest = self.layout.key("policy", state=weights.version), sha256(weights.safetensors)
         objects, chain = self._objects(weights, digest)
         if not publish(self.store, key, objects, kind="policy", worker=worker, facts=replace(facts, chain=chain)):
             published = StoredPolicy.of(weights.version, key, read_manifest(self.store, key))
@@ -84,7 +84,7 @@ class PolicyLog:
         """What to store of a version, by key, and how that is: full weights, a delta, or both."""
         version, body = weights.version, weights.safetensors
         if self._full_every is None:
-            return {self.layout.policy_object(version): body}, None
+            return {self._data_key(version, "safetensors"): body}, None
         base = self._published
         if base is not None and base.weights.version.number >= version.number:
             base = None
@@ -94,15 +94,18 @@ class PolicyLog:
         objects: dict[str, bytes] = {}
         delta_key = full_key = None
         if delta is not None:
-            objects[delta_key := self.layout.policy_delta(version)] = delta.body
+            objects[delta_key := self._data_key(version, "delta")] = delta.body
         if delta is None or version.number % self._full_every == 0:
             # Beside the delta, not instead of it: who is up to date reads the delta of every version.
-            objects[full_key := self.layout.policy_object(version)] = body
+            objects[full_key := self._data_key(version, "safetensors")] = body
         against = None
         if base is not None and delta is not None:
             against = ChainBase(base.weights.version.number, base.weights.version.rewind, base.sha256)
         num_changed = made.num_changed if made is not None else None
         return objects, WeightChain(digest, full_key, delta_key, against, num_changed)
+
+    def _data_key(self, version: PolicyVersion, coding: str) -> str:
+        return self.layout.key("policy.data", number=version.number, rewind=version.rewind, coding=coding)
 
     def latest_policy(self) -> PolicyVersion | None:
         """The newest version of the surviving lineage. Two requests when nothing changed, so it can be polled."""
@@ -121,7 +124,7 @@ class PolicyLog:
         """Version `number` of the surviving lineage."""
         for rewind in possible_rewinds(number, self.lineage.read()):
             version = PolicyVersion(number, rewind)
-            if self.store.exists(self.layout.policy_manifest(version)):
+            if self.store.exists(self.layout.key("policy", state=version)):
                 return version
         return None
 
@@ -143,7 +146,7 @@ class PolicyLog:
 
     def policy_facts(self, version: PolicyVersion) -> Facts:
         """What its publisher wrote beside a version. Empty when the version does not exist."""
-        manifest = find_manifest(self.store, self.layout.policy_manifest(version))
+        manifest = find_manifest(self.store, self.layout.key("policy", state=version))
         return manifest.facts if manifest else Facts()
 
     def _advance(self) -> None:
@@ -151,7 +154,7 @@ class PolicyLog:
         number = -1 if self._latest is None else self._latest.number
         while True:
             version = PolicyVersion(number + 1, self._num_rewinds)
-            if not self.store.exists(self.layout.policy_manifest(version)):
+            if not self.store.exists(self.layout.key("policy", state=version)):
                 return
             self._latest, number = version, version.number
 
@@ -204,13 +207,13 @@ class PolicyReader:
 
     def find(self, version: PolicyVersion) -> StoredPolicy | None:
         """What was published as `version`; None when nothing was."""
-        key = self._layout.policy_manifest(version)
+        key = self._layout.key("policy", state=version)
         manifest = find_manifest(self._store, key)
         return None if manifest is None else StoredPolicy.of(version, key, manifest)
 
     def read(self, version: PolicyVersion) -> PolicyWeights:
         """The weights of a version; see `PolicyLog.read_policy`."""
-        key = self._layout.policy_manifest(version)
+        key = self._layout.key("policy", state=version)
         target = StoredPolicy.of(version, key, read_manifest(self._store, key))
         with self._lock:
             held = self._held

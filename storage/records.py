@@ -25,7 +25,7 @@ from asyncopd.errors import ShapeError, ShardCorruptError, StorageError
 from asyncopd.records import Claim, Facts, Heartbeat, Manifest, Rewind, RunState, WorkerStatus
 from asyncopd.schedule import Arrival
 from asyncopd.types import Evaluation, IndexRange, IndexSet, Span, TrainStep
-from storage.layout import parse
+from storage.layout import RunLayout, parse
 from storage.stores.base import ObjectStore
 
 T = TypeVar("T")
@@ -98,16 +98,16 @@ class NumberedRecords(Generic[T]):
     Reads every record once; one probe finds whether there is a new one. Safe to share between threads.
     """
 
-    def __init__(self, store: ObjectStore, key_of: Callable[[int], str], kind: type[T], *, first: int = 1) -> None:
-        self._store, self._key_of, self._kind, self._first = store, key_of, kind, first
+    def __init__(self, store: ObjectStore, layout: RunLayout, kind: str, type_: type[T], *, first: int = 1) -> None:
+        self._store, self._layout, self._kind, self._type, self._first = store, layout, kind, type_, first
         self._records: list[T] = []
         self._lock = threading.Lock()
 
     def read(self) -> list[T]:
         """All records so far, oldest first; one request when there is no new one."""
         with self._lock:
-            while (body := self._store.find(key := self._key_of(self._first + len(self._records)))) is not None:
-                self._records.append(from_json(body, key, self._kind))
+            while (body := self._store.find(key := self._key(self._first + len(self._records)))) is not None:
+                self._records.append(from_json(body, key, self._type))
             return list(self._records)
 
     def append(self, build: Callable[[int], T]) -> int:
@@ -119,7 +119,10 @@ class NumberedRecords(Generic[T]):
 
     def write(self, number: int, record: T) -> bool:
         """Write a record under its number; False when there is one, which counts."""
-        return self._store.put_if_absent(self._key_of(number), to_json(record))
+        return self._store.put_if_absent(self._key(number), to_json(record))
+
+    def _key(self, number: int) -> str:
+        return self._layout.key(self._kind, number=number)
 
 
 # -- stored fields that are not those of the value --------------------------------------------------------------------

@@ -16,18 +16,17 @@ from asyncopd.errors import ShapeError, ShardCorruptError
 from asyncopd.records import NO_FACTS, Facts, Manifest
 from asyncopd.types import IndexRange, TeacherScores, Trajectory
 from storage.claims import ClaimLog
-from storage.events import ArrivalLog, ObservationLog, RunStateLog
+from storage.events import EventLog
 from storage.layout import RunLayout, decode_name, new_nonce, parse_shard
 from storage.learner_log import LearnerLog, Lineage
 from storage.manifests import find_manifest, publish, read_manifest, read_named, read_shard, what_to_do
 from storage.parquet import decode_scores, decode_trajectories, encode_scores, encode_trajectories
 from storage.policies import PolicyLog
-from storage.records import from_json
 from storage.schema import SCHEMA_VERSION, TopkPrecision
 from storage.stores.base import ObjectStore
 
 
-class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, RunStateLog):
+class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, EventLog):
     """`asyncopd.ports.RunLog` on an object store. Safe to share between threads."""
 
     def __init__(
@@ -44,19 +43,9 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
         self.lineage = Lineage(store, self.layout)
         self.run_id = run_id
         self._topk_precision: TopkPrecision = topk_precision
-        self._record: Mapping[str, Any] | None = None
         PolicyLog.__init__(self)
-        ArrivalLog.__init__(self)
         ClaimLog.__init__(self, clock)
-        RunStateLog.__init__(self)
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        """What `create_run` stored: config, config_hash, code_version, created, parent. Read once, then remembered."""
-        if self._record is None:
-            key = self.layout.record
-            self._record = from_json(self.store.get(key), key, dict)
-        return self._record
+        EventLog.__init__(self)
 
     # -- rollouts -------------------------------------------------------------------------------------------------
     def find_trajectories(self, shard: IndexRange) -> Manifest | None:
@@ -156,12 +145,12 @@ class StoredRunLog(PolicyLog, LearnerLog, ArrivalLog, ClaimLog, ObservationLog, 
     def publish_architecture(self, objects: Mapping[str, bytes], *, worker: str = "") -> bool:
         """Store what engines need besides weights (config, tokenizer files), by name. False when it was there."""
         nonce = new_nonce()
-        named = {self.layout.architecture_object(nonce, name): body for name, body in objects.items()}
-        return publish(self.store, self.layout.architecture_manifest, named, kind="architecture", worker=worker)
+        named = {self.layout.key("architecture.data", nonce=nonce, object=name): body for name, body in objects.items()}
+        return publish(self.store, self.layout.key("architecture"), named, kind="architecture", worker=worker)
 
     def read_architecture(self) -> Mapping[str, bytes]:
         """What `publish_architecture` stored, by name. Raises as `read_trajectories` does."""
-        return read_named(self.store, self.layout.architecture_manifest)
+        return read_named(self.store, self.layout.key("architecture"))
 
     # -- private --------------------------------------------------------------------------------------------------
     def _publish_shard(

@@ -113,14 +113,13 @@ class RunView:
             StorageError: storage does not answer, or newer code wrote a record.
         """
         layout, shards = self.layout, self._shards
-        numbered = {"state": layout.state, "change": layout.change, "rewind": layout.rewind, "arrival": shards.arrival}
         with self._lock:
             for kind in () if self._is_complete else kinds:
                 if kind == "run":
-                    self._find(kind, layout.record)
-                elif kind in numbered:
-                    first = 0 if kind == "arrival" else 1
-                    while self._find(kind, numbered[kind](first + len(self.records[kind]))) is not None:
+                    self._find(kind, layout.key("run"))
+                elif kind in ("state", "change", "rewind", "arrival"):
+                    first, where = (0, shards) if kind == "arrival" else (1, layout)
+                    while self._find(kind, where.key(kind, number=first + len(self.records[kind]))) is not None:
                         pass
                 else:
                     self._read_listed(kind, self._list(kind))
@@ -155,7 +154,7 @@ class RunView:
     def find_policy(self, number: int) -> PolicyVersion | None:
         """Version `number` of the surviving lineage, as far as rewinds were read."""
         versions = (PolicyVersion(number, rewind) for rewind in possible_rewinds(number, self.rewinds))
-        return next((v for v in versions if self._find("policy", self.layout.policy_manifest(v)) is not None), None)
+        return next((v for v in versions if self._find("policy", self.layout.key("policy", state=v)) is not None), None)
 
     def find_request(self) -> StateRequest | None:
         """What a user last asked of the run."""
@@ -172,9 +171,9 @@ class RunView:
     @property
     def record(self) -> Mapping[str, Any]:
         """What `create_run` stored. Raises ObjectMissingError."""
-        found: dict[str, Any] | None = self._find("run", self.layout.record)
+        found: dict[str, Any] | None = self._find("run", self.layout.key("run"))
         if found is None:
-            raise self.store.missing(self.layout.record)
+            raise self.store.missing(self.layout.key("run"))
         return found
 
     @property
@@ -218,7 +217,7 @@ class RunView:
     def evaluations(self) -> list[Evaluation]:
         """The evaluations of the surviving lineage, by version."""
         found = self.records["evaluation"]
-        return [found[self.layout.evaluation(version)] for version in self.states("evaluation")]
+        return [found[self.layout.key("evaluation", state=version)] for version in self.states("evaluation")]
 
     def latest_checkpoint(self) -> PolicyVersion | None:
         """The newest complete checkpoint of the surviving lineage."""

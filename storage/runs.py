@@ -26,7 +26,7 @@ def create_run(
     Raises:
         StorageError: the run exists with another `config_hash`, or `run_id` cannot be part of a key.
     """
-    key = RunLayout(run_id).record
+    key = RunLayout(run_id).key("run")
     if not store.put_if_absent(key, to_json(record)):
         found = from_json(store.get(key), key, dict)
         if found.get("config_hash") != record.get("config_hash"):
@@ -43,7 +43,7 @@ def open_run(store: ObjectStore, run_id: str, *, topk_precision: TopkPrecision =
     A replay's log reads the shards of the run that was sampled, however many replays lie between.
     """
     log = StoredRunLog(store, run_id, topk_precision=topk_precision)
-    if not store.exists(log.layout.record):
+    if not store.exists(log.layout.key("run")):
         raise missing_run(store, run_id)
     source = log
     while source.record.get("parent"):
@@ -69,7 +69,7 @@ def find_run(store: ObjectStore, run_id: str) -> str:
 
 def list_runs(store: ObjectStore) -> list[str]:
     """The ids of all runs, sorted."""
-    return [run_id for run_id in store.folder(RUNS).folders if store.exists(RunLayout(run_id).record)]
+    return [run_id for run_id in store.folder(RUNS).folders if store.exists(RunLayout(run_id).key("run"))]
 
 
 def publish_model(

@@ -101,7 +101,7 @@ def test_objects_of_a_rewind_that_is_not_recorded(log: StoredRunLog) -> None:
 def test_a_gap_in_the_rewinds(log: StoredRunLog) -> None:
     log.record_rewind(4, worker="w")
     log.record_rewind(4, worker="w")
-    log.store.delete(log.layout.rewind(1))
+    log.store.delete(log.layout.key("rewind", number=1))
     assert found(log) == [("missing", "rewinds/0001.json")]
 
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_with_other_weights_than_its_version(log: StoredRunLog) -> 
 def test_a_record_under_another_records_key(log: StoredRunLog) -> None:
     log.store.put(log.layout.step(1, 0), log.store.get(log.layout.step(2, 0)))
     assert ("mismatch", "steps/000001.r0.json") in found(log)
-    log.store.put(log.layout.evaluation(PolicyVersion(2)), to_json({}))
+    log.store.put(log.layout.key("evaluation", state=PolicyVersion(2)), to_json({}))
     assert ("corrupt", "evals/000002.r0.json") in found(log)
 
 

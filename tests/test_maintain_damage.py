@@ -128,7 +128,7 @@ def test_every_deletion_of_something_that_counts_is_found_and_none_crashes_a_rea
 
 
 def test_a_deleted_evaluation_that_a_later_one_proves_is_found(run: OpenRun) -> None:
-    key = run.log.layout.evaluation(run.log.evaluations()[0].version)
+    key = run.log.layout.key("evaluation", state=run.log.evaluations()[0].version)
     whole = run.store.get(key)
     run.store.delete(key)
     (finding,) = audit(run.store)

@@ -114,7 +114,7 @@ def test_following_the_audit_mends_the_run(log: StoredRunLog, pattern: str) -> N
 
 def test_a_deleted_step_and_a_deleted_version_are_made_again(log: StoredRunLog) -> None:
     log.store.delete(log.layout.step(2, 2))
-    log.store.delete(log.layout.policy_manifest(PolicyVersion(3, 2)))
+    log.store.delete(log.layout.key("policy", state=PolicyVersion(3, 2)))
     for _, key in findings(log.store):
         set_aside(log.store, key)
     log = resume(log)
@@ -198,7 +198,7 @@ def test_a_version_is_published_again_from_the_checkpoint_of_its_state(log: Stor
 
 
 def test_a_version_without_a_checkpoint_is_noted_as_lost(log: StoredRunLog) -> None:
-    key = log.layout.policy_manifest(PolicyVersion(1))
+    key = log.layout.key("policy", state=PolicyVersion(1))
     done = set_aside(log.store, key)
     assert "version 1 is lost" in done.consequences[0]
     assert findings(log.store) == []
@@ -206,12 +206,12 @@ def test_a_version_without_a_checkpoint_is_noted_as_lost(log: StoredRunLog) -> N
 
 def test_a_rewind_that_can_be_read_stays(log: StoredRunLog) -> None:
     with pytest.raises(StorageError, match="can be read, and nothing would count as it should without it"):
-        set_aside(log.store, log.layout.rewind(1))
+        set_aside(log.store, log.layout.key("rewind", number=1))
 
 
 def test_a_runs_record_cannot_be_set_aside(log: StoredRunLog) -> None:
     with pytest.raises(StorageError, match="nothing can make this record again"):
-        set_aside(log.store, log.layout.record)
+        set_aside(log.store, log.layout.key("run"))
 
 
 @pytest.mark.parametrize("key", ["runs/small-1/notes.txt", "models/x", "else/where.json"])

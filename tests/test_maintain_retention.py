@@ -135,7 +135,7 @@ def test_every_deletion_is_on_record_and_the_audit_knows_it() -> None:
         if key.encode() in log.store.get(record)
     ]
     assert sorted(recorded) == sorted(removed)
-    assert log.layout.policy_manifest(PolicyVersion(4)) in removed
+    assert log.layout.key("policy", state=PolicyVersion(4)) in removed
     report = audit_run(log.store, log.run_id, grace_s=0, recheck_s=0)
     assert report.is_clean
     assert "shards of trajectories keep their manifest only (retention)" in report.notes[0]
@@ -149,7 +149,7 @@ def test_what_the_learner_went_back_over_goes_unless_it_is_kept() -> None:
     assert collect(log, policy(superseded=True)) == []
     removed = collect(log, policy(superseded=False))
     assert {key for key in removed if key.endswith(".json")} == {
-        *(log.layout.policy_manifest(PolicyVersion(number)) for number in (3, 4, 5, 6)),
+        *(log.layout.key("policy", state=PolicyVersion(number)) for number in (3, 4, 5, 6)),
         *(log.layout.checkpoint_manifest(number, 0) for number in (4, 6)),
     }
     assert reopened(log).latest_policy() == PolicyVersion(4, 1)

@@ -53,7 +53,7 @@ def log(tmp_path: Path) -> StoredRunLog:
     log.publish_failure("score", "score-2", "EngineError: no memory")
     log.heartbeat("learn-2", WorkerStatus(role="learn", busy=0.5))
     silent = Heartbeat("rollout-2", time.time() - 60, retired=False, status=WorkerStatus(role="rollout"))
-    log.store.put(log.layout.heartbeat("rollout-2"), to_json(silent))
+    log.store.put(log.layout.key("heartbeat", worker="rollout-2"), to_json(silent))
     LaunchLog(log.store).record_request(log.run_id, "paused")
     return log
 

@@ -49,7 +49,7 @@ def train(log: StoredRunLog, first: int, last: int, rewind: int = 0) -> None:
 
 
 def manifest_of(log: StoredRunLog, number: int, rewind: int = 0) -> dict[str, Any]:
-    body = log.store.get(log.layout.policy_manifest(PolicyVersion(number, rewind)))
+    body = log.store.get(log.layout.key("policy", state=PolicyVersion(number, rewind)))
     manifest: dict[str, Any] = json.loads(body)
     return manifest
 
@@ -268,7 +268,7 @@ def test_a_delta_against_another_base_is_not_applied(changed: str) -> None:
     train(learner(log, full_every=100), 0, 3)
     manifest = manifest_of(log, 3)
     manifest["facts"]["chain"]["base"][changed] = {"number": 1, "rewind": 7, "weights_sha256": "0" * 64}[changed]
-    log.store.put(log.layout.policy_manifest(PolicyVersion(3)), to_json(manifest))
+    log.store.put(log.layout.key("policy", state=PolicyVersion(3)), to_json(manifest))
     sampler = reopened(log)
     sampler.read_policy(PolicyVersion(2))
     with pytest.raises(ShardCorruptError, match="a delta fits its own base only"):
@@ -282,7 +282,7 @@ def test_a_chain_that_ends_in_other_weights_is_refused() -> None:
     train(learner(log, full_every=100), 0, 3)
     manifest = manifest_of(log, 3)
     manifest["facts"]["chain"]["weights_sha256"] = "0" * 64
-    log.store.put(log.layout.policy_manifest(PolicyVersion(3)), to_json(manifest))
+    log.store.put(log.layout.key("policy", state=PolicyVersion(3)), to_json(manifest))
     with pytest.raises(ShardCorruptError, match="the chain of 3 deltas ends in weights"):
         reopened(log).read_policy(PolicyVersion(3))
 

@@ -154,7 +154,9 @@ def test_the_attempt_of_a_claim_tells_whether_there_was_a_holder_before(store: O
 
 def test_a_holder_that_never_beats_counts_from_the_first_look(store: ObjectStore) -> None:
     ours, clock = observer(store)
-    store.put(ours.layout.claim("rollout", SHARD, 1), to_json({"worker": "ghost", "claimed": 0}))
+    store.put(
+        ours.layout.key("claim", stage="rollout", shard=SHARD, attempt=1), to_json({"worker": "ghost", "claimed": 0})
+    )
     assert not ours.claim("rollout", SHARD, worker="b", lease_s=10)
     clock.now_s += 10
     assert ours.claim("rollout", SHARD, worker="b", lease_s=10)
@@ -162,7 +164,7 @@ def test_a_holder_that_never_beats_counts_from_the_first_look(store: ObjectStore
 
 def test_a_claim_emptied_by_a_power_cut_frees_after_a_lease(store: ObjectStore) -> None:
     ours, clock = observer(store)
-    store.put(ours.layout.claim("rollout", SHARD, 1), b"")
+    store.put(ours.layout.key("claim", stage="rollout", shard=SHARD, attempt=1), b"")
     assert not ours.claim("rollout", SHARD, worker="b", lease_s=10)
     clock.now_s += 10
     assert ours.claim("rollout", SHARD, worker="b", lease_s=10)
@@ -172,7 +174,7 @@ def test_a_claim_emptied_by_a_power_cut_frees_after_a_lease(store: ObjectStore) 
 def test_a_heartbeat_destroyed_by_a_power_cut_counts_as_standing_still(body: bytes, store: ObjectStore) -> None:
     (ours, _), (theirs, clock) = observer(store), observer(store)
     ours.claim("rollout", SHARD, worker="a", lease_s=10)
-    store.put(ours.layout.heartbeat("a"), body)
+    store.put(ours.layout.key("heartbeat", worker="a"), body)
     assert theirs.heartbeats() == {}
     assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
     clock.now_s += 10

@@ -151,6 +151,10 @@ def test_keys_are_taken_apart_as_they_were_built() -> None:
     shard, version = IndexRange(1_000_000, 2_000_000), PolicyVersion(1_234_567, 12)
     assert parse_shard(layout.shard_manifest(layout.trajectories, shard)) == shard
     assert parse_shard(layout.shard_object(layout.trajectories, shard)) is None
-    assert parse_version(layout.policy_manifest(version)) == version
-    assert parse_version(layout.policy_object(version)) is None
-    assert parse(layout.claim("score.a/b", shard, 3)).fields == {"stage": "score.a/b", "shard": shard, "attempt": 3}
+    assert parse_version(layout.key("policy", state=version)) == version
+    assert parse_version(layout.key("policy.data", number=1_234_567, rewind=12, coding="delta")) is None
+    assert parse(layout.key("claim", stage="score.a/b", shard=shard, attempt=3)).fields == {
+        "stage": "score.a/b",
+        "shard": shard,
+        "attempt": 3,
+    }

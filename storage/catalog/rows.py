@@ -79,7 +79,7 @@ class RunRecords:
         version = self._view.read("rewind").find_policy(as_of.version or 0)
         if version is None:
             return None
-        manifest = self._view.records["policy"][self._view.layout.policy_manifest(version)]
+        manifest = self._view.records["policy"][self._view.layout.key("policy", state=version)]
         return Cut(time=manifest.created, version=version)
 
     def read(self, relations: Collection[str], cut: Cut) -> dict[str, Sequence[Any]]:

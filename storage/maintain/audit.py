@@ -83,10 +83,10 @@ def _check_records(snapshot: RunView, mend: Mend) -> Iterator[Finding]:
     """Records that cannot be read, or that lie under a key that is not theirs."""
     layout = snapshot.layout
     from_a_copy = "restore it from a copy; nothing else can make it again"
-    if layout.record not in snapshot.entries:
-        yield Finding("missing", layout.record, "the record of a run", "no such object", from_a_copy)
+    if layout.key("run") not in snapshot.entries:
+        yield Finding("missing", layout.key("run"), "the record of a run", "no such object", from_a_copy)
     for key, error in snapshot.broken.items():
-        what_to_do = from_a_copy if key == layout.record else mend.quarantine(key)
+        what_to_do = from_a_copy if key == layout.key("run") else mend.quarantine(key)
         yield Finding("corrupt", key, "a record that can be read", str(error), what_to_do)
     for kind in ("step", "evaluation", "checkpoint", "trajectories", "scores", "rewind"):
         for key, value in snapshot.records[kind].items():

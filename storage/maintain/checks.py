@@ -149,7 +149,7 @@ def _check_rewinds(snapshot: RunView, mend: Mend) -> Iterator[Finding]:
         if (version := parse_version(key)) is not None
     }
     for number in range(1, max(recorded | used, default=0) + 1):
-        key = snapshot.layout.rewind(number)
+        key = snapshot.layout.key("rewind", number=number)
         if number not in recorded and key not in snapshot.broken:
             found = f"no such object, but objects of rewind {max(recorded | used)}"
             yield Finding("missing", key, f"the record of rewind {number}", found, mend.quarantine(key))
@@ -165,7 +165,7 @@ def _check_versions(snapshot: RunView, mend: Mend) -> Iterator[Finding]:
     for number in sorted(set(range(newest + 1)) - present - unreadable - removed):
         step = made_by.get(number)
         rewind = step.rewind if step else next(possible_rewinds(number, snapshot.rewinds))
-        key = snapshot.layout.policy_manifest(PolicyVersion(number, rewind))
+        key = snapshot.layout.key("policy", state=PolicyVersion(number, rewind))
         evidence = f"step {step.step} made it" if step else f"version {newest} came after it"
         yield Finding("missing", key, f"version {number}: {evidence}", "no such object", mend.quarantine(key))
     for step in made_by.values():
@@ -200,7 +200,7 @@ def _check_digests(snapshot: RunView, mend: Mend) -> Iterator[Finding]:
     for key, checkpoint in checkpoints.items():
         version = parse_version(key)
         assert version is not None
-        policy = snapshot.records["policy"].get(snapshot.layout.policy_manifest(version))
+        policy = snapshot.records["policy"].get(snapshot.layout.key("policy", state=version))
         published = _full_weights(policy) if policy else set()
         stored = {
             promise["sha256"] for name, promise in checkpoint.objects.items() if name.endswith("/model.safetensors")
@@ -218,9 +218,9 @@ def _full_weights(policy: Manifest) -> set[str]:
 def _check_due(snapshot: RunView, config: RunConfig, mend: Mend) -> Iterator[Finding]:
     """What the configuration asks for by now: architecture, checkpoints, evaluations."""
     layout = snapshot.layout
-    if snapshot.records["policy"] and layout.architecture_manifest not in snapshot.entries:
+    if snapshot.records["policy"] and layout.key("architecture") not in snapshot.entries:
         expected = "the student's architecture, which is stored before version 0"
-        yield Finding("missing", layout.architecture_manifest, expected, "no such object", mend.resume())
+        yield Finding("missing", layout.key("architecture"), expected, "no such object", mend.resume())
     checkpoints = {state.number: state for state in snapshot.states("checkpoint")}
     excused = _versions({*snapshot.removed_keys, *snapshot.broken}, layout.folder("checkpoint"))
     steps = snapshot.steps()
@@ -236,7 +236,7 @@ def _check_due(snapshot: RunView, config: RunConfig, mend: Mend) -> Iterator[Fin
     seen = _versions({*snapshot.records["evaluation"], *snapshot.broken}, layout.folder("evaluation"))
     for number in range(0, max(evaluated, default=0), every) if every else ():
         if number not in seen:
-            key = layout.evaluation(PolicyVersion(number, 0))
+            key = layout.key("evaluation", state=PolicyVersion(number, 0))
             mending = mend.deployment("evaluate")
             yield Finding("missing", key, f"an evaluation of version {number}", "no such object", mending)
 

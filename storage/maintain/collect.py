@@ -163,7 +163,7 @@ def _kept(snapshot: RunView, policy: Retention) -> Kept:
             (s.step + 1 for s in snapshot.steps() if not emptied.isdisjoint(s.indices.indices)), default=0
         ),
         wanted=due,
-        bases=lambda version: _bases(manifests.get(layout.policy_manifest(version))),
+        bases=lambda version: _bases(manifests.get(layout.key("policy", state=version))),
     )
 
 
@@ -239,7 +239,7 @@ def _remove(snapshot: RunView, garbage: list[Garbage], emptied: Mapping[str, str
     store, layout = snapshot.store, snapshot.layout
     for reason in sorted({item.reason for item in garbage}):
         keys = {item.key: item.size_bytes for item in garbage if item.reason == reason}
-        store.put(layout.removal(now), to_json(Removal(reason, keys, now)))
+        store.put(layout.key("removal", unix_ms=int(now * 1000)), to_json(Removal(reason, keys, now)))
     for key in emptied:
         advice = "retention.shards.keep_last_steps decides how many steps keep theirs."
         empty_shard(store, key, snapshot.manifests[key], reason="retention", advice=advice, now=now)

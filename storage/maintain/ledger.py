@@ -256,7 +256,7 @@ def events_of(view: RunView, teacher: str | None = None) -> list[Event]:
     claimed = sorted({claim.shard for claim in view.claims() if claim.stage == "rollout"})
     events: list[Event] = [Claimed(shard) for shard in claimed]
     events += (Produced(shard, _dropped(manifest)) for shard, manifest in view.trajectories().items())
-    configured = view.records["run"].get(view.layout.record, {}).get("config", {}).get("teacher", {}).get("name")
+    configured = view.records["run"].get(view.layout.key("run"), {}).get("config", {}).get("teacher", {}).get("name")
     scores = view.scores(teacher or configured or next(iter(view.teachers()), ""))
     events += (Scored(shard, _dropped(manifest)) for shard, manifest in scores.items())
     events += (Judged(arrival.dropped, arrival.held) for _, arrival in sorted(view.records["arrival"].items()))

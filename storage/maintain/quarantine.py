@@ -68,7 +68,7 @@ def set_aside(store: ObjectStore, key: str) -> Quarantine:
         gone.setdefault(key, 0)
     if gone:
         now = time.time()
-        store.put(snapshot.layout.removal(now), to_json(Removal("quarantine", gone, now)))
+        store.put(snapshot.layout.key("removal", unix_ms=int(now * 1000)), to_json(Removal("quarantine", gone, now)))
     return done
 
 

@@ -158,7 +158,7 @@ class StackWorld:
         """The run in storage, which the flow creates."""
         log = StoredRunLog(open_store(self._config.storage.root), self._run_id)
         deadline = time.monotonic() + 2 * FLOW_START_S
-        while not log.store.exists(log.layout.record):
+        while not log.store.exists(log.layout.key("run")):
             if time.monotonic() > deadline:
                 raise RoleFailedError(f"the flow did not create the run within {2 * FLOW_START_S:.0f} s; see {home()}.")
             time.sleep(0.2)
