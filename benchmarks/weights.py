@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 
 from asyncopd.config import load_config
 from asyncopd.config.losses import HeadTailConfig
+from asyncopd.config.schema import Learner
 from asyncopd.learner.student import Student
 from asyncopd.losses.build import build_estimator
 from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
@@ -181,14 +182,12 @@ async def train(world: World, ways: Ways, *, lr: float, num_steps: int, sampled_
         world.model,
         build_estimator(LOSS),
         Accelerator(cpu=True),
-        lr=lr,
-        warmup_steps=5 if world.task else 0,
-        num_steps=num_steps,
-        schedule="constant",
-        weight_decay=0.0,
-        grad_clip=1.0,
-        row_capacity=64 if world.task is None else 128,
-        rows_per_micro_batch=32,
+        Learner(
+            lr=lr,
+            warmup_steps=5 if world.task else 0,
+            num_steps=num_steps,
+            row_capacity=64 if world.task is None else 128,
+        ),
         temperature=1.0,
     )
     sampler = HfSampler(

@@ -56,8 +56,8 @@ def make_model(
     Args:
         on_step: called with (steps done, loss in nats).
     """
-    made = make_tiny_model(model, task, row_capacity=config.learner.row_capacity, on_step=on_step)
-    publish_model(store, config.model_digest(model), made.objects, made.facts)
+    objects, facts = make_tiny_model(model, task, row_capacity=config.learner.row_capacity, on_step=on_step)
+    publish_model(store, config.model_digest(model), objects, facts)
 
 
 def student_skeleton(log: StoredRunLog) -> PreTrainedModel:

@@ -96,17 +96,12 @@ async def train_replay(parent: OpenRun, child: OpenRun, replay: Replay, *, conso
         stage = LearnStage(
             child.log,
             worker,
-            plan=child.config.plan,
+            child.config,
             student=student,
             teacher=child.log.view.name,
-            checkpoint_every=learner.checkpoint_every,
-            required=child.config.loss.requirements(),
             vocab_size=child.task.tokenizer.vocab_size,
-            lease_s=child.config.limits.lease_s,
             learner_version=partial(
-                parent_version,
-                parent_batch_size=parent.config.learner.batch_size,
-                batch_size=learner.batch_size,
+                parent_version, parent_batch_size=parent.config.learner.batch_size, batch_size=learner.batch_size
             ),
         )
         with bar(console, child.log.run_id, learner.num_steps - first, "steps") as advance:

@@ -121,13 +121,10 @@ def learn_stage(run: OpenRun, worker: Worker) -> LearnStage:
     return LearnStage(
         run.log,
         worker,
-        plan=config.plan,
+        config,
         student=student_of(config, causal_lm),
         teacher=config.teacher.name,
-        checkpoint_every=config.learner.checkpoint_every,
-        required=config.loss.requirements(),
         vocab_size=run.task.tokenizer.vocab_size,
-        lease_s=config.limits.lease_s,
     )
 
 
@@ -137,16 +134,8 @@ def student_of(config: RunConfig, causal_lm: PreTrainedModel) -> Student:
         causal_lm,
         build_estimator(config.loss),
         Accelerator(mixed_precision="bf16" if config.learner.compute_dtype == "bfloat16" else "no"),
-        lr=config.learner.lr,
-        warmup_steps=config.learner.warmup_steps,
-        num_steps=config.learner.schedule_steps or config.learner.num_steps,
-        schedule=config.learner.schedule,
-        weight_decay=config.learner.weight_decay,
-        grad_clip=config.learner.grad_clip,
-        row_capacity=config.learner.row_capacity,
-        rows_per_micro_batch=config.learner.rows_per_micro_batch,
+        config.learner,
         temperature=config.rollout.temperature,
-        publish_dtype=config.learner.publish.dtype,
     )
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from asyncopd.config.losses import LossConfig
+from asyncopd.config.schema import Learner
 from asyncopd.learner.optimize import LogprobModel
 from asyncopd.learner.student import Student
 from asyncopd.losses import build_estimator
@@ -95,18 +96,8 @@ def _scored(index: int, length: int, law: DrawLaw, rng: np.random.Generator) -> 
 
 
 def student(model: PreTrainedModel, config: LossConfig, accelerator: Accelerator, **changes: Any) -> Student:
-    settings: dict[str, Any] = {
-        "lr": 1e-3,
-        "warmup_steps": 0,
-        "num_steps": 100,
-        "schedule": "constant",
-        "weight_decay": 0.0,
-        "grad_clip": 1e9,
-        "row_capacity": 24,
-        "rows_per_micro_batch": 2,
-        "temperature": 1.0,
-    }
-    return Student(model, build_estimator(config), accelerator, **{**settings, **changes})
+    settings = {"lr": 1e-3, "warmup_steps": 0, "grad_clip": 1e9, "row_capacity": 24, "rows_per_micro_batch": 2}
+    return Student(model, build_estimator(config), accelerator, Learner(**{**settings, **changes}), temperature=1.0)
 
 
 @contextmanager

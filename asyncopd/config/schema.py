@@ -27,6 +27,8 @@ from asyncopd.config.tasks import TaskConfig, WalkConfig
 from asyncopd.schedule import OnStale, Order, Plan
 from asyncopd.types import DrawLaw
 
+Schedule = Literal["constant", "linear", "cosine"]
+
 DEFAULT_MAX_AHEAD = 2
 PRETRAIN_CODE = 1
 """Raised whenever pre-training itself changes, so that models made by older code are not taken for new ones."""
@@ -200,7 +202,7 @@ class Learner(Frozen):
     """Peak AdamW rate. 1e-3 suits models below a million parameters; use about 1e-6 for billions."""
     warmup_steps: int = Field(5, ge=0)
     """Steps over which the rate rises linearly from 0; AdamW's second moments are guesses before that."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     """After warm-up: constant, or down to 0 at num_steps."""
     schedule_steps: int = Field(0, ge=0)
     """Steps at which the schedule is down to 0 when that is not num_steps; 0 for num_steps. A replay of the first 50 of

@@ -7,10 +7,10 @@ arrival:  scores of any shard ahead --first scored--> Arrival, recorded --positi
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 from asyncopd.errors import StorageError
 from asyncopd.ports import RunLog
@@ -32,24 +32,15 @@ class Batch:
     held: Mapping[int, str] = field(default_factory=dict)
 
 
-class Intake(Protocol):
+class Intake(ABC):
     """Gives the batch of a step: the same one whenever it is asked for it, in whatever process."""
-
-    async def batch(self, step: int) -> Batch:
-        """Wait until everything of a step is scored, and read it. Steps are asked for in order."""
-        ...
-
-
-def intake_of(log: RunLog, worker: Worker, plan: Plan, teacher: str) -> Intake:
-    """The intake that the plan's order asks for."""
-    return (ArrivalIntake if plan.order == "arrival" else IndexIntake)(log, worker, plan, teacher)
-
-
-class _ShardReader:
-    """Reads scored shards of one teacher."""
 
     def __init__(self, log: RunLog, worker: Worker, plan: Plan, teacher: str) -> None:
         self._log, self._worker, self._plan, self._teacher = log, worker, plan, teacher
+
+    @abstractmethod
+    async def batch(self, step: int) -> Batch:
+        """Wait until everything of a step is scored, and read it. Steps are asked for in order."""
 
     def _find(self, shard: IndexRange) -> Manifest | None:
         return self._log.find_scores(self._teacher, shard)
@@ -62,7 +53,7 @@ class _ShardReader:
         return {row.index: ScoredTrajectory(trajectories[row.index], row) for row in scores}
 
 
-class IndexIntake(_ShardReader):
+class IndexIntake(Intake):
     """Step s trains what its own index range holds, whatever was scored first."""
 
     async def batch(self, step: int) -> Batch:
@@ -75,7 +66,7 @@ class IndexIntake(_ShardReader):
         return Batch(self._plan.step(step), list(rows.values()), dropped)
 
 
-class ArrivalIntake(_ShardReader):
+class ArrivalIntake(Intake):
     """Step s trains positions [s·B, (s+1)·B) of what was scored first. Every decision is recorded before it counts."""
 
     def __init__(self, log: RunLog, worker: Worker, plan: Plan, teacher: str) -> None:
@@ -128,21 +119,12 @@ class ArrivalIntake(_ShardReader):
         return self._last_read[1]
 
     def _assemble(self, step: int, arrivals: Sequence[Arrival]) -> Batch:
-        indices: list[int] = []
-        scored: list[ScoredTrajectory] = []
-        dropped: dict[int, str] = {}
-        held: dict[int, str] = {}
-        for arrival in arrivals:
-            mine = [index for index, decided_by in arrival.steps(self._plan.batch_size) if decided_by == step]
-            indices += mine
-            for index in mine:
-                if index in arrival.dropped:
-                    dropped[index] = arrival.dropped[index]
-                elif index in arrival.held:
-                    held[index] = arrival.held[index]
-                else:
-                    scored.append(self._row(arrival, index))
-        return Batch(IndexSet(tuple(indices)), scored, dropped, held)
+        size = self._plan.batch_size
+        mine = [(arrival, index) for arrival in arrivals for index, by in arrival.steps(size) if by == step]
+        dropped = {index: arrival.dropped[index] for arrival, index in mine if index in arrival.dropped}
+        held = {index: arrival.held[index] for arrival, index in mine if index in arrival.held}
+        scored = [self._row(arrival, index) for arrival, index in mine if index not in dropped and index not in held]
+        return Batch(IndexSet(tuple(index for _, index in mine)), scored, dropped, held)
 
     def _row(self, arrival: Arrival, index: int) -> ScoredTrajectory:
         rows = self._rows_of(arrival.shard)

@@ -20,7 +20,7 @@ from asyncopd.learner.statistics import StepStatistics, of_all_ranks
 from asyncopd.losses.contract import Estimator, StepContext
 from asyncopd.losses.gather import gather_logprobs
 from asyncopd.losses.rows import TokenRows
-from asyncopd.metrics import GRAD_NORM, LOSS, Metric, recorded
+from asyncopd.metrics import GRAD_NORM, LOSS, recorded
 from asyncopd.models.causal_lm import output_embedding, packed_hidden
 from asyncopd.models.packing import PackedTokens, pack
 from asyncopd.types import ScoredTrajectory
@@ -98,7 +98,7 @@ def optimizer_step(
         NonFiniteError: the loss or the gradient norm is NaN or infinite; parameters are unchanged. Every rank raises
             it, with the statistics of the whole step.
     """
-    num_tokens = _summed(sum(len(b.rows.response_ids_T) for b in batches), accelerator)
+    num_tokens = sum(of_all_ranks(sum(len(b.rows) for b in batches), accelerator))
     context = _step_context(model, batches, estimator, accelerator)
     statistics = StepStatistics()
     optimizer.zero_grad(set_to_none=True)
@@ -112,18 +112,15 @@ def optimizer_step(
     metrics = statistics.reduced(accelerator) | {GRAD_NORM: float(grad_norm)}
     if not np.isfinite([metrics[LOSS], metrics[GRAD_NORM]]).all():
         optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(_non_finite(metrics, statistics.non_finite_indices(accelerator)))
+        indices = statistics.non_finite_indices(accelerator)
+        named = ", ".join(map(str, indices[:8])) + (" …" if len(indices) > 8 else "")
+        raise NonFiniteError(
+            f"loss {metrics[LOSS]} with gradient norm {metrics[GRAD_NORM]}; both must be finite. "
+            f"The step was abandoned and nothing was published. Indices with a non-finite loss: {named or 'none'}. "
+            "Statistics: " + ", ".join(f"{key} {value:.6g}" for key, value in sorted(recorded(metrics).items())) + "."
+        )
     optimizer.step()
     return StepResult(metrics=recorded(metrics), num_tokens=num_tokens)
-
-
-def _non_finite(metrics: Mapping[Metric, float], indices: Sequence[int]) -> str:
-    named = ", ".join(map(str, indices[:8])) + (" …" if len(indices) > 8 else "")
-    return (
-        f"loss {metrics[LOSS]} with gradient norm {metrics[GRAD_NORM]}; both must be finite. "
-        f"The step was abandoned and nothing was published. Indices with a non-finite loss: {named or 'none'}. "
-        "Statistics: " + ", ".join(f"{key} {value:.6g}" for key, value in sorted(recorded(metrics).items())) + "."
-    )
 
 
 def _loss_sum(
@@ -150,11 +147,3 @@ def _step_context(
     )
     shifts_H = None if mine.harmful_shifts_H is None else mine.harmful_shifts_H.cpu()
     return StepContext.join(of_all_ranks(StepContext(shifts_H), accelerator)) if accelerator.num_processes > 1 else mine
-
-
-def _summed(value: int, accelerator: Accelerator) -> int:
-    if accelerator.num_processes == 1:
-        return value
-    # Not an integer tensor: accelerate scales it by a float in place. float64 counts exactly to 2^53.
-    total = accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=accelerator.device), "sum")
-    return int(total.item())

@@ -36,18 +36,16 @@ async def train_to(
         ConfigError: the run has not come that far.
     """
     published = find_version(log, version)
-    earlier = [checkpoint for checkpoint in log.checkpoints() if checkpoint[0] <= version]
-    if earlier:
+    step = 0
+    if earlier := [checkpoint for checkpoint in log.checkpoints() if checkpoint[0] <= version]:
         step, rewind = earlier[-1]
         student.restore(log.read_checkpoint(step, rewind))
     else:
-        step = 0
         student.load(log.read_policy(find_version(log, 0)).safetensors)
     for number in range(step, version):
         await asyncio.to_thread(student.train, number, await asyncio.to_thread(read_step, number))
         on_step(number)
-    found, expected = student.weights(), log.read_policy(published).safetensors
-    return found == expected
+    return student.weights() == log.read_policy(published).safetensors
 
 
 def find_version(log: RunLog, number: int) -> PolicyVersion:

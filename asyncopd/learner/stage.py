@@ -11,15 +11,16 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from asyncopd.config import RunConfig
 from asyncopd.config.recorded import CacheRequirements, check_cache
 from asyncopd.errors import NonFiniteError, SupersededError
-from asyncopd.learner.intake import Batch, intake_of
+from asyncopd.learner.intake import ArrivalIntake, Batch, IndexIntake
 from asyncopd.learner.statistics import batch_metrics, staleness_tokens
 from asyncopd.learner.student import Student
 from asyncopd.metrics import LR, SECONDS, recorded
 from asyncopd.ports import RunLog
 from asyncopd.records import Claim, Facts
-from asyncopd.schedule import LEARNER_PLACE, Plan
+from asyncopd.schedule import LEARNER_PLACE
 from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
 from asyncopd.worker import Worker
 
@@ -31,32 +32,26 @@ class LearnStage:
         self,
         log: RunLog,
         worker: Worker,
+        config: RunConfig,
         *,
-        plan: Plan,
         student: Student,
         teacher: str,
-        checkpoint_every: int,
-        required: CacheRequirements,
         vocab_size: int,
-        lease_s: float,
         learner_version: Callable[[int], int] = int,
     ) -> None:
         """
         Args:
-            lease_s: a learner whose heartbeat stands still for this long is replaced by the next that waits.
             teacher: name of the score shards to train on.
-            required: cached arrays that the student's loss needs; compared with what every batch really holds.
             learner_version: step -> the version that staleness counts from. The step itself, except in a replay with
                 another batch size, whose tokens carry the version numbers of the run that sampled them.
         """
-        self._log, self._worker, self._plan, self._student = log, worker, plan, student
-        self._intake = intake_of(log, worker, plan, teacher)
-        self._checkpoint_every = checkpoint_every
-        self._required, self._vocab_size = required, vocab_size
-        self._lease_s = lease_s
-        self._learner_version = learner_version
-        self._rewind = 0
-        worker.tell(step=0, num_steps=plan.num_steps, num_tokens=0)
+        self._log, self._worker, self._student, self._plan = log, worker, student, config.plan
+        intake = ArrivalIntake if self._plan.order == "arrival" else IndexIntake
+        self._intake = intake(log, worker, self._plan, teacher)
+        self._checkpoint_every, self._lease_s = config.learner.checkpoint_every, config.limits.lease_s
+        self._required, self._vocab_size = config.loss.requirements(), vocab_size
+        self._learner_version, self._rewind = learner_version, 0
+        worker.tell(step=0, num_steps=self._plan.num_steps, num_tokens=0)
 
     async def run(self) -> None:
         """Train every remaining step. A second call on a finished run returns at once.
@@ -158,12 +153,10 @@ class LearnStage:
     def _record(
         self, step: int, version: PolicyVersion, batch: Batch, measured: Mapping[str, float], seconds: float
     ) -> TrainStep:
-        staleness = staleness_tokens(batch.scored, learner_version=self._learner_version(step))
-        own = {
-            SECONDS: seconds,
-            LR: self._student.lr(step),
-            **batch_metrics(batch, learner_version=self._learner_version(step), max_staleness=self._plan.max_staleness),
-        }
+        learner_version = self._learner_version(step)
+        staleness = staleness_tokens(batch.scored, learner_version)
+        own = batch_metrics(batch, learner_version=learner_version, max_staleness=self._plan.max_staleness)
+        own |= {SECONDS: seconds, LR: self._student.lr(step)}
         return TrainStep(
             step=step,
             rewind=self._rewind,

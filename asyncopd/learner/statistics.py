@@ -93,19 +93,14 @@ def drawn_masses(rows: TokenRows, ids_TJ: Tensor, logprobs_TJ: Tensor) -> dict[m
         ids_TJ: [T, J] ids, repeats allowed.
         logprobs_TJ: [T, J] log p_θ there, nats, detached.
     """
-    known_ids_TL = torch.cat(
-        [rows.response_ids_T[:, None], rows.draw_ids_TN, rows.teacher_draw_ids_TM, rows.topk_ids_TK], dim=1
+    known = (
+        (rows.response_ids_T[:, None], rows.teacher_logprobs_T[:, None]),
+        (rows.draw_ids_TN, rows.draw_teacher_logprobs_TN),
+        (rows.teacher_draw_ids_TM, rows.teacher_draw_logprobs_TM),
+        (rows.topk_ids_TK, rows.topk_logprobs_TK),
     )
-    known_logprobs_TL = torch.cat(
-        [
-            rows.teacher_logprobs_T[:, None],
-            rows.draw_teacher_logprobs_TN,
-            rows.teacher_draw_logprobs_TM,
-            rows.topk_logprobs_TK,
-        ],
-        dim=1,
-    )
-    known_ids_TL, order_TL = known_ids_TL.sort(-1)
+    known_ids_TL, order_TL = torch.cat([ids for ids, _ in known], 1).sort(-1)
+    known_logprobs_TL = torch.cat([logprobs for _, logprobs in known], 1)
     ids_TJ, by_id_TJ = ids_TJ.sort(-1)
     # The first of equal ids is the one that counts.
     counts_TJ = torch.ones_like(ids_TJ, dtype=torch.bool)
@@ -129,13 +124,11 @@ def ratio_metrics(log_ratio_T: NDArray[np.float32]) -> dict[m.Metric, float]:
     """
     log_ratio = np.clip(log_ratio_T.astype(np.float64), -20, 20)
     ratio = np.exp(log_ratio)
-    p01, p50, p99 = np.percentile(ratio, [1, 50, 99])
+    percentiles = map(float, np.percentile(ratio, [1, 50, 99]))
     return {
         m.DRIFT: float((ratio - log_ratio - 1).mean()),
         m.ESS: float(ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)),
-        m.RATIO_P01: float(p01),
-        m.RATIO_P50: float(p50),
-        m.RATIO_P99: float(p99),
+        **dict(zip((m.RATIO_P01, m.RATIO_P50, m.RATIO_P99), percentiles, strict=True)),
         m.RATIO_MAX: float(ratio.max()),
     }
 

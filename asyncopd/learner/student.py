@@ -6,20 +6,19 @@ import io
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from asyncopd.config.schema import Learner, Schedule
 from asyncopd.errors import ShapeError
 from asyncopd.learner.optimize import LogprobModel, StepResult, micro_batches, optimizer_step
 from asyncopd.losses.contract import Estimator
 from asyncopd.models.causal_lm import load_safetensors, to_safetensors
 from asyncopd.types import ScoredTrajectory
-
-Schedule = Literal["constant", "linear", "cosine"]
 
 
 class Student:
@@ -30,50 +29,34 @@ class Student:
         causal_lm: nn.Module,
         estimator: Estimator,
         accelerator: Accelerator,
+        settings: Learner,
         *,
-        lr: float,
-        warmup_steps: int,
-        num_steps: int,
-        schedule: Schedule,
-        weight_decay: float,
-        grad_clip: float,
-        row_capacity: int,
-        rows_per_micro_batch: int,
         temperature: float,
-        publish_dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         """
         Args:
             causal_lm: float32 parameters, whatever the accelerator's mixed precision computes in.
-            publish_dtype: of `weights`; the master weights and checkpoints are float32 either way.
         Raises:
             ShapeError: a parameter is not float32; updates at small learning rates would be rounded away.
         """
         wrong = {p.dtype for p in causal_lm.parameters() if p.dtype != torch.float32}
         if wrong:
             raise ShapeError(f"master weights must be float32, found {wrong}; load the student with dtype float32.")
-        self._accelerator = accelerator
-        self._estimator = estimator
-        self._causal_lm = causal_lm
+        self._causal_lm, self._estimator = causal_lm, estimator
+        self._accelerator, self._settings = accelerator, settings
         causal_lm.train()
         model = LogprobModel(causal_lm, temperature)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95))
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
+        )
         self._model, self._optimizer = accelerator.prepare(model, optimizer)
-        self._peak_lr, self._warmup_steps, self._num_steps, self._schedule = lr, warmup_steps, num_steps, schedule
-        self._grad_clip, self._weight_decay = grad_clip, weight_decay
-        self._row_capacity, self._rows_per_micro_batch = row_capacity, rows_per_micro_batch
-        self._publish_dtype = torch.bfloat16 if publish_dtype == "bfloat16" else torch.float32
         self._step = 0
 
     def lr(self, step: int) -> float:
         """Learning rate of optimizer step `step`."""
-        return learning_rate(
-            step,
-            peak=self._peak_lr,
-            warmup_steps=self._warmup_steps,
-            num_steps=self._num_steps,
-            schedule=self._schedule,
-        )
+        settings = self._settings
+        num_steps = settings.schedule_steps or settings.num_steps
+        return learning_rate(step, settings.lr, settings.warmup_steps, num_steps, settings.schedule)
 
     def train(self, step: int, batch: Sequence[ScoredTrajectory]) -> StepResult:
         """One optimizer step over `batch`, of which this rank works on every `num_processes`-th trajectory.
@@ -92,26 +75,22 @@ class Student:
             )
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr(step)
-        share = batch[accelerator.process_index :: accelerator.num_processes]
+        batches = micro_batches(
+            batch[accelerator.process_index :: accelerator.num_processes],
+            row_capacity=self._settings.row_capacity,
+            rows_per_micro_batch=self._settings.rows_per_micro_batch,
+            device=accelerator.device,
+        )
+        grad_clip = self._settings.grad_clip
         result = optimizer_step(
-            self._model,
-            self._optimizer,
-            micro_batches(
-                share,
-                row_capacity=self._row_capacity,
-                rows_per_micro_batch=self._rows_per_micro_batch,
-                device=accelerator.device,
-            ),
-            self._estimator,
-            accelerator=accelerator,
-            grad_clip=self._grad_clip,
+            self._model, self._optimizer, batches, self._estimator, accelerator=accelerator, grad_clip=grad_clip
         )
         self._step = step + 1
         return result
 
     def weights(self) -> bytes:
         """The current weights, as samplers load them."""
-        return to_safetensors(self._causal_lm, self._publish_dtype)
+        return to_safetensors(self._causal_lm, getattr(torch, self._settings.publish.dtype))
 
     def checkpoint(self) -> dict[str, bytes]:
         """Everything a resumed learner needs: weights, optimizer, random state, steps done."""
@@ -137,7 +116,7 @@ class Student:
         self._optimizer.load_state_dict(state["optimizer"])
         for group in self._optimizer.param_groups:
             # The checkpoint's value would undo a replay's other one; the learning rate is set at every step.
-            group["weight_decay"] = self._weight_decay
+            group["weight_decay"] = self._settings.weight_decay
         self._step = state["step"]
         torch.set_rng_state(state["torch_rng"])
         name, keys, *rest = state["numpy_rng"]
@@ -146,7 +125,7 @@ class Student:
         random.setstate((version, tuple(internal), gauss))
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, num_steps: int, schedule: Schedule) -> float:
+def learning_rate(step: int, peak: float, warmup_steps: int, num_steps: int, schedule: Schedule) -> float:
     """Linear warm-up over `warmup_steps`, then constant, or down to 0 at `num_steps` linearly or as half a cosine."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from asyncopd.config.losses import LossConfig
+from asyncopd.config.schema import Learner
 from asyncopd.errors import NonFiniteError
 from asyncopd.evaluate import kl_to_teacher
 from asyncopd.learner.student import Student
@@ -199,18 +200,13 @@ def _sampler(
 def _student(
     warm: WarmStart, causal_lm: PreTrainedModel, loss: LossConfig, settings: LoopSettings, lr: float
 ) -> Student:
-    learner = warm.config.learner
-    return Student(
-        causal_lm,
-        build_estimator(loss),
-        Accelerator(cpu=True),
+    learner, temperature = warm.config.learner, warm.config.rollout.temperature
+    own = Learner(
         lr=lr,
         warmup_steps=learner.warmup_steps,
         num_steps=settings.num_steps,
-        schedule="constant",
-        weight_decay=0.0,
         grad_clip=learner.grad_clip,
         row_capacity=learner.row_capacity,
         rows_per_micro_batch=learner.rows_per_micro_batch,
-        temperature=warm.config.rollout.temperature,
     )
+    return Student(causal_lm, build_estimator(loss), Accelerator(cpu=True), own, temperature=temperature)
