@@ -5,8 +5,7 @@ run's trajectories [--CandidateSource--> candidates/<name>/] --cache, Scorer--> 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from rich.console import Console
 
@@ -22,28 +21,11 @@ from asyncopd.rollout.candidates import CandidateSource
 from asyncopd.teacher.stage import Backfilled, BackfillStage
 from asyncopd.types import IndexRange, Trajectory
 from flows.engines import make_scorer, student_skeleton
-from flows.roles import pretrain_model
-from flows.wiring import OpenRun, missing_models, open_stored_run
+from flows.wiring import OpenRun, missing_models, open_stored_run, pretrain_model
 from storage.candidates import find_candidates, publish_candidates, with_candidates
 from storage.replay import backfill_asked, source_of
 from storage.run_log import StoredRunLog
 from storage.score_cache import StoredScoreCache
-
-
-@dataclass(frozen=True)
-class StoredCandidates:
-    """`teacher.backfill.CandidateShards`: made by the student that sampled, kept in the run."""
-
-    log: StoredRunLog
-    source: CandidateSource
-    name: str
-    worker: str
-
-    def join(self, shard: IndexRange, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        if find_candidates(self.log, self.name, shard) is None:
-            made = self.source.candidates(trajectories)
-            publish_candidates(self.log, self.name, shard, made, worker=self.worker)
-        return with_candidates(self.log, self.name, shard, list(trajectories))
 
 
 async def run_backfill(root: str, run_id: str, asked: BackfillRequest, *, console: Console) -> Backfilled:
@@ -78,16 +60,19 @@ async def run_backfill(root: str, run_id: str, asked: BackfillRequest, *, consol
                 console, f"{run.log.run_id} scores/{wanted.folder}", sum(map(len, shards)), "trajectories"
             ) as advance:
                 stage = BackfillStage(
-                    run.log,
-                    worker,
+                    log=run.log,
+                    worker=worker,
                     folder=wanted.folder,
                     scorer=scorer,
                     request=ScoreRequest(
                         wanted.top_k, wanted.num_teacher_draws, config.rollout.temperature, config.seed
                     ),
                     cache=StoredScoreCache(run.store) if asked.cache else None,
-                    candidates=_candidates(run, wanted.candidates, worker.name) if wanted.candidates else None,
-                    facts=Facts(backfill={"teacher": teacher.model_dump(mode="json"), "top_k": wanted.top_k}),
+                    with_candidates=_candidates(run, wanted.candidates, worker.name) if wanted.candidates else None,
+                    facts=Facts(
+                        backfill={"teacher": teacher.model_dump(mode="json"), "top_k": wanted.top_k},
+                        candidates=wanted.candidates.name if wanted.candidates else None,
+                    ),
                     lease_s=config.limits.lease_s,
                     on_shard=advance,
                 )
@@ -131,19 +116,24 @@ def _teacher_in(folder: str) -> str:
     return folder.partition("@")[0]
 
 
-def _candidates(run: OpenRun, wanted: CandidateWidths, worker: str) -> StoredCandidates:
+def _candidates(
+    run: OpenRun, wanted: CandidateWidths, worker: str
+) -> Callable[[IndexRange, list[Trajectory]], list[Trajectory]]:
+    """Candidates made by the student that sampled, kept in the run."""
     config = run.config
-
-    def read_weights(number: int) -> bytes:
-        return run.log.read_policy(find_version(run.log, number)).safetensors
-
     source = CandidateSource(
         student_skeleton(run.log),
-        read_weights,
+        lambda number: run.log.read_policy(find_version(run.log, number)).safetensors,
         rule=CandidateRule(wanted.head, wanted.num_draws, wanted.law),
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
         seed=config.seed,
         row_capacity=config.learner.row_capacity,
     )
-    return StoredCandidates(run.log, source, wanted.name, worker)
+
+    def join(shard: IndexRange, trajectories: list[Trajectory]) -> list[Trajectory]:
+        if find_candidates(run.log, wanted.name, shard) is None:
+            publish_candidates(run.log, wanted.name, shard, source.candidates(trajectories), worker=worker)
+        return with_candidates(run.log, wanted.name, shard, trajectories)
+
+    return join

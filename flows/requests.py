@@ -1,10 +1,11 @@
-"""Flows `replay`, `backfill` and `counterfactual`: a request, done by a child process; what it prints as artifact.
+"""Flows `replay`, `backfill`, `counterfactual` and `study`: done by a child process; what it prints as artifact.
 
     prefect deployment run replay/run -p run_id=RUN -p steps=40:100 --> ReplayRequest --> python -m flows.offline
+    prefect deployment run study/staleness ---------------------------------------------> python -m flows.study
 
-A flow's parameters are the run's address and the fields of its request, one by one: Prefect's page shows a form for
-each, and `-p` takes what the command line takes. A flow run that is killed loses nothing: run the deployment again with
-the same parameters, and it goes on.
+The parameters of a request's flow are the run's address and the fields of the request, one by one: Prefect's page
+shows a form for each, and `-p` takes what the command line takes. A flow run that is killed loses nothing: run the
+deployment again with the same parameters, and it goes on.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import asyncio
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
 
 from asyncopd.config.requests import BackfillRequest, CounterfactualRequest, ReplayRequest, Request
 from asyncopd.errors import RoleFailedError
+from asyncopd.study import study_command
 
 Work = Callable[..., Coroutine[Any, Any, str]]
 
@@ -85,12 +87,39 @@ async def counterfactual(run_id: str, root: str = "runs", out: str | None = None
     return await _done(CounterfactualRequest.of(asked), run_id, root, out)
 
 
+@flow(name="study", flow_run_name="study-{kind}")
+async def study(
+    kind: Literal["estimators", "staleness"], out: str, root: str = "runs", quick: bool = False, workers: int = 2
+) -> str:
+    """Measure the estimators; the tables, Markdown.
+
+    Args:
+        kind: which study.
+        out: directory of cells, tables and plot; finished cells in it are reused.
+        root: storage root whose cache of pre-trained models is used.
+        quick: of `staleness`: 63 short cells instead of 420.
+        workers: processes, 1 or 2.
+    """
+    command = study_command(kind, out=out, root=root, quick=quick, workers=workers)
+    text = await _output_of([*command, "--watch-parent"], f"study {kind}")
+    await acreate_markdown_artifact(key=f"study-{kind}", markdown=text, description=f"tables of study {kind} in {out}")
+    return text
+
+
 async def _done(request: Request, run_id: str, root: str, out: str | None = None) -> str:
-    """What the child prints, run to its end. Raises RoleFailedError with its last words when it fails."""
-    what = f"{request.verb} of {run_id}"
+    """What the child of a request prints, run to its end."""
+    text = await _output_of(request.command(root, run_id, out=out, watch_parent=True), f"{request.verb} of {run_id}")
+    await acreate_markdown_artifact(
+        key=request.verb, markdown=f"```\n{text}\n```", description=f"{request.verb} of {run_id}"
+    )
+    return text
+
+
+async def _output_of(command: Sequence[str], what: str) -> str:
+    """What a child process prints, run to its end. Raises RoleFailedError with its last words when it fails."""
     get_run_logger().info(what)
     process = await asyncio.create_subprocess_exec(
-        *request.command(root, run_id, out=out, watch_parent=True),
+        *command,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         # Never written to: its end tells the child that this process is gone, however it went.
         stdin=asyncio.subprocess.PIPE,
@@ -107,7 +136,5 @@ async def _done(request: Request, run_id: str, root: str, out: str | None = None
         with contextlib.suppress(ProcessLookupError):
             process.kill()
     if process.returncode:
-        raise RoleFailedError(f"{request.verb} ended with status {process.returncode}: {errors.decode()[-1500:]}")
-    text = output.decode()
-    await acreate_markdown_artifact(key=request.verb, markdown=f"```\n{text}\n```", description=what)
-    return text
+        raise RoleFailedError(f"{what} ended with status {process.returncode}: {errors.decode()[-1500:]}")
+    return output.decode()

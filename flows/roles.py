@@ -29,21 +29,19 @@ from prefect.client.schemas.objects import State
 from prefect.exceptions import CancelledRun
 from prefect.states import Cancelled
 
-from asyncopd.config import TinyModel
 from asyncopd.errors import AsyncOPDError, RunStoppedError
 from asyncopd.evaluate import versions_to_evaluate
 from asyncopd.local.processes import watch_parent
 from asyncopd.worker import STOPPED, ShardStage, Worker, run_lanes, until_terminated, work_on_shards
-from flows.engines import make_model
 from flows.wiring import (
     OpenRun,
     evaluate_stage,
     learn_stage,
     missing_models,
     open_stored_run,
+    pretrain_model,
     rollout_stage,
     score_stage,
-    task_of,
 )
 
 LaneTask = Callable[[ShardStage, int], Awaitable[int]]
@@ -117,18 +115,6 @@ async def pretrain_models(run: OpenRun) -> None:
     async with worker.alive():
         for role, model in missing_models(run).items():
             await asyncio.to_thread(pretrain_model, run, worker, role, model)
-
-
-def pretrain_model(run: OpenRun, worker: Worker, role: str, model: TinyModel) -> None:
-    """Make the tiny model of one role, and show how far that is."""
-    settings = model.pretrain
-    worker.tell(model=role, step=0, num_steps=settings.num_steps)
-
-    def on_step(step: int, loss: float) -> None:
-        worker.tell(step=step, loss_nats=loss)
-
-    with worker.span("pretrain", role):
-        make_model(run.config, run.store, task_of(run.config, settings.seed), model, on_step=on_step)
 
 
 def timed_task(name: str, worker: Worker) -> Callable[[ShardStage, int], Awaitable[int]]:

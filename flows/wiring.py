@@ -24,7 +24,7 @@ from asyncopd.tasks.build import build_task
 from asyncopd.tasks.tokenizers_hf import HfTokenizer
 from asyncopd.teacher.stage import ScoreStage
 from asyncopd.worker import Worker
-from flows.engines import evaluation_sampler, evaluation_scorer, load_model, make_scorer, rollout_sampler
+from flows.engines import evaluation_sampler, evaluation_scorer, load_model, make_model, make_scorer, rollout_sampler
 from storage.run_log import StoredRunLog
 from storage.runs import find_model, open_run
 from storage.score_cache import StoredScoreCache
@@ -72,6 +72,18 @@ def missing_models(run: OpenRun) -> Mapping[str, TinyModel]:
         for role, model in run.config.models().items()
         if isinstance(model, TinyModel) and find_model(run.store, run.config.model_digest(model)) is None
     }
+
+
+def pretrain_model(run: OpenRun, worker: Worker, role: str, model: TinyModel) -> None:
+    """Make the tiny model of one role, and show how far that is."""
+    settings = model.pretrain
+    worker.tell(model=role, step=0, num_steps=settings.num_steps)
+
+    def on_step(step: int, loss: float) -> None:
+        worker.tell(step=step, loss_nats=loss)
+
+    with worker.span("pretrain", role):
+        make_model(run.config, run.store, task_of(run.config, settings.seed), model, on_step=on_step)
 
 
 # -- stages -------------------------------------------------------------------------------------------------------

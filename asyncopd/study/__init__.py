@@ -13,5 +13,5 @@ import sys
 
 def study_command(study: str, *, out: str, root: str, quick: bool = False, workers: int = 2) -> list[str]:
     """The child process of a study; that process loads torch, this module does not."""
-    options = ["--out", out, "--models", root, "--workers", str(workers), "--size", "quick" if quick else "full"]
+    options = ["--out", out, "--models", root, "--workers", str(workers), *(["--quick"] if quick else [])]
     return [sys.executable, "-m", "flows.study", study, *options]

@@ -20,9 +20,9 @@ from asyncopd.config import losses as c
 from asyncopd.config.losses import LossConfig
 from asyncopd.models.causal_lm import to_safetensors
 from asyncopd.ports import NamedBytes
+from asyncopd.study.cells import CellStore, digest
 from asyncopd.study.gradients import Target, measure
 from asyncopd.study.loop import LoopSettings, sample_prompts, train_lagged
-from asyncopd.study.report import CellStore, digest
 from asyncopd.study.worlds import Prefixes, WarmStart, World, mean_kl, scale_for_drift
 from asyncopd.tasks.walk_rules import WalkOracle
 
@@ -111,6 +111,11 @@ def _references(vocab_size: int) -> Iterator[Contestant]:
     yield Contestant("dense forward KL", c.DenseForwardKLConfig(), "D_F", vocab_size)
 
 
+def all_contestants(warm: WarmStart) -> list[Contestant]:
+    vocab_size = warm.task(0).tokenizer.vocab_size
+    return [contestant for cost in COSTS for contestant in contestants(cost, vocab_size)]
+
+
 async def run_cells(
     warm: WarmStart, store: NamedBytes, scale: Scale, on_done: Callable[[str, int, int], None]
 ) -> list[dict[str, Any]]:
@@ -120,13 +125,8 @@ async def run_cells(
         store: at the output directory.
         on_done: called with (what was done, units done, units planned).
     """
-    settings = {
-        "code": STUDY_CODE,
-        "student": warm.config.model_digest(warm.config.student),
-        "teacher": warm.config.teacher.model_dump(mode="json"),
-        "scale": asdict(scale),
-        "estimators": [asdict(e) | {"config": e.config.model_dump(mode="json")} for e in all_contestants(warm)],
-    }
+    estimators = [asdict(e) | {"config": e.config.model_dump(mode="json")} for e in all_contestants(warm)]
+    settings = {"code": STUDY_CODE, "scale": asdict(scale), "estimators": estimators, **warm.identity()}
     cells = CellStore(store, "estimators", settings)
     places = [
         (stage, direction, drift)
@@ -140,23 +140,30 @@ async def run_cells(
     weights = await _stages(warm, store, scale, lambda step: on_done(f"training step {step}", step, total))
     rows: list[dict[str, Any]] = []
     prefixes: dict[int, Prefixes] = {}
-    for number, (stage, direction, drift) in enumerate(places):
+    for number, (stage, direction, drift) in enumerate(places, scale.loop.num_steps + 1):
         name = f"stage{stage:03d}-{direction}-drift{drift:g}"
         cell = cells.find(name)
         if cell is None:
             if stage not in prefixes:
-                prefixes[stage] = await _prefixes(warm, weights[stage], scale)
-            later = weights[stage + scale.further]
-            cell = {"rows": _measure_cell(warm, prefixes[stage], weights[stage], later, stage, direction, drift)}
+                trajectories = await sample_prompts(warm, weights[stage], scale.loop, scale.num_prompts, seed=1)
+                prefixes[stage] = Prefixes.choose(trajectories, scale.num_prefixes, seed=0)
+            world, s = _world(warm, prefixes[stage], weights[stage], weights[stage + scale.further], direction, drift)
+            place = {"stage_steps": stage, "direction": direction, "drift_target_nats": drift}
+            place |= {"drift_nats": world.drift_nats(), "scale": s}
+            cell = {"rows": [place | _row(contestant, world) for contestant in all_contestants(warm)]}
             cells.put(name, cell)
         rows += cell["rows"]
-        on_done(name, scale.loop.num_steps + number + 1, total)
+        on_done(name, number, total)
     return rows
 
 
-def all_contestants(warm: WarmStart) -> list[Contestant]:
-    vocab_size = warm.task(0).tokenizer.vocab_size
-    return [contestant for cost in COSTS for contestant in contestants(cost, vocab_size)]
+def _row(contestant: Contestant, world: World) -> dict[str, Any]:
+    return {
+        "estimator": contestant.name,
+        "target": contestant.target,
+        "teacher_ids": contestant.teacher_ids,
+        **asdict(measure(contestant.config, world, contestant.target)),
+    }
 
 
 async def _stages(
@@ -165,55 +172,20 @@ async def _stages(
     """Weights after each wanted number of training steps; trained once per settings."""
     wanted = sorted({*scale.stages, *(stage + scale.further for stage in scale.stages)})
     made_by = [STUDY_CODE, warm.config.model_digest(warm.config.student), asdict(scale.loop)]
-    folder = f"snapshots/{digest(made_by)}"
-    found = {step: body for step in wanted if (body := store.find(f"{folder}/{step:03d}.safetensors")) is not None}
+    keys = {step: f"snapshots/{digest(made_by)}/{step:03d}.safetensors" for step in wanted}
+    found = {step: body for step, key in keys.items() if (body := store.find(key)) is not None}
     if len(found) == len(wanted):
         return found
     weights = {0: to_safetensors(warm.model())}
 
     def keep(step: int, safetensors: bytes) -> None:
-        if step in wanted:
-            weights[step] = safetensors
+        weights[step] = safetensors
         on_step(step)
 
     await train_lagged(warm, c.DenseReverseKLConfig(), scale.loop, lag=0, lr=1e-3, seed=0, on_step=keep)
-    for step in wanted:
-        store.put_if_absent(f"{folder}/{step:03d}.safetensors", weights[step])
+    for step, key in keys.items():
+        store.put_if_absent(key, weights[step])
     return weights
-
-
-async def _prefixes(warm: WarmStart, safetensors: bytes, scale: Scale) -> Prefixes:
-    trajectories = await sample_prompts(warm, safetensors, scale.loop, range(scale.num_prompts), seed=1)
-    return Prefixes.choose(trajectories, scale.num_prefixes, seed=0)
-
-
-def _measure_cell(
-    warm: WarmStart,
-    prefixes: Prefixes,
-    snapshot: bytes,
-    later: bytes,
-    stage: int,
-    direction: str,
-    drift: float,
-) -> list[dict[str, Any]]:
-    world, scale = _world(warm, prefixes, snapshot, later, direction, drift)
-    place = {
-        "stage_steps": stage,
-        "direction": direction,
-        "drift_target_nats": drift,
-        "drift_nats": world.drift_nats(),
-        "scale": scale,
-    }
-    return [
-        {
-            **place,
-            "estimator": contestant.name,
-            "target": contestant.target,
-            "teacher_ids": contestant.teacher_ids,
-            **asdict(measure(contestant.config, world, contestant.target)),
-        }
-        for contestant in all_contestants(warm)
-    ]
 
 
 def _world(
@@ -221,19 +193,17 @@ def _world(
 ) -> tuple[World, float]:
     """The world at a drift, and the s that makes it."""
     origin, moved = warm.model(snapshot), warm.model(snapshot)
-    generator = torch.Generator().manual_seed(0)
+    starts = [start.detach() for start in origin.parameters()]
     if direction == "trained":
-        ahead = warm.model(later)
-        steps = [b.detach() - a.detach() for a, b in zip(origin.parameters(), ahead.parameters(), strict=True)]
+        steps = [end.detach() - start for start, end in zip(starts, warm.model(later).parameters(), strict=True)]
     else:
-        steps = [
-            torch.randn(p.shape, generator=generator) * p.detach().square().mean().sqrt() for p in origin.parameters()
-        ]
+        generator = torch.Generator().manual_seed(0)
+        steps = [torch.randn(p.shape, generator=generator) * p.square().mean().sqrt() for p in starts]
     behaviour_TV = prefixes.student_logprobs(origin)
 
     def student_at(scale: float) -> torch.Tensor:
         with torch.no_grad():
-            for target, start, step in zip(moved.parameters(), origin.parameters(), steps, strict=True):
+            for target, start, step in zip(moved.parameters(), starts, steps, strict=True):
                 target.copy_(start + scale * step)
         return prefixes.student_logprobs(moved)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from accelerate import Accelerator
-from transformers import PreTrainedModel
 
 from asyncopd.config.losses import LossConfig
 from asyncopd.config.schema import Learner
@@ -24,8 +23,7 @@ from asyncopd.losses import build_estimator
 from asyncopd.ports import SampleRequest, Scorer, ScoreRequest
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.study.worlds import WarmStart
-from asyncopd.tasks.walk import WalkTask
-from asyncopd.types import DrawLaw, PolicyVersion, PolicyWeights, ScoredTrajectory, Trajectory
+from asyncopd.types import DrawLaw, PolicyVersion, PolicyWeights, Prompt, ScoredTrajectory, Trajectory
 
 SLOTS = 128
 EVALUATION_SEED = 1_000_003
@@ -73,7 +71,7 @@ async def train_lagged(
     lag: int,
     lr: float,
     seed: int,
-    on_step: Callable[[int, bytes], None],
+    on_step: Callable[[int, bytes], None] = lambda done, weights: None,
 ) -> Trained:
     """Train a student whose batches are always `lag` versions old, from the warm start.
 
@@ -82,42 +80,49 @@ async def train_lagged(
         seed: of prompts and sampling.
         on_step: called with (steps done, weights) after every step.
     """
-    causal_lm = warm.model()
-    student = _student(warm, causal_lm, loss, settings, lr)
-    producer = _Producer(warm, loss, settings, seed)
-    pending: deque[list[ScoredTrajectory]] = deque()
+    needs, task, scorer, size = loss.requirements(), warm.task(seed), warm.scorer(), settings.batch_size
+    student = _student(warm, loss, settings, lr)
+    sampler = _sampler(warm, settings, seed=seed, head=needs.head, num_draws=needs.num_draws, law=needs.law or "policy")
+    request = ScoreRequest(
+        top_k=task.tokenizer.vocab_size if needs.full_vocabulary else needs.top_k,
+        num_teacher_draws=needs.num_teacher_draws,
+        temperature=warm.config.rollout.temperature,
+        seed=seed,
+    )
+    pending: deque[ScoredTrajectory] = deque()
     metrics: list[dict[str, float]] = []
     weights = student.weights()
     try:
         for step in range(settings.num_steps):
+            # All batches of one version at once, so that the engine's batch stays full.
             first = 0 if step == 0 else step + lag
-            pending += await producer.batches(step, weights, range(first, min(step + lag + 1, settings.num_steps)))
+            indices = range(first * size, min(step + lag + 1, settings.num_steps) * size)
+            prompts = [task.prompt(index, "train") for index in indices]
+            trajectories = await _respond(sampler, step, weights, prompts, settings)
+            pending += await _scored(scorer, trajectories, request)
+            batch = [pending.popleft() for _ in range(size)]
             try:
-                result = await asyncio.to_thread(student.train, step, pending.popleft())
+                result = await asyncio.to_thread(student.train, step, batch)
             except NonFiniteError:
                 return Trained(weights, step, metrics)
             metrics.append(dict(result.metrics))
             weights = student.weights()
             on_step(step + 1, weights)
     finally:
-        await producer.close()
+        await sampler.close()
     return Trained(weights, settings.num_steps, metrics)
 
 
 async def evaluate(warm: WarmStart, safetensors: bytes, settings: LoopSettings) -> Quality:
     """Accuracy and KL to the teacher of given weights on held-out prompts."""
-    task, scorer = warm.task(0), warm.scorer()
+    task = warm.task(0)
     sampler = _sampler(warm, settings, seed=EVALUATION_SEED, head=8, num_draws=4, law="tail")
     prompts = [task.prompt(index, "eval") for index in range(settings.num_prompts)]
     try:
-        await sampler.refresh(PolicyWeights(PolicyVersion(0), safetensors))
-        trajectories = await asyncio.gather(
-            *(sampler.sample(SampleRequest(p.index, p.ids, settings.max_new_tokens)) for p in prompts)
-        )
+        trajectories = await _respond(sampler, 0, safetensors, prompts, settings)
     finally:
         await sampler.close()
-    request = ScoreRequest(0, 0, warm.config.rollout.temperature, 0)
-    scored = await _scored(scorer, trajectories, request)
+    scored = await _scored(warm.scorer(), trajectories, ScoreRequest(0, 0, warm.config.rollout.temperature, 0))
     kl_nats, standard_error = kl_to_teacher(scored)
     correct = [task.verify(p, t.response_ids.tolist()) for p, t in zip(prompts, trajectories, strict=True)]
     lengths = [len(t.response_ids) for t in trajectories]
@@ -125,58 +130,31 @@ async def evaluate(warm: WarmStart, safetensors: bytes, settings: LoopSettings) 
 
 
 async def sample_prompts(
-    warm: WarmStart, safetensors: bytes, settings: LoopSettings, indices: Sequence[int], *, seed: int
+    warm: WarmStart, safetensors: bytes, settings: LoopSettings, num_prompts: int, *, seed: int
 ) -> list[Trajectory]:
-    """One training response to each prompt, without candidates."""
+    """One training response to each of the first prompts, without candidates."""
     task = warm.task(seed)
     sampler = _sampler(warm, settings, seed=seed, head=0, num_draws=0, law="policy")
     try:
-        await sampler.refresh(PolicyWeights(PolicyVersion(0), safetensors))
-        return await asyncio.gather(*(sampler.sample(_request(task, settings, index)) for index in indices))
+        prompts = [task.prompt(index, "train") for index in range(num_prompts)]
+        return await _respond(sampler, 0, safetensors, prompts, settings)
     finally:
         await sampler.close()
 
 
-class _Producer:
-    """Samples and scores the batches of given steps under given weights."""
-
-    def __init__(self, warm: WarmStart, loss: LossConfig, settings: LoopSettings, seed: int) -> None:
-        needs = loss.requirements()
-        self._settings = settings
-        self._task, self._scorer = warm.task(seed), warm.scorer()
-        self._sampler = _sampler(
-            warm, settings, seed=seed, head=needs.head, num_draws=needs.num_draws, law=needs.law or "policy"
-        )
-        self._request = ScoreRequest(
-            top_k=self._task.tokenizer.vocab_size if needs.full_vocabulary else needs.top_k,
-            num_teacher_draws=needs.num_teacher_draws,
-            temperature=warm.config.rollout.temperature,
-            seed=seed,
-        )
-
-    async def batches(self, version: int, weights: bytes, steps: range) -> list[list[ScoredTrajectory]]:
-        """One batch for each of `steps`, all under one version and at once, so that the engine's batch stays full."""
-        if not steps:
-            return []
-        size = self._settings.batch_size
-        await self._sampler.refresh(PolicyWeights(PolicyVersion(version), weights))
-        indices = range(steps.start * size, steps.stop * size)
-        trajectories = await asyncio.gather(
-            *(self._sampler.sample(_request(self._task, self._settings, index)) for index in indices)
-        )
-        scored = await _scored(self._scorer, trajectories, self._request)
-        return [scored[start : start + size] for start in range(0, len(scored), size)]
-
-    async def close(self) -> None:
-        await self._sampler.close()
-
-
-def _request(task: WalkTask, settings: LoopSettings, index: int) -> SampleRequest:
-    return SampleRequest(index, task.prompt(index, "train").ids, settings.max_new_tokens)
+async def _respond(
+    sampler: HfSampler, version: int, weights: bytes, prompts: Sequence[Prompt], settings: LoopSettings
+) -> list[Trajectory]:
+    """One response to each prompt, all at once under these weights."""
+    if not prompts:
+        return []
+    await sampler.refresh(PolicyWeights(PolicyVersion(version), weights))
+    requests = [SampleRequest(prompt.index, prompt.ids, settings.max_new_tokens) for prompt in prompts]
+    return await asyncio.gather(*map(sampler.sample, requests))
 
 
 async def _scored(scorer: Scorer, trajectories: Sequence[Trajectory], request: ScoreRequest) -> list[ScoredTrajectory]:
-    scores = await scorer.score(trajectories, request)
+    scores = await scorer.score(trajectories, request) if trajectories else []
     return [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)]
 
 
@@ -197,9 +175,7 @@ def _sampler(
     )
 
 
-def _student(
-    warm: WarmStart, causal_lm: PreTrainedModel, loss: LossConfig, settings: LoopSettings, lr: float
-) -> Student:
+def _student(warm: WarmStart, loss: LossConfig, settings: LoopSettings, lr: float) -> Student:
     learner, temperature = warm.config.learner, warm.config.rollout.temperature
     own = Learner(
         lr=lr,
@@ -209,4 +185,4 @@ def _student(
         row_capacity=learner.row_capacity,
         rows_per_micro_batch=learner.rows_per_micro_batch,
     )
-    return Student(causal_lm, build_estimator(loss), Accelerator(cpu=True), own, temperature=temperature)
+    return Student(warm.model(), build_estimator(loss), Accelerator(cpu=True), own, temperature=temperature)

@@ -1,21 +1,18 @@
-"""What a study stores: finished cells, one JSON object each and never written twice, and from them tables and plots."""
+"""Tables and plots of a study, from the rows of its cells."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 
 from asyncopd.ports import NamedBytes
 from asyncopd.report.plots import INK, Page, styled
+from asyncopd.report.text import table
+from asyncopd.study.cells import parquet
 
 Row = Mapping[str, Any]
 # Okabe and Ito's colours, with a marker each so that no line is told apart by colour alone.
@@ -49,67 +46,35 @@ _PLOTTED_VARIANCE = (
 )
 
 
-# -- cells -------------------------------------------------------------------------------------------------------
-def digest(settings: Any) -> str:
-    """First 12 hex digits of the sha256 of the canonical JSON: equal settings, equal digest."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-class CellStore:
-    """Cells of one study under one set of settings; other settings have other cells."""
-
-    def __init__(self, store: NamedBytes, study: str, settings: Mapping[str, Any]) -> None:
-        """
-        Args:
-            store: at the study's output directory.
-            settings: everything that decides a cell's numbers, besides its name; JSON.
-        """
-        self._store = store
-        self.folder = f"cells/{study}-{digest(settings)}"
-        self._store.put_if_absent(f"{self.folder}/settings.json", json.dumps(settings, indent=1).encode())
-
-    def find(self, name: str) -> dict[str, Any] | None:
-        """The finished cell, or None."""
-        body = self._store.find(self._key(name))
-        cell: dict[str, Any] | None = None if body is None else json.loads(body)
-        return cell
-
-    def put(self, name: str, cell: Mapping[str, Any]) -> bool:
-        """Store a finished cell. False when it was there before; that one is kept."""
-        return self._store.put_if_absent(self._key(name), json.dumps(cell, sort_keys=True).encode())
-
-    def _key(self, name: str) -> str:
-        return f"{self.folder}/{name}.json"
-
-
-# -- study estimators ---------------------------------------------------------------------------------------------
-def write_estimators(store: NamedBytes, rows: Sequence[Row]) -> str:
-    """Write estimators.parquet, .md and .png. Returns the Markdown."""
-    text = estimators_markdown(rows)
-    store.put("estimators.parquet", parquet(rows))
-    store.put("estimators.md", text.encode())
-    store.put("estimators.png", plot_estimators(rows))
+def write(study: str, store: NamedBytes, rows: Sequence[Row]) -> str:
+    """Write <study>.parquet, .md and .png. Returns the Markdown."""
+    markdown, plot = {
+        "estimators": (estimators_markdown, plot_estimators),
+        "staleness": (staleness_markdown, plot_staleness),
+    }[study]
+    text = markdown(rows)
+    store.put(f"{study}.parquet", parquet(rows))
+    store.put(f"{study}.md", text.encode())
+    store.put(f"{study}.png", plot(rows))
     return text
 
 
+# -- study estimators ---------------------------------------------------------------------------------------------
 def estimators_markdown(rows: Sequence[Row]) -> str:
     """One table for each teacher cost and direction of drift; figures are medians over the snapshots."""
     drifts = sorted({row["drift_target_nats"] for row in rows})
+    header = ["estimator", "target"]
+    header += [f"{figure}, drift {drift:g}" for figure in ("bias", "variance") for drift in drifts]
     parts = []
     for direction in ("trained", "random"):
         for cost in sorted({row["teacher_ids"] for row in rows}):
-            names = list(dict.fromkeys(row["estimator"] for row in rows if row["teacher_ids"] == cost))
-            header = ["estimator", "target", *(f"bias, drift {d:g}" for d in drifts)]
-            header += [f"variance, drift {d:g}" for d in drifts]
             body = []
-            for name in names:
+            for name in dict.fromkeys(row["estimator"] for row in rows if row["teacher_ids"] == cost):
                 chosen = [r for r in rows if r["estimator"] == name and r["teacher_ids"] == cost]
-                biases = [_at(chosen, direction, drift, "relative_bias") for drift in drifts]
-                variances = [_at(chosen, direction, drift, "relative_variance") for drift in drifts]
-                body.append(
-                    [name, chosen[0]["target"], *(f"{b:.3f}" for b in biases), *(f"{v:.3g}" for v in variances)]
-                )
-            parts.append(f"### {cost} teacher ids per prefix, {direction} drift\n\n{markdown_table(header, body)}")
+                biases = [f"{_at(chosen, direction, drift, 'relative_bias'):.3f}" for drift in drifts]
+                variances = [f"{_at(chosen, direction, drift, 'relative_variance'):.3g}" for drift in drifts]
+                body.append([name, chosen[0]["target"], *biases, *variances])
+            parts.append(f"### {cost} teacher ids per prefix, {direction} drift\n\n{table(header, body)}\n")
     return "\n".join(parts)
 
 
@@ -157,33 +122,22 @@ def _line(
 
 
 # -- study staleness ----------------------------------------------------------------------------------------------
-def write_staleness(store: NamedBytes, rows: Sequence[Row]) -> str:
-    """Write staleness.parquet, .md and .png. Returns the Markdown."""
-    text = staleness_markdown(rows)
-    store.put("staleness.parquet", parquet(rows))
-    store.put("staleness.md", text.encode())
-    store.put("staleness.png", plot_staleness(rows))
-    return text
-
-
 def staleness_markdown(rows: Sequence[Row]) -> str:
     """Accuracy and KL by lag, mean ± standard error over seeds; one table for each learning rate."""
     lags = sorted({row["lag"] for row in rows})
+    columns = [(key, lag) for key in ("accuracy", "kl_nats") for lag in lags]
+    header = ["estimator", *(f"{'KL' if key == 'kl_nats' else key}, lag {lag}" for key, lag in columns)]
+
+    def cell(name: str, lr: float, key: str, lag: int) -> str:
+        values = [row[key] for row in rows if (row["estimator"], row["lag"], row["lr"]) == (name, lag, lr)]
+        return "{:.2f} ± {:.2f}".format(*mean_and_error(values)) if values else "–"
+
     parts = []
     for lr in sorted({row["lr"] for row in rows}):
         seeds = len({row["seed"] for row in rows if row["lr"] == lr})
-        header = ["estimator", *(f"accuracy, lag {lag}" for lag in lags), *(f"KL, lag {lag}" for lag in lags)]
-        body = []
-        for name in dict.fromkeys(row["estimator"] for row in rows):
-            of_lag = {lag: [r for r in rows if (r["estimator"], r["lag"], r["lr"]) == (name, lag, lr)] for lag in lags}
-            body.append(
-                [
-                    name,
-                    *(_mean_and_error(of_lag[lag], "accuracy", "{:.2f} ± {:.2f}") for lag in lags),
-                    *(_mean_and_error(of_lag[lag], "kl_nats", "{:.2f} ± {:.2f}") for lag in lags),
-                ]
-            )
-        parts.append(f"### lr {lr:g}, {seeds} seeds, mean ± standard error\n\n{markdown_table(header, body)}")
+        names = dict.fromkeys(row["estimator"] for row in rows)
+        body = [[name, *(cell(name, lr, *column) for column in columns)] for name in names]
+        parts.append(f"### lr {lr:g}, {seeds} seeds, mean ± standard error\n\n{table(header, body)}\n")
     return "\n".join(parts)
 
 
@@ -193,10 +147,6 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), error
 
 
-def _mean_and_error(rows: Sequence[Row], key: str, form: str) -> str:
-    return form.format(*mean_and_error([row[key] for row in rows])) if rows else "–"
-
-
 @styled
 def plot_staleness(rows: Sequence[Row]) -> bytes:
     """Accuracy and KL against lag, a column for each learning rate; bars are standard errors."""
@@ -204,8 +154,8 @@ def plot_staleness(rows: Sequence[Row]) -> bytes:
     lags = sorted({row["lag"] for row in rows})
     page = Page(2, len(lrs), width=4.4 + 5 * len(lrs), height=8, sharex=True, sharey="row")
     names = list(dict.fromkeys(row["estimator"] for row in rows))
-    panels: tuple[tuple[str, str], ...] = (("accuracy", "Accuracy"), ("kl_nats", "KL to the teacher, nats per token"))
-    for panel, (key, title) in enumerate(panels):
+    panels = {"accuracy": "Accuracy", "kl_nats": "KL to the teacher, nats per token"}
+    for panel, (key, title) in enumerate(panels.items()):
         for column, lr in enumerate(lrs):
             axes = page.axes[panel * len(lrs) + column]
             for number, name in enumerate(names):
@@ -237,16 +187,3 @@ def _with_errors(axes: Axes, values_by_lag: Mapping[int, Sequence[float]], name:
         capsize=2.5,
         label=name,
     )
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows of equal keys as one Parquet object."""
-    body = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), body)
-    return body.getvalue()

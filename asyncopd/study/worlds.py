@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,6 +151,13 @@ class WarmStart:
         causal_lm = build_causal_lm(json.loads(self.architecture), seed=0)
         load_safetensors(causal_lm, self.safetensors if safetensors is None else safetensors)
         return causal_lm
+
+    def identity(self) -> dict[str, Any]:
+        """Of student and teacher, for the settings of a study's cells."""
+        return {
+            "student": self.config.model_digest(self.config.student),
+            "teacher": self.config.teacher.model_dump(mode="json"),
+        }
 
     def task(self, seed: int) -> WalkTask:
         task = build_task(self.config.task, seed=seed)

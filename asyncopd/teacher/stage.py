@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from asyncopd.errors import ConfigError
 from asyncopd.ports import RunLog, ScoreCache, Scorer, ScoreRequest
 from asyncopd.records import Facts
 from asyncopd.schedule import OpenShards, Plan, num_taken
-from asyncopd.teacher.cached import score_through
+from asyncopd.teacher.cached import Answers, score_through
 from asyncopd.types import IndexRange, Trajectory
 from asyncopd.worker import NextShard, Worker
 
@@ -97,17 +97,6 @@ class ScoreStage:
         return None if self._open.first else NextShard(None)
 
 
-class CandidateShards(Protocol):
-    """Where back-filled candidates come from and stay."""
-
-    @property
-    def name(self) -> str: ...
-
-    def join(self, shard: IndexRange, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """The trajectories with these candidates, which are made and published first where nobody did."""
-        ...
-
-
 @dataclass(frozen=True)
 class Backfilled:
     """What a back-fill did."""
@@ -122,35 +111,25 @@ class Backfilled:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
 class BackfillStage:
     """Scores shards of one run under one folder."""
 
-    def __init__(
-        self,
-        log: RunLog,
-        worker: Worker,
-        *,
-        folder: str,
-        scorer: Scorer,
-        request: ScoreRequest,
-        cache: ScoreCache | None,
-        candidates: CandidateShards | None,
-        facts: Facts,
-        lease_s: float,
-        on_shard: Callable[[int], None],
-    ) -> None:
-        """
-        Args:
-            folder: of the scores; the scorer's answers are stored under it.
-            candidates: to score in place of the recorded ones; None for those.
-            facts: added to each manifest.
-            on_shard: called with the number of trajectories of each finished shard.
-        """
-        self._log, self._worker, self._folder = log, worker, folder
-        self._scorer, self._request, self._cache = scorer, request, cache
-        self._candidates, self._facts, self._lease_s = candidates, facts, lease_s
-        self._on_shard = on_shard
-        self._counts = {"shards": 0, "found": 0, "asked": 0, "cached": 0}
+    log: RunLog
+    worker: Worker
+    folder: str
+    """Of the scores; the scorer's answers are stored under it."""
+    scorer: Scorer
+    request: ScoreRequest
+    cache: ScoreCache | None
+    with_candidates: Callable[[IndexRange, list[Trajectory]], list[Trajectory]] | None
+    """Gives a shard's trajectories the candidates to score, which are made first where nobody did; None for the
+    recorded ones."""
+    facts: Facts
+    """Added to each manifest: the question, and the name of the candidates."""
+    lease_s: float
+    on_shard: Callable[[int], None]
+    """Called with the number of trajectories of each finished shard."""
 
     async def run(self, shards: Sequence[IndexRange]) -> Backfilled:
         """Score every shard that is not scored yet, waiting for those that other processes hold.
@@ -160,61 +139,62 @@ class BackfillStage:
             EngineError: the teacher, or the student that candidates come from, cannot serve a shard.
         """
         started = time.time()
+        counts: Counter[str] = Counter()
         waiting = list(shards)
         while waiting:
             held = []
             for shard in waiting:
-                found = await asyncio.to_thread(self._log.find_scores, self._folder, shard)
+                found = await asyncio.to_thread(self.log.find_scores, self.folder, shard)
                 if found is not None:
                     self._check_teacher(found.facts.teacher_digests)
-                    self._counts["found"] += 1
-                    self._on_shard(len(shard))
+                    counts["found"] += 1
                 elif await asyncio.to_thread(self._claim, shard):
-                    await self._work(shard)
-                    self._on_shard(len(shard))
+                    answers = await self._work(shard)
+                    counts.update(shards=1, asked=answers.num_tokens_asked, cached=answers.num_tokens_cached)
+                    self.worker.tell(num_tokens=counts["asked"] + counts["cached"])
                 else:
                     held.append(shard)
+                    continue
+                self.on_shard(len(shard))
             if len(held) == len(waiting):
-                await asyncio.sleep(self._lease_s / 10)
+                await asyncio.sleep(self.lease_s / 10)
             waiting = held
         return Backfilled(
-            folder=self._folder,
-            num_shards=self._counts["shards"],
-            num_shards_found=self._counts["found"],
-            num_tokens_asked=self._counts["asked"],
-            num_tokens_cached=self._counts["cached"],
+            folder=self.folder,
+            num_shards=counts["shards"],
+            num_shards_found=counts["found"],
+            num_tokens_asked=counts["asked"],
+            num_tokens_cached=counts["cached"],
             seconds=time.time() - started,
         )
 
     def _claim(self, shard: IndexRange) -> bool:
-        claim = self._log.claim(f"backfill-{self._folder}", shard, worker=self._worker.name, lease_s=self._lease_s)
+        claim = self.log.claim(f"backfill-{self.folder}", shard, worker=self.worker.name, lease_s=self.lease_s)
         return claim is not None
 
     def _check_teacher(self, digests: Sequence[str]) -> None:
-        if set(digests) - {self._scorer.digest}:
+        if set(digests) - {self.scorer.digest}:
             raise ConfigError(
-                f"run {self._log.run_id}: scores/{self._folder} holds answers of another teacher (digest "
-                f"{', '.join(d[:12] for d in digests)}, this one has {self._scorer.digest[:12]}). Give it another name "
+                f"run {self.log.run_id}: scores/{self.folder} holds answers of another teacher (digest "
+                f"{', '.join(d[:12] for d in digests)}, this one has {self.scorer.digest[:12]}). Give it another name "
                 "with --teacher name=…."
             )
 
-    async def _work(self, shard: IndexRange) -> None:
-        trajectories = await asyncio.to_thread(self._log.read_trajectories, shard)
-        candidates = None
-        if self._candidates is not None:
-            trajectories = await asyncio.to_thread(self._candidates.join, shard, trajectories)
-            candidates = self._candidates.name
+    async def _work(self, shard: IndexRange) -> Answers:
+        trajectories = await asyncio.to_thread(self.log.read_trajectories, shard)
+        if self.with_candidates is not None:
+            trajectories = await asyncio.to_thread(self.with_candidates, shard, trajectories)
         started = time.time()
-        answers = await score_through(self._cache, self._scorer, trajectories, self._request, worker=self._worker.name)
+        answers = await score_through(self.cache, self.scorer, trajectories, self.request, worker=self.worker.name)
         finished = time.time()
-        self._worker.record("score", started, finished, answers.described(shard.name))
+        self.worker.record("score", started, finished, answers.described(shard.name))
         facts = replace(
-            answers.facts(), backfill=self._facts.backfill, candidates=candidates, seconds=finished - started
+            answers.facts(),
+            backfill=self.facts.backfill,
+            candidates=self.facts.candidates,
+            seconds=finished - started,
         )
         await asyncio.to_thread(
-            self._log.publish_scores, self._folder, shard, answers.scores, worker=self._worker.name, facts=facts
+            self.log.publish_scores, self.folder, shard, answers.scores, worker=self.worker.name, facts=facts
         )
-        self._counts["shards"] += 1
-        self._counts["asked"] += answers.num_tokens_asked
-        self._counts["cached"] += answers.num_tokens_cached
-        self._worker.tell(num_tokens=self._counts["asked"] + self._counts["cached"])
+        return answers
