@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,137 +87,98 @@ METRICS: dict[str, Metric] = {}
 """The metrics of a training step by key. A stored step of an older version of this program may have others."""
 
 
-def _metric(key: str, unit: str, reduction: Reduction, meaning: str) -> Metric:
+def _metric(unit: str, reduction: Reduction, key: str, meaning: str) -> Metric:
     assert key not in METRICS, f"{key} stands twice in the table"
     METRICS[key] = Metric(key, unit, reduction, meaning)
     return METRICS[key]
 
 
-LOSS = _metric(
-    "train/loss_nats",
-    "nats per token",
-    Reduction.TOKEN_MEAN,
-    "value of the configured loss; for surrogates (policy gradient) only its gradient matters",
+_mean_nats = partial(_metric, "nats per token", Reduction.TOKEN_MEAN)
+_token_fraction = partial(_metric, "fraction", Reduction.TOKEN_MEAN)
+_of_all_tokens = partial(_metric, "–", Reduction.ALL_TOKENS)
+_token_max = partial(_metric, "–", Reduction.TOKEN_MAX)
+_count = partial(_metric, "–", Reduction.COUNT)
+_response_fraction = partial(_metric, "fraction", Reduction.RESPONSE_MEAN)
+
+LOSS = _mean_nats(
+    "train/loss_nats", "value of the configured loss; for surrogates (policy gradient) only its gradient matters"
 )
-KL = _metric(
+KL = _mean_nats(
     "train/kl_nats",
-    "nats per token",
-    Reduction.TOKEN_MEAN,
-    "log p_old − log q at the sampled token: unbiased for KL(p_old‖q) on the sampler's own responses; a single step "
-    "can be negative",
+    "log p_old − log q at the sampled token: unbiased for KL(p_old‖q) on the sampler's own responses; a single "
+    "step can be negative",
 )
-ENTROPY = _metric(
-    "train/entropy_nats", "nats per token", Reduction.TOKEN_MEAN, "entropy of p_θ over the whole vocabulary"
-)
-DRIFT = _metric(
+ENTROPY = _mean_nats("train/entropy_nats", "entropy of p_θ over the whole vocabulary")
+DRIFT = _mean_nats(
     "train/drift_nats",
-    "nats per token",
-    Reduction.TOKEN_MEAN,
     "ratio − 1 − log ratio: the k3 estimate of KL(p_old‖p_θ), never negative; 0 when nothing is stale",
 )
 ESS = _metric(
-    "train/ess_fraction",
     "fraction",
     Reduction.ALL_TOKENS,
+    "train/ess_fraction",
     "effective sample size of the ratios, (Σw)²/Σw² / tokens; 1 when nothing is stale",
 )
-RATIO_P01 = _metric("train/ratio_p01", "–", Reduction.ALL_TOKENS, "1st percentile of the ratio")
-RATIO_P50 = _metric("train/ratio_p50", "–", Reduction.ALL_TOKENS, "median of the ratio")
-RATIO_P99 = _metric("train/ratio_p99", "–", Reduction.ALL_TOKENS, "99th percentile of the ratio")
-RATIO_MAX = _metric("train/ratio_max", "–", Reduction.TOKEN_MAX, "largest ratio")
+RATIO_P01 = _of_all_tokens("train/ratio_p01", "1st percentile of the ratio")
+RATIO_P50 = _of_all_tokens("train/ratio_p50", "median of the ratio")
+RATIO_P99 = _of_all_tokens("train/ratio_p99", "99th percentile of the ratio")
+RATIO_MAX = _token_max("train/ratio_max", "largest ratio")
 GRAD_NORM = _metric(
-    "train/grad_norm", "nats per token", Reduction.STEP, "L2 norm of the step's gradient before clipping"
+    "nats per token", Reduction.STEP, "train/grad_norm", "L2 norm of the step's gradient before clipping"
 )
-LR = _metric("train/lr", "–", Reduction.STEP, "learning rate of the step")
-SECONDS = _metric("train/seconds", "s", Reduction.STEP, "forward, backward and optimizer")
+LR = _metric("–", Reduction.STEP, "train/lr", "learning rate of the step")
+SECONDS = _metric("s", Reduction.STEP, "train/seconds", "forward, backward and optimizer")
 STALENESS_MEAN = _metric(
-    "train/staleness_mean_versions",
     "versions",
     Reduction.TOKEN_MEAN,
+    "train/staleness_mean_versions",
     "version the step starts from − version that sampled the token",
 )
-STALENESS_MAX = _metric("train/staleness_max_versions", "versions", Reduction.TOKEN_MAX, "the same")
-TRAJECTORIES = _metric("train/trajectories", "–", Reduction.COUNT, "trajectories the step trained")
-STALE_TRAJECTORIES = _metric(
+STALENESS_MAX = _metric("versions", Reduction.TOKEN_MAX, "train/staleness_max_versions", "the same")
+TRAJECTORIES = _count("train/trajectories", "trajectories the step trained")
+STALE_TRAJECTORIES = _count(
     "train/stale_trajectories",
-    "–",
-    Reduction.COUNT,
     "those whose oldest token is older than `max_staleness`: 0 but in arrival order with on_stale train",
 )
-DROPPED_TRAJECTORIES = _metric(
+DROPPED_TRAJECTORIES = _count(
     "train/dropped_trajectories",
-    "–",
-    Reduction.COUNT,
     "trajectories the step came to and left out for good; the record's `dropped` has their indices and reasons",
 )
-HELD_TRAJECTORIES = _metric(
+HELD_TRAJECTORIES = _count(
     "train/held_trajectories",
-    "–",
-    Reduction.COUNT,
     "trajectories the step came to and left for a replay; the record's `held` has their indices and reasons",
 )
 RESPONSE_TOKENS_MEAN = _metric(
-    "rollout/response_tokens_mean", "tokens", Reduction.RESPONSE_MEAN, "response length, EOS included"
+    "tokens", Reduction.RESPONSE_MEAN, "rollout/response_tokens_mean", "response length, EOS included"
 )
-RESPONSE_TOKENS_MAX = _metric("rollout/response_tokens_max", "tokens", Reduction.RESPONSE_MAX, "the same")
-STOPPED = _metric(
-    "rollout/stopped_fraction",
-    "fraction",
-    Reduction.RESPONSE_MEAN,
-    "responses that ended with EOS rather than at the limit",
+RESPONSE_TOKENS_MAX = _metric("tokens", Reduction.RESPONSE_MAX, "rollout/response_tokens_max", "the same")
+STOPPED = _response_fraction("rollout/stopped_fraction", "responses that ended with EOS rather than at the limit")
+ACCURACY = _response_fraction(
+    "rollout/accuracy", "responses the verifier accepts, training prompts; missing without a verifier"
 )
-ACCURACY = _metric(
-    "rollout/accuracy",
-    "fraction",
-    Reduction.RESPONSE_MEAN,
-    "responses the verifier accepts, training prompts; missing without a verifier",
-)
-SUPPORT_MASS_STUDENT = _metric(
+SUPPORT_MASS_STUDENT = _token_fraction(
     "loss/support_mass_student",
-    "fraction",
-    Reduction.TOKEN_MEAN,
-    "P_S: probability p_θ puts on the ids the loss sums over; with draws for a support, on the distinct ids it looked "
-    "at, the sampled token included",
+    "P_S: probability p_θ puts on the ids the loss sums over; with draws for a support, on the distinct ids it "
+    "looked at, the sampled token included",
 )
-SUPPORT_MASS_TEACHER = _metric(
-    "loss/support_mass_teacher", "fraction", Reduction.TOKEN_MEAN, "Q_S: probability q puts on them"
+SUPPORT_MASS_TEACHER = _token_fraction("loss/support_mass_teacher", "Q_S: probability q puts on them")
+CROSS_ENTROPY = _mean_nats("loss/cross_entropy_nats", "cross-entropy part of the near-policy loss")
+TOPK_KL = _mean_nats("loss/topk_kl_nats", "forward-KL part of the near-policy loss")
+MAX_RATIO = _token_max("loss/max_ratio", "largest importance ratio among a token's draws")
+CLIPPED = _token_fraction(
+    "loss/clipped_fraction", "draws whose gradient clipping or M2PO removed; 0 without such a correction"
 )
-CROSS_ENTROPY = _metric(
-    "loss/cross_entropy_nats", "nats per token", Reduction.TOKEN_MEAN, "cross-entropy part of the near-policy loss"
+TRUNCATED = _token_fraction(
+    "loss/truncated_fraction", "draws whose ratio was cut to the allowed maximum; 0 without such a correction"
 )
-TOPK_KL = _metric(
-    "loss/topk_kl_nats", "nats per token", Reduction.TOKEN_MEAN, "forward-KL part of the near-policy loss"
-)
-MAX_RATIO = _metric("loss/max_ratio", "–", Reduction.TOKEN_MAX, "largest importance ratio among a token's draws")
-CLIPPED = _metric(
-    "loss/clipped_fraction",
-    "fraction",
-    Reduction.TOKEN_MEAN,
-    "draws whose gradient clipping or M2PO removed; 0 without such a correction",
-)
-TRUNCATED = _metric(
-    "loss/truncated_fraction",
-    "fraction",
-    Reduction.TOKEN_MEAN,
-    "draws whose ratio was cut to the allowed maximum; 0 without such a correction",
-)
-MASKED = _metric(
-    "loss/masked_fraction",
-    "fraction",
-    Reduction.TOKEN_MEAN,
-    "draws that a mask (or the decoupled correction) took out; 0 without such a correction",
+MASKED = _token_fraction(
+    "loss/masked_fraction", "draws that a mask (or the decoupled correction) took out; 0 without such a correction"
 )
 PREFIX_WEIGHT = _metric(
-    "loss/prefix_weight",
-    "–",
-    Reduction.TOKEN_MEAN,
-    "weight of the token for how likely p_θ is to reach its prefix",
+    "–", Reduction.TOKEN_MEAN, "loss/prefix_weight", "weight of the token for how likely p_θ is to reach its prefix"
 )
-PREFIX_TRUNCATED = _metric(
-    "loss/prefix_truncated_fraction",
-    "fraction",
-    Reduction.TOKEN_MEAN,
-    "tokens whose prefix weight was cut to the allowed maximum",
+PREFIX_TRUNCATED = _token_fraction(
+    "loss/prefix_truncated_fraction", "tokens whose prefix weight was cut to the allowed maximum"
 )
 
 EVALUATION = (

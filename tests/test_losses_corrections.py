@@ -260,9 +260,9 @@ def test_log_ratio_is_clamped_before_exp() -> None:
 def test_prefix_weight_is_the_truncated_product_over_the_previous_tokens_of_the_same_response() -> None:
     ratio_T = torch.tensor([2.0, 0.5, 3.0, 4.0, 7.0, 2.0], dtype=torch.float64)
     trajectory_T = torch.tensor([5, 5, 5, 5, 2, 2])
-    found = prefix_weights(ratio_T.log(), torch.zeros_like(ratio_T), trajectory_T, max_weight=2.5)
-    assert found.weight_T.tolist() == pytest.approx([1.0, 2.0, 1.0, 2.5, 1.0, 2.5])
-    assert found.truncated_T.tolist() == [False, False, False, True, False, True]
+    weight_T, truncated_T = prefix_weights(ratio_T.log(), torch.zeros_like(ratio_T), trajectory_T, max_weight=2.5)
+    assert weight_T.tolist() == pytest.approx([1.0, 2.0, 1.0, 2.5, 1.0, 2.5])
+    assert truncated_T.tolist() == [False, False, False, True, False, True]
 
 
 def test_prefix_weight_makes_the_expectation_over_prefixes_that_of_the_student() -> None:
@@ -273,7 +273,7 @@ def test_prefix_weight_makes_the_expectation_over_prefixes_that_of_the_student()
     student_T = torch.stack([world.student_V[first_T], world.student_V[second_T]], -1).flatten()
     behaviour_T = torch.stack([world.behaviour_V[first_T], world.behaviour_V[second_T]], -1).flatten()
     trajectory_T = torch.arange(25).repeat_interleave(2)
-    weights = prefix_weights(student_T, behaviour_T, trajectory_T, max_weight=1e9).weight_T[1::2]
+    weights = prefix_weights(student_T, behaviour_T, trajectory_T, max_weight=1e9)[0][1::2]
     f_V = torch.arange(5, dtype=torch.float64)
     expected = (world.student_V.exp() * f_V).sum()
     torch.testing.assert_close((probability_T * weights * f_V[first_T]).sum(), expected)

@@ -49,28 +49,16 @@ class PrefixWeighted:
 
     def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
         losses = self.inner(rows, student_logprobs_TJ[:, 1:], context)
-        weights = prefix_weights(
+        weight_T, truncated_T = prefix_weights(
             student_logprobs_TJ[:, 0], rows.behaviour_logprobs_T, rows.trajectory_T, max_weight=self.max_weight
         )
-        statistics_T = {
-            **losses.statistics_T,
-            PREFIX_WEIGHT: weights.weight_T,
-            PREFIX_TRUNCATED: weights.truncated_T.to(weights.weight_T.dtype),
-        }
-        return RowLosses(losses.loss_T * weights.weight_T, statistics_T)
-
-
-@dataclass(frozen=True)
-class PrefixWeights:
-    weight_T: Tensor
-    """[T] in (0, max_weight], detached."""
-    truncated_T: Tensor
-    """[T] bool: the product exceeded the cap."""
+        own = {PREFIX_WEIGHT: weight_T, PREFIX_TRUNCATED: truncated_T.to(weight_T.dtype)}
+        return RowLosses(losses.loss_T * weight_T, {**losses.statistics_T, **own})
 
 
 def prefix_weights(
     student_logprobs_T: Tensor, behaviour_logprobs_T: Tensor, trajectory_T: Tensor, *, max_weight: float
-) -> PrefixWeights:
+) -> tuple[Tensor, Tensor]:
     """w_t = min(Π_{s<t} ρ(y_s), c): how much more often the current student would have reached prefix s_t.
 
     The product runs over the previous tokens of the same response only; the first token has weight 1. Untruncated it
@@ -82,6 +70,8 @@ def prefix_weights(
         behaviour_logprobs_T: [T] log p_old of them, nats.
         trajectory_T: [T] int64, constant over the consecutive rows of a trajectory.
         max_weight: c >= 1.
+    Returns:
+        Weights [T] in (0, max_weight], detached; and [T] bool, where the product exceeded the cap.
     """
     log_ratio_T = importance_log_ratio(student_logprobs_T.detach(), behaviour_logprobs_T).double()
     before_T = log_ratio_T.cumsum(0) - log_ratio_T
@@ -89,7 +79,5 @@ def prefix_weights(
     first_rows = lengths.cumsum(0) - lengths
     log_product_T = before_T - before_T[first_rows].repeat_interleave(lengths)
     log_cap = torch.tensor(max_weight, dtype=torch.float64).log()
-    return PrefixWeights(
-        weight_T=log_product_T.clamp(max=log_cap.item()).exp().to(student_logprobs_T.dtype),
-        truncated_T=log_product_T > log_cap,
-    )
+    weight_T = log_product_T.clamp(max=log_cap.item()).exp().to(student_logprobs_T.dtype)
+    return weight_T, log_product_T > log_cap

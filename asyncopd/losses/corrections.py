@@ -7,6 +7,8 @@ M2PO bounds the second moment of the log-ratio by a threshold that is found over
 for each micro-batch would make the loss depend on how the step is split:
 
     micro-batches, ranks --harmful_shifts--> one 1-D tensor --second_moment_threshold--> τ --m2po--> each micro-batch
+
+Everywhere `log_ratio_TN` is [T, N] log ρ with gradient, and `advantage_TN` [T, N] nats, detached.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import singledispatch
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def clip(
     *,
     epsilon_low: float,
     epsilon_high: float,
-    dual_clip: float = float("inf"),
+    dual_clip: float = math.inf,
 ) -> Corrected:
     """min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A), and for A < 0 at least c·A (dual clip).
 
@@ -55,8 +56,6 @@ def clip(
     and its gradient 0; likewise where A < 0 and ρ > c, which bounds the damage of an exploded ratio.
 
     Args:
-        log_ratio_TN: [T, N] log ρ, with gradient.
-        advantage_TN: [T, N] nats, detached.
         epsilon_low: >= 0; from 1 on there is no lower bound.
         epsilon_high: >= 0; infinity for no upper bound.
         dual_clip: c > 1 + ε_high; infinity for none.
@@ -69,8 +68,7 @@ def clip(
     too_low_TN = (advantage_TN < 0) & (value_TN < 1 - epsilon_low)
     exploded_TN = (advantage_TN < 0) & (value_TN > dual_clip)
     bound_TN = torch.full_like(value_TN, 1 + epsilon_high)
-    bound_TN = torch.where(too_low_TN, 1 - epsilon_low, bound_TN)
-    bound_TN = torch.where(exploded_TN, dual_clip, bound_TN)
+    bound_TN = torch.where(exploded_TN, dual_clip, torch.where(too_low_TN, 1 - epsilon_low, bound_TN))
     clipped_TN = too_high_TN | too_low_TN | exploded_TN
     return Corrected(torch.where(clipped_TN, bound_TN, ratio_TN) * advantage_TN, clipped_TN)
 
@@ -91,8 +89,6 @@ def decoupled(
     clipped, and the gradient is that of ρ·A wherever w is within the cap.
 
     Args:
-        log_ratio_TN: [T, N] log(p_θ/p_old), with gradient.
-        advantage_TN: [T, N] nats, detached.
         proximal_log_ratio_TN: [T, N] log(p_prox/p_old), detached.
         epsilon_low, epsilon_high: of the clip around the snapshot.
         max_behaviour_weight: cap of w, > 0.
@@ -104,7 +100,7 @@ def decoupled(
     inner = clip(
         log_ratio_TN - proximal_log_ratio_TN.detach(), advantage_TN, epsilon_low=epsilon_low, epsilon_high=epsilon_high
     )
-    objective_TN = torch.where(masked_TN, torch.zeros_like(weight_TN), weight_TN) * inner.objective_TN
+    objective_TN = weight_TN.masked_fill(masked_TN, 0) * inner.objective_TN
     return Corrected(objective_TN, masked_TN | inner.affected_TN)
 
 
@@ -114,8 +110,6 @@ def truncate(log_ratio_TN: Tensor, advantage_TN: Tensor, *, max_ratio: float) ->
     Unlike `clip`, a draw beyond c keeps pulling, with weight c.
 
     Args:
-        log_ratio_TN: [T, N] log ρ, with gradient.
-        advantage_TN: [T, N] nats, detached.
         max_ratio: c > 0.
     Source:
         Truncated importance sampling: Espeholt et al., IMPALA, arXiv 1802.01561; "TIS" of recent RL frameworks.
@@ -130,8 +124,6 @@ def mask(log_ratio_TN: Tensor, advantage_TN: Tensor, *, max_ratio: float) -> Cor
     """ρ·A where ρ is in [1/c, c], else 0 with gradient 0: draws the two students disagree about are dropped.
 
     Args:
-        log_ratio_TN: [T, N] log ρ, with gradient.
-        advantage_TN: [T, N] nats, detached.
         max_ratio: c > 1; above e^20 nothing is masked, since |log ρ| is clamped there.
     Source:
         IcePop, in "Every Step Evolves", arXiv 2510.18855.
@@ -165,8 +157,6 @@ def second_moment_threshold(shifts_H: Tensor, *, budget: float) -> float:
         τ in nats, or infinity when nothing needs clipping.
     """
     num_shifts = len(shifts_H)
-    if num_shifts == 0:
-        return math.inf
     # float64: the sum runs over every draw of a step.
     squares_H = shifts_H.double().square().sort().values
     total = budget * num_shifts
@@ -186,8 +176,6 @@ def m2po(log_ratio_TN: Tensor, advantage_TN: Tensor, *, threshold: float) -> Cor
     With τ = infinity it is `no_correction`, bit for bit. Any N: a draw is judged on its own.
 
     Args:
-        log_ratio_TN: [T, N] log ρ, with gradient.
-        advantage_TN: [T, N] nats, detached.
         threshold: τ of the whole optimizer step, from `second_moment_threshold`.
     Source:
         M2PO, arXiv 2510.01161, as docs/estimators.md states it (mean over the harmful set, clip at τ).
@@ -208,59 +196,35 @@ class Correction:
     needs_step_pass: bool = False
 
 
-@singledispatch
 def correction_of(settings: CorrectionSettings) -> Correction:
-    """The correction that `settings` describe. Raises ConfigError when nothing is registered for them."""
+    """The correction that `settings` describe. Raises ConfigError when there is none for them."""
+    match settings:
+        case NoCorrection():
+            return Correction(lambda log_ratio, advantage, _: no_correction(log_ratio, advantage), CLIPPED)
+        case Clip():
+            dual_clip = math.inf if settings.dual_clip is None else settings.dual_clip
+            bounds = {"epsilon_low": settings.epsilon_low, "epsilon_high": settings.epsilon_high}
+            return Correction(
+                lambda log_ratio, advantage, _: clip(log_ratio, advantage, **bounds, dual_clip=dual_clip), CLIPPED
+            )
+        case Decoupled():
+            options = settings.model_dump(exclude={"name"})
+            return Correction(
+                # One optimizer step per learner step: the snapshot at its start is the student itself.
+                lambda log_ratio, advantage, _: decoupled(log_ratio, advantage, log_ratio.detach(), **options),
+                MASKED,
+            )
+        case M2po():
+
+            def correct(log_ratio_TN: Tensor, advantage_TN: Tensor, context: StepContext) -> Corrected:
+                threshold = second_moment_threshold(context.required_shifts_H(), budget=settings.budget)
+                return m2po(log_ratio_TN, advantage_TN, threshold=threshold)
+
+            return Correction(correct, CLIPPED, needs_step_pass=True)
+        case Truncate(max_ratio=limit):
+            return Correction(
+                lambda log_ratio, advantage, _: truncate(log_ratio, advantage, max_ratio=limit), TRUNCATED
+            )
+        case Mask(max_ratio=limit):
+            return Correction(lambda log_ratio, advantage, _: mask(log_ratio, advantage, max_ratio=limit), MASKED)
     raise ConfigError(f"loss.correction {settings.name!r} has settings but no function (CONTRIBUTING.md).")
-
-
-@correction_of.register
-def _(settings: NoCorrection) -> Correction:
-    return Correction(lambda log_ratio, advantage, _: no_correction(log_ratio, advantage), CLIPPED)
-
-
-@correction_of.register
-def _(settings: Clip) -> Correction:
-    bounds = {
-        "epsilon_low": settings.epsilon_low,
-        "epsilon_high": settings.epsilon_high,
-        "dual_clip": math.inf if settings.dual_clip is None else settings.dual_clip,
-    }
-    return Correction(lambda log_ratio, advantage, _: clip(log_ratio, advantage, **bounds), CLIPPED)
-
-
-@correction_of.register
-def _(settings: Decoupled) -> Correction:
-    def correct(log_ratio_TN: Tensor, advantage_TN: Tensor, _: StepContext) -> Corrected:
-        return decoupled(
-            log_ratio_TN,
-            advantage_TN,
-            # One optimizer step per learner step: the snapshot at its start is the student itself.
-            log_ratio_TN.detach(),
-            epsilon_low=settings.epsilon_low,
-            epsilon_high=settings.epsilon_high,
-            max_behaviour_weight=settings.max_behaviour_weight,
-        )
-
-    return Correction(correct, MASKED)
-
-
-@correction_of.register
-def _(settings: M2po) -> Correction:
-    def correct(log_ratio_TN: Tensor, advantage_TN: Tensor, context: StepContext) -> Corrected:
-        threshold = second_moment_threshold(context.required_shifts_H(), budget=settings.budget)
-        return m2po(log_ratio_TN, advantage_TN, threshold=threshold)
-
-    return Correction(correct, CLIPPED, needs_step_pass=True)
-
-
-@correction_of.register
-def _(settings: Truncate) -> Correction:
-    limit = settings.max_ratio
-    return Correction(lambda log_ratio, advantage, _: truncate(log_ratio, advantage, max_ratio=limit), TRUNCATED)
-
-
-@correction_of.register
-def _(settings: Mask) -> Correction:
-    limit = settings.max_ratio
-    return Correction(lambda log_ratio, advantage, _: mask(log_ratio, advantage, max_ratio=limit), MASKED)

@@ -2,8 +2,9 @@
 
     cached log q on S, log p_θ on S --tail: bucket, drop, renormalise--> outcomes --divergence--> loss per row [T]
 
-Divergences and tails take (student, teacher) log-probs [T, K], nats, and pass gradient to the student. On a full
-support (K = V) the tail `drop` is exact, because there is none. The bindings to their settings stand at the end.
+Divergences and tails take (student, teacher) log-probs [T, K], nats, at the same ids, and pass gradient to the student.
+A loss is [T] nats, one per row, not normalised by anything. On a full support (K = V) the tail `drop` is exact,
+because there is none. The bindings to their settings stand at the end.
 """
 
 from __future__ import annotations
@@ -44,13 +45,9 @@ def forward_kl(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor) -> Tens
 
     With the full vocabulary it is D_F(s) exactly (dense forward KL). On a teacher top-k the tail is the caller's
     choice (below): `bucket` gives a lower bound of D_F, the KL of the coarser K + 1 outcomes, zero at p = q;
-    `drop` has the gradient −Σ_S q_k ∇log p_k, which does not vanish at p = q but empties the tail.
+    `drop` has the gradient −Σ_S q_k ∇log p_k, which does not vanish at p = q but empties the tail. An outcome that
+    the teacher excludes (−inf) contributes 0.
 
-    Args:
-        student_logprobs_TK: [T, K] nats, with gradient.
-        teacher_logprobs_TK: [T, K] nats; −inf means an outcome the teacher excludes, it contributes 0.
-    Returns:
-        [T] nats, with gradient; one loss per row, not normalised by anything.
     Source:
         GKD, arXiv 2306.13649 (supervised direction); docs/estimators.md.
     """
@@ -65,13 +62,9 @@ def reverse_kl(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor) -> Tens
     Gradient: Σ_k p_k (log p_k − log q_k + 1) ∇log p_k. On the full vocabulary (dense reverse KL) the "+1" cancels,
     because Σ_v ∇p_v = 0; on a partial support it does not, and `drop` leaks mass towards p_k = q_k/e. `bucket`
     (below) restores the cancellation and gives a lower bound of D_R. Both are biased for D_R unless S = V; on a
-    stale student's support the bias grows with drift. For teacher or student support, by which ids are passed.
+    stale student's support the bias grows with drift. For teacher or student support, by which ids are passed. The
+    teacher's log-probs are finite: where it excludes an outcome, reverse KL is infinite.
 
-    Args:
-        student_logprobs_TK: [T, K] nats, with gradient.
-        teacher_logprobs_TK: [T, K] nats, finite: where the teacher excludes an outcome, reverse KL is infinite.
-    Returns:
-        [T] nats, with gradient; one loss per row, not normalised by anything.
     Source:
         MiniLLM, arXiv 2306.08543, the per-token reverse KL; docs/estimators.md.
     """
@@ -85,16 +78,12 @@ def generalised_jsd(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor, *,
     factor: ℓ/β → D_F, ℓ/(1−β) → D_R; the loss itself is not rescaled, so a small β needs a larger learning rate.
     β = ½ is the Jensen–Shannon divergence, bounded by ln 2.
 
-    Args:
-        student_logprobs_TK: [T, K] nats, with gradient; gradient also flows through m.
-        teacher_logprobs_TK: [T, K] nats.
-        beta: in (0, 1).
-    Returns:
-        [T] nats in [0, ln 2], with gradient; one loss per row.
+    Gradient also flows through m. The loss is in [0, ln 2].
+
     Source:
         GKD, arXiv 2306.13649, equation 1.
     """
-    mixture_TK = torch.logaddexp(teacher_logprobs_TK + math.log(beta), student_logprobs_TK + math.log1p(-beta))
+    mixture_TK = _mixture(teacher_logprobs_TK, student_logprobs_TK, beta)
     from_teacher_T = forward_kl(mixture_TK, teacher_logprobs_TK)
     from_student_T = forward_kl(mixture_TK, student_logprobs_TK)
     return beta * from_teacher_T + (1 - beta) * from_student_T
@@ -107,11 +96,7 @@ def skew_forward_kl(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor, *,
     KL's grows without limit in log p.
 
     Args:
-        student_logprobs_TK: [T, K] nats, with gradient.
-        teacher_logprobs_TK: [T, K] nats.
         alpha: weight of the teacher in the mixture, in (0, 1).
-    Returns:
-        [T] nats, with gradient; one loss per row.
     Source:
         DistiLLM, arXiv 2402.03898, SKL.
     """
@@ -123,7 +108,7 @@ def skew_reverse_kl(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor, *,
 
     α→0 is reverse KL. Finite also where the teacher excludes a token.
 
-    Args, Returns, Source: as `skew_forward_kl`, with alpha the weight of the student; DistiLLM's SRKL.
+    Args, Source: as `skew_forward_kl`, with alpha the weight of the student; DistiLLM's SRKL.
     """
     return forward_kl(_mixture(student_logprobs_TK, teacher_logprobs_TK, alpha), student_logprobs_TK)
 
@@ -165,15 +150,7 @@ def forward_kl_draws(student_logprobs_TM: Tensor, teacher_logprobs_TM: Tensor) -
 
     Value unbiased for D_F, gradient −(1/M) Σ_j ∇log p_θ(v_j) unbiased for ∇D_F; the variance of both falls as 1/M.
     M = 1 is supervised training on tokens that the teacher would have written at the student's prefixes. A single
-    realisation is not zero at p = q in gradient, only its expectation is.
-
-    Args:
-        student_logprobs_TM: [T, M] nats, with gradient, at the drawn ids.
-        teacher_logprobs_TM: [T, M] nats, same ids.
-    Returns:
-        [T] nats, with gradient; one loss per row.
-    Source:
-        docs/estimators.md.
+    realisation is not zero at p = q in gradient, only its expectation is. docs/estimators.md.
     """
     return (teacher_logprobs_TM - student_logprobs_TM).mean(-1)
 
@@ -182,12 +159,7 @@ def cross_entropy(student_logprobs_T: Tensor) -> Tensor:
     """ℓ = −log p_θ(y_t): plain supervised fine-tuning on the cached responses.
 
     On the student's own samples its expected gradient at p_θ = p_old is zero: it fits whoever wrote the responses,
-    no teacher is involved.
-
-    Args:
-        student_logprobs_T: [T] nats, with gradient, at the response ids.
-    Returns:
-        [T] nats, with gradient; one loss per row.
+    no teacher is involved. Takes log-probs [T] at the response ids.
     """
     return -student_logprobs_T
 

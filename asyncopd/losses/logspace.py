@@ -34,21 +34,14 @@ def log1mexp(logprobs: Tensor) -> Tensor:
 
 
 def importance_log_ratio(student_logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
-    """log ρ = log p_θ − log p_old, clamped to ±MAX_LOG_RATIO; gradient flows to the student inside the clamp.
-
-    Args:
-        student_logprobs: any shape, nats, with gradient.
-        behaviour_logprobs: same shape, nats.
-    """
+    """log ρ = log p_θ − log p_old, clamped to ±MAX_LOG_RATIO; gradient flows to the student inside the clamp."""
     return (student_logprobs - behaviour_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def unit_log_ratio(student_logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
     """log of a ratio that is 1 in value and has ∇log p_θ as gradient: on-policy arithmetic on stale draws, biased.
 
-    Args:
-        student_logprobs: any shape, nats, with gradient.
-        behaviour_logprobs: unused, so that it can stand in for `importance_log_ratio`.
+    `behaviour_logprobs` is unused, so that it can stand in for `importance_log_ratio`.
     """
     del behaviour_logprobs
     return student_logprobs - student_logprobs.detach()

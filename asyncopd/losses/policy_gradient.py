@@ -1,4 +1,7 @@
-"""Reverse KL by policy gradient over N tokens that a stale student drew: advantages, baselines and the surrogate."""
+"""Reverse KL by policy gradient over N tokens that a stale student drew: advantages, baselines and the surrogate.
+
+Log-probs are [T, N] nats at the drawn ids, the student's with gradient; advantages and baselines are detached.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,8 @@ def current_advantage(student_logprobs_TN: Tensor, teacher_logprobs_TN: Tensor) 
 
     With the importance ratio it gives exactly ∇D_R in expectation, at any drift.
 
-    Args:
-        student_logprobs_TN: [T, N] nats, at the drawn ids.
-        teacher_logprobs_TN: [T, N] nats, same ids.
-    Returns:
-        [T, N] nats, detached; positive where the teacher likes the token more than the student does.
+    Positive where the teacher likes the token more than the student does.
+
     Source:
         AsyncOPD, arXiv 2606.24143, the recomputed reverse-KL signal.
     """
@@ -38,11 +38,6 @@ def behaviour_advantage(behaviour_logprobs_TN: Tensor, teacher_logprobs_TN: Tens
     With the ratio it descends D_R − KL(p_θ‖p_old), linear in p_θ and without an entropy term: on a frozen cache it
     collapses onto argmax q/p_old.
 
-    Args:
-        behaviour_logprobs_TN: [T, N] nats, at the drawn ids.
-        teacher_logprobs_TN: [T, N] nats, same ids.
-    Returns:
-        [T, N] nats, detached.
     Source:
         AsyncOPD, arXiv 2606.24143; docs/estimators.md.
     """
@@ -52,36 +47,20 @@ def behaviour_advantage(behaviour_logprobs_TN: Tensor, teacher_logprobs_TN: Tens
 def leave_one_out_baseline(log_ratio_TN: Tensor, advantage_TN: Tensor) -> Tensor:
     """b_j = (1/(N−1)) Σ_{i≠j} ρ_i A_i: an estimate of E_{p_θ}[A] that does not depend on draw j.
 
-    Because E_{p_θ}[∇log p_θ] = 0, subtracting it leaves the expected gradient as it is (with the ratio on).
-
-    Args:
-        log_ratio_TN: [T, N] log ρ, N >= 2.
-        advantage_TN: [T, N] nats.
-    Returns:
-        [T, N] nats, detached.
+    Because E_{p_θ}[∇log p_θ] = 0, subtracting it leaves the expected gradient as it is (with the ratio on). N >= 2.
     """
     weighted_TN = (log_ratio_TN.exp() * advantage_TN).detach()
     return (weighted_TN.sum(-1, keepdim=True) - weighted_TN) / (weighted_TN.shape[-1] - 1)
 
 
 def exact_baseline(student_logprobs_TV: Tensor, teacher_logprobs_TV: Tensor) -> Tensor:
-    """b = E_{p_θ}[A_cur] = −D_R(s), from full rows: the value the leave-one-out baseline estimates.
-
-    Args:
-        student_logprobs_TV: [T, V] nats, full vocabulary.
-        teacher_logprobs_TV: [T, V] nats, same ids.
-    Returns:
-        [T, 1] nats, detached.
-    """
+    """b = E_{p_θ}[A_cur] = −D_R(s) [T, 1], from rows over the full vocabulary: what leave-one-out estimates."""
     advantage_TV = teacher_logprobs_TV - student_logprobs_TV
     return (student_logprobs_TV.exp() * advantage_TV).sum(-1, keepdim=True).detach()
 
 
 def policy_gradient(
-    log_ratio_TN: Tensor,
-    advantage_TN: Tensor,
-    baseline_TN: Tensor,
-    correct: Callable[[Tensor, Tensor], Corrected],
+    log_ratio_TN: Tensor, advantage_TN: Tensor, baseline_TN: Tensor, correct: Callable[[Tensor, Tensor], Corrected]
 ) -> tuple[Tensor, Tensor]:
     """ℓ = −(1/N) Σ_j [ρ_j sg(A_j − b_j) + sg(b_j)], v_j i.i.d. from p_old; gradient flows through ρ only.
 
@@ -104,13 +83,6 @@ def policy_gradient(
 
 
 @dataclass(frozen=True)
-class _Terms:
-    log_ratio_TN: Tensor
-    advantage_TN: Tensor
-    baseline_TN: Tensor
-
-
-@dataclass(frozen=True)
 class PolicyGradient:
     """The surrogate on cached draws, its parts chosen by the settings."""
 
@@ -129,18 +101,15 @@ class PolicyGradient:
     def step_context(self, rows: TokenRows, student_logprobs_TJ: Tensor) -> StepContext:
         if not self.needs_step_pass:
             return StepContext()
-        terms = self._terms(rows, student_logprobs_TJ.detach())
-        return StepContext(harmful_shifts(terms.log_ratio_TN, terms.advantage_TN - terms.baseline_TN))
+        log_ratio_TN, advantage_TN, baseline_TN = self._terms(rows, student_logprobs_TJ.detach())
+        return StepContext(harmful_shifts(log_ratio_TN, advantage_TN - baseline_TN))
 
     def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
-        terms = self._terms(rows, student_logprobs_TJ)
+        log_ratio_TN, advantage_TN, baseline_TN = self._terms(rows, student_logprobs_TJ)
         loss_T, affected_TN = policy_gradient(
-            terms.log_ratio_TN,
-            terms.advantage_TN,
-            terms.baseline_TN,
-            lambda log_ratio_TN, advantage_TN: self.correction.correct(log_ratio_TN, advantage_TN, context),
+            log_ratio_TN, advantage_TN, baseline_TN, lambda log_ratio, a: self.correction.correct(log_ratio, a, context)
         )
-        ratio_TN = terms.log_ratio_TN.detach().exp()
+        ratio_TN = log_ratio_TN.detach().exp()
         affected_T = affected_TN.to(ratio_TN.dtype).mean(-1)
         return RowLosses(loss_T, {self.correction.affected: affected_T, MAX_RATIO: ratio_TN.amax(-1)})
 
@@ -148,7 +117,8 @@ class PolicyGradient:
         num_draws = self.settings.num_draws
         return sampled_token(rows) if num_draws == 1 else first_draws(rows, num_draws)
 
-    def _terms(self, rows: TokenRows, student_logprobs_TJ: Tensor) -> _Terms:
+    def _terms(self, rows: TokenRows, student_logprobs_TJ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log ρ, advantage and baseline."""
         draws = self._draws(rows)
         num_draws = self.settings.num_draws
         student_TN, all_student_TV = student_logprobs_TJ[:, :num_draws], student_logprobs_TJ[:, num_draws:]
@@ -166,7 +136,7 @@ class PolicyGradient:
                 baseline_TN = leave_one_out_baseline(log_ratio_TN, advantage_TN)
             case "exact":
                 baseline_TN = exact_baseline(all_student_TV, full_support(rows).teacher_logprobs_TK)
-        return _Terms(log_ratio_TN, advantage_TN, baseline_TN)
+        return log_ratio_TN, advantage_TN, baseline_TN
 
 
 @estimator_of.register
