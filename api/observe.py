@@ -14,16 +14,7 @@ from api import views
 from api.deps import KnownRun, Reader, Streams, View
 from api.events import Cursor
 from api.problems import responses
-from api.schemas import (
-    CheckpointList,
-    EvaluationList,
-    EventPage,
-    Metrics,
-    PolicyList,
-    Staleness,
-    Throughput,
-    Timeline,
-)
+from api.schemas import CheckpointList, EvaluationList, EventPage, Metrics, PolicyList, Staleness, Throughput, Timeline
 from asyncopd.metrics import LOSS
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["observations"], dependencies=[Reader])

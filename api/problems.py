@@ -67,12 +67,7 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def problem_response(
-    status: int,
-    kind: str,
-    detail: str,
-    *,
-    headers: dict[str, str] | None = None,
-    errors: Sequence[dict[str, Any]] = (),
+    status: int, kind: str, detail: str, *, headers: dict[str, str] | None = None, errors: Sequence[dict[str, Any]] = ()
 ) -> JSONResponse:
     """One problem on the wire; `kind` and `detail` as ProblemError has them."""
     title = HTTPStatus(status).phrase
