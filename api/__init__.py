@@ -5,7 +5,7 @@ schemas   every request and answer, with examples            limits    sizes, ra
 problems  errors as RFC 9457 problem details                 launcher  runs start and stop through Prefect
 runs, observe, trajectories, replay, sql, health, pages      the routes
 
-    storage --RunView: one look serves all--> reader, views --> JSON
+    storage --RunView: one look serves all--> reader, observe --> JSON
                                          --> Feed, once an event: Hub --> every stream
 
 It reads storage and starts deployments by name; it imports neither flows nor torch. Killing it loses nothing.

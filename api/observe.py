@@ -1,21 +1,41 @@
-"""`/v1/runs/{id}/…`: what happened to a run, as lists, curves and a live stream.
+"""`/v1/runs/{id}/…`: what happened to a run, as events, curves, histograms, rates, lineage and lanes.
 
 Plain functions, which FastAPI calls in threads: a view that takes long holds up nobody but who asked for it.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated
 
+import numpy as np
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import StreamingResponse
+from numpy.typing import NDArray
 
-from api import views
 from api.deps import KnownRun, Reader, Streams, View
 from api.events import Cursor
 from api.problems import responses
-from api.schemas import CheckpointList, EvaluationList, EventPage, Metrics, PolicyList, Staleness, Throughput, Timeline
+from api.schemas import (
+    Checkpoint,
+    CheckpointList,
+    EvaluationList,
+    EvaluationOut,
+    EventPage,
+    Lane,
+    Metrics,
+    Policy,
+    PolicyList,
+    Staleness,
+    Throughput,
+    Timeline,
+)
 from asyncopd.metrics import LOSS
+from asyncopd.types import Span
+from storage.history import FINISHED, NUM_TOKENS, STEP
+from storage.learner_log import surviving
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["observations"], dependencies=[Reader])
 EVENT_ID = "e0-0.f0.r0.s0-41.t1"
@@ -73,7 +93,22 @@ def get_metrics(
     max_points: MaxPoints = 500,
 ) -> Metrics:
     """Training curves."""
-    return views.metrics_of(view, key, from_step, to_step, max_points)
+    columns = view.history.columns
+    # By number, not by place: a replay's first step has its parent's number.
+    numbers = columns.values(STEP)
+    chosen = (numbers >= from_step) & (numbers < (np.inf if to_step is None else to_step))
+    starts = stretches(int(chosen.sum()), max_points)
+    finished = columns.values(FINISHED)
+    totals = columns.values(NUM_TOKENS).cumsum()[chosen]
+    lasts = [*(starts[1:] - 1), int(chosen.sum()) - 1] if len(starts) else []
+    series = {name: columns.values(name)[chosen] for name in columns.metrics() if key is None or name in key}
+    return Metrics(
+        steps=[float(mean or 0) for mean in means(numbers[chosen], starts)],
+        wall_s=(finished[chosen][lasts] - finished[0]).tolist() if lasts else [],
+        tokens=[int(total) for total in totals[lasts]] if lasts else [],
+        # One that no step in the window has is left out.
+        series={name: means(values, starts) for name, values in series.items() if not np.isnan(values).all()},
+    )
 
 
 @router.get("/staleness", operation_id="get_staleness", responses=responses(404))
@@ -81,31 +116,64 @@ def get_staleness(
     view: View, from_step: FromStep = 0, to_step: ToStep = None, max_points: MaxPoints = 200
 ) -> Staleness:
     """Trained tokens by staleness over time."""
-    return views.staleness_of(view, from_step, to_step, max_points)
+    steps = [s for s in view.history.steps if from_step <= s.step and (to_step is None or s.step < to_step)]
+    bounds = [*stretches(len(steps), max_points).tolist(), len(steps)]
+    groups = [steps[start:end] for start, end in pairwise(bounds)]
+    versions = sorted({age for step in steps for age in step.staleness_tokens})
+    return Staleness(
+        steps=[float(np.mean([step.step for step in group])) for group in groups],
+        versions=versions,
+        tokens=[[sum(s.staleness_tokens.get(age, 0) for s in group) for group in groups] for age in versions],
+        max_staleness=view.config.staleness.max_staleness,
+    )
 
 
 @router.get("/throughput", operation_id="get_throughput", responses=responses(404))
 def get_throughput(view: View, max_points: MaxPoints = 60) -> Throughput:
     """Response tokens per second of rollout, scoring and learning."""
-    return views.throughput_of(view, max_points)
+    view.read("scores", "trajectories")
+    shards = {"generated": view.trajectories(), "scored": view.scores(view.config.teacher.name)}
+    stages = {stage: [(m.created, m.facts.num_tokens or 0) for m in found.values()] for stage, found in shards.items()}
+    stages["trained"] = [(step.finished, step.num_tokens) for step in view.history.steps]
+    times = [when for events in stages.values() for when, _ in events]
+    if not times or min(times) == max(times):
+        return Throughput(seconds=[], generated=[], scored=[], trained=[])
+    edges = np.linspace(min(times), max(times), max_points + 1)
+    rates = {
+        stage: np.histogram([t for t, _ in events], edges, weights=[n for _, n in events])[0] / (edges[1] - edges[0])
+        for stage, events in stages.items()
+    }
+    middles = (edges[:-1] + edges[1:]) / 2 - edges[0]
+    return Throughput(seconds=middles.tolist(), **{stage: rate.tolist() for stage, rate in rates.items()})
 
 
 @router.get("/policies", operation_id="list_policies", responses=responses(404))
 def list_policies(view: View) -> PolicyList:
     """Published versions of the surviving lineage, and the rewinds."""
-    return views.policies_of(view)
+    made = {step.version: step.finished for step in view.history.steps}
+    quality = {e.version: {"accuracy": e.accuracy, "kl_nats": e.kl_nats} for e in view.history.evaluations}
+    published, rewinds = view.listed("policy"), view.read("rewind").rewinds
+    kept = surviving(published, rewinds)
+    are_kept = set(kept)
+    return PolicyList(
+        data=[Policy(number=v.number, rewind=v.rewind, created=made.get(v), **quality.get(v, {})) for v in kept],
+        superseded=[Policy(number=v.number, rewind=v.rewind) for v in published if v not in are_kept],
+        rewinds=[{"rewind": r.number, "to_step": r.to_step, "time": r.recorded} for r in rewinds],
+    )
 
 
 @router.get("/checkpoints", operation_id="list_checkpoints", responses=responses(404))
 def list_checkpoints(view: View) -> CheckpointList:
     """States the learner can resume from."""
-    return views.checkpoints_of(view)
+    states = surviving(view.listed("checkpoint"), view.read("rewind").rewinds)
+    return CheckpointList(data=[Checkpoint(step=state.number, rewind=state.rewind) for state in states])
 
 
 @router.get("/evals", operation_id="list_evaluations", responses=responses(404))
 def list_evaluations(view: View) -> EvaluationList:
     """Quality on held-out prompts, by version."""
-    return views.evaluations_of(view)
+    found = [{**vars(evaluation), "version": evaluation.version.number} for evaluation in view.history.evaluations]
+    return EvaluationList(data=[EvaluationOut(**fields) for fields in found])
 
 
 @router.get("/timeline", operation_id="get_timeline", responses=responses(404))
@@ -118,4 +186,47 @@ def get_timeline(
     max_spans: Annotated[int, Query(ge=10, le=20_000, description="Spans per worker, about.", examples=[1500])] = 1500,
 ) -> Timeline:
     """Who worked and who waited for what, in lanes."""
-    return views.timeline_of(view, start_s, stop_s, max_spans)
+    spans = view.read("spans").spans()
+    if not spans:
+        return Timeline(origin=0.0, duration_s=0.0, resolution_s=0.0, lanes=[])
+    origin = spans[0].start
+    stop = stop_s if stop_s is not None else max(span.end for span in spans) - origin
+    lanes: dict[tuple[str, str], list[Span]] = defaultdict(list)
+    for span in spans:
+        if span.end - origin >= start_s and span.start - origin <= stop:
+            lanes[span.role, span.worker].append(span)
+    resolution = max(stop - start_s, 0.0) / max_spans
+    joined = [_lane(role, worker, own, origin, resolution) for (role, worker), own in sorted(lanes.items())]
+    return Timeline(origin=origin, duration_s=stop, resolution_s=resolution, lanes=joined)
+
+
+def _lane(role: str, worker: str, spans: Sequence[Span], origin: float, resolution: float) -> Lane:
+    lane = Lane(worker=worker, role=role, starts=[], ends=[], activities=[], details=[])
+    last: dict[str, int] = {}
+    for span in spans:
+        start, end = span.start - origin, span.end - origin
+        place = last.get(span.activity)
+        if place is not None and start - lane.ends[place] < resolution:
+            lane.ends[place] = max(lane.ends[place], end)
+            continue
+        last[span.activity] = len(lane.starts)
+        lane.starts.append(start)
+        lane.ends.append(end)
+        lane.activities.append(span.activity)
+        lane.details.append(span.detail)
+    return lane
+
+
+def stretches(num: int, max_points: int) -> NDArray[np.int64]:
+    """Where each of at most `max_points` stretches of `num` steps begins."""
+    return np.arange(0, num, max(1, -(-num // max_points)))
+
+
+def means(values: NDArray[np.float64], starts: NDArray[np.int64]) -> list[float | None]:
+    """Mean of the finite values of each stretch; None where there is none."""
+    if not len(values):
+        return []
+    finite = np.isfinite(values)
+    nums = np.add.reduceat(finite, starts, dtype=np.int64)
+    sums = np.add.reduceat(np.where(finite, values, 0.0), starts)
+    return [total / num if num else None for total, num in zip(sums.tolist(), nums.tolist(), strict=True)]

@@ -9,7 +9,6 @@ import random
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -17,12 +16,12 @@ from service_world import DONE, LIVE, client_of, make_root, served, settings_of
 from synthetic_run import config_of, evaluation, new_log, train_step
 
 from api import events as hub
-from api import reader, views
+from api import reader
 from api.events import Cursor, Feed, Hub
 from api.main import create_app
+from api.observe import means, stretches
 from api.reader import FRESH_S, RunReader
-from api.views import means, stretches
-from asyncopd.types import TrainStep
+from asyncopd.types import Span, TrainStep
 from storage.history import NUM_TOKENS, Columns, History
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
@@ -215,13 +214,13 @@ async def test_a_stream_of_a_launch_that_nobody_started_ends_when_it_is_cancelle
 
 
 def test_the_event_loop_goes_on_while_answers_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = views.timeline_of
+    read = RunView.spans
 
-    def slow(*arguments: Any) -> Any:
+    def slow(view: RunView) -> list[Span]:
         time.sleep(1.0)
-        return make(*arguments)
+        return read(view)
 
-    monkeypatch.setattr(views, "timeline_of", slow)
+    monkeypatch.setattr(RunView, "spans", slow)
     with served(create_app(settings_of(make_root(tmp_path / "runs"), tmp_path))) as url:
         httpx.get(f"{url}/v1/runs/{DONE}/metrics", timeout=30)
         asking = threading.Thread(target=httpx.get, args=(f"{url}/v1/runs/{DONE}/timeline",), kwargs={"timeout": 30})
