@@ -7,9 +7,9 @@ Everything is checked, and every child created, before the first is trained. Wit
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +20,7 @@ from asyncopd.evaluate import Difference, Outcome, accuracy_difference, kl_diffe
 from asyncopd.local.console import bar
 from asyncopd.local.processes import home
 from asyncopd.report.text import table
+from asyncopd.study.cells import digest
 from flows.replay import open_replay, start_of, train_replay
 from flows.wiring import OpenRun, evaluate_stage, open_stored_run
 from storage.replay import replays_asked
@@ -112,11 +113,6 @@ def console_table(
     return shown
 
 
-def folder_of(out: str | None, name: str, parts: Sequence[str]) -> str:
+def folder_of(out: str | None, name: str, question: Any) -> str:
     """--out, or a folder beside the run's reports that the same question finds again."""
-    return out or str(home() / "reports" / f"{name}-{digest(parts)}")
-
-
-def digest(parts: Sequence[str]) -> str:
-    """Of a question, short enough for a file's name."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return out or str(home() / "reports" / f"{name}-{digest(question)}")

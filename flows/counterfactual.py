@@ -10,15 +10,11 @@ when it published f.
 from __future__ import annotations
 
 import asyncio
-import io
-import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import lru_cache, partial
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 
 from asyncopd.config.requests import CounterfactualRequest
@@ -40,12 +36,13 @@ from asyncopd.learner.counterfactual import (
 from asyncopd.learner.restore import train_to
 from asyncopd.local.console import bar
 from asyncopd.metrics import SECONDS
-from asyncopd.report.text import table
+from asyncopd.report.text import number, percent, table
+from asyncopd.schedule import Arrival
+from asyncopd.study.cells import CellStore, parquet
 from asyncopd.types import IndexRange, ScoredTrajectory
-from flows.compare import console_table, digest, folder_of
+from flows.compare import console_table, folder_of
 from flows.engines import student_skeleton
 from flows.wiring import OpenRun, open_stored_run, student_of
-from storage.mixture import ScoresView
 from storage.replay import check_counterfactual, read_step, scores_view
 from storage.stores import open_store
 
@@ -73,31 +70,19 @@ async def run_counterfactual(
     settings = settings_of(asked, recorded_staleness=log.recorded_staleness)
     check_defined(settings, log)
     first, measured_from = start_version(settings, log, asked.from_version)
-    question = [run.config.digest(), str(first), str(measured_from), str(log.num_clocks)]
+    question = {"run": run_id, "config": run.config.digest(), "first": first, "measured_from": measured_from}
+    question["num_clocks"] = log.num_clocks
     folder = folder_of(out, f"{run_id}-counterfactual", question)
     store = open_store(folder)
-    found = [Cell.from_record(json.loads(store.get(key))) for key in store.folder("cells").keys]
-    cells = await run_cells(
-        run,
-        log,
-        settings,
-        first=first,
-        measured_from=measured_from,
-        known={cell.setting: cell for cell in found},
-        keep=lambda cell: store.put(
-            f"cells/{digest([repr(cell.setting)])}.json", json.dumps(cell.to_record()).encode()
-        ),
-        console=console,
-    )
+    known = CellStore(store, "counterfactual", question)
+    cells = await run_cells(run, log, settings, first=first, measured_from=measured_from, known=known, console=console)
     lag = max(setting.lag for setting in settings)
     note = NOTE.format(first=first, lag=lag, measured=measured_from, last=log.num_clocks - 1)
     header = list(_row(cells[0]))
     rows = [list(_row(cell).values()) for cell in cells]
     text = f"# Counterfactuals of {run_id}\n\n{table(header, rows, left=(1, 2))}\n\n{note}\n"
     store.put("counterfactual.md", text.encode())
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([{**cell.to_record(), "waste": cell.waste} for cell in cells]), sink)
-    store.put("counterfactual.parquet", sink.getvalue())
+    store.put("counterfactual.parquet", parquet([{**asdict(cell), "waste": cell.waste} for cell in cells]))
     recorded = f"recorded in order {log.order} at staleness up to {log.recorded_staleness} versions"
     console.print(recorded, highlight=False)
     console.print(console_table("counterfactual staleness", header, rows, left=(1, 2)))
@@ -114,30 +99,36 @@ def log_of(run: OpenRun) -> Log:
     check_counterfactual(run.log)
     steps = run.log.steps()
     plan, view = run.config.plan, scores_view(run.log, run.config)
-    decided = _decided(run, len(steps))
-    shards = [of_shard.shard for of_shard in decided]
+    if plan.order == "arrival":
+        arrivals = run.log.arrivals()
+    else:  # The learner came to the shards as they are numbered, and left nothing out.
+        arrivals = [Arrival(number, shard, shard.start) for number, shard in enumerate(plan.shards())]
+    # With the step that decided about each index; without indices that no trained step came to.
+    reached = ((arrival, {i: k for i, k in arrival.steps(plan.batch_size) if k < len(steps)}) for arrival in arrivals)
+    decided = [(arrival, step_of) for arrival, step_of in reached if step_of]
+    shards = [arrival.shard for arrival, _ in decided]
     view.check(shards, vocab_size=run.task.tokenizer.vocab_size)
-    scored_at = [_scored_at(view, shard) for shard in shards]
+    scored_at = [manifest.created for shard in shards if (manifest := view.find(shard)) is not None]
     # From the shard logs alone: a step began when its optimizer step did, which its record tells.
     appeared = arrived_steps(scored_at, [step.finished - step.metrics[SECONDS.key] for step in steps])
     rollouts = [
         Rollout(
             index=trajectory.index,
-            step=of_shard.steps[trajectory.index],
+            step=step_of[trajectory.index],
             # Clocks tick in milliseconds, but a rollout is never there before the version that ended it, nor later
             # than the step that decided about it.
-            arrived_step=min(of_shard.steps[trajectory.index], max(appeared[number], trajectory.version_last)),
+            arrived_step=min(step_of[trajectory.index], max(appeared[number], trajectory.version_last)),
             # Recorded arrivals are the order itself; learners look at a folder now and then, so times may differ.
             arrival=scored_at[number] if plan.order == "index" else float(number),
             version_oldest=trajectory.version_oldest,
             num_tokens=len(trajectory.response_ids),
-            is_trained=trajectory.index not in of_shard.untrained,
+            is_trained=trajectory.index not in {*arrival.dropped, *arrival.held},
         )
-        for number, of_shard in enumerate(decided)
-        for trajectory in view.log.read_trajectories(of_shard.shard)
-        if trajectory.index in of_shard.steps
+        for number, (arrival, step_of) in enumerate(decided)
+        for trajectory in view.log.read_trajectories(arrival.shard)
+        if trajectory.index in step_of
     ]
-    indices = {index for of_shard in decided for index in of_shard.steps}
+    indices = {index for _, step_of in decided for index in step_of}
     return Log(
         run_id=run.log.run_id,
         order=plan.order,
@@ -147,33 +138,6 @@ def log_of(run: OpenRun) -> Log:
         num_batches=whole_batches(indices, plan.batch_size),
         num_filtered=len(indices) - len(rollouts),
     )
-
-
-@dataclass(frozen=True)
-class _Decided:
-    """What the run's steps decided about one shard."""
-
-    shard: IndexRange
-    steps: Mapping[int, int]
-    """Index -> the step that decided about it; without those that no trained step came to."""
-    untrained: Collection[int]
-    """Those dropped or held."""
-
-
-def _decided(run: OpenRun, num_steps: int) -> list[_Decided]:
-    plan = run.config.plan
-    if plan.order == "index":
-        return [
-            _Decided(shard, dict.fromkeys(shard.indices, step), ())
-            for step in range(num_steps)
-            for shard in plan.shards_of_step(step)
-        ]
-    found = []
-    for arrival in run.log.arrivals():
-        steps = {index: step for index, step in arrival.steps(plan.batch_size) if step < num_steps}
-        if steps:
-            found.append(_Decided(arrival.shard, steps, {*arrival.dropped, *arrival.held}))
-    return found
 
 
 def start_version(settings: Sequence[Setting], log: Log, asked: int | None) -> tuple[int, int]:
@@ -202,8 +166,7 @@ async def run_cells(
     *,
     first: int,
     measured_from: int,
-    known: Mapping[Setting, Cell],
-    keep: Callable[[Cell], None],
+    known: CellStore,
     console: Console,
 ) -> list[Cell]:
     """Train and measure every setting that is not `known` yet; settings that consume alike are trained once.
@@ -211,39 +174,32 @@ async def run_cells(
     `asyncopd.learner.counterfactual.check_defined` tells which settings mean something on this log.
 
     Args:
-        keep: called with each new cell, so that a stopped call loses at most one.
+        known: finished cells; each new one is put there, so that a stopped call loses at most one.
     """
-    consumptions = {setting: consume(log, setting) for setting in settings}
-    read = _reader(run, log)
+    names = {s: f"staleness{s.max_staleness}-lag{s.lag}-{s.order}-{s.on_stale}" for s in settings}
+    missing = {setting: consume(log, setting) for setting in settings if known.find(names[setting]) is None}
+    read = _reader(run)
     start = student_of(run.config, student_skeleton(run.log))
-    if set(settings) - set(known):
+    if missing:
         await train_to(run.log, start, first, read_step=partial(read_step, run.log, run.config))
     figures: dict[tuple[tuple[int, ...], ...], list[StepFigures]] = {}
-    cells = []
-    num_clocks = (log.num_clocks - first) * len({consumptions[s].steps[first:] for s in settings if s not in known})
+    num_clocks = (log.num_clocks - first) * len({consumption.steps[first:] for consumption in missing.values()})
     with bar(console, f"from version {first}", num_clocks, "steps") as advance:
-        for setting in settings:
-            if setting in known:
-                cells.append(known[setting])
-                continue
-            consumption = consumptions[setting]
+        for setting, consumption in missing.items():
             trained = consumption.steps[first:]
             if trained not in figures:
                 student = student_of(run.config, student_skeleton(run.log))
                 student.restore(start.checkpoint())
+                by_clock, on_step = dict(enumerate(trained, first)), partial(advance, 1)
                 figures[trained] = await asyncio.to_thread(
-                    train_in_order,
-                    student,
-                    dict(enumerate(trained, first)),
-                    read=read,
-                    on_step=partial(advance, 1),
+                    train_in_order, student, by_clock, read=read, on_step=on_step
                 )
-            cells.append(measure(setting, consumption, figures[trained], log, measured_from=measured_from))
-            keep(cells[-1])
-    return cells
+            cell = measure(setting, consumption, figures[trained], log, measured_from=measured_from)
+            known.put(names[setting], asdict(cell))
+    return [Cell(**found) for name in names.values() if (found := known.find(name))]
 
 
-def _reader(run: OpenRun, log: Log) -> Callable[[int], ScoredTrajectory]:
+def _reader(run: OpenRun) -> Callable[[int], ScoredTrajectory]:
     """Index -> scored trajectory; the shards between the earliest and the latest index in use stay decoded."""
     view, size = scores_view(run.log, run.config), run.config.plan.shard_size
 
@@ -255,28 +211,22 @@ def _reader(run: OpenRun, log: Log) -> Callable[[int], ScoredTrajectory]:
     return lambda index: shard(index // size)[index]
 
 
-def _scored_at(view: ScoresView, shard: IndexRange) -> float:
-    manifest = view.find(shard)
-    assert manifest is not None  # check looked
-    return manifest.created
-
-
 def _row(cell: Cell) -> dict[str, str]:
-    def number(value: float, digits: int) -> str:
-        return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+    def figure(value: float, digits: int) -> str:
+        return number(value if math.isfinite(value) else None, f".{digits}f")
 
     return {
-        "bound": str(cell.setting.max_staleness),
-        "order": cell.setting.order,
-        "on stale": cell.setting.on_stale,
-        "lag": str(cell.setting.lag),
-        "staleness mean": number(cell.staleness_mean, 2),
-        "max": str(cell.staleness_max) if cell.num_steps else "–",
-        "loss nats": number(cell.loss_nats, 4),
-        "drift nats": number(cell.drift_nats, 5),
-        "ESS": number(cell.ess_fraction, 3),
-        "grad norm": number(cell.grad_norm, 3),
+        "bound": str(cell.max_staleness),
+        "order": cell.order,
+        "on stale": cell.on_stale,
+        "lag": str(cell.lag),
+        "staleness mean": figure(cell.staleness_mean, 2),
+        "max": number(cell.staleness_max if cell.num_steps else None, "d"),
+        "loss nats": figure(cell.loss_nats, 4),
+        "drift nats": figure(cell.drift_nats, 5),
+        "ESS": figure(cell.ess_fraction, 3),
+        "grad norm": figure(cell.grad_norm, 3),
         "steps": f"{cell.num_steps}" + ("" if cell.is_finite else " (not finite)"),
         "idle": str(cell.num_idle),
-        "waste": f"{100 * cell.waste:.1f} %",
+        "waste": percent(cell.waste),
     }

@@ -14,7 +14,7 @@ No model is loaded: what these refuse, `check` refuses at the command line and i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -22,7 +22,7 @@ from asyncopd.config import RunConfig
 from asyncopd.config.replay import Backfill, Replay, backfill_of, first_step, replay_config, replays_of
 from asyncopd.config.requests import BackfillRequest, ReplayRequest, Request
 from asyncopd.errors import ConfigError, StorageError
-from asyncopd.records import NO_FACTS, Facts, Manifest
+from asyncopd.records import Manifest
 from asyncopd.schedule import Arrival, Plan, arrivals_of_step, num_taken
 from asyncopd.tasks.build import build_task
 from asyncopd.types import IndexRange, ScoredTrajectory, TeacherScores, Trajectory
@@ -83,21 +83,14 @@ class ReplayLog(StoredRunLog):
         loss = RunConfig.model_validate(self.record["config"]).loss
         return ScoresView(self.source, self.replay.scores, loss.requirements())
 
-    def publish_trajectories(
-        self, shard: IndexRange, trajectories: Sequence[Trajectory], *, worker: str, facts: Facts = NO_FACTS
-    ) -> NoReturn:
-        raise self._read_only(shard)
-
-    def publish_scores(
-        self, teacher: str, shard: IndexRange, scores: Sequence[TeacherScores], *, worker: str, facts: Facts = NO_FACTS
-    ) -> NoReturn:
-        raise self._read_only(shard)
-
-    def _read_only(self, shard: IndexRange) -> StorageError:
-        return StorageError(
+    def publish_trajectories(self, shard: IndexRange, *args: Any, **kwargs: Any) -> NoReturn:
+        raise StorageError(
             f"run {self.run_id} is a replay and reads the shards of {self.source.run_id}; shard {shard.name} cannot be "
             f"written to it. Write to {self.source.run_id}."
         )
+
+    def publish_scores(self, teacher: str, shard: IndexRange, *args: Any, **kwargs: Any) -> NoReturn:
+        self.publish_trajectories(shard)
 
 
 # -- what can be asked of a run -----------------------------------------------------------------------------------

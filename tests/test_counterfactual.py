@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,8 +26,10 @@ from asyncopd.learner.counterfactual import (
     settings_of,
     whole_batches,
 )
+from asyncopd.study.cells import CellStore
 from flows.counterfactual import log_of, run_cells, run_counterfactual, start_version
 from flows.wiring import OpenRun
+from storage.stores.base import MemoryStore
 
 B = 4
 LOGS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.floats(0, 1)), min_size=4, max_size=40).map(
@@ -161,9 +164,8 @@ def test_the_lag_makes_the_log_as_stale_as_the_bound_allows() -> None:
     assert CounterfactualRequest.of({"staleness": "0:64"}) == CounterfactualRequest()
     assert CounterfactualRequest.of({"staleness": "0,3"}).staleness == (0, 3)
     assert CounterfactualRequest.of({"staleness": [0, 3]}).staleness == (0, 3)
-    setting = Setting(8, 6, "index", "train")
-    cell = Cell(setting, 3, 0, True, 8.0, 8, 0.1, 0.2, 0.9, 1.0, 30, 10)
-    assert Cell.from_record(json.loads(json.dumps(cell.to_record()))) == cell
+    cell = Cell(8, 6, "index", "train", 3, 0, True, 8.0, 8, 0.1, 0.2, 0.9, 1.0, 30, 10)
+    assert Cell(**json.loads(json.dumps(asdict(cell)))) == cell
     assert cell.waste == 0.25
 
 
@@ -176,13 +178,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> OpenRun:
 def cells_of(run: OpenRun, settings: list[Setting]) -> list[Cell]:
     log = log_of(run)
     first, measured_from = start_version(settings, log, None)
-    kept: list[Cell] = []
-    cells = asyncio.run(
-        run_cells(
-            run, log, settings, first=first, measured_from=measured_from, known={}, keep=kept.append, console=QUIET
+    known = CellStore(MemoryStore("memory://cells"), "counterfactual", {})
+
+    def ask() -> list[Cell]:
+        return asyncio.run(
+            run_cells(run, log, settings, first=first, measured_from=measured_from, known=known, console=QUIET)
         )
-    )
-    assert kept == cells
+
+    cells = ask()
+    assert ask() == cells
     return cells
 
 
@@ -271,7 +275,8 @@ def test_the_command_writes_tables_and_reuses_finished_cells(run: OpenRun, tmp_p
     text = (tmp_path / "counterfactual.md").read_text()
     assert "Exact:" in text
     assert "Approximate: the closed loop" in text
-    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*.json")}
+    assert len(cells) == 8 + 1
     ask()
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()} == cells
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*.json")} == cells
     assert (tmp_path / "counterfactual.md").read_text() == text

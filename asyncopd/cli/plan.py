@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -61,8 +61,8 @@ class Given:
         speeds: Speed with 1, 2, … processes busy on one machine, e.g. 1,0.9,0.6.
         batch_size: Trajectories a step (default 256).
         shard_size: Trajectories a shard (default 64).
-        slots: Responses an engine generates at once (default 256).
-        steps: Learner steps to simulate (default 40).
+        num_slots: Responses an engine generates at once (default 256).
+        num_steps: Learner steps to simulate (default 40).
         seed: Of the lengths.
     """
 
@@ -84,40 +84,28 @@ class Given:
     speeds: Annotated[str | None, Parameter(metavar="X,…")] = None
     batch_size: int | None = None
     shard_size: int | None = None
-    slots: int | None = None
-    steps: int | None = None
+    num_slots: Annotated[int | None, Parameter("--slots")] = None
+    num_steps: Annotated[int | None, Parameter("--steps")] = None
     seed: int = 0
 
     def resolve(self) -> tuple[Workload, Costs]:
         """What is to be simulated. Raises ConfigError that names everything that is missing."""
-        self._check()
-        shape = DecodeCurve.parse(self.decode or "")
-        costs = {
-            name: value for name, value in vars(self).items() if name in Costs.__annotations__ and value is not None
-        }
-        costs |= {"decode": shape, **({"speeds": _speeds(self.speeds)} if self.speeds else {})}
-        asked = {
-            "batch_size": self.batch_size,
-            "shard_size": self.shard_size,
-            "num_slots": self.slots,
-            "num_steps": self.steps,
-        }
-        sizes = {name: value for name, value in asked.items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        needed = {"decode": NEEDED["decode"]} if self.costs_of else NEEDED
+        if missing := [what for name, what in needed.items() if name not in given]:
+            hint = "" if self.costs_of else " All but --decode can be read from a synchronous run: --costs-of RUN_ID."
+            raise ConfigError(f"the forecast needs {'; '.join(missing)}.{hint}")
+        shape = DecodeCurve.parse(given.pop("decode"))
+        if self.speeds:
+            given["speeds"] = _speeds(self.speeds)
+        costs = {name: given[name] for name in Costs.__annotations__ if name in given}
+        sizes = {name: given[name] for name in (*SIZES, "seed") if name in given}
         if self.costs_of:
             log = open_run(open_store(self.root), self.costs_of)
             work, measured = costs_of_run(log, RunConfig.model_validate(log.config()), shape)
             lengths = self._lengths() if self.lengths else work.lengths
-            costs = {**vars(measured), **costs, "decode": measured.decode}
-            return Workload(**{**vars(work), **sizes, "lengths": lengths, "seed": self.seed}), Costs(**costs)
-        defaults = {"batch_size": 256, "shard_size": 64, "num_slots": 256, "num_steps": 40}
-        return Workload(self._lengths(), **{**defaults, **sizes}, seed=self.seed), Costs(**costs)
-
-    def _check(self) -> None:
-        needed = {"decode": NEEDED["decode"]} if self.costs_of else NEEDED
-        missing = [what for name, what in needed.items() if getattr(self, name) is None]
-        if missing:
-            hint = "" if self.costs_of else " All but --decode can be read from a synchronous run: --costs-of RUN_ID."
-            raise ConfigError(f"the forecast needs {'; '.join(missing)}.{hint}")
+            return replace(work, **sizes, lengths=lengths), replace(measured, **costs)
+        return Workload(self._lengths(), **{**SIZES, **sizes}), Costs(decode=shape, **costs)
 
     def _lengths(self) -> Lengths:
         asked = self.lengths or ""
@@ -136,6 +124,7 @@ NEEDED = {
     "score_tokens_per_s": "--score-tokens-per-s X, of one teacher GPU",
     "train_tokens_per_s": "--train-tokens-per-s X, of one learner GPU",
 }
+SIZES = {"batch_size": 256, "shard_size": 64, "num_slots": 256, "num_steps": 40}
 NOTHING = Given()
 
 

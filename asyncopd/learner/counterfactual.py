@@ -12,10 +12,10 @@ Generation cannot be re-ordered: the rollouts are those that the parent's polici
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count, takewhile
-from typing import Any
+from itertools import accumulate, count
 
 import numpy as np
 
@@ -102,17 +102,16 @@ class StepFigures:
     clock: int
     """Learner version that the step starts from."""
     num_tokens: int
-    staleness_mean: float
-    staleness_max: int
+    staleness_tokens: Mapping[int, int]
+    """Staleness in versions -> trained tokens that had it."""
     metrics: Mapping[str, float]
     """As in a TrainStep."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Setting):
     """What a replayed learner measured under one setting, over the measured clocks; means are over trained tokens."""
 
-    setting: Setting
     num_steps: int
     """Steps trained."""
     num_idle: int
@@ -136,17 +135,6 @@ class Cell:
         """Share of the tokens whose turn came that were not trained."""
         total = self.num_tokens + self.num_tokens_wasted
         return self.num_tokens_wasted / total if total else 0.0
-
-    def to_record(self) -> dict[str, Any]:
-        """One flat row, for a table or JSON."""
-        fields = asdict(self)
-        return {**fields.pop("setting"), **fields}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Cell:
-        fields = dict(record)
-        setting = Setting(**{name: fields.pop(name) for name in ("max_staleness", "lag", "order", "on_stale")})
-        return cls(setting=setting, **fields)
 
 
 def settings_of(asked: CounterfactualRequest, *, recorded_staleness: int) -> list[Setting]:
@@ -196,50 +184,31 @@ def consume(log: Log, setting: Setting) -> Consumption:
     In index order clock k's step trains what is admissible of the next batch, once all of it is there; in arrival order
     it takes the first `batch_size` admissible rollouts that are there. Until then it does not train.
     """
-    waiting = _in_order(log, setting.order)
+    size, is_arrival = log.batch_size, setting.order == "arrival"
+    # A batch of which the log has only a part is never all there.
+    known = [r for r in log.rollouts if is_arrival or r.index < log.num_batches * size]
+    waiting = sorted(known, key=lambda r: (r.arrival if is_arrival else 0.0, r.index))
     steps: list[tuple[int, ...]] = []
     stale: list[tuple[int, ...]] = []
     for clock in range(log.num_clocks):
-        turn = (_batch if setting.order == "index" else _delivered)(waiting, setting, clock, log.batch_size)
-        taken = [r for r in turn if _is_admissible(r, setting, clock)]
-        refused = [r for r in turn if not _is_admissible(r, setting, clock)]
-        if setting.order == "arrival" and len(taken) < log.batch_size:
-            taken = []
-        done = {r.index for r in (*taken, *refused)}
+        oldest = float("-inf") if setting.on_stale == "train" else clock - setting.max_staleness
+        if is_arrival:
+            # What the step looks at: until it has a batch that it may train, or everything that is there.
+            there = [r for r in waiting if r.arrived_step + setting.lag <= clock]
+            admissible = list(accumulate(r.version_oldest >= oldest for r in there))
+            turn = there[: bisect_left(admissible, size) + 1]
+            trains = bool(admissible) and admissible[-1] >= size
+        else:
+            batch = [r for r in waiting if r.index // size == waiting[0].index // size]
+            trains = all(r.arrived_step + setting.lag <= clock for r in batch)
+            turn = batch if trains else []
+        taken = [r.index for r in turn if trains and r.version_oldest >= oldest]
+        refused = [r.index for r in turn if r.version_oldest < oldest]
+        done = {*taken, *refused}
         waiting = [r for r in waiting if r.index not in done]
-        steps.append(tuple(r.index for r in taken))
-        stale.append(tuple(r.index for r in refused))
+        steps.append(tuple(taken))
+        stale.append(tuple(refused))
     return Consumption(tuple(steps), tuple(stale))
-
-
-def _in_order(log: Log, order: Order) -> list[Rollout]:
-    if order == "arrival":
-        return sorted(log.rollouts, key=lambda r: (r.arrival, r.index))
-    # A batch of which the log has only a part is never all there.
-    return sorted((r for r in log.rollouts if r.index < log.num_batches * log.batch_size), key=lambda r: r.index)
-
-
-def _batch(waiting: Sequence[Rollout], setting: Setting, clock: int, batch_size: int) -> list[Rollout]:
-    """The next batch in index order; nothing until all of it is there."""
-    batch = list(takewhile(lambda r: r.index // batch_size == waiting[0].index // batch_size, waiting))
-    return batch if all(r.arrived_step + setting.lag <= clock for r in batch) else []
-
-
-def _delivered(waiting: Sequence[Rollout], setting: Setting, clock: int, batch_size: int) -> list[Rollout]:
-    """What the step looks at: delivered rollouts in order, until it has `batch_size` that it may train."""
-    turn: list[Rollout] = []
-    num_admissible = 0
-    for rollout in waiting:
-        if num_admissible == batch_size:
-            break
-        if rollout.arrived_step + setting.lag <= clock:
-            turn.append(rollout)
-            num_admissible += _is_admissible(rollout, setting, clock)
-    return turn
-
-
-def _is_admissible(rollout: Rollout, setting: Setting, clock: int) -> bool:
-    return setting.on_stale == "train" or clock - rollout.version_oldest <= setting.max_staleness
 
 
 def arrived_steps(arrivals: Sequence[float], step_starts: Sequence[float]) -> list[int]:
@@ -278,8 +247,7 @@ def train_in_order(
             except NonFiniteError:
                 return figures
             ages = staleness_tokens(batch, learner_version=clock)
-            mean = sum(age * count for age, count in ages.items()) / result.num_tokens
-            figures.append(StepFigures(clock, result.num_tokens, mean, max(ages), result.metrics))
+            figures.append(StepFigures(clock, result.num_tokens, ages, result.metrics))
         on_step()
     return figures
 
@@ -290,25 +258,25 @@ def measure(
     """Token means over the measured clocks; waste as a share of the tokens whose turn came."""
     seen = [step for step in figures if step.clock >= measured_from]
     weights = np.array([step.num_tokens for step in seen], np.float64)
+    ages = sum((Counter(step.staleness_tokens) for step in seen), Counter[int]())
     tokens = {rollout.index: rollout.num_tokens for rollout in log.rollouts}
 
     def mean(metric: Metric) -> float:
         return float(np.average([step.metrics[metric.key] for step in seen], weights=weights)) if seen else float("nan")
 
     clocks = range(measured_from, log.num_clocks)
-    stale = sum(tokens[index] for clock in clocks for index in consumption.stale[clock])
     expected = [clock for clock in clocks if consumption.steps[clock]]
     return Cell(
-        setting=setting,
+        **asdict(setting),
         num_steps=len(seen),
         num_idle=len(clocks) - len(expected),
         is_finite=len(seen) == len(expected),
-        staleness_mean=float(np.average([s.staleness_mean for s in seen], weights=weights)) if seen else float("nan"),
-        staleness_max=max((s.staleness_max for s in seen), default=0),
+        staleness_mean=float(np.average(list(ages), weights=list(ages.values()))) if ages else float("nan"),
+        staleness_max=max(ages, default=0),
         loss_nats=mean(LOSS),
         drift_nats=mean(DRIFT),
         ess_fraction=mean(ESS),
         grad_norm=mean(GRAD_NORM),
         num_tokens=int(weights.sum()),
-        num_tokens_wasted=stale,
+        num_tokens_wasted=sum(tokens[index] for clock in clocks for index in consumption.stale[clock]),
     )
