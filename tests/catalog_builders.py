@@ -11,9 +11,9 @@ from query_log import LogSize, write_log
 
 from asyncopd.types import ScoredTrajectory
 from storage.catalog.connection import connect
+from storage.catalog.relations import mentioned
 from storage.catalog.rows import AsOf
 from storage.catalog.snapshot import Catalog
-from storage.catalog.views import mentioned
 from storage.run_log import StoredRunLog
 from storage.stores import open_store
 

@@ -26,9 +26,9 @@ from storage_builders import (
 from asyncopd.errors import ObjectMissingError, StorageError
 from asyncopd.records import Facts
 from asyncopd.types import IndexRange, VersionRun
+from storage.catalog.relations import RELATIONS, closure, mentioned
 from storage.catalog.rows import AsOf
 from storage.catalog.snapshot import Catalog
-from storage.catalog.views import RELATIONS, closure, mentioned
 from storage.manifests import publish, quarantine
 from storage.parquet import encode_trajectories
 from storage.run_log import StoredRunLog

@@ -14,7 +14,7 @@ from maintain_runs import new_log, train
 from storage_builders import fresh_store
 
 from asyncopd.cli import main
-from asyncopd.types import IndexRange
+from asyncopd.types import IndexRange, PolicyVersion
 from flows.wiring import open_stored_run
 from storage.maintain.audit import audit_run
 from storage.run_log import StoredRunLog
@@ -107,7 +107,9 @@ async def test_a_run_that_goes_on_can_be_audited_at_any_moment(tmp_path: Path) -
 @pytest.mark.slow
 def test_the_flow_fails_when_an_audit_finds_something(log: StoredRunLog, tmp_path: Path) -> None:
     # In a child: Prefect's temporary server belongs to a process of its own.
-    log.store.put(log.layout.step(1, 0), b"{}")
+    # An evaluation: without a step's record collection would rightly refuse.
+    broken = log.layout.key("evaluation", state=PolicyVersion(0))
+    log.store.put(broken, b"{}")
     script = """
 import asyncio, sys
 from prefect.testing.utilities import prefect_test_harness
@@ -126,5 +128,5 @@ with prefect_test_harness():
         timeout=240,
     )
     assert "FAILED" in ended.stdout, ended.stderr[-3000:]
-    assert f"maintain quarantine {log.layout.step(1, 0)}" in ended.stdout
+    assert f"maintain quarantine {broken}" in ended.stdout
     assert ended.stdout.rstrip().endswith("COMPLETED")

@@ -180,7 +180,7 @@ def test_weights_that_others_are_a_difference_to_are_kept() -> None:
         checkpoints=[],
         policies=versions,
         num_steps=8,
-        bases=lambda version: [] if version.number in (0, 1, 5) else [PolicyVersion(version.number - 1)],
+        base_of=lambda version: None if version.number in (0, 1, 5) else PolicyVersion(version.number - 1),
     )
     assert sorted(version.number for version in kept.policies) == [0, 5, 6, 7, 8]
 

@@ -29,7 +29,7 @@ import pyarrow.ipc
 from asyncopd.errors import QueryError, ShardCorruptError, StorageError
 from storage.catalog.connection import DataFile, Place, connect
 from storage.catalog.decoders import TokenTexts
-from storage.catalog.views import BY_NAME
+from storage.catalog.relations import BY_NAME
 
 ADDRESS_SPACE_BYTES = 4 * 2**30
 """On top of the query's memory: what libraries and thread stacks reserve without using it (2.1 GB measured with two

@@ -24,8 +24,7 @@ import pyarrow.fs as pafs
 
 from asyncopd.errors import StorageError
 from storage.catalog.decoders import Decoder, TokenTexts
-from storage.catalog.relations import RECORDS, ROWS, Relation
-from storage.catalog.views import DERIVED, TEXT_FUNCTION
+from storage.catalog.relations import BY_NAME, DERIVED, RECORDS, ROWS, TEXT_FUNCTION, Relation
 from storage.stores.base import ObjectStore
 
 
@@ -145,8 +144,7 @@ def _vocabulary(token_texts: Mapping[str, TokenTexts], decoder_of: Callable[[str
         columns["token_id"] += range(len(words))
         columns["text"] += [text for text, _ in words]
         columns["class"] += [kind for _, kind in words]
-    schema = next(relation.schema for relation in RECORDS if relation.name == "vocabulary")
-    return pa.table(columns, schema=schema)
+    return pa.table(columns, schema=BY_NAME["vocabulary"].schema)
 
 
 def _quoted(text: str) -> str:

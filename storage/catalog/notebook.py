@@ -18,10 +18,10 @@ from asyncopd.errors import QueryError
 from storage import runs
 from storage.catalog.child import damaged, is_damage
 from storage.catalog.connection import connect
+from storage.catalog.relations import BY_NAME, mentioned
 from storage.catalog.rows import AsOf
 from storage.catalog.snapshot import Catalog
 from storage.catalog.stored_queries import find_query
-from storage.catalog.views import BY_NAME, mentioned
 from storage.layout import split_run_path
 from storage.run_log import StoredRunLog
 from storage.stores import open_store

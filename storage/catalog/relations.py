@@ -1,10 +1,20 @@
-"""What a relation is (name, meaning, documented columns), and those that are read and not derived: records, which are
-tables of JSON objects and manifests, and rows, which are Parquet shards.
+"""Every relation a query can name: its meaning, its documented columns, and where its rows come from.
+
+    records    runs, policies, steps, evals, claims, shards, ...    Arrow tables built from JSON objects and manifests
+    rows       trajectory_rows, score_rows                          Arrow datasets over the Parquet shards
+    derived    trajectories, scores, tokens, candidates, ...        views over the two: views/*.sql
+
+List columns are expanded side by side: several `unnest` in one SELECT go through their lists together, and a shorter
+list (or NULL) is filled up with NULL. A flat list of T·K numbers has entry i at position i // K and rank i % K. Times
+are TIMESTAMP WITH TIME ZONE in UTC; indices and positions count from 0.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 import pyarrow as pa
@@ -31,7 +41,7 @@ class Relation:
     doc: str
     fields: tuple[Field, ...]
     view: str = ""
-    """SELECT of a derived relation; empty for records and rows."""
+    """SELECT of a derived relation, with the header of its file; empty for records and rows."""
     reads: tuple[str, ...] = ()
     """Relations named in `view`."""
 
@@ -49,13 +59,6 @@ _SHARD = Field("shard", "Name of the shard the row is stored in: first and last 
 _START = Field("index_start", "First index.", _BIG)
 _STOP = Field("index_stop", "One beyond the last index.", _BIG)
 _WORKER = Field("worker", "Name of the process that did it.", _TEXT)
-
-
-FOLDER = Field("folder", "Folder of the scores: the teacher's name, then after an @ what a back-fill asked for.", _TEXT)
-ORIGIN = Field("origin", "`run`: what the run itself asked its teacher, which `tokens` shows; or `backfill`.", _TEXT)
-CANDIDATES_FROM = Field(
-    "candidates_from", "Which candidates were scored: `trajectories`, or the name of a back-filled set.", _TEXT
-)
 
 
 def _rows(kind: str, *labels: Field) -> tuple[Field, ...]:
@@ -237,6 +240,60 @@ ROWS = (
     Relation(
         "score_rows",
         "Teacher scores exactly as stored, flat lists included.",
-        _rows("scores", FOLDER, ORIGIN, CANDIDATES_FROM),
+        _rows(
+            "scores",
+            Field(
+                "folder", "Folder of the scores: the teacher's name, then after an @ what a back-fill asked for.", _TEXT
+            ),
+            Field(
+                "origin", "`run`: what the run itself asked its teacher, which `tokens` shows; or `backfill`.", _TEXT
+            ),
+            Field(
+                "candidates_from",
+                "Which candidates were scored: `trajectories`, or the name of a back-filled set.",
+                _TEXT,
+            ),
+        ),
     ),
 )
+
+
+def documented(sql: str) -> dict[str, str]:
+    """Column -> meaning, in order, of the lines `-- column name: meaning` of a .sql file."""
+    return dict(re.findall(r"-- column (\w+): (.+)", sql))
+
+
+def _derived(name: str) -> Relation:
+    """What views/NAME.sql says: `-- relation: meaning`, `-- reads a, b`, its columns, and its SELECT."""
+    sql = (files("storage.catalog") / "views" / f"{name}.sql").read_text("utf-8")
+    (doc,) = re.findall(r"-- relation: (.+)", sql)
+    reads = tuple(found for line in re.findall(r"-- reads (.+)", sql) for found in line.split(", "))
+    return Relation(name, doc, tuple(Field(column, about) for column, about in documented(sql).items()), sql, reads)
+
+
+# A view comes after those it reads.
+DERIVED = tuple(map(_derived, ("trained_indices", "trajectories", "scores", "tokens", "candidates", "documentation")))
+RELATIONS: tuple[Relation, ...] = (*RECORDS, *ROWS, *DERIVED)
+BY_NAME = {relation.name: relation for relation in RELATIONS}
+TEXT_FUNCTION = "text_of"
+"""SQL function text_of(run, ids): the ids as text."""
+
+
+def closure(names: Collection[str]) -> set[str]:
+    """`names` and everything their views read."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += BY_NAME[name].reads
+    return found
+
+
+def mentioned(sql: str) -> set[str]:
+    """Every relation `sql` can refer to, views resolved: those whose name occurs in its text as a word.
+
+    A superset, which is all that deciding what to read needs; nobody else's SQL is parsed in this process.
+    """
+    return closure(set(re.findall(r"\w+", sql.lower())) & BY_NAME.keys())

@@ -25,9 +25,9 @@ import pyarrow.ipc
 
 from asyncopd.errors import QueryError, QueryLimitError, StorageError
 from storage.catalog.child import QueryLimits, Request, damaged
+from storage.catalog.relations import mentioned
 from storage.catalog.rows import AsOf
 from storage.catalog.snapshot import Catalog, Snapshot
-from storage.catalog.views import mentioned
 
 _GRACE_S = 2.0
 """After its deadline a child has this long to say so itself."""

@@ -17,9 +17,8 @@ import pyarrow as pa
 from asyncopd.errors import StorageError
 from storage.catalog.connection import DataFile, Place, place_of
 from storage.catalog.decoders import TokenTexts
-from storage.catalog.relations import RECORDS
+from storage.catalog.relations import BY_NAME, RECORDS
 from storage.catalog.rows import AsOf, RunRecords
-from storage.catalog.views import BY_NAME
 from storage.runs import list_runs, open_run
 from storage.stores.base import ObjectStore
 

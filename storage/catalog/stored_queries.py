@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from asyncopd.errors import QueryError
+from storage.catalog.relations import documented
 
 _PARAMETER = re.compile(r"-- parameter (\w+) (\w+) = (.+?): (.+)")
-_COLUMN = re.compile(r"-- column (\w+): (.+)")
 _QUESTION = re.compile(r"-- question: (.+)")
 
 
@@ -82,4 +82,4 @@ def _parse(name: str, sql: str) -> StoredQuery:
     parameters = tuple(
         Parameter(found, kind, yaml.safe_load(default), doc) for found, kind, default, doc in _PARAMETER.findall(sql)
     )
-    return StoredQuery(name, question[1], parameters, dict(_COLUMN.findall(sql)), sql)
+    return StoredQuery(name, question[1], parameters, documented(sql), sql)

@@ -11,9 +11,11 @@ progress.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple
+from typing import Any
 
-from storage.layout import parse, parse_shard, parse_version, shared_key
+from storage.layout import parse, shared_key
 from storage.maintain.checks import DataChecks, check_conservation, check_lineage
 from storage.maintain.findings import AuditReport, Finding, Mend
 from storage.run_view import MANIFESTS, RunView
@@ -25,6 +27,15 @@ RECENT_S = 60.0
 """A run that wrote something this recently is looked at twice."""
 Progress = Callable[[int, int, str], None]
 """Called with (data objects verified, of how many, key)."""
+_SAID: Mapping[str, Callable[[Any], object]] = {
+    "step": lambda step: (step.step, step.rewind),
+    "evaluation": lambda evaluation: astuple(evaluation.version),
+    "checkpoint": lambda manifest: (manifest.facts.step, manifest.facts.rewind),
+    "trajectories": lambda manifest: manifest.facts.index_range,
+    "scores": lambda manifest: manifest.facts.index_range,
+    "rewind": lambda rewind: rewind.number,
+}
+"""Kind -> what a record itself says it is about, in the words of its key."""
 
 
 def audit_run(
@@ -45,110 +56,82 @@ def audit_run(
     """
     started = time.time()
     checks = DataChecks(store, Mend(store.url, run_id), on_progress)
-    snapshot, findings = _look(store, run_id, grace_s, checks)
-    newest = max((entry.modified for entry in snapshot.entries.values()), default=0.0)
+    view, findings = _look(store, run_id, grace_s, checks)
+    newest = max((entry.modified for entry in view.entries.values()), default=0.0)
     if findings and started - newest < RECENT_S:
         time.sleep(recheck_s)
-        snapshot, again = _look(store, run_id, grace_s, checks)
+        view, again = _look(store, run_id, grace_s, checks)
         seen = {(finding.problem, finding.key) for finding in findings}
         findings = [finding for finding in again if (finding.problem, finding.key) in seen]
     return AuditReport(
         run_id=run_id,
         root=store.url,
-        num_objects=len(snapshot.entries),
-        num_bytes=sum(entry.size_bytes for entry in snapshot.entries.values()),
+        num_objects=len(view.entries),
+        num_bytes=sum(entry.size_bytes for entry in view.entries.values()),
         num_verified=checks.num_verified,
         seconds=time.time() - started,
         findings=tuple(findings),
-        notes=tuple(_notes(snapshot)),
+        notes=tuple(_notes(view)),
     )
 
 
 def _look(store: ObjectStore, run_id: str, grace_s: float, checks: DataChecks) -> tuple[RunView, list[Finding]]:
-    snapshot = RunView.everything(store, run_id)
+    view = RunView.everything(store, run_id)
     mend = Mend(store.url, run_id)
-    config = snapshot.find_config()
-    findings = [*_check_records(snapshot, mend), *checks.check(snapshot)]
-    findings += check_lineage(snapshot, config, mend)
-    findings += check_conservation(snapshot, config, mend)
-    findings += _check_garbage(snapshot, mend, grace_s)
-    if config is not None and snapshot.records["policy"]:
+    config = view.find_config()
+    findings = [*_check_records(view, mend), *checks.check(view), *check_lineage(view, config, mend)]
+    findings += [*check_conservation(view, config, mend), *_check_garbage(view, mend, grace_s)]
+    if config is not None and view.records["policy"]:
         for model in config.models().values():
             # Shared by all runs; without one, a learner that has no checkpoint cannot start again.
             findings += checks.check_manifest(shared_key("model", digest=config.model_digest(model)))
-    return snapshot, findings
+    return view, findings
 
 
-def _check_records(snapshot: RunView, mend: Mend) -> Iterator[Finding]:
+def _check_records(view: RunView, mend: Mend) -> Iterator[Finding]:
     """Records that cannot be read, or that lie under a key that is not theirs."""
-    layout = snapshot.layout
     from_a_copy = "restore it from a copy; nothing else can make it again"
-    if layout.key("run") not in snapshot.entries:
-        yield Finding("missing", layout.key("run"), "the record of a run", "no such object", from_a_copy)
-    for key, error in snapshot.broken.items():
-        what_to_do = from_a_copy if key == layout.key("run") else mend.quarantine(key)
+    if view.layout.key("run") not in view.entries:
+        yield Finding("missing", view.layout.key("run"), "the record of a run", "no such object", from_a_copy)
+    for key, error in view.broken.items():
+        what_to_do = from_a_copy if key == view.layout.key("run") else mend.quarantine(key)
         yield Finding("corrupt", key, "a record that can be read", str(error), what_to_do)
-    for kind in ("step", "evaluation", "checkpoint", "trajectories", "scores", "rewind"):
-        for key, value in snapshot.records[kind].items():
-            named, said = _named(kind, key), _said(kind, value)
+    for kind, said_by in _SAID.items():
+        for key, value in view.records[kind].items():
+            fields, said = parse(key).fields, said_by(value)
+            named = fields["number"] if kind == "rewind" else astuple(fields["shard" if "shard" in fields else "state"])
             if named != said:
-                yield Finding("mismatch", key, f"a record of {named}", f"a record of {said}", mend.quarantine(key))
+                yield mend.finding("mismatch", key, f"a record of {named}", f"a record of {said}")
     for kind in ("trajectories", "scores", "policy", "checkpoint", "architecture"):
-        for key, manifest in snapshot.records[kind].items():
+        for key, manifest in view.records[kind].items():
             if manifest.kind != kind:
-                found = f"a manifest of kind {manifest.kind}"
-                yield Finding("mismatch", key, f"a manifest of kind {kind}", found, mend.quarantine(key))
+                yield mend.finding("mismatch", key, f"a manifest of kind {kind}", f"a manifest of kind {manifest.kind}")
 
 
-def _named(kind: str, key: str) -> object:
-    """What a key says its record is about."""
-    if kind in ("trajectories", "scores"):
-        shard = parse_shard(key)
-        return [shard.start, shard.stop] if shard else None
-    if kind == "rewind":
-        return int(key.rsplit("/", 1)[1].removesuffix(".json"))
-    version = parse_version(key)
-    return (version.number, version.rewind) if version else None
-
-
-def _said(kind: str, value: object) -> object:
-    """What a record itself says it is about."""
-    match kind:
-        case "step":
-            return (value.step, value.rewind)  # type: ignore[attr-defined]
-        case "evaluation":
-            return (value.version.number, value.version.rewind)  # type: ignore[attr-defined]
-        case "checkpoint":
-            return (value.facts.step, value.facts.rewind)  # type: ignore[attr-defined]
-        case "rewind":
-            return value.number  # type: ignore[attr-defined]
-    return list(value.facts.index_range or ())  # type: ignore[attr-defined]
-
-
-def _check_garbage(snapshot: RunView, mend: Mend, grace_s: float) -> Iterator[Finding]:
+def _check_garbage(view: RunView, mend: Mend, grace_s: float) -> Iterator[Finding]:
     """Data that no manifest names, and files that killed writers left half-written."""
     oldest = time.time() - grace_s
     # What a manifest that cannot be read names is unknown, so nothing is an orphan for certain.
-    is_certain = not any(parse(key).kind in MANIFESTS for key in snapshot.broken)
-    for key, entry in snapshot.entries.items() if is_certain else ():
-        known = key in snapshot.references or key in snapshot.set_aside
+    is_certain = not any(parse(key).kind in MANIFESTS for key in view.broken)
+    for key, entry in view.entries.items() if is_certain else ():
+        known = key in view.references or key in view.set_aside
         if parse(key).kind == "data" and not known and entry.modified <= oldest:
             found = f"{entry.size_bytes} bytes that no manifest names"
             yield Finding("orphan", key, "a manifest that promises it", found, mend.collect())
-    for entry in snapshot.store.temporary(grace_s):
+    for entry in view.store.temporary(grace_s):
         found = f"{entry.size_bytes} bytes, half-written by a process that is gone"
         yield Finding("temporary", entry.key, f"no temporary file older than {grace_s:.0f} s", found, mend.collect())
 
 
-def _notes(snapshot: RunView) -> Iterator[str]:
+def _notes(view: RunView) -> Iterator[str]:
     for kind in ("trajectories", "scores"):
-        reasons = [m.facts.removed.reason for m in snapshot.records[kind].values() if m.facts.removed]
+        reasons = [m.facts.removed.reason for m in view.records[kind].values() if m.facts.removed]
         for reason in sorted(set(reasons)):
             yield (
                 f"{reasons.count(reason)} shards of {kind} keep their manifest only ({reason}); their steps cannot be "
                 "replayed"
             )
-    if snapshot.set_aside:
-        yield f"{len(snapshot.set_aside)} data objects belong to manifests in {snapshot.layout.root}/quarantine/"
-    if snapshot.unknown:
-        yield f"{len(snapshot.unknown)} keys are none of the layout's, for example {snapshot.unknown[0]}"
+    if view.set_aside:
+        yield f"{len(view.set_aside)} data objects belong to manifests in {view.layout.root}/quarantine/"
+    if view.unknown:
+        yield f"{len(view.unknown)} keys are none of the layout's, for example {view.unknown[0]}"

@@ -16,15 +16,16 @@ all shards from there on                  what that replay, or a resume, trains
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from asyncopd.config import RunConfig
 from asyncopd.config.schema import Retention
 from asyncopd.errors import StorageError
 from asyncopd.records import Manifest, Removal, Removed
-from asyncopd.types import IndexRange, PolicyVersion
-from storage.layout import parse, parse_shard, parse_version
+from asyncopd.types import PolicyVersion
+from storage.layout import parse
 from storage.learner_log import survives
 from storage.manifests import find_manifest, read_objects
 from storage.records import to_json
@@ -33,6 +34,16 @@ from storage.stores.base import ObjectStore
 
 _MUST_READ = (*MANIFESTS, "run", "rewind", "step")
 """Kinds of record without which it is unknown what is referenced and what counts."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays."""
+
+    checkpoints: frozenset[PolicyVersion]
+    policies: frozenset[PolicyVersion]
+    first_step: int
+    """Shards stay unless every index of theirs was decided about by a step before this one."""
 
 
 @dataclass(frozen=True)
@@ -93,26 +104,34 @@ def collect_run(
             corrupt, so that older ones are.
     """
     now = time.time() if now is None else now
-    snapshot = RunView.everything(store, run_id)
-    _check_readable(snapshot)
-    config = snapshot.find_config()
+    view = RunView.everything(store, run_id)
+    for key, error in view.broken.items():
+        if parse(key).kind in _MUST_READ:
+            raise StorageError(
+                f"nothing was collected: without {key} it is unknown what is still needed. See `asyncopd maintain "
+                f"audit {run_id}`. ({error})"
+            )
+    config = view.find_config()
     policy = retention or (config.retention if config else Retention())
     oldest = now - (policy.grace_s if grace_s is None else grace_s)
-    kept = _kept(snapshot, policy)
-    manifests = dict(_removable_manifests(snapshot, policy, kept, oldest))
-    emptied = _removable_shards(snapshot, kept, oldest)
-    if manifests or emptied:
-        _check_resumable(snapshot)
-    data = [*_unreferenced(snapshot, policy, oldest, now), *_freed(snapshot, {**manifests, **emptied})]
-    named_meanwhile = _named_since(snapshot)
-    entries = snapshot.entries
+    kept = _kept(view, config, policy)
+    manifests = dict(_removable_manifests(view, policy, kept, oldest))
+    emptied = _removable_shards(view, kept, oldest)
+    newest = view.latest_checkpoint()
+    if newest is not None and (manifests or emptied):
+        # Prove that it can be read before anything a resume without it would need goes.
+        key = view.layout.checkpoint_manifest(newest.number, newest.rewind)
+        read_objects(store, key, view.manifests[key])
+    data = [*_unreferenced(view, policy, oldest, now), *_freed(view, {**manifests, **emptied})]
+    named_meanwhile = _named_since(view)
+    entries = view.entries
     garbage = [Garbage(key, entries[key].size_bytes, reason) for key, reason in manifests.items()]
     garbage += [Garbage(key, entries[key].size_bytes, why) for key, why in data if key not in named_meanwhile]
     # By the clock of the file system, which `now` need not be.
     temporary_s = time.time() - oldest
     temporary = [Garbage(e.key, e.size_bytes, "temporary") for e in store.temporary(temporary_s)]
     if not dry_run and (garbage or emptied or temporary):
-        _remove(snapshot, garbage, emptied, now)
+        _remove(view, garbage, emptied, now)
         store.discard_temporary(temporary_s)
     return CollectReport(run_id, dry_run, tuple(garbage + temporary), len(emptied))
 
@@ -123,139 +142,104 @@ def empty_shard(store: ObjectStore, key: str, manifest: Manifest, *, reason: str
     store.put(key, to_json(replace(manifest, objects={}, facts=facts)))
 
 
-def _check_readable(snapshot: RunView) -> None:
-    for key, error in snapshot.broken.items():
-        if parse(key).kind in _MUST_READ:
-            raise StorageError(
-                f"nothing was collected: without {key} it is unknown what is still needed. See `asyncopd maintain "
-                f"audit {snapshot.layout.run_id}`. ({error})"
-            )
-
-
-def _check_resumable(snapshot: RunView) -> None:
-    """Prove that the newest checkpoint can be read before anything a resume without it would need goes."""
-    newest = snapshot.latest_checkpoint()
-    if newest is not None:
-        key = snapshot.layout.checkpoint_manifest(newest.number, newest.rewind)
-        read_objects(snapshot.store, key, snapshot.manifests[key])
-
-
 # -- what can go --------------------------------------------------------------------------------------------------
-def _kept(snapshot: RunView, policy: Retention) -> Kept:
-    config = snapshot.find_config()
+def _kept(view: RunView, config: RunConfig | None, policy: Retention) -> Kept:
     due: set[int] = set()
     if config is not None and config.evaluate.every:
-        evaluated = {version.number for version in snapshot.states("evaluation")}
+        evaluated = {version.number for version in view.states("evaluation")}
         due = {*range(0, config.learner.num_steps, config.evaluate.every), config.learner.num_steps} - evaluated
-    manifests, layout = snapshot.records["policy"], snapshot.layout
-    emptied = {
-        index
-        for key, manifest in snapshot.records["trajectories"].items()
-        if manifest.facts.removed and manifest.facts.removed.reason == "retention"
-        for index in (parse_shard(key) or IndexRange(0, 1)).indices
-    }
+    removed = [(shard, manifest.facts.removed) for shard, manifest in view.trajectories().items()]
+    emptied = {index for shard, why in removed if why and why.reason == "retention" for index in shard.indices}
+    steps = view.steps()
     return what_to_keep(
         policy,
-        checkpoints=snapshot.states("checkpoint"),
-        policies=snapshot.states("policy"),
-        num_steps=max((step.step + 1 for step in snapshot.steps()), default=0),
-        first_stored=max(
-            (s.step + 1 for s in snapshot.steps() if not emptied.isdisjoint(s.indices.indices)), default=0
-        ),
+        checkpoints=view.states("checkpoint"),
+        policies=view.states("policy"),
+        num_steps=max((step.step + 1 for step in steps), default=0),
+        first_stored=max((s.step + 1 for s in steps if not emptied.isdisjoint(s.indices.indices)), default=0),
         wanted=due,
-        bases=lambda version: _bases(manifests.get(layout.key("policy", state=version))),
+        base_of=lambda version: _base(view.records["policy"].get(view.layout.key("policy", state=version))),
     )
 
 
-def _bases(manifest: Manifest | None) -> Iterator[PolicyVersion]:
-    """The versions that a version's weights are a difference to; none where they are stored whole."""
+def _base(manifest: Manifest | None) -> PolicyVersion | None:
+    """The version that a version's weights are a difference to; None where they are stored whole."""
     chain = manifest.facts.chain if manifest else None
-    if chain is not None and chain.base is not None and not chain.full:
-        yield PolicyVersion(chain.base.number, chain.base.rewind)
+    if chain is None or chain.base is None or chain.full:
+        return None
+    return PolicyVersion(chain.base.number, chain.base.rewind)
 
 
-def _removable_manifests(snapshot: RunView, policy: Retention, kept: Kept, oldest: float) -> Iterator[tuple[str, str]]:
+def _removable_manifests(view: RunView, policy: Retention, kept: Kept, oldest: float) -> Iterator[tuple[str, str]]:
     """(manifest key, reason) of checkpoints and versions that can go, earlier rewinds first."""
     for kind, stays in (("checkpoint", kept.checkpoints), ("policy", kept.policies)):
-        versions = {version: key for key in snapshot.records[kind] if (version := parse_version(key)) is not None}
+        versions: dict[PolicyVersion, str] = {parse(key).fields["state"]: key for key in view.records[kind]}
         # Earlier rewinds first: a removed state must not uncover an older one of the same number.
-        for version in sorted(versions, key=lambda v: (v.rewind, v.number)):
-            key = versions[version]
-            if version in stays or snapshot.entries[key].modified > oldest:
+        for version, key in sorted(versions.items(), key=lambda item: (item[0].rewind, item[0].number)):
+            if version in stays or view.entries[key].modified > oldest:
                 continue
             # One that a later rewind published again counts as soon as that is gone.
-            if survives(version.number, version.rewind, snapshot.rewinds):
+            if survives(version.number, version.rewind, view.rewinds):
                 yield key, "retention"
             elif not policy.superseded:
                 yield key, "superseded"
 
 
-def _removable_shards(snapshot: RunView, kept: Kept, oldest: float) -> dict[str, str]:
+def _removable_shards(view: RunView, kept: Kept, oldest: float) -> dict[str, str]:
     """Manifest key -> reason, of shards all of whose indices were decided about before the first kept step."""
-    decided = {i for step in snapshot.steps() if step.step < kept.first_step for i in step.indices.indices}
+    decided = {i for step in view.steps() if step.step < kept.first_step for i in step.indices.indices}
     return {
         key: "retention"
         for kind in ("trajectories", "scores")
-        for key, manifest in snapshot.records[kind].items()
+        for key, manifest in view.records[kind].items()
         if manifest.facts.removed is None
-        and snapshot.entries[key].modified <= oldest
-        and decided.issuperset((parse_shard(key) or IndexRange(0, 1)).indices)
+        and view.entries[key].modified <= oldest
+        and decided.issuperset(parse(key).fields["shard"].indices)
     }
 
 
-def _unreferenced(snapshot: RunView, policy: Retention, oldest: float, now: float) -> Iterator[tuple[str, str]]:
+def _unreferenced(view: RunView, policy: Retention, oldest: float, now: float) -> Iterator[tuple[str, str]]:
     """(data key, reason) of data that no manifest of the run names."""
-    for key, entry in snapshot.entries.items():
-        if parse(key).kind != "data" or key in snapshot.references:
+    for key, entry in view.entries.items():
+        if parse(key).kind != "data" or key in view.references:
             continue
-        if key in snapshot.set_aside:
-            since = snapshot.entries[snapshot.set_aside[key]].modified
-            if since <= now - policy.quarantine_s:
+        if key in view.set_aside:
+            if view.entries[view.set_aside[key]].modified <= now - policy.quarantine_s:
                 yield key, "quarantine"
         elif entry.modified <= oldest:
             yield key, "orphan"
 
 
-def _freed(snapshot: RunView, going: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _freed(view: RunView, going: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """(data key, reason) of data all of whose manifests go."""
-    for key, manifest_keys in snapshot.references.items():
-        if key in snapshot.entries and set(manifest_keys) <= going.keys():
+    for key, manifest_keys in view.references.items():
+        if key in view.entries and set(manifest_keys) <= going.keys():
             yield key, going[manifest_keys[0]]
 
 
-def _named_since(snapshot: RunView) -> set[str]:
+def _named_since(view: RunView) -> set[str]:
     """Data keys of manifests that were published or replaced after the snapshot was taken."""
     named: set[str] = set()
-    for entry in snapshot.store.entries(snapshot.layout.root):
-        known = snapshot.entries.get(entry.key)
+    for entry in view.store.entries(view.layout.root):
+        known = view.entries.get(entry.key)
         if parse(entry.key).kind in MANIFESTS and (known is None or known.modified != entry.modified):
-            manifest = find_manifest(snapshot.store, entry.key)
+            manifest = find_manifest(view.store, entry.key)
             named |= set(manifest.objects if manifest else ())
     return named
 
 
 # -- removing -----------------------------------------------------------------------------------------------------
-def _remove(snapshot: RunView, garbage: list[Garbage], emptied: Mapping[str, str], now: float) -> None:
-    store, layout = snapshot.store, snapshot.layout
+def _remove(view: RunView, garbage: list[Garbage], emptied: Mapping[str, str], now: float) -> None:
+    store, layout = view.store, view.layout
     for reason in sorted({item.reason for item in garbage}):
         keys = {item.key: item.size_bytes for item in garbage if item.reason == reason}
         store.put(layout.key("removal", unix_ms=int(now * 1000)), to_json(Removal(reason, keys, now)))
     for key in emptied:
         advice = "retention.shards.keep_last_steps decides how many steps keep theirs."
-        empty_shard(store, key, snapshot.manifests[key], reason="retention", advice=advice, now=now)
+        empty_shard(store, key, view.manifests[key], reason="retention", advice=advice, now=now)
     # `garbage` names manifests before data.
     for item in garbage:
         store.delete(item.key)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What stays."""
-
-    checkpoints: frozenset[PolicyVersion]
-    policies: frozenset[PolicyVersion]
-    first_step: int
-    """Shards stay unless every index of theirs was decided about by a step before this one."""
 
 
 def what_to_keep(
@@ -266,7 +250,7 @@ def what_to_keep(
     num_steps: int,
     first_stored: int = 0,
     wanted: Collection[int] = (),
-    bases: Callable[[PolicyVersion], Iterable[PolicyVersion]] = lambda version: (),
+    base_of: Callable[[PolicyVersion], PolicyVersion | None] = lambda version: None,
 ) -> Kept:
     """
     Args:
@@ -275,7 +259,7 @@ def what_to_keep(
         num_steps: steps trained in the surviving lineage.
         first_stored: steps before this one lost their shards to an earlier policy, which may have kept less.
         wanted: version numbers somebody will still ask for, such as evaluations that are due.
-        bases: the versions that the weights of a version are stored as a difference to.
+        base_of: the version that the weights of a version are stored as a difference to; None where they are whole.
     """
     count = retention.checkpoints.keep_last
     kept_checkpoints = set(checkpoints if count is None else checkpoints[-count:])
@@ -292,18 +276,8 @@ def what_to_keep(
     every = retention.policies.keep_every
     kept_policies = {v for v in policies if v.number in numbers or (every and v.number % every == 0)}
     kept_policies |= set(policies[-retention.policies.keep_last :])
-    return Kept(frozenset(kept_checkpoints), frozenset(_with_bases(kept_policies, bases)), first_step)
-
-
-def _with_bases(
-    versions: Iterable[PolicyVersion], bases: Callable[[PolicyVersion], Iterable[PolicyVersion]]
-) -> set[PolicyVersion]:
-    """`versions` and whatever their weights are differences to, all the way back."""
-    found: set[PolicyVersion] = set()
-    open_versions = list(versions)
-    while open_versions:
-        version = open_versions.pop()
-        if version not in found:
-            found.add(version)
-            open_versions += bases(version)
-    return found
+    for version in list(kept_policies):
+        # All the way back, or to one whose way is kept already.
+        while (base := base_of(version)) is not None and base not in kept_policies:
+            kept_policies.add(version := base)
+    return Kept(frozenset(kept_checkpoints), frozenset(kept_policies), first_step)

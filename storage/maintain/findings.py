@@ -54,6 +54,10 @@ class Mend:
     root: str
     run_id: str
 
+    def finding(self, problem: str, key: str, expected: str, found: str) -> Finding:
+        """A finding that setting `key` aside mends."""
+        return Finding(problem, key, expected, found, self.quarantine(key))
+
     def quarantine(self, key: str) -> str:
         return self._command("asyncopd maintain quarantine", key)
 

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from asyncopd.errors import LedgerError
-from asyncopd.records import Manifest
 from asyncopd.types import IndexRange
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
@@ -34,26 +33,14 @@ State = Literal["claimed", "produced", "scored", "trained", "dropped", "held"]
 STATES: tuple[State, ...] = get_args(State)
 Move = Literal["claim", "produce", "score", "train", "drop", "hold", "rewind"]
 
-_TRANSITIONS: Mapping[tuple[State | None, Move], State] = {
-    (None, "claim"): "claimed",
-    (None, "produce"): "produced",
-    (None, "drop"): "dropped",
-    ("claimed", "claim"): "claimed",
-    ("claimed", "produce"): "produced",
-    ("claimed", "drop"): "dropped",
-    ("produced", "claim"): "produced",
-    ("produced", "score"): "scored",
-    ("produced", "drop"): "dropped",
-    ("scored", "claim"): "scored",
-    ("scored", "train"): "trained",
-    ("scored", "drop"): "dropped",
-    ("scored", "hold"): "held",
-    ("trained", "claim"): "trained",
-    ("trained", "rewind"): "scored",
-    ("dropped", "claim"): "dropped",
-    ("dropped", "drop"): "dropped",
-    ("held", "claim"): "held",
-    ("held", "hold"): "held",
+_TRANSITIONS: Mapping[State | None, Mapping[Move, State]] = {
+    None: {"claim": "claimed", "produce": "produced", "drop": "dropped"},
+    "claimed": {"claim": "claimed", "produce": "produced", "drop": "dropped"},
+    "produced": {"claim": "produced", "score": "scored", "drop": "dropped"},
+    "scored": {"claim": "scored", "train": "trained", "drop": "dropped", "hold": "held"},
+    "trained": {"claim": "trained", "rewind": "scored"},
+    "dropped": {"claim": "dropped", "drop": "dropped"},
+    "held": {"claim": "held", "hold": "held"},
 }
 
 
@@ -69,6 +56,10 @@ class IndexState:
 
 
 # -- events -------------------------------------------------------------------------------------------------------
+Reasons = Mapping[int, str]
+"""Index -> why it was dropped or held."""
+
+
 @dataclass(frozen=True)
 class Claimed:
     """A rollout worker took a shard."""
@@ -78,39 +69,36 @@ class Claimed:
 
 @dataclass(frozen=True)
 class Produced:
-    """A shard of trajectories was published."""
+    """A shard of trajectories was published; `dropped` were filtered at rollout."""
 
     indices: IndexRange
-    dropped: Mapping[int, str] = field(default_factory=dict)
-    """Filtered at rollout: index -> reason."""
+    dropped: Reasons = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A shard of the run's teacher's scores was published."""
+    """A shard of the run's teacher's scores was published; what was dropped at rollout is dropped here too."""
 
     indices: IndexRange
-    dropped: Mapping[int, str] = field(default_factory=dict)
-    """Index -> reason; what was dropped at rollout is dropped here too."""
+    dropped: Reasons = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Judged:
     """The learner decided, in arrival order, not to train these."""
 
-    dropped: Mapping[int, str] = field(default_factory=dict)
-    held: Mapping[int, str] = field(default_factory=dict)
+    dropped: Reasons = field(default_factory=dict)
+    held: Reasons = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """An optimizer step."""
+    """An optimizer step, which trained `indices` and left out the others."""
 
     step: int
     indices: Sequence[int]
-    """Those trained."""
-    dropped: Mapping[int, str] = field(default_factory=dict)
-    held: Mapping[int, str] = field(default_factory=dict)
+    dropped: Reasons = field(default_factory=dict)
+    held: Reasons = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,7 +118,7 @@ def moved(before: IndexState | None, move: Move, *, reason: str = "", step: int 
     Raises:
         LedgerError: an index in this state cannot make this move, or is dropped or held twice with two reasons.
     """
-    after = _TRANSITIONS.get((before.state if before else None, move))
+    after = _TRANSITIONS[before.state if before else None].get(move)
     if after is None:
         raise LedgerError(f"{move} while {_told(before)}")
     if before is not None and after == before.state:
@@ -220,19 +208,19 @@ class Ledger:
 
 def _moves(event: Claimed | Produced | Scored | Judged | Trained) -> Iterator[tuple[int, Move, str]]:
     """(index, move, reason) of everything one event says."""
+    dropped: Reasons = {} if isinstance(event, Claimed) else event.dropped
+    held: Reasons = event.held if isinstance(event, Judged | Trained) else {}
     match event:
         case Claimed():
             yield from ((index, "claim", "") for index in event.indices.indices)
-        case Produced() | Scored():
-            move: Move = "produce" if isinstance(event, Produced) else "score"
-            kept = (index for index in event.indices.indices if index not in event.dropped)
-            yield from ((index, move, "") for index in kept)
-            yield from ((index, "drop", reason) for index, reason in event.dropped.items())
-        case Judged() | Trained():
-            if isinstance(event, Trained):
-                yield from ((index, "train", "") for index in event.indices)
-            yield from ((index, "drop", reason) for index, reason in event.dropped.items())
-            yield from ((index, "hold", reason) for index, reason in event.held.items())
+        case Produced():
+            yield from ((index, "produce", "") for index in event.indices.indices if index not in dropped)
+        case Scored():
+            yield from ((index, "score", "") for index in event.indices.indices if index not in dropped)
+        case Trained():
+            yield from ((index, "train", "") for index in event.indices)
+    yield from ((index, "drop", reason) for index, reason in dropped.items())
+    yield from ((index, "hold", reason) for index, reason in held.items())
 
 
 def ledger_of(log: StoredRunLog, teacher: str | None = None) -> Ledger:
@@ -255,10 +243,10 @@ def events_of(view: RunView, teacher: str | None = None) -> list[Event]:
     view.read("run", "step", "rewind", "arrival", "scores", "trajectories", "claim")
     claimed = sorted({claim.shard for claim in view.claims() if claim.stage == "rollout"})
     events: list[Event] = [Claimed(shard) for shard in claimed]
-    events += (Produced(shard, _dropped(manifest)) for shard, manifest in view.trajectories().items())
+    events += (Produced(shard, manifest.facts.dropped) for shard, manifest in view.trajectories().items())
     configured = view.records["run"].get(view.layout.key("run"), {}).get("config", {}).get("teacher", {}).get("name")
     scores = view.scores(teacher or configured or next(iter(view.teachers()), ""))
-    events += (Scored(shard, _dropped(manifest)) for shard, manifest in scores.items())
+    events += (Scored(shard, manifest.facts.dropped) for shard, manifest in scores.items())
     events += (Judged(arrival.dropped, arrival.held) for _, arrival in sorted(view.records["arrival"].items()))
     # By rewind: what was trained under it, then the rewind that followed. A superseded learner's late steps too.
     steps = sorted(view.records["step"].values(), key=lambda step: step.step)
@@ -267,7 +255,3 @@ def events_of(view: RunView, teacher: str | None = None) -> list[Event]:
             events.append(Rewound(view.rewinds[rewind - 1].to_step))
         events += (Trained(s.step, s.trained, s.dropped, s.held) for s in steps if s.rewind == rewind)
     return events
-
-
-def _dropped(manifest: Manifest) -> dict[int, str]:
-    return dict(manifest.facts.dropped)
