@@ -3,12 +3,13 @@
     prompts        Trajectory           TeacherScores         ScoredTrajectory        TrainStep
        |  rollout/ ----------> teacher/ -----------> (index order, staleness) --> learner/ ---> PolicyVersion
        |     ^                                                                  losses/            |
-       |     +------------------------- PolicyVersion: fetched by number, never pushed <-----------+
+       |     +------------------------- PolicyVersion: fetched by samplers, never pushed <-----------+
 
-    every arrow is an immutable object in storage; flows/ starts the roles, api/ and SQL only read
+    trajectories, scores, steps and versions are immutable objects in storage; prompts are recomputed from their
+    index, and the learner joins trajectories to scores; flows/ starts the roles, api/ and SQL only read
 
-Read in this order: types -> schedule -> ports -> flows/train -> flows/roles -> worker -> rollout/stage -> teacher/stage
--> learner/stage -> losses/head_tail -> storage/manifests. docs/architecture.md says what a crash at each arrow costs.
+Read in this order: types -> schedule -> ports -> flows/roles -> worker -> rollout/stage -> teacher/stage -> learner/intake
+-> learner/stage -> losses/head_tail -> storage/manifests. docs/architecture.md says what a crash at each step costs.
 """
 
 import importlib

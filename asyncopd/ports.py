@@ -1,7 +1,7 @@
-"""The small protocols through which stages meet engines, tasks and storage. Composition happens in flows/wiring.py.
+"""The small protocols through which stages meet engines, tasks and storage. Composition happens in flows/wiring.py and engines.py.
 
 Task ---prompts---> Sampler ---Trajectory---> Scorer ---TeacherScores---> learner ---PolicyWeights---> Sampler
-                        every arrow passes through a RunLog; nothing is handed over in memory
+                        trajectories, scores and weights pass through a RunLog; prompts are recomputed
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which index belongs to which step and shard, and when it may start: pure functions, the one scheduling rule.
 
     index a --(belongs to)--> step floor(a/B)        learner step s trains [s·B, (s+1)·B)
-            --(may start)---> once a version >= floor(a/B) − τ is published
+            --(may start)---> once its sampler has a version >= floor(a/B) − τ
 
 B is the batch size, τ the maximal staleness in versions. τ = 0 is synchronous, τ = n is n-step-off, larger is
 asynchronous: one rule, no modes. A trajectory is consumed under version floor(a/B), so its staleness is at most τ.
@@ -10,7 +10,7 @@ While the drift that the learner measured exceeds `max_drift`, τ is 0: what the
 waits for it. In order `arrival` a step takes what was scored first:
 
     score manifests --first scored, first taken--> Arrival 0, 1, 2, ...  (storage: written once, before anything trains)
-    rows of the arrivals, one after the other:   dropped    filtered earlier, or too stale and on_stale is drop
+    rows of the arrivals, one after the other:   dropped    by an earlier stage, or too stale and on_stale is drop
                                                  held       too stale and on_stale is hold
                                                  taken      position p = 0, 1, 2, ...; step floor(p/B) trains it
 
@@ -196,7 +196,7 @@ class Arrival:
     num_taken_before: int
     """Position of the first trajectory it takes."""
     dropped: Mapping[int, str] = field(default_factory=dict)
-    """Index -> reason; filtered earlier, or too stale."""
+    """Index -> reason: dropped by an earlier stage, or too stale."""
     held: Mapping[int, str] = field(default_factory=dict)
     """Index -> reason."""
 

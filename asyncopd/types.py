@@ -171,7 +171,7 @@ class Trajectory:
 
     @property
     def version_oldest(self) -> int:
-        """The lowest version among its tokens: the first, but for a response that went on through a rewind."""
+        """The lowest version among its tokens: the first, because samplers never go back to an older one."""
         return min(run.version for run in self.version_runs)
 
     @property

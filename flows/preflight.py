@@ -35,7 +35,7 @@ def preflight(config: RunConfig) -> None:
         ConfigError: a dataset or model that is missing or does not fit.
     """
     open_store(config.storage.root).probe(config.storage.min_free_bytes)
-    if config.task.kind == "walk" or config.task.tokenizer == "bytes":
+    if config.task.kind != "text" or config.task.tokenizer == "bytes":
         build_task(config.task, seed=config.seed, tokenizer=None).prompt(0, "train")
     else:
         _check_questions(config.task)
@@ -99,7 +99,7 @@ def _check_same_tokenizer(config: RunConfig) -> None:
             "one model is made here for the task's own vocabulary (kind: tiny) and the other has its own (kind: "
             "pretrained). Give both the same kind."
         )
-    if PretrainedModel in kinds and (config.task.kind == "walk" or config.task.tokenizer == "bytes"):
+    if PretrainedModel in kinds and (config.task.kind != "text" or config.task.tokenizer == "bytes"):
         raise ConfigError(
             "task.tokenizer: a pretrained model needs its own tokenizer. Set task.tokenizer to the model's directory "
             "or hub name."

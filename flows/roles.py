@@ -98,7 +98,7 @@ async def train_steps(run: OpenRun) -> None:
 
 
 async def evaluate_versions(run: OpenRun) -> None:
-    """Evaluate version 0, every `evaluate_versions.every`-th and the last version as they appear."""
+    """Evaluate version 0, every `evaluate.every`-th and the last version as they appear."""
     worker = run.worker("evaluate")
     async with worker.alive():
         await worker.wait_for(run.log.latest_policy, "version 0 to be published")

@@ -77,7 +77,7 @@ class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, EventLog):
         _check_cover(shard, [trajectory.index for trajectory in ordered], facts.dropped)
         known: dict[str, Any] = {
             "num_tokens": sum(len(trajectory.response_ids) for trajectory in ordered),
-            # Over all runs of tokens: after a rewind a response may go on under an older version than it began with.
+            # Over all runs of tokens: with updates in flight a response has several.
             "version_first": min((run.version for t in ordered for run in t.version_runs), default=None),
             "version_last": max((run.version for t in ordered for run in t.version_runs), default=None),
         }

@@ -1,6 +1,6 @@
 """The rollout stage: keeps one sampler busy with the shards the admission rule lets start.
 
-RunLog --newest version--> follow_versions --refresh--> Sampler
+RunLog --newest version--> following_versions --refresh--> Sampler
 next_shard: lowest index range nobody produced or holds, once the plan admits it: by the sampler's version, the last
             step's drift, and in arrival order what the learner has come to
 work:       prompts -> Sampler (all indices of the shard at once) -> verifier -> Parquet shard
@@ -65,7 +65,9 @@ class RolloutStage:
     async def following_versions(self) -> AsyncIterator[None]:
         """Load the newest version, then keep the sampler on it while the body runs."""
         await self._worker.wait_for(self._log.latest_policy, "version 0 to be published")
-        await self._refresh()
+        latest = await asyncio.to_thread(self._log.latest_policy)
+        assert latest is not None, "the role waits for version 0 first"
+        await self._load(latest)
         async with asyncio.TaskGroup() as group:
             following = group.create_task(self._follow())
             try:
@@ -158,11 +160,10 @@ class RolloutStage:
             # Only forward in number: after a rewind, what is in flight was admitted for the version it began with, and
             # going on under an older one would break the staleness bound. The learner trains past here again.
             if latest is not None and current is not None and latest.number > current.number:
-                await self._refresh()
+                await self._load(latest)
 
-    async def _refresh(self) -> None:
-        latest = await asyncio.to_thread(self._log.latest_policy)
-        assert latest is not None
+    async def _load(self, latest: PolicyVersion) -> None:
+        """Switch the sampler to the version that the caller compared: asked for again, it may have been rewound."""
         with self._worker.span("orchestrate:refresh", f"version {latest.number}"):
             weights = await asyncio.to_thread(self._newest_readable, latest)
             if weights is None:

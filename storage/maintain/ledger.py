@@ -4,7 +4,7 @@
         |                                                          ^                  |
         +---------produce: a claim is not durable                  +-----rewind-------+
 
-    (unseen), claimed, produced, scored --drop--> dropped(reason)     filtered at rollout or scoring, or too stale
+    (unseen), claimed, produced, scored --drop--> dropped(reason)     by a stage before the learner, or too stale
     scored                              --hold--> held(reason)        too stale to train now, kept for a replay
 
 A claim of an index that is further on changes nothing (its worker came too late), and neither does a drop or hold that
