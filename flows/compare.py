@@ -12,12 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from asyncopd.config.requests import ReplayRequest, arm_name
 from asyncopd.evaluate import Difference, Outcome, accuracy_difference, kl_difference, outcome_of
-from asyncopd.local.console import bar
+from asyncopd.local.console import bar, console_table
 from asyncopd.local.processes import home
 from asyncopd.report.text import table
 from asyncopd.study.cells import digest
@@ -99,18 +97,6 @@ def comparison_rows(names: Sequence[str], arms: Sequence[Outcome]) -> list[tuple
         )
         for number, (name, arm) in enumerate(zip(names, arms, strict=True))
     ]
-
-
-def console_table(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)
-) -> Table:
-    """For a terminal; columns not in `left` align right."""
-    shown = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column, name in enumerate(header):
-        shown.add_column(name, justify="left" if column in left else "right", header_style="dim")
-    for row in rows:
-        shown.add_row(*map(escape, row))
-    return shown
 
 
 def folder_of(out: str | None, name: str, question: Any) -> str:

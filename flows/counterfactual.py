@@ -34,13 +34,13 @@ from asyncopd.learner.counterfactual import (
     whole_batches,
 )
 from asyncopd.learner.restore import train_to
-from asyncopd.local.console import bar
+from asyncopd.local.console import bar, console_table
 from asyncopd.metrics import SECONDS
 from asyncopd.report.text import number, percent, table
 from asyncopd.schedule import Arrival
 from asyncopd.study.cells import CellStore, parquet
 from asyncopd.types import IndexRange, ScoredTrajectory
-from flows.compare import console_table, folder_of
+from flows.compare import folder_of
 from flows.engines import student_skeleton
 from flows.wiring import OpenRun, open_stored_run, student_of
 from storage.replay import check_counterfactual, read_step, scores_view

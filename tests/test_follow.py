@@ -85,7 +85,7 @@ def test_totals_sum_over_workers_and_outlive_their_retirement(log: StoredRunLog)
     log.heartbeat("rollout-host-9-cccc", WorkerStatus(role="rollout", num_tokens=20))
     progress = watch.look()
     assert progress.tokens["rollout"] == 520
-    assert [role.worker for role in progress.roles] == ["rollout-host-9-cccc"]
+    assert [role.worker for role in progress.workers] == ["rollout-host-9-cccc"]
 
 
 def test_rates_are_over_the_last_five_seconds(log: StoredRunLog) -> None:
@@ -107,7 +107,7 @@ def test_each_step_is_read_once(log: StoredRunLog, monkeypatch: pytest.MonkeyPat
     watch = watch_of(log)
     for number in range(3):
         log.publish_step(train_step(number))
-    assert len(watch.look().steps) == 3
+    assert len(watch.look().history.steps) == 3
     watch.look()
     steps = [parse_version(key) for key in read if "/steps/" in key]
     assert [step.number for step in steps if step] == [0, 1, 2, 3, 3]
@@ -120,9 +120,9 @@ def test_a_rewind_takes_steps_back(log: StoredRunLog) -> None:
     assert watch.look().tokens["learn"] == 40
     rewind = log.record_rewind(2, worker=LEARN)
     progress = watch.look()
-    assert (len(progress.steps), progress.tokens["learn"], progress.rates["learn"]) == (2, 20, None)
+    assert (len(progress.history.steps), progress.tokens["learn"], progress.rates["learn"]) == (2, 20, None)
     log.publish_step(train_step(2, num_tokens=10, rewind=rewind))
-    assert len(watch.look().steps) == 3
+    assert len(watch.look().history.steps) == 3
 
 
 def test_the_time_left_ignores_the_pause_before_a_resumption(log: StoredRunLog) -> None:
@@ -144,7 +144,7 @@ def test_a_worker_whose_heartbeat_stands_still_is_called_silent(log: StoredRunLo
     beaten = log.heartbeats()[ROLLOUT].beaten
     for later_s, silent_s in ((2, 0), (60, 60)):
         watch = ProgressWatch(RunView(log), config_of(), clock=Clock(), wall_clock=Clock(beaten + later_s))
-        assert watch.look().roles[0].silent_s == pytest.approx(silent_s)
+        assert watch.look().silent_s.get(ROLLOUT, 0) == pytest.approx(silent_s)
 
 
 # -- what is shown ------------------------------------------------------------------------------------------------

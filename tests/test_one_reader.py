@@ -69,7 +69,7 @@ def test_everybody_counts_the_same_steps(log: StoredRunLog, tmp_path: Path) -> N
     progress = ProgressWatch(RunView(log), CONFIG).look()
     seen = observe(RunView(log), CONFIG.teacher.name)
     audited = RunView.everything(log.store, log.run_id)
-    for steps in (progress.steps, seen.steps, audited.steps(), log.steps()):
+    for steps in (progress.history.steps, seen.steps, audited.steps(), log.steps()):
         assert [(step.step, step.rewind) for step in steps] == SURVIVING
     assert seen.num_rewinds == len(audited.rewinds) == 2
     assert summarise(log, CONFIG).num_steps == len(SURVIVING)
@@ -88,7 +88,7 @@ def test_everybody_shows_the_same_evaluations_and_figures(log: StoredRunLog, tmp
     latest = client.get(f"/v1/runs/{log.run_id}").json()["latest"]
     progress, seen = ProgressWatch(RunView(log), CONFIG).look(), observe(RunView(log), CONFIG.teacher.name)
     assert [e["version"] for e in listed] == [e.version.number for e in seen.evaluations] == [0, 4]
-    assert latest["accuracy"] == progress.evaluations[-1].accuracy == seen.evaluations[-1].accuracy == 0.6
+    assert latest["accuracy"] == progress.history.evaluations[-1].accuracy == seen.evaluations[-1].accuracy == 0.6
     # Fewer steps than the window of page and terminal: it is the whole run, as in the report.
     mean = summarise(log, CONFIG).staleness.mean_versions
     assert latest["staleness_mean_versions"] == progress.staleness.mean_versions == mean
@@ -99,9 +99,9 @@ def test_everybody_takes_the_same_workers_for_alive(log: StoredRunLog) -> None:
     page = RunReader(log.store).view(log.run_id)
     progress = ProgressWatch(RunView(log), CONFIG).look()
     audited = RunView.everything(log.store, log.run_id)
-    shown = [worker.worker for worker in progress.roles if not worker.silent_s]
+    shown = [worker.worker for worker in progress.workers if worker.worker not in progress.silent_s]
     assert page.alive_workers() == audited.alive_workers() == shown == ["learn-2"]
-    assert [worker.worker for worker in progress.roles] == ["learn-2", "rollout-2"]
+    assert [worker.worker for worker in progress.workers] == ["rollout-2", "learn-2"]
     with pytest.raises(StorageError, match="the learner learn-2 is alive"):
         set_aside(log.store, log.layout.step(5, 2))
 

@@ -215,6 +215,11 @@ def test_nothing_is_cut_off(path: Path) -> None:
         assert not is_prose or last.rstrip("*)`").endswith((".", ":", ";")) or last.endswith(("`", ")")), paragraph
 
 
+@page
+def test_no_page_holds_a_placeholder(path: Path) -> None:
+    assert "@@" not in path.read_text()
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_first_sentences_of_modules_are_whole(path: Path) -> None:
     summary = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]

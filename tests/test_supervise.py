@@ -20,6 +20,7 @@ from asyncopd.local.processes import (
     marked_processes,
     record_process,
     recorded_processes,
+    tail,
 )
 
 WATCHFUL = (
@@ -45,7 +46,7 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> float:
 
 def start_child(code: str, tmp_path: Path) -> Child:
     child = Child("test", [sys.executable, "-c", code], log_path=tmp_path / "child.log")
-    until(lambda: "ready" in child.tail())
+    until(lambda: "ready" in tail(child.log_path))
     return child
 
 

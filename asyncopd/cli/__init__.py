@@ -50,7 +50,7 @@ COMMANDS = {
         "and teacher.",
     },
     "Before a run": {
-        "plan:plan": "Predict throughput, overlap and staleness of a fleet, and its best split (docs/capacity.md).",
+        "plan:plan": "Predict throughput, overlap and staleness of a fleet, and its best split (docs/capacity.md)."
     },
     "This machine": {
         "service:up": "Start the local Prefect server, worker and service, and deploy prefect.yaml.",

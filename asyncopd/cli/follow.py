@@ -12,21 +12,20 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.padding import Padding
-from rich.table import Table
 
-from asyncopd.cli.progress import Progress, ProgressWatch, panel, plain_line
+from asyncopd.cli.progress import ProgressWatch, panel, plain_line
 from asyncopd.config import RunConfig
 from asyncopd.errors import StorageError
+from asyncopd.local.console import console_table
 from asyncopd.report.summary import Summary
-from asyncopd.report.text import duration, headline, quality_rows, role_rows, speed_rows
+from asyncopd.report.text import duration, headline, tables
 from storage.run_view import RunView
 
 POLL_S = 0.5
@@ -52,14 +51,26 @@ def follow(
         What `is_over` answered.
     """
     watch = ProgressWatch(view, config)
-    with _display(view.run_id, config, console, plain_every_s) as show:
+    printed_s, num_failures = -math.inf, 0
+    with Live(console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
         while True:
             # Asked before looking, so that the last look sees everything the flow did.
             state = is_over()
             try:
-                show(watch.look(), last=state is not None)
+                progress = watch.look()
             except StorageError as error:
-                console.print(f"storage does not answer, trying again: {error}", markup=False, highlight=False)
+                _print(console, f"storage does not answer, trying again: {error}")
+            else:
+                if live is None:
+                    for failure in progress.failures[num_failures:]:
+                        _print(console, f"failure: {failure}")
+                    num_failures = len(progress.failures)
+                    if state is not None or time.monotonic() - printed_s >= plain_every_s:
+                        printed_s = time.monotonic()
+                        _print(console, plain_line(progress, config))
+                else:
+                    title = f"[bold]{escape(view.run_id)}[/]  [dim]followed for {duration(progress.elapsed_s)}[/]"
+                    live.update(panel(progress, title, config), refresh=True)
             if state is not None:
                 return state
             time.sleep(poll_s)
@@ -82,58 +93,15 @@ def show_report(folder: Path, *, console: Console) -> None:
     console.print(escape(headline(summary).replace("**", "")), highlight=False)
     for note in summary.notes:
         console.print(f"[yellow]Note.[/] {escape(note)}", highlight=False)
-    first, last = summary.first, summary.last
-    if first and last:
-        title = f"Quality on {last.num_prompts} held-out prompts, ± one standard error"
-        header = ("", f"version {first.version}", f"version {last.version}", "change")
-        console.print(_table(title, header, quality_rows(first, last), left=(0,)))
-    console.print(_table("Speed", ("", "value", "meaning"), speed_rows(summary), left=(0, 2)))
-    if summary.roles:
-        header_5 = ("role", "processes", "busy", "busy / wall", "waited, while idle, for")
-        console.print(_table("Where the time went", header_5, role_rows(summary.roles), left=(0, 4)))
+    for shown in tables(summary):
+        console.print(Padding(console_table(*shown), (1, 0, 0, 0)))
     for failure in summary.incidents.failures:
         console.print(f"[red]failure[/] {escape(failure)}", highlight=False)
     files = ("report.md", "quality.png", "timeline.png", "training.png", "staleness.png", "lengths.png", "trace.json")
     found = ", ".join(name for name in files if (folder / name).exists())
-    console.print(f"\nreport    {folder / 'report.md'}", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"files     {found} (trace.json opens at https://ui.perfetto.dev)", highlight=False, markup=False)
+    _print(console, f"\nreport    {folder / 'report.md'}")
+    _print(console, f"files     {found} (trace.json opens at https://ui.perfetto.dev)")
 
 
-# -- live ---------------------------------------------------------------------------------------------------------
-class _Show(Protocol):
-    def __call__(self, progress: Progress, *, last: bool) -> None: ...
-
-
-@contextlib.contextmanager
-def _display(run_id: str, config: RunConfig, console: Console, plain_every_s: float) -> Iterator[_Show]:
-    if console.is_terminal:
-        with Live(console=console, auto_refresh=False) as live:
-
-            def show_panel(progress: Progress, *, last: bool) -> None:
-                title = f"[bold]{escape(run_id)}[/]  [dim]followed for {duration(progress.elapsed_s)}[/]"
-                live.update(panel(progress, title, config), refresh=True)
-
-            yield show_panel
-        return
-    printed_s = -math.inf
-    num_failures = 0
-
-    def show_line(progress: Progress, *, last: bool) -> None:
-        nonlocal printed_s, num_failures
-        for failure in progress.failures[num_failures:]:
-            console.print(f"failure: {failure}", markup=False, highlight=False, soft_wrap=True)
-        num_failures = len(progress.failures)
-        if last or time.monotonic() - printed_s >= plain_every_s:
-            printed_s = time.monotonic()
-            console.print(plain_line(progress, config), markup=False, highlight=False, soft_wrap=True)
-
-    yield show_line
-
-
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> RenderableType:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column, name in enumerate(header):
-        table.add_column(name, justify="left" if column in left else "right", header_style="dim")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return Padding(table, (1, 0, 0, 0))
+def _print(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -48,13 +48,7 @@ def audit(run_id: str, /, *, root: Root = "runs", json_: Json = False, grace_s: 
 
 
 def collect(
-    run_id: str,
-    /,
-    *,
-    root: Root = "runs",
-    json_: Json = False,
-    dry_run: bool = False,
-    grace_s: float | None = None,
+    run_id: str, /, *, root: Root = "runs", json_: Json = False, dry_run: bool = False, grace_s: float | None = None
 ) -> int:
     """Clean a run.
 

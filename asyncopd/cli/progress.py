@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
@@ -41,40 +41,12 @@ _STAGES = ("rollout", "score", "learn")
 
 
 @dataclass(frozen=True)
-class RoleProgress:
-    """One worker that did not retire."""
-
-    beat: Heartbeat
-    silent_s: float
-    """Seconds since its last heartbeat when it gives no signs of life any more, else 0."""
-
-    @property
-    def role(self) -> str:
-        return role_of(self.beat)
-
-    @property
-    def worker(self) -> str:
-        return self.beat.worker
-
-    @property
-    def status(self) -> WorkerStatus:
-        """As its heartbeat tells it."""
-        return self.beat.status
-
-    @property
-    def waiting_for(self) -> str | None:
-        """What its next piece of work needs; the present one may go on beside the wait."""
-        return self.status.waiting_for
-
-
-@dataclass(frozen=True)
 class Progress:
     """A run at one moment."""
 
-    elapsed_s: float
+    history: History
     status: RunStatus
-    steps: Sequence[TrainStep]
-    """Of the surviving lineage."""
+    elapsed_s: float
     num_steps: int
     """Planned; of a replay that begins later, from its first step on."""
     tokens: Mapping[str, int]
@@ -85,29 +57,31 @@ class Progress:
     version: int | None
     staleness: StalenessFigures
     """Of the tokens of the last RECENT_STEPS."""
-    dropped: Mapping[str, int]
-    """Reason -> trajectories of the steps so far that were not trained and never will be."""
-    held: Mapping[str, int]
-    """Reason -> trajectories of the steps so far that were kept untrained."""
     eta_s: float | None
     """None while too few steps are known, and for a run that is stopped."""
     stopped: str | None
     """Why no step is being trained now although some are missing; None while the run goes on or is finished."""
     bottleneck: str | None
     """Which role holds the others up, in words; None while too little is known, and for a run that is stopped."""
-    evaluations: Sequence[Evaluation]
-    roles: tuple[RoleProgress, ...]
-    failures: tuple[str, ...]
-    """`role: reason`, oldest first."""
-
-    @property
-    def last_step(self) -> TrainStep | None:
-        return self.steps[-1] if self.steps else None
+    workers: Sequence[Heartbeat]
+    """Those that did not retire, in the order of the pipeline."""
+    silent_s: Mapping[str, float]
+    """Worker that gives no signs of life any more -> seconds since its last."""
 
     @property
     def started(self) -> bool:
         """Has any role given a sign of life?"""
-        return bool(self.roles or self.tokens or self.steps)
+        return bool(self.workers or self.tokens)
+
+    @property
+    def pretraining(self) -> Sequence[Heartbeat]:
+        """The workers that say how far the pre-training of a model is."""
+        return [beat for beat in self.workers if beat.status.role == "pretrain" and beat.status.num_steps is not None]
+
+    @property
+    def failures(self) -> Sequence[str]:
+        """`role: reason`, oldest first."""
+        return [f"{failure.role}: {failure.reason}" for failure in self.history.failures]
 
 
 class ProgressWatch:
@@ -131,17 +105,15 @@ class ProgressWatch:
         self._began = clock()
         self._tokens: dict[str, tuple[str, int]] = {}
         """Worker -> (role, tokens), kept after a worker retires and its status is gone."""
-        self._counts: deque[tuple[float, dict[str, int]]] = deque()
+        self._counts: deque[tuple[float, Counter[str]]] = deque()
 
     def look(self) -> Progress:
         """Read what is new and say where the run is. Raises StorageError when storage does not answer."""
         history = self._view.refresh().history
-        steps, now = history.steps, self._wall_clock()
-        roles = tuple(
-            RoleProgress(b, 0.0 if is_alive(b, lease_s=self._lease_s, now=now) else now - b.beaten)
-            for b in sorted(history.beats.values(), key=lambda b: (role_of(b), b.worker))
-            if b.status.role and not b.retired
-        )
+        steps, recent, now = history.steps, history.steps[-RECENT_STEPS:], self._wall_clock()
+        workers = sorted((b for b in history.beats.values() if b.status.role and not b.retired), key=_place)
+        silent_s = {b.worker: now - b.beaten for b in workers if not is_alive(b, lease_s=self._lease_s, now=now)}
+        alive = [beat for beat in workers if beat.worker not in silent_s]
         tokens = self._count(history.beats.values())
         rates = self._rates(tokens)
         if steps:
@@ -149,59 +121,51 @@ class ProgressWatch:
             tokens["learn"] = sum(step.num_tokens for step in steps)
             rates["learn"] = trained_per_s(steps[-RECENT_STEPS - 1 :])
         status = status_of(history, self._num_steps, self._view.find_request(), now)
-        stopped = self._stopped(history, status, roles)
-        shares: dict[str, list[float]] = {}
-        for worker in roles:
-            if not worker.silent_s and worker.status.busy is not None:
-                shares.setdefault(worker.role, []).append(worker.status.busy)
+        stopped = self._stopped(history, status, {role_of(beat) for beat in alive})
         return Progress(
-            elapsed_s=self._clock() - self._began,
+            history=history,
             status=status,
-            steps=steps,
+            elapsed_s=self._clock() - self._began,
             num_steps=self._num_steps - history.first_step,
             tokens=tokens,
             rates=rates,
             version=steps[-1].version.number if steps else (0 if self._view.find_policy(0) else None),
-            staleness=staleness_of(steps[-RECENT_STEPS:]),
-            dropped=Counter(reason for step in steps for reason in step.dropped.values()),
-            held=Counter(reason for step in steps for reason in step.held.values()),
-            eta_s=None if stopped else self._eta_s(steps),
+            staleness=staleness_of(recent),
+            eta_s=None if stopped else self._eta_s(recent),
             stopped=stopped,
-            bottleneck=None if stopped else bottleneck(shares),
-            evaluations=history.evaluations,
-            roles=roles,
-            failures=tuple(f"{failure.role}: {failure.reason}" for failure in history.failures),
+            bottleneck=None if stopped else bottleneck(_shares(alive)),
+            workers=workers,
+            silent_s=silent_s,
         )
 
-    def _count(self, beats: Iterable[Heartbeat]) -> dict[str, int]:
+    def _count(self, beats: Iterable[Heartbeat]) -> Counter[str]:
         for beat in beats:
             if beat.status.num_tokens is not None:
                 self._tokens[beat.worker] = (role_of(beat), beat.status.num_tokens)
-        totals: dict[str, int] = {}
+        totals: Counter[str] = Counter()
         for role, num_tokens in self._tokens.values():
-            totals[role] = totals.get(role, 0) + num_tokens
+            totals[role] += num_tokens
         return totals
 
-    def _stopped(self, history: History, status: RunStatus, roles: Sequence[RoleProgress]) -> str | None:
+    def _stopped(self, history: History, status: RunStatus, alive: Collection[str]) -> str | None:
         if status in ("paused", "cancelled", "failed"):
             reason = history.states[-1].reason if status == "failed" else ""
             return f"{status} ({reason})" if reason else status
-        alive = {worker.role for worker in roles if not worker.silent_s}
         is_missing = status != "succeeded" and not history.is_trained(self._num_steps) and "learn" not in alive
         # Before its first step a run makes models, and the learner's process starts.
         return "no learner gives a sign of life" if history.steps and is_missing else None
 
-    def _rates(self, tokens: Mapping[str, int]) -> dict[str, float | None]:
+    def _rates(self, tokens: Counter[str]) -> dict[str, float | None]:
         now = self._clock()
-        self._counts.append((now, dict(tokens)))
+        self._counts.append((now, tokens.copy()))
         while len(self._counts) > 2 and now - self._counts[1][0] >= WINDOW_S:
             self._counts.popleft()
         then, before = self._counts[0]
-        return {r: (total - before.get(r, 0)) / (now - then) if now > then else None for r, total in tokens.items()}
+        return {role: (total - before[role]) / (now - then) if now > then else None for role, total in tokens.items()}
 
-    def _eta_s(self, steps: Sequence[TrainStep]) -> float | None:
-        left = self._num_steps - 1 - (steps[-1].step if steps else -1)
-        gaps = [after.finished - before.finished for before, after in itertools.pairwise(steps[-RECENT_STEPS:])]
+    def _eta_s(self, recent: Sequence[TrainStep]) -> float | None:
+        left = self._num_steps - 1 - (recent[-1].step if recent else -1)
+        gaps = [after.finished - before.finished for before, after in itertools.pairwise(recent)]
         if left <= 0:
             return 0.0
         # The median, because a resumed run has one gap that is hours long.
@@ -218,27 +182,26 @@ def panel(progress: Progress, title: str, config: RunConfig) -> RenderableType:
         return Group(title, "  waiting for a worker to start the flow …")
     lines = Table.grid(padding=(0, 2))
     lines.add_column(style="dim", no_wrap=True)
-    lines.add_column()
-    for worker in progress.roles:
-        if is_pretraining(worker):
-            bar = _bar(worker.status.step or 0, worker.status.num_steps or 0, _pretrained(worker))
-            lines.add_row("pretrain", bar)
-    if progress.last_step or progress.version is not None:
-        text = f"step {len(progress.steps):,} of {progress.num_steps:,}, {_eta(progress)}"
-        lines.add_row("train", _bar(len(progress.steps), progress.num_steps, text))
+    for beat in progress.pretraining:
+        lines.add_row("pretrain", _bar(beat.status.step or 0, beat.status.num_steps or 0, _pretrained(beat.status)))
+    if progress.version is not None:
+        done = len(progress.history.steps)
+        text = f"step {done:,} of {progress.num_steps:,}, {_eta(progress)}"
+        lines.add_row("train", _bar(done, progress.num_steps, text))
         if any(rate is not None for rate in progress.rates.values()):
             lines.add_row("tokens", _tokens(progress))
         lines.add_row("policy", _policy(progress, config))
         lines.add_row("step", _losses(progress))
-        lines.add_row("quality", _quality(progress))
+        lines.add_row("quality", _quality(progress.history.evaluations))
         if progress.bottleneck:
             lines.add_row("now", escape(progress.bottleneck))
     roles = Table.grid(padding=(0, 2))
-    for worker in sorted(progress.roles, key=_role_order):
-        waits = f"[dim]next waits for {escape(worker.waiting_for)}[/]" if worker.waiting_for else ""
-        silent = f"[yellow]no sign of life for {worker.silent_s:.0f} s[/]" if worker.silent_s else ""
-        roles.add_row(f"[bold]{escape(worker.role)}[/]", escape(activity(worker)), silent or waits)
-    if not progress.roles:
+    for beat in progress.workers:
+        wanted, silent_s = beat.status.waiting_for, progress.silent_s.get(beat.worker)
+        waits = f"[dim]next waits for {escape(wanted)}[/]" if wanted else ""
+        note = f"[yellow]no sign of life for {silent_s:.0f} s[/]" if silent_s is not None else waits
+        roles.add_row(f"[bold]{escape(role_of(beat))}[/]", escape(activity(beat.status)), note)
+    if not progress.workers:
         roles.add_row("[dim]no role is running[/]")
     failures = [f"  [red]{escape(failure)}[/]" for failure in progress.failures[-2:]]
     return Group(title, Padding(lines, (0, 0, 0, 2)), Padding(roles, (0, 0, 0, 2)), *failures)
@@ -246,28 +209,22 @@ def panel(progress: Progress, title: str, config: RunConfig) -> RenderableType:
 
 def plain_line(progress: Progress, config: RunConfig) -> str:
     """Where a run is, in one line for a log."""
-    time_shown = f"[{progress.elapsed_s:6.1f} s]"
     if not progress.started:
-        return f"{time_shown} waiting for a worker to start the flow"
-    pretraining = [worker for worker in progress.roles if is_pretraining(worker)]
-    if pretraining:
-        return f"{time_shown} " + "; ".join(f"pretrain {_pretrained(worker)}" for worker in pretraining)
-    if progress.version is None and progress.last_step is None:
-        return f"{time_shown} " + ("; ".join(map(_doing, progress.roles)) or "starting")
-    parts = [
-        f"step {len(progress.steps)} of {progress.num_steps}, {_eta(progress)}",
-        _tokens(progress),
-        _policy(progress, config),
-        _losses(progress),
-        _quality(progress),
-    ]
-    return f"{time_shown} " + " | ".join(parts)
+        told = "waiting for a worker to start the flow"
+    elif progress.pretraining:
+        told = "; ".join(f"pretrain {_pretrained(beat.status)}" for beat in progress.pretraining)
+    elif progress.version is None:
+        told = "; ".join(map(_doing, progress.workers)) or "starting"
+    else:
+        reached = f"step {len(progress.history.steps)} of {progress.num_steps}, {_eta(progress)}"
+        quality = _quality(progress.history.evaluations)
+        told = " | ".join([reached, _tokens(progress), _policy(progress, config), _losses(progress), quality])
+    return f"[{progress.elapsed_s:6.1f} s] {told}"
 
 
-def activity(worker: RoleProgress) -> str:
+def activity(status: WorkerStatus) -> str:
     """What a worker does, from its heartbeat."""
-    status = worker.status
-    match worker.role:
+    match status.role:
         case "rollout":
             return f"samples with version {status.version}, {status.num_trajectories or 0:,} responses"
         case "score":
@@ -275,23 +232,16 @@ def activity(worker: RoleProgress) -> str:
         case "learn" if status.step is not None:
             return f"step {status.step} of {status.num_steps}"
         case "evaluate":
-            last = status.version
-            return "no version evaluated yet" if last is None else f"version {last} evaluated"
+            return "no version evaluated yet" if status.version is None else f"version {status.version} evaluated"
         case "pretrain" if status.model is not None:
             return f"makes the {status.model}"
     return "starting"
 
 
 # -- pieces -------------------------------------------------------------------------------------------------------
-def is_pretraining(worker: RoleProgress) -> bool:
-    """Does its heartbeat say how far the pre-training of a model is?"""
-    return worker.role == "pretrain" and worker.status.num_steps is not None
-
-
-def _pretrained(worker: RoleProgress) -> str:
-    status = worker.status
-    loss = _nats(status.loss_nats)
-    return f"{status.model}: step {status.step or 0:,} of {status.num_steps or 0:,}, loss {loss}"
+def _pretrained(status: WorkerStatus) -> str:
+    done = f"step {status.step or 0:,} of {status.num_steps or 0:,}"
+    return f"{status.model}: {done}, loss {_nats(status.loss_nats)}"
 
 
 def _bar(done: int, total: int, text: str) -> RenderableType:
@@ -316,26 +266,25 @@ def _policy(progress: Progress, config: RunConfig) -> str:
     mean, oldest = number(progress.staleness.mean_versions, ".2f"), number(progress.staleness.max_versions, "d")
     staleness = config.staleness
     bound = f"{staleness.max_staleness} allowed" if staleness.on_stale != "train" else "any age"
-    left_out = [
-        f", {sum(reasons.values()):,} {what} ({', '.join(sorted(reasons))})"
-        for what, reasons in (("dropped", progress.dropped), ("held", progress.held))
+    dropped = [reason for step in progress.history.steps for reason in step.dropped.values()]
+    held = [reason for step in progress.history.steps for reason in step.held.values()]
+    left_out = "".join(
+        f", {len(reasons):,} {what} ({', '.join(sorted(set(reasons)))})"
+        for what, reasons in (("dropped", dropped), ("held", held))
         if reasons
-    ]
-    return f"version {number(progress.version, 'd')}, staleness {mean} mean, {oldest} max of {bound}{''.join(left_out)}"
+    )
+    return f"version {number(progress.version, 'd')}, staleness {mean} mean, {oldest} max of {bound}{left_out}"
 
 
 def _losses(progress: Progress) -> str:
-    metrics = progress.last_step.metrics if progress.last_step else {}
+    metrics = progress.history.steps[-1].metrics if progress.history.steps else {}
     loss, kl, drift = (metrics.get(metric.key) for metric in (LOSS, KL, DRIFT))
     return f"loss {_nats(loss)}, KL to teacher {_nats(kl)}, drift {_nats(drift, '.5f')}"
 
 
-def _quality(progress: Progress) -> str:
-    known = progress.evaluations
-    if not known:
-        return "not evaluated yet"
-    chosen = known[:1] if len(known) == 1 else (known[0], known[-1])
-    return " -> ".join(map(_evaluated, chosen))
+def _quality(evaluations: Sequence[Evaluation]) -> str:
+    first_and_last = [*evaluations[:1], *evaluations[1:][-1:]]
+    return " -> ".join(map(_evaluated, first_and_last)) or "not evaluated yet"
 
 
 def _evaluated(evaluation: Evaluation) -> str:
@@ -343,17 +292,22 @@ def _evaluated(evaluation: Evaluation) -> str:
     return f"{accuracy}KL {_nats(evaluation.kl_nats)} at version {evaluation.version.number}"
 
 
-def _doing(worker: RoleProgress) -> str:
-    waits = f", waits for {worker.waiting_for}" if worker.waiting_for else ""
-    return f"{worker.role}: {activity(worker)}{waits}"
+def _doing(beat: Heartbeat) -> str:
+    waits = f", waits for {beat.status.waiting_for}" if beat.status.waiting_for else ""
+    return f"{role_of(beat)}: {activity(beat.status)}{waits}"
 
 
 def _nats(value: float | None, form: str = ".4f") -> str:
     return f"{number(value, form)} nats"
 
 
-def _role_order(worker: RoleProgress) -> tuple[int, str]:
-    return (_ROLES.index(worker.role) if worker.role in _ROLES else len(_ROLES), worker.worker)
+def _place(beat: Heartbeat) -> tuple[int, str]:
+    """Sorts workers in the order of the pipeline."""
+    return (_ROLES.index(role_of(beat)) if role_of(beat) in _ROLES else len(_ROLES), beat.worker)
+
+
+def _shares(alive: Sequence[Heartbeat]) -> Mapping[str, Sequence[float]]:
+    return {r: [b.status.busy for b in alive if role_of(b) == r and b.status.busy is not None] for r in _STAGES}
 
 
 def bottleneck(shares: Mapping[str, Sequence[float]]) -> str | None:
@@ -362,7 +316,7 @@ def bottleneck(shares: Mapping[str, Sequence[float]]) -> str | None:
     Args:
         shares: role -> busy share of each of its workers, 0 to 1.
     """
-    busy = {role: sum(shares[role]) / len(shares[role]) for role in _STAGES if shares.get(role)}
+    busy = {role: statistics.fmean(shares[role]) for role in _STAGES if shares.get(role)}
     if len(busy) < 2:
         return None
     first, *others = sorted(busy, key=lambda role: busy[role], reverse=True)
@@ -372,7 +326,6 @@ def bottleneck(shares: Mapping[str, Sequence[float]]) -> str | None:
     waiting = [role for role in others if busy[role] < SATURATED]
     if not waiting:
         return f"{first} and {' and '.join(others)} are busy all the time: nothing waits, the machine is the bottleneck"
-    shown = ", ".join(f"{role} {busy[role]:.0%}" for role in others)
+    told = ", ".join(f"{role} {busy[role]:.0%}" for role in (first, *others))
     verb = "waits" if len(waiting) == 1 else "wait"
-    told = f"(busy: {first} {busy[first]:.0%}, {shown})"
-    return f"{first} is the bottleneck: {' and '.join(waiting)} {verb} for it {told}"
+    return f"{first} is the bottleneck: {' and '.join(waiting)} {verb} for it (busy: {told})"

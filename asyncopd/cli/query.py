@@ -130,12 +130,7 @@ def sql(
 
 
 def export(
-    query: str,
-    /,
-    *,
-    format: ExportFormat,
-    output: Annotated[Path, Parameter(metavar="DIR")],
-    scope: Scope = EVERYTHING,
+    query: str, /, *, format: ExportFormat, output: Annotated[Path, Parameter(metavar="DIR")], scope: Scope = EVERYTHING
 ) -> int:
     """Write a dataset.
 

@@ -24,8 +24,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -110,38 +110,34 @@ def marked_processes() -> list[psutil.Process]:
     return found
 
 
+def spawn(
+    argv: Sequence[str], log_path: Path, env: Mapping[str, str], *, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    """Start a process in its own session, with `env` added to ours and its output appended to a file."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **env}
+    with log_path.open("ab") as output:
+        # Not a pipe for output: an orphan that holds one keeps its reader waiting.
+        return subprocess.Popen(
+            argv, stdin=stdin, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
+
+
 class Child:
     """A child process in its own session, with its output in a file and its stdin held open as a lifeline."""
 
     def __init__(self, name: str, argv: Sequence[str], *, log_path: Path, env: Mapping[str, str] | None = None) -> None:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        self.name = name
         self.log_path = log_path
-        with log_path.open("ab") as output:
-            # Not a pipe for output: an orphan that holds one keeps its reader waiting.
-            self._popen = subprocess.Popen(
-                list(argv),
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, **(env or {})},
-            )
+        self._popen = spawn(argv, log_path, env or {}, stdin=subprocess.PIPE)
         self.record = record_process(name, self._popen.pid)
 
     def exit_status(self) -> int | None:
         """None while it runs; negative after a signal."""
         return self._popen.poll()
 
-    def terminate(self) -> None:
-        """Ask it to stop: SIGTERM, without waiting."""
-        if self._popen.poll() is None:
-            self._popen.terminate()
-
     def kill(self) -> None:
-        """End it whatever it does: SIGKILL, without waiting."""
-        if self._popen.poll() is None:
-            self._popen.kill()
+        """End it whatever it does: SIGKILL, without waiting. Nothing where it ended already."""
+        self._popen.kill()
 
     def close(self) -> None:
         """Release the lifeline and the record of a child that ended."""
@@ -149,9 +145,10 @@ class Child:
             self._popen.stdin.close()
         self.record.path.unlink(missing_ok=True)
 
-    def tail(self, num_lines: int = 15) -> str:
-        """The end of its output."""
-        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
+
+def tail(log_path: Path) -> str:
+    """The last 15 lines of a log; nothing where there is none."""
+    return "\n".join(log_path.read_text(errors="replace").splitlines()[-15:]) if log_path.is_file() else ""
 
 
 def watch_parent() -> None:
@@ -174,21 +171,19 @@ def watch_parent() -> None:
 
 def end_processes(processes: Sequence[psutil.Process], grace_s: float = TERMINATE_GRACE_S) -> list[int]:
     """SIGTERM all processes and their descendants, wait, SIGKILL what is left. Returns the pids that were ended."""
-    family = list({p.pid: p for root in processes for p in (root, *_descendants(root))}.values())
-    for process in family:
+    family = {root.pid: root for root in processes}
+    for root in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family |= {process.pid: process for process in root.children(recursive=True)}
+    for process in family.values():
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=grace_s)
+    _, alive = psutil.wait_procs(list(family.values()), timeout=grace_s)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=3)
-    return [process.pid for process in family]
-
-
-def _descendants(process: psutil.Process) -> Iterator[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        yield from process.children(recursive=True)
+    return list(family)
 
 
 @dataclass(frozen=True)
@@ -217,34 +212,28 @@ class _Role:
     """When `beat` was seen first."""
 
 
+@dataclass
 class RoleProcesses:
     """The role processes of one run on this machine."""
 
-    def __init__(
-        self,
-        specs: Sequence[RoleSpec],
-        *,
-        run_id: str,
-        root: str,
-        log_dir: Path,
-        env: dict[str, str],
-        max_restarts: int,
-        hang_s: float,
-        failure_of: Callable[[str], str | None],
-        beats: Callable[[], Mapping[int, object]],
-        retire: Callable[[int], object],
-        say: Callable[[str], None],
-    ) -> None:
-        """
-        Args:
-            failure_of: role -> the reason its last process published before it ended, if any.
-            beats: pid -> anything that changes with every heartbeat of that process on this machine.
-            retire: told the pid of every child that ended, so that nobody waits for its leases to run out.
-        """
-        self._specs, self._run_id, self._root, self._log_dir, self._env = specs, run_id, root, log_dir, env
-        self._max_restarts, self._hang_s = max_restarts, hang_s
-        self._failure_of, self._beats, self._retire, self._say = failure_of, beats, retire, say
-        self._restarts_left = dict.fromkeys(specs, max_restarts)
+    specs: Sequence[RoleSpec]
+    _: KW_ONLY
+    run_id: str
+    root: str
+    log_dir: Path
+    env: Mapping[str, str]
+    max_restarts: int
+    hang_s: float
+    failure_of: Callable[[str], str | None]
+    """Role -> the reason its last process published before it ended, if any."""
+    beats: Callable[[], Mapping[int, object]]
+    """Pid -> anything that changes with every heartbeat of that process on this machine."""
+    retire: Callable[[int], object]
+    """Told the pid of every child that ended, so that nobody waits for its leases to run out."""
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self._restarts_left = dict.fromkeys(self.specs, self.max_restarts)
         self._roles: dict[RoleSpec, _Role] = {}
 
     async def run(self) -> None:
@@ -254,12 +243,12 @@ class RoleProcesses:
             RoleFailedError: a role ended badly more often than it may be restarted; all others are stopped first.
         """
         try:
-            for spec in self._specs:
+            for spec in self.specs:
                 self._start(spec)
             checked = time.monotonic()
             while self._roles:
                 await asyncio.sleep(0.2)
-                if time.monotonic() - checked > self._hang_s / 5:
+                if time.monotonic() - checked > self.hang_s / 5:
                     await self._kill_hung()
                     checked = time.monotonic()
                 for spec, role in list(self._roles.items()):
@@ -281,7 +270,7 @@ class RoleProcesses:
     async def _kill_hung(self) -> None:
         """SIGKILL every child that lives but does not beat: nothing gentler reaches a process that is stopped."""
         try:
-            beats = await asyncio.to_thread(self._beats)
+            beats = await asyncio.to_thread(self.beats)
         except StorageError:
             return  # storage that does not answer says nothing about the roles
         now = time.monotonic()
@@ -289,8 +278,8 @@ class RoleProcesses:
             beat = beats.get(role.child.record.pid)
             if beat is None or beat != role.beat:
                 role.beat, role.seen = beat, now
-            elif now - role.seen > self._hang_s:
-                self._say(f"{spec.name} gave no sign of life for {now - role.seen:.0f} s and is killed")
+            elif now - role.seen > self.hang_s:
+                self.say(f"{spec.name} gave no sign of life for {now - role.seen:.0f} s and is killed")
                 role.child.kill()
                 role.seen = now
 
@@ -298,30 +287,30 @@ class RoleProcesses:
         child = Child(
             spec.name,
             self._command(spec),
-            log_path=self._log_dir / f"{spec.name}.log",
+            log_path=self.log_dir / f"{spec.name}.log",
             # Which of several workers this is, so that each takes a GPU of its own (rollout.vllm.devices).
-            env={**self._env, "ASYNCOPD_ROLE_NUMBER": str(spec.number)},
+            env={**self.env, "ASYNCOPD_ROLE_NUMBER": str(spec.number)},
         )
         self._roles[spec] = _Role(child, time.monotonic())
 
     def _command(self, spec: RoleSpec) -> list[str]:
-        run = ("--run-id", self._run_id, "--root", self._root)
+        run = ("--run-id", self.run_id, "--root", self.root)
         return [sys.executable, "-m", "flows.roles", spec.role, *run, "--flow", "--watch-parent"]
 
     def _ended(self, spec: RoleSpec, status: int) -> None:
         role = self._roles.pop(spec)
         role.child.close()
         if status == 0:
-            self._say(f"{spec.name} finished")
+            self.say(f"{spec.name} finished")
             return
-        reason = self._failure_of(spec.role) or role.child.tail()
+        reason = self.failure_of(spec.role) or tail(role.child.log_path)
         cause = f"exit status {status}" if status > 0 else f"signal {-status}"
         with contextlib.suppress(StorageError):  # its leases then run out by themselves
-            self._retire(role.child.record.pid)
+            self.retire(role.child.record.pid)
         if time.monotonic() - role.started > STEADY_S:
-            self._restarts_left[spec] = self._max_restarts
+            self._restarts_left[spec] = self.max_restarts
         if self._restarts_left[spec] == 0:
             raise RoleFailedError(f"{spec.name} ended with {cause}: {reason}\nIts output is in {role.child.log_path}.")
         self._restarts_left[spec] -= 1
-        self._say(f"{spec.name} ended with {cause} and is started again ({self._restarts_left[spec]} left): {reason}")
+        self.say(f"{spec.name} ended with {cause} and is started again ({self._restarts_left[spec]} left): {reason}")
         self._start(spec)

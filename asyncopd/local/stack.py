@@ -27,6 +27,8 @@ from asyncopd.local.processes import (
     marked_processes,
     record_process,
     recorded_processes,
+    spawn,
+    tail,
 )
 
 POOL = "local"
@@ -52,10 +54,7 @@ def service_url() -> str:
 
 def server_answers() -> bool:
     """Does a Prefect server answer at `api_url()`?"""
-    try:
-        return httpx.get(f"{api_url()}/health", timeout=5).text.strip() == "true"
-    except httpx.HTTPError:
-        return False
+    return _answer(f"{api_url()}/health").strip() == "true"
 
 
 def up(say: Callable[[str], None]) -> None:
@@ -68,7 +67,7 @@ def up(say: Callable[[str], None]) -> None:
     _ensure_worker(say)
     _ensure_deployed(say)
     # Also when it runs already: one that reports to another server would leave every run waiting.
-    _wait(_worker_online, 60, f"the Prefect worker to report to {api_url()}", home() / "logs" / "worker.log")
+    _wait(_worker_online, 60, f"the Prefect worker to report to {api_url()}", "worker")
 
 
 def up_service(say: Callable[[str], None]) -> None:
@@ -77,33 +76,25 @@ def up_service(say: Callable[[str], None]) -> None:
     Raises:
         StackError: the port belongs to another program, or the service did not start in time.
     """
-    if not any(record.name == "service" for record in recorded_processes()):
+    if not _runs("service"):
         address = urlsplit(service_url())
         host, port = address.hostname or "127.0.0.1", address.port or 80
-        with socket.socket() as probe:
-            if probe.connect_ex((host, port)) == 0:
-                raise StackError(
-                    f"port {port} of {host} is in use, so the service cannot start there; server and worker run. Stop "
-                    f"what uses it, or choose another: ASYNCOPD_SERVICE_URL=http://{host}:{port + 1} asyncopd up."
-                )
+        if _is_taken(host, port):
+            raise StackError(
+                f"port {port} of {host} is in use, so the service cannot start there; server and worker run. Stop "
+                f"what uses it, or choose another: ASYNCOPD_SERVICE_URL=http://{host}:{port + 1} asyncopd up."
+            )
         say(f"starting the service at {service_url()}")
         options = {"--host": host, "--port": str(port), "--root": "runs", "--configs": "configs"}
         _spawn("service", [sys.executable, "-m", "api", *(part for option in options.items() for part in option)])
-    _wait(_service_settled, 120, f"the service at {service_url()}", home() / "logs" / "service.log")
+    _wait(lambda: service_answers() or not _runs("service"), 120, f"the service at {service_url()}", "service")
     if not service_answers():
-        raise StackError(f"the service ended; the reason is at the end of {home() / 'logs' / 'service.log'}.")
+        raise StackError(f"the service ended; the reason is at the end of {_log_path('service')}.")
 
 
 def service_answers() -> bool:
     """Does the service answer at `service_url()`?"""
-    try:
-        return httpx.get(f"{service_url()}/healthz", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def _service_settled() -> bool:
-    return service_answers() or not any(record.name == "service" for record in recorded_processes())
+    return _answer(f"{service_url()}/healthz") != ""
 
 
 def down(say: Callable[[str], None]) -> None:
@@ -138,8 +129,8 @@ def status() -> dict[str, Any]:
     return {
         "server": api_url() if server else None,
         # Prefect calls a killed worker online for another half minute.
-        "worker_online": server and any(p["name"] == "worker" for p in processes) and _worker_online(),
-        "service": service_url() if any(p["name"] == "service" for p in processes) and service_answers() else None,
+        "worker_online": server and _runs("worker") and _worker_online(),
+        "service": service_url() if _runs("service") and service_answers() else None,
         "processes": processes,
     }
 
@@ -166,6 +157,24 @@ def prefect_environment() -> dict[str, str]:
     } | {key: value for key, value in os.environ.items() if key.startswith(("PREFECT_", "OMP_"))}
 
 
+def _answer(url: str) -> str:
+    """Text of a successful answer; empty without one."""
+    try:
+        response = httpx.get(url, timeout=5)
+    except httpx.HTTPError:
+        return ""
+    return response.text if response.is_success else ""
+
+
+def _is_taken(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0
+
+
+def _runs(name: str) -> bool:
+    return any(record.name == name for record in recorded_processes())
+
+
 def _prefect(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "prefect", *arguments]
 
@@ -177,19 +186,18 @@ def _ensure_server(say: Callable[[str], None]) -> None:
     if address.hostname not in ("127.0.0.1", "localhost", "::1"):
         raise StackError(f"no Prefect server answers at {api_url()}, and only a local one can be started here.")
     port = address.port or 80
-    with socket.socket() as probe:
-        if probe.connect_ex((address.hostname, port)) == 0:
-            raise StackError(
-                f"port {port} of {address.hostname} is in use by something that is not a Prefect server. Stop it, or "
-                f"choose another: PREFECT_API_URL=http://127.0.0.1:{port + 1}/api asyncopd up."
-            )
+    if _is_taken(address.hostname, port):
+        raise StackError(
+            f"port {port} of {address.hostname} is in use by something that is not a Prefect server. Stop it, or "
+            f"choose another: PREFECT_API_URL=http://127.0.0.1:{port + 1}/api asyncopd up."
+        )
     say(f"starting a Prefect server at {api_url()} (a fresh one takes 30–50 s)")
-    log_path = _spawn("server", _prefect("server", "start", "--host", address.hostname, "--port", str(port)))
-    _wait(server_answers, SERVER_START_S, f"the Prefect server at {api_url()}", log_path)
+    _spawn("server", _prefect("server", "start", "--host", address.hostname, "--port", str(port)))
+    _wait(server_answers, SERVER_START_S, f"the Prefect server at {api_url()}", "server")
 
 
 def _ensure_worker(say: Callable[[str], None]) -> None:
-    if any(record.name == "worker" for record in recorded_processes()):
+    if _runs("worker"):
         return
     say(f"starting a Prefect worker on work pool {POOL}")
     # Created here: `prefect deploy` into a pool that does not exist yet only warns, and its runs never start.
@@ -228,31 +236,23 @@ def _worker_online() -> bool:
     return response.status_code == 200 and any(worker["status"] == "ONLINE" for worker in response.json())
 
 
-def _spawn(name: str, argv: list[str]) -> Path:
+def _spawn(name: str, argv: list[str]) -> None:
     """Start a daemon in its own session. It outlives this process on purpose; `down` ends it by its record."""
-    log_path = home() / "logs" / f"{name}.log"
-    log_path.parent.mkdir(parents=True, exist_ok=True)
     (home() / "prefect").mkdir(parents=True, exist_ok=True)
-    with log_path.open("ab") as output:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, **prefect_environment(), STACK_HOME: str(home())},
-        )
-    record_process(name, process.pid)
-    return log_path
+    record_process(name, spawn(argv, _log_path(name), {**prefect_environment(), STACK_HOME: str(home())}).pid)
 
 
-def _wait(ready: Callable[[], bool], seconds: float, what: str, log_path: Path) -> None:
+def _log_path(name: str) -> Path:
+    return home() / "logs" / f"{name}.log"
+
+
+def _wait(ready: Callable[[], bool], seconds: float, what: str, name: str) -> None:
+    """Wait until `ready`; the refusal quotes the log of the process called `name`."""
     deadline = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > deadline:
-            tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:]) if log_path.is_file() else ""
             raise StackError(
                 f"waited {seconds:.0f} s for {what}. If `asyncopd down` and `asyncopd up` do not help, look for the "
-                f"reason at the end of {log_path}:\n{tail}"
+                f"reason at the end of {_log_path(name)}:\n{tail(_log_path(name))}"
             )
         time.sleep(0.5)

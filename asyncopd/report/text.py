@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from asyncopd.report.summary import Quality, RoleTime, Summary
+from asyncopd.report.summary import Quality, Summary
 
 MISSING = "–"
 
@@ -26,71 +27,65 @@ def headline(summary: Summary) -> str:
     return text
 
 
-def quality_rows(first: Quality | None, last: Quality | None) -> list[tuple[str, str, str, str]]:
-    """(measure, before, after, change) for every figure of an evaluation; empty without evaluations."""
-    if first is None or last is None:
-        return []
+class ReportTable(NamedTuple):
+    """One table of the report, for Markdown and for the terminal."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: Sequence[int]
+    """Columns of words; the others, of figures, align right."""
+
+
+def tables(summary: Summary) -> Iterator[ReportTable]:
+    """What was reached, how fast, and where the time went; those that have rows."""
+    first, last = summary.first, summary.last
+    if first and last:
+        title = f"Quality on {last.num_prompts} held-out prompts, ± one standard error"
+        header = ("", f"version {first.version}", f"version {last.version}", "change")
+        yield ReportTable(title, header, _quality_rows(first, last), left=(0,))
+    yield ReportTable("Speed", ("", "value", "meaning"), _speed_rows(summary), left=(0, 2))
+    if summary.roles:
+        roles = ("role", "processes", "busy", "busy / wall", "waited, while idle, for")
+        rows = [
+            (role, str(time.num_workers), f"{time.busy_s:.1f} s", percent(time.busy_share), _waits(time.waiting_s))
+            for role, time in summary.roles.items()
+        ]
+        yield ReportTable("Where the time went", roles, rows, left=(0, 4))
+
+
+def _quality_rows(first: Quality, last: Quality) -> list[tuple[str, ...]]:
+    groups = sorted({*first.accuracy_by_group, *last.accuracy_by_group})
+    by_group = [(group, first.accuracy_by_group.get(group), last.accuracy_by_group.get(group)) for group in groups]
+    tokens = (first.mean_response_tokens, last.mean_response_tokens)
     rows = [
         ("accuracy", _accuracy(first), _accuracy(last), _points(first.accuracy, last.accuracy)),
-        *(
-            (
-                f"accuracy, {group}",
-                percent(first.accuracy_by_group.get(group)),
-                percent(last.accuracy_by_group.get(group)),
-                _points(first.accuracy_by_group.get(group), last.accuracy_by_group.get(group)),
-            )
-            for group in sorted({*first.accuracy_by_group, *last.accuracy_by_group})
-        ),
+        *((f"accuracy, {group}", percent(old), percent(new), _points(old, new)) for group, old, new in by_group),
         ("KL to teacher, nats/token", _kl(first), _kl(last), _difference(first.kl_nats, last.kl_nats, "+.4f")),
-        (
-            "mean response, tokens",
-            number(first.mean_response_tokens, ".1f"),
-            number(last.mean_response_tokens, ".1f"),
-            _difference(first.mean_response_tokens, last.mean_response_tokens, "+.1f"),
-        ),
+        ("mean response, tokens", *(number(value, ".1f") for value in tokens), _difference(*tokens, "+.1f")),
     ]
     if first.version == last.version:
-        return [(name, before, MISSING, MISSING) for name, before, _, _ in rows]
+        return [(*row[:2], MISSING, MISSING) for row in rows]
     return rows
 
 
-def speed_rows(summary: Summary) -> list[tuple[str, str, str]]:
-    """(figure, value, meaning) for throughput, overlap and overhead."""
-    overhead = summary.orchestration
+def _speed_rows(summary: Summary) -> list[tuple[str, str, str]]:
+    overhead, staleness = summary.orchestration, summary.staleness
     kinds = ", ".join(f"{name} {percent(share)}" for name, share in overhead.share_by_kind.items())
-    staleness = summary.staleness
     ages = f"{number(staleness.mean_versions, '.2f')} / {number(staleness.max_versions, 'd')} versions"
+    bound = f"over trained tokens; the bound τ is {summary.max_staleness}"
     per_s = summary.tokens.trained_per_s
     return [
         ("wall time", duration(summary.wall_s), "first to last busy moment of rollout, score and learn"),
         ("throughput", MISSING if per_s is None else f"{per_s:,.0f} tokens/s", "response tokens trained / wall time"),
         ("overlap", number(summary.overlap, ".2f"), "Σ busy time of rollout, score and learn / wall time"),
-        (
-            "orchestration",
-            percent(overhead.share),
-            "Σ overhead / Σ lifetime of the roles" + (f": {kinds}" if kinds else ""),
-        ),
+        ("orchestration", percent(overhead.share), f"Σ overhead / Σ lifetime of the roles{kinds and f': {kinds}'}"),
         ("orchestration, exposed", percent(overhead.exposed_share), "the part beside which the process did no work"),
         (
             "staleness, mean / max",
             ages,
-            f"over trained tokens; the bound τ is {summary.max_staleness}"
-            + (", and what was older was trained too" if summary.on_stale == "train" else ""),
+            f"{bound}, and what was older was trained too" if summary.on_stale == "train" else bound,
         ),
-    ]
-
-
-def role_rows(roles: Mapping[str, RoleTime]) -> list[tuple[str, str, str, str, str]]:
-    """(role, processes, busy seconds, busy share, what it waited for) of every role."""
-    return [
-        (
-            role,
-            str(time.num_workers),
-            f"{time.busy_s:.1f} s",
-            percent(time.busy_share),
-            _waits(time.waiting_s),
-        )
-        for role, time in roles.items()
     ]
 
 
@@ -162,9 +157,7 @@ def to_markdown(summary: Summary, folder: str) -> str:
         f"# {summary.run_id}",
         headline(summary),
         *(f"> **Note.** {note}" for note in summary.notes),
-        _quality(summary.first, summary.last),
-        _speed(summary),
-        _roles(summary.roles),
+        *(f"## {shown.title}\n\n{table(shown.header, shown.rows, shown.left)}" for shown in tables(summary)),
         _tokens(summary),
         _incidents(summary),
         f"Plots, `summary.json` and `trace.json` (open it at https://ui.perfetto.dev) are in `{folder}`.",
@@ -179,30 +172,10 @@ def with_plots(markdown: str, plots: Mapping[str, str]) -> str:
 
 
 # -- sections -----------------------------------------------------------------------------------------------------
-def _quality(first: Quality | None, last: Quality | None) -> str:
-    rows = quality_rows(first, last)
-    if first is None or last is None:
-        return ""
-    before, after = f"version {first.version}", f"version {last.version}"
-    title = f"## Quality\n\nSampled decoding on {last.num_prompts} held-out prompts, ± one standard error."
-    return f"{title}\n\n{table(('', before, after if last.version != first.version else 'after', 'change'), rows)}"
-
-
-def _speed(summary: Summary) -> str:
-    return f"## Speed\n\n{table(('', 'value', 'meaning'), speed_rows(summary), left=(0, 2))}"
-
-
-def _roles(roles: Mapping[str, RoleTime]) -> str:
-    if not roles:
-        return ""
-    header = ("role", "processes", "busy", "busy / wall time", "waited, while idle, for")
-    return f"### Where the time went\n\n{table(header, role_rows(roles), left=(0, 4))}"
-
-
 def _tokens(summary: Summary) -> str:
     tokens, lengths, staleness = summary.tokens, summary.lengths, summary.staleness
     lines = [
-        f"- Response tokens: {tokens.generated:,} generated, {tokens.scored:,} scored, {tokens.trained:,} trained.",
+        f"- Response tokens: {tokens.generated:,} generated, {tokens.scored:,} scored, {tokens.trained:,} trained."
     ]
     never = tokens.scored - tokens.trained
     if never > 0:
@@ -237,8 +210,7 @@ def _incidents(summary: Summary) -> str:
 # -- tables -------------------------------------------------------------------------------------------------------
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
     """A Markdown table with padded cells, a table in a terminal too; columns not in `left` align right."""
-    widths = [max(len(str(row[column])) for row in (header, *rows)) for column in range(len(header))]
-    widths = [max(3, width) for width in widths]
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         padded = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
