@@ -8,8 +8,9 @@
     trajectories, scores, steps and versions are immutable objects in storage; prompts are recomputed from their
     index, and the learner joins trajectories to scores; flows/ starts the roles, api/ and SQL only read
 
-Read in this order: types -> schedule -> ports -> flows/roles -> worker -> rollout/stage -> teacher/stage -> learner/intake
--> learner/stage -> losses/head_tail -> storage/manifests. docs/architecture.md says what a crash at each step costs.
+Read in this order: types -> schedule -> ports -> flows/roles -> worker -> rollout/stage -> teacher/stage
+-> learner/intake -> learner/stage -> losses/head_tail -> storage/manifests. What a crash at each step costs is in
+docs/architecture.md.
 """
 
 import importlib

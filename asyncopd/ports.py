@@ -1,4 +1,4 @@
-"""The small protocols through which stages meet engines, tasks and storage. Composition happens in flows/wiring.py and engines.py.
+"""The small protocols through which stages meet engines, tasks and storage; flows/wiring.py composes them.
 
 Task ---prompts---> Sampler ---Trajectory---> Scorer ---TeacherScores---> learner ---PolicyWeights---> Sampler
                         trajectories, scores and weights pass through a RunLog; prompts are recomputed

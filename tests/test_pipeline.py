@@ -102,6 +102,20 @@ async def test_a_rewind_does_not_take_a_sampler_back_to_older_weights(tmp_path: 
     await sampler.close()
 
 
+async def test_a_rewind_between_two_looks_does_not_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It used to: the newest version was compared at one look and read at the next.
+    run = pipeline.new_run(pipeline.small_config(tmp_path, evaluate__every=0))
+    await pipeline.run_all(run)
+    worker = run.worker("rollout")
+    stage, sampler = rollout_stage(run, worker)
+    looks = iter([PolicyVersion(2), PolicyVersion(3)])
+    monkeypatch.setattr(run.log, "latest_policy", lambda: next(looks, PolicyVersion(1)))
+    async with stage.following_versions():
+        await worker.wait_for(lambda: sampler.version != PolicyVersion(2) or None, "another version")
+        assert sampler.version == PolicyVersion(3)
+    await sampler.close()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_a_run_that_publishes_deltas_equals_one_that_publishes_full_weights(tmp_path: Path, dtype: str) -> None:
     # One slot and τ = 0: what is sampled then depends on nothing but the weights, however the processes are timed.
