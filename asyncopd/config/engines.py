@@ -97,7 +97,14 @@ class VllmSampling(VllmEngine):
     under the old weights first, so every response has one version; the engine drains meanwhile."""
 
 
-class OracleTeacher(Frozen):
+class Teacher(Frozen):
+    """Base of every teacher's section."""
+
+    name: str = Field("teacher", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    """Names the score shards; two teachers of one run need two names, and two models behind one name mix."""
+
+
+class OracleTeacher(Teacher):
     """The closed form of the walk task's demonstrator: exact, and free to ask."""
 
     engine: Literal["oracle"] = "oracle"
@@ -107,34 +114,28 @@ class OracleTeacher(Frozen):
     """Weight of the uniform distribution mixed in, so that every log-prob is finite. 1e-4 is the hard variant."""
 
 
-class HfTeacher(Frozen):
+class HfTeacher(Teacher):
     """A transformers model."""
 
     engine: Literal["hf"] = "hf"
-    name: str = Field("teacher", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
-    """Names the score shards; two teachers of one run need two names."""
     model: ModelConfig
     """Its weights: `kind: tiny`, made here by `pretrain`, or `kind: pretrained`."""
 
 
-class VllmTeacher(Frozen):
+class VllmTeacher(Teacher):
     """A model in a vLLM engine of the score process."""
 
     engine: Literal["vllm"] = "vllm"
-    name: str = Field("teacher", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
-    """Names the score shards; two teachers of one run need two names."""
     model: ModelConfig
     vllm: VllmEngine = VllmEngine()
     max_sequences: int = Field(64, ge=1)
     """Trajectories in one batch."""
 
 
-class OpenAITeacher(Frozen):
+class OpenAITeacher(Teacher):
     """A teacher behind HTTP servers that speak vLLM's extension of OpenAI's completions."""
 
     engine: Literal["openai"] = "openai"
-    name: str = Field("teacher", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
-    """Names the score shards; two teachers of one run need two names, and two models behind one name mix."""
     urls: tuple[str, ...] = Field(min_length=1)
     """Base URLs, for example `http://10.0.0.5:8000`. All must serve the same weights; requests take turns."""
     model: str

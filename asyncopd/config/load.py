@@ -78,9 +78,8 @@ def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in top.items():
         old = merged.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping) and not _switches_variant(old, value):
-            merged[key] = _merged(old, value)
-        else:
-            merged[key] = value
+            value = _merged(old, value)
+        merged[key] = value
     return merged
 
 
@@ -117,8 +116,9 @@ def _explain(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: unknown key. {_nearest(key, known)}"
         else:
             found = "" if isinstance(problem["input"], Mapping) else f" (found {problem['input']!r})"
-            message = _in_plain_words(problem)
-            yield f"{key + ': ' if key else ''}{message}{found if key else ''}"
+            words = _PLAIN_WORDS.get(problem["type"])
+            message = words.format(**problem.get("ctx", {})) if words else problem["msg"].removeprefix("Value error, ")
+            yield f"{key}: {message}{found}" if key else message
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
@@ -135,6 +135,7 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return f"Known keys of {parent or 'a configuration'}: {names}."
 
 
+# Ours for what pydantic says, by the kind of problem.
 _PLAIN_WORDS = {
     "missing": "is required",
     "int_parsing": "expected a whole number",
@@ -154,14 +155,6 @@ _PLAIN_WORDS = {
     "union_tag_invalid": "{discriminator} is '{tag}'; expected one of {expected_tags}",
     "string_pattern_mismatch": "does not match the pattern {pattern}",
 }
-
-
-def _in_plain_words(problem: Any) -> str:
-    """Pydantic's message, in our words for the kinds users meet."""
-    words = _PLAIN_WORDS.get(problem["type"])
-    if words is None:
-        return str(problem["msg"].removeprefix("Value error, "))
-    return words.format(**problem.get("ctx", {}))
 
 
 def _dotted(loc: tuple[int | str, ...], raw: Any) -> str:

@@ -117,14 +117,32 @@ class OnPolicySettings(LossSettings):
     weight is unbiased only without a cap, and its variance grows with response length."""
 
 
-class TeacherTopK(OnPolicySettings):
-    """Base of the divergences on the teacher's most likely ids."""
+class TeacherTopK(LossSettings):
+    """Base of the losses on the teacher's most likely ids."""
 
     top_k: int = Field(16, ge=1)
     """Teacher ids per token. 16 hold nearly all of a language model teacher's mass at 128 bytes per token."""
 
     def requirements(self) -> CacheRequirements:
         return CacheRequirements(top_k=self.top_k)
+
+
+class TeacherTopKWithTail(TeacherTopK):
+    """Base of those with forward KL, where the mass outside has to go somewhere."""
+
+    tail: TailName = "bucket"
+    """What becomes of the mass outside. `bucket` is a proper KL; `drop` empties the tail."""
+
+    @model_validator(mode="after")
+    def _tail_makes_sense(self) -> Self:
+        _check_renormalised(self.name, self.top_k, self.tail)
+        if self.top_k == 1 and self.tail == "drop":
+            warnings.warn(
+                f"{self.name} with top_k 1 and tail 'drop' is imitation of the teacher's argmax, not distillation of "
+                "its distribution. Set tail: bucket, or a larger top_k.",
+                stacklevel=2,
+            )
+        return self
 
 
 class FullVocabulary(OnPolicySettings):
@@ -228,17 +246,10 @@ class DenseForwardKLConfig(FullVocabulary):
 
 
 @ESTIMATORS.add
-class ForwardKLConfig(TeacherTopK):
+class ForwardKLConfig(TeacherTopKWithTail, OnPolicySettings):
     """Forward KL on the teacher's top-k."""
 
     name: Literal["forward_kl"] = "forward_kl"
-    tail: TailName = "bucket"
-    """What becomes of the mass outside. `bucket` is a proper KL; `drop` empties the tail."""
-
-    @model_validator(mode="after")
-    def _tail_makes_sense(self) -> Self:
-        _check_forward_tail(self.name, self.top_k, self.tail)
-        return self
 
 
 @ESTIMATORS.add
@@ -276,13 +287,12 @@ class ReverseKLConfig(OnPolicySettings):
         return self
 
     def requirements(self) -> CacheRequirements:
-        if self.support == "teacher":
-            return CacheRequirements(top_k=self.top_k)
-        return CacheRequirements(head=self.top_k)
+        is_teacher = self.support == "teacher"
+        return CacheRequirements(top_k=self.top_k) if is_teacher else CacheRequirements(head=self.top_k)
 
 
 @ESTIMATORS.add
-class GeneralisedJSDConfig(TeacherTopK):
+class GeneralisedJSDConfig(TeacherTopK, OnPolicySettings):
     """Generalised Jensen–Shannon divergence on the teacher's top-k plus a tail bucket."""
 
     name: Literal["generalised_jsd"] = "generalised_jsd"
@@ -291,7 +301,7 @@ class GeneralisedJSDConfig(TeacherTopK):
 
 
 @ESTIMATORS.add
-class SkewKLConfig(TeacherTopK):
+class SkewKLConfig(TeacherTopK, OnPolicySettings):
     """DistiLLM's skew KL on the teacher's top-k plus a tail bucket."""
 
     name: Literal["skew_kl"] = "skew_kl"
@@ -302,7 +312,7 @@ class SkewKLConfig(TeacherTopK):
 
 
 @ESTIMATORS.add
-class NPDConfig(LossSettings):
+class NPDConfig(TeacherTopKWithTail):
     """NPD (reconstructed): (1−λ)·CE + λ·KL on the teacher's top-k."""
 
     name: Literal["npd"] = "npd"
@@ -310,16 +320,6 @@ class NPDConfig(LossSettings):
     """λ. 0.9 is the near-policy method's; 0 would be cross_entropy."""
     top_k: int = Field(10, ge=1)
     """Teacher ids per token. 10 is the near-policy method's."""
-    tail: TailName = "bucket"
-    """As in forward_kl."""
-
-    @model_validator(mode="after")
-    def _tail_makes_sense(self) -> Self:
-        _check_forward_tail(self.name, self.top_k, self.tail)
-        return self
-
-    def requirements(self) -> CacheRequirements:
-        return CacheRequirements(top_k=self.top_k)
 
 
 @ESTIMATORS.add
@@ -338,15 +338,4 @@ def _check_renormalised(name: str, top_k: int, tail: TailName) -> None:
         raise ValueError(
             f"{name} with top_k 1 and tail 'renormalise': one renormalised outcome has probability 1 on both sides, "
             "the loss is 0 whatever the student does. Set tail: bucket, or a larger top_k."
-        )
-
-
-def _check_forward_tail(name: str, top_k: int, tail: TailName) -> None:
-    """Refuse or warn about forward KL on a single id without a bucket."""
-    _check_renormalised(name, top_k, tail)
-    if top_k == 1 and tail == "drop":
-        warnings.warn(
-            f"{name} with top_k 1 and tail 'drop' is imitation of the teacher's argmax, not distillation of its "
-            "distribution. Set tail: bucket, or a larger top_k.",
-            stacklevel=3,
         )

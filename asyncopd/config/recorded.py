@@ -78,40 +78,32 @@ def check_cache(required: CacheRequirements, held: CacheRequirements, *, run_id:
     Raises:
         ConfigError: names every missing column, what is held, and the command that back-fills it.
     """
-    problems = list(_missing(required, held, run_id))
+    problems = list(_missing(required, held, f"Run `asyncopd backfill {run_id}"))
     if problems:
         raise ConfigError(f"run {run_id}: the log does not hold what the loss needs.\n" + "\n".join(problems))
 
 
-def _missing(required: CacheRequirements, held: CacheRequirements, run_id: str) -> Iterator[str]:
-    backfill = f"`asyncopd backfill {run_id}"
+def _missing(required: CacheRequirements, held: CacheRequirements, backfill: str) -> Iterator[str]:
+    head = f"head={required.head}" if required.head else ""
+    draws = f"num_draws={required.num_draws},law={required.law}" if required.num_draws else ""
+    wider = f"--candidates {','.join(filter(None, (head, draws)))}"
     if required.full_vocabulary and not held.full_vocabulary:
-        yield f"  - topk_logprobs holds {held.top_k} ids per token, needed is every id. Run {backfill} --top-k all`."
-    if required.top_k > held.top_k and not held.full_vocabulary:
-        yield (
-            f"  - topk_logprobs holds {held.top_k} ids per token, needed are {required.top_k}. "
-            f"Run {backfill} --top-k {required.top_k}`."
-        )
-    if required.num_teacher_draws > held.num_teacher_draws:
-        yield (
-            f"  - teacher_draw_logprobs holds {held.num_teacher_draws} draws per token, needed are "
-            f"{required.num_teacher_draws}. Run {backfill} --teacher-draws {required.num_teacher_draws}`."
-        )
-    candidates = f"Run {backfill} --candidates {_candidates(required)}`."
-    if required.head > held.head:
-        yield f"  - head_logprobs holds {held.head} ids per token, needed are {required.head}. {candidates}"
-    if required.num_draws > held.num_draws:
-        yield f"  - draw_logprobs holds {held.num_draws} draws per token, needed are {required.num_draws}. {candidates}"
-    elif required.law is not None and required.law != held.law:
-        yield f"  - draw_logprobs holds draws of law {held.law!r}, needed is {required.law!r}. {candidates}"
+        yield f"  - topk_logprobs holds {held.top_k} ids per token, needed is every id. {backfill} --top-k all`."
+    top_k, teacher_draws = (0 if held.full_vocabulary else required.top_k), required.num_teacher_draws
+    for column, unit, found, needed, option in (
+        ("topk_logprobs", "ids", held.top_k, top_k, f"--top-k {top_k}"),
+        ("teacher_draw_logprobs", "draws", held.num_teacher_draws, teacher_draws, f"--teacher-draws {teacher_draws}"),
+        ("head_logprobs", "ids", held.head, required.head, wider),
+        ("draw_logprobs", "draws", held.num_draws, required.num_draws, wider),
+    ):
+        if needed > found:
+            yield f"  - {column} holds {found} {unit} per token, needed are {needed}. {backfill} {option}`."
+    if required.law is None or required.num_draws > held.num_draws:
+        return
+    if required.law != held.law:
+        yield f"  - draw_logprobs holds draws of law {held.law!r}, needed is {required.law!r}. {backfill} {wider}`."
     elif required.law == "tail" and required.head < held.head:
         yield (
             f"  - head_logprobs holds {held.head} ids per token, which all the draws avoid; the loss asks for a "
             f"head of {required.head}. Set loss.head to {held.head}."
         )
-
-
-def _candidates(required: CacheRequirements) -> str:
-    parts = [f"head={required.head}"] if required.head else []
-    parts += [f"num_draws={required.num_draws},law={required.law}"] if required.num_draws else []
-    return ",".join(parts)

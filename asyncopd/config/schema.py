@@ -293,13 +293,7 @@ class RunConfig(Frozen):
 
     def cached(self) -> CacheRequirements:
         """The per-token arrays the run stores: what the loss needs joined with what `recording` asks for."""
-        return self.loss.requirements().joined_with(
-            top_k=self.recording.top_k,
-            head=self.recording.head,
-            num_draws=self.recording.num_draws,
-            law=self.recording.law,
-            num_teacher_draws=self.recording.num_teacher_draws,
-        )
+        return self.loss.requirements().joined_with(**self.recording.model_dump())
 
     def models(self) -> dict[str, ModelConfig]:
         """The models of the run by role; a closed-form teacher is none."""

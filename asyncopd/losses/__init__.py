@@ -2,12 +2,11 @@
 
 from asyncopd.losses.build import build_estimator
 from asyncopd.losses.contract import Estimator, RowLosses, StepContext
-from asyncopd.losses.gather import GatheredLogprobs, gather_logprobs
+from asyncopd.losses.gather import gather_logprobs
 from asyncopd.losses.rows import TokenRows
 
 __all__ = [
     "Estimator",
-    "GatheredLogprobs",
     "RowLosses",
     "StepContext",
     "TokenRows",
