@@ -34,7 +34,7 @@ from asyncopd.types import PolicyVersion, PolicyWeights, Trajectory
 from asyncopd.worker import Worker
 from flows import roles
 from flows.wiring import OpenRun, open_stored_run, rollout_stage
-from storage.runs import create_run
+from storage.runs import create_run, new_record
 from storage.stores import open_store
 
 WARM_UP_STEPS = 2
@@ -155,8 +155,7 @@ def measure(root: Path, size: Size, tiny: bool, max_staleness: int, steps: int) 
     """Trained tokens/s, tokens/s of the learner while it trains, and the run's largest staleness."""
     config = config_of(root, size, max_staleness, steps)
     run_id = f"gpu-{time.time_ns()}"
-    record = {"config": config.model_dump(mode="json"), "config_hash": config.digest(), "created": time.time()}
-    log = create_run(open_store(config.storage.root), run_id, record)
+    log = create_run(open_store(config.storage.root), run_id, new_record(config))
     command = [sys.executable, __file__, "--root", config.storage.root, "--run-id", run_id, *(["--tiny"] * tiny)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     processes = {

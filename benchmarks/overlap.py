@@ -29,7 +29,7 @@ from asyncopd.local.stack import prefect_environment
 from asyncopd.report.summary import Summary
 from flows.report import summarise
 from flows.train import role_specs
-from storage.runs import create_run, find_model
+from storage.runs import create_run, find_model, new_record
 from storage.stores import open_store
 
 
@@ -37,8 +37,7 @@ async def run_once(root: Path, overrides: dict[str, Any]) -> Summary:
     """One run through real role processes and Prefect task runs; returns what its report measures."""
     config = load_config("configs/quickstart.yaml", {"storage.root": str(root), "evaluate.every": 0, **overrides})
     run_id = f"overlap-{time.time_ns()}"
-    record = {"config": config.model_dump(mode="json"), "config_hash": config.digest(), "created": time.time()}
-    log = create_run(open_store(str(root)), run_id, record)
+    log = create_run(open_store(str(root)), run_id, new_record(config))
     specs = role_specs(config)
     if find_model(log.store, config.model_digest(config.student)) is None:
         await _finish(log.run_id, root, [type(specs[0])("pretrain")])

@@ -32,7 +32,7 @@ from flows.report import summarise
 from flows.roles import BODIES
 from flows.wiring import open_stored_run
 from storage.maintain.ledger import ledger_of
-from storage.runs import create_run
+from storage.runs import create_run, new_record
 from storage.stores import open_store
 
 MODES: dict[str, dict[str, Any]] = {
@@ -71,8 +71,7 @@ def measure(mode: str, root: Path, overrides: dict[str, Any], steps: int) -> Mea
     settings = {"learner.num_steps": steps, "evaluate.every": steps, "storage.root": str(root), **overrides}
     config = load_config("configs/quickstart.yaml", {**settings, **MODES[mode]})
     run_id = f"waste-{time.time_ns()}"
-    record = {"config": config.model_dump(mode="json"), "config_hash": config.digest(), "created": time.time()}
-    create_run(open_store(str(root)), run_id, record)
+    create_run(open_store(str(root)), run_id, new_record(config))
     run = open_stored_run(str(root), run_id)
     asyncio.run(BODIES["pretrain"](run))
     _run_roles(run_id, root, ["learn", "rollout", "score"])

@@ -14,7 +14,6 @@ from functools import partial
 
 from rich.console import Console
 
-from asyncopd import __version__
 from asyncopd.config.replay import Replay, first_step, parent_version
 from asyncopd.config.requests import ReplayRequest, arm_name
 from asyncopd.evaluate import versions_to_evaluate
@@ -24,7 +23,7 @@ from asyncopd.local.console import bar
 from flows.engines import student_skeleton
 from flows.wiring import OpenRun, evaluate_stage, open_stored_run, student_of
 from storage.replay import ReplayLog, read_step, replays_asked, resolved_replay
-from storage.runs import create_run, list_runs
+from storage.runs import create_run, list_runs, new_record
 
 
 async def run_replay(root: str, run_id: str, asked: ReplayRequest, *, console: Console) -> None:
@@ -55,15 +54,7 @@ def open_replay(parent: OpenRun, asked: Replay) -> tuple[OpenRun, Replay]:
     replay, config = resolved_replay(parent.log, parent.config, asked, vocab_size=vocab_size)
     is_new = replay.child_id not in list_runs(parent.store)
     if is_new:
-        record = {
-            "config": config.model_dump(mode="json"),
-            "config_hash": config.digest(),
-            "code_version": __version__,
-            "seed": config.seed,
-            "created": time.time(),
-            "parent": replay.model_dump(mode="json"),
-        }
-        create_run(parent.store, replay.child_id, record)
+        create_run(parent.store, replay.child_id, new_record(config, replay.model_dump(mode="json")))
     # One that is found has the configuration it was made with, whatever defaults have changed since.
     child = open_stored_run(parent.store.url, replay.child_id)
     if is_new:

@@ -15,7 +15,7 @@ import contextlib
 import inspect
 import os
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
@@ -32,15 +32,7 @@ def asking(request: type[Request]) -> Callable[[Work], Work]:
 
     def with_fields(function: Work) -> Work:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[:-1]
-        fields = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.get_default(call_default_factory=True),
-                annotation=Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation,
-            )
-            for name, field in request.model_fields.items()
-        ]
+        fields = inspect.signature(request).parameters.values()
         described = [f"    {name}: {' '.join(str(f.description).split())}" for name, f in request.model_fields.items()]
         function.__signature__ = inspect.Signature([*own, *fields])  # type: ignore[attr-defined]
         function.__doc__ = "\n".join([inspect.getdoc(function) or "", *described])

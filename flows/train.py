@@ -31,7 +31,6 @@ from prefect.context import get_run_context
 from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled
 
-from asyncopd import __version__
 from asyncopd.config import RunConfig, TinyModel, load_config
 from asyncopd.config.resume import safe_changes
 from asyncopd.errors import ConfigError
@@ -44,7 +43,7 @@ from flows.report import report_run
 from storage.launches import LaunchLog
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
-from storage.runs import create_run, find_model, list_runs, open_run
+from storage.runs import create_run, find_model, list_runs, new_record, open_run
 from storage.stores import open_store
 
 PROGRESS_S = 10.0
@@ -173,15 +172,7 @@ def _open_or_create(
             "Name its storage root with `root`, or give a `config` to start a new run under that id."
         )
     preflight(resolved)
-    record = {
-        "config": resolved.model_dump(mode="json"),
-        "config_hash": resolved.digest(),
-        "code_version": __version__,
-        "seed": resolved.seed,
-        "created": time.time(),
-        "parent": None,
-    }
-    return resolved, create_run(store, run_id or new_run_id(resolved.name), record)
+    return resolved, create_run(store, run_id or new_run_id(resolved.name), new_record(resolved))
 
 
 def new_run_id(name: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
+from asyncopd import __version__
+from asyncopd.config import RunConfig
 from asyncopd.errors import RunMissingError, StorageError
 from asyncopd.records import NO_FACTS, Facts, Manifest
 from storage.layout import RUNS, RunLayout, new_nonce, shared_key
@@ -16,10 +19,22 @@ from storage.schema import TopkPrecision
 from storage.stores.base import ObjectStore
 
 
+def new_record(config: RunConfig, parent: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """run.json of a new run, made now by this code; `parent` says of a replay what is replayed."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "config_hash": config.digest(),
+        "code_version": __version__,
+        "seed": config.seed,
+        "created": time.time(),
+        "parent": parent,
+    }
+
+
 def create_run(
     store: ObjectStore, run_id: str, record: Mapping[str, Any], *, topk_precision: TopkPrecision = "float32"
 ) -> StoredRunLog:
-    """Store `record` (config, config_hash, code_version, created, parent) as a new run and open it.
+    """Store `record`, as `new_record` makes it, as a new run and open it.
 
     A run that exists with an equal `config_hash` is opened as it is: a restarted flow finds its own run again.
 

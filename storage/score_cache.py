@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from asyncopd.ports import ScoreRequest
 from asyncopd.records import Facts
@@ -37,7 +37,7 @@ class StoredScoreCache:
         self._places: dict[str, dict[str, tuple[str, int]]] = {}
         """Question -> token key -> (pack, row)."""
         self._known_packs: dict[str, set[str]] = {}
-        self._packs: OrderedDict[tuple[str, str], list[TeacherScores]] = OrderedDict()
+        self._pack = lru_cache(_PACKS_IN_MEMORY)(self._read_pack)
 
     def find(
         self, teacher_digest: str, request: ScoreRequest, trajectories: Sequence[Trajectory]
@@ -90,15 +90,10 @@ class StoredScoreCache:
                 for row, token_key in enumerate(read_manifest(self._store, key).facts.token_keys):
                     places.setdefault(token_key, (pack, row))
 
-    def _pack(self, question: str, pack: str) -> list[TeacherScores]:
-        if (question, pack) not in self._packs:
-            key = shared_key("cached scores", question=question, pack=pack)
-            ((data_key, body),) = read_objects(self._store, key, read_manifest(self._store, key)).items()
-            self._packs[question, pack] = decode_scores(body, data_key)
-        self._packs.move_to_end((question, pack))
-        while len(self._packs) > _PACKS_IN_MEMORY:
-            self._packs.popitem(last=False)
-        return self._packs[question, pack]
+    def _read_pack(self, question: str, pack: str) -> list[TeacherScores]:
+        key = shared_key("cached scores", question=question, pack=pack)
+        ((data_key, body),) = read_objects(self._store, key, read_manifest(self._store, key)).items()
+        return decode_scores(body, data_key)
 
 
 def _question(teacher_digest: str, request: ScoreRequest) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from asyncopd.config import RunConfig, load_config
 from flows.roles import evaluate_versions, pretrain_models, roll_out, score_shards, train_steps
 from flows.wiring import OpenRun, open_stored_run
-from storage.runs import create_run
+from storage.runs import create_run, new_record
 from storage.stores import open_store
 
 SMALL: dict[str, Any] = {
@@ -32,8 +31,7 @@ def small_config(root: Path | str, **overrides: Any) -> RunConfig:
 
 def new_run(config: RunConfig, run_id: str = "small-1") -> OpenRun:
     """Create a run in storage with its models made, ready for every stage."""
-    record = {"config": config.model_dump(mode="json"), "config_hash": config.digest(), "created": time.time()}
-    create_run(open_store(config.storage.root), run_id, record)
+    create_run(open_store(config.storage.root), run_id, new_record(config))
     run = open_stored_run(config.storage.root, run_id)
     # In a thread, because tests that have an event loop call this too.
     with ThreadPoolExecutor(1) as thread:

@@ -10,7 +10,7 @@ from asyncopd.config import losses as c
 from asyncopd.losses import StepContext, build_estimator
 from asyncopd.study.estimators import contestants
 from asyncopd.study.gradients import exact_gradient, measure
-from asyncopd.study.worlds import Draws, World, scale_for_drift, token_rows
+from asyncopd.study.worlds import World, scale_for_drift, token_rows
 
 
 def small_world(drift: float = 0.15, vocab_size: int = 9) -> World:
@@ -30,7 +30,7 @@ def test_leave_one_out_moments_equal_the_enumeration_of_all_pairs(advantage: str
     prefix_R = torch.arange(num_prefixes).repeat_interleave(len(pairs))
     ids_RN = pairs.repeat(num_prefixes, 1)
     estimator = build_estimator(config)
-    rows = token_rows(world, Draws(prefix_R, ids_RN, ids_RN[:, :0]), head=0)
+    rows = token_rows(world, prefix_R, ids_RN, ids_RN[:, :0], head=0)
     logits = world.student_TV[prefix_R].clone().requires_grad_()
     gathered = torch.log_softmax(logits, -1).gather(-1, estimator.student_ids(rows))
     gradients = torch.autograd.grad(estimator(rows, gathered, StepContext()).loss_T.sum(), logits)[0]
@@ -51,7 +51,7 @@ def test_leave_one_out_variance_at_sixteen_draws_is_that_of_simulated_steps() ->
     estimator, generator = build_estimator(config), torch.Generator().manual_seed(0)
     prefix_R = torch.arange(3).repeat_interleave(4000)
     ids_RN = torch.multinomial(world.behaviour_TV.exp()[prefix_R], 16, replacement=True, generator=generator)
-    rows = token_rows(world, Draws(prefix_R, ids_RN, ids_RN[:, :0]), head=0)
+    rows = token_rows(world, prefix_R, ids_RN, ids_RN[:, :0], head=0)
     logits = world.student_TV[prefix_R].clone().requires_grad_()
     gathered = torch.log_softmax(logits, -1).gather(-1, estimator.student_ids(rows))
     gradients = torch.autograd.grad(estimator(rows, gathered, StepContext()).loss_T.sum(), logits)[0]

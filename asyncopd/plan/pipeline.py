@@ -58,11 +58,11 @@ def run(plan: Plan, lengths: Sequence[int], costs: Costs, fleet: Fleet, *, num_s
     return _Pipeline(plan, lengths, costs, fleet, num_slots).run()
 
 
-@dataclass
+@dataclass(order=True)
 class _Response:
-    index: int
     ends: float
     """On the engine's clock of decode steps."""
+    index: int
     segment_start: float
     version: int
     tokens_left: int
@@ -78,8 +78,8 @@ class _Engine:
     version: int = 0
     stall_s: float = 0.0
     """Work to do before the next decode step."""
-    active: list[tuple[float, int]] = field(default_factory=list)
-    """Heap of (end on the clock, index)."""
+    active: list[_Response] = field(default_factory=list)
+    """Heap; the next to end first."""
     queue: deque[int] = field(default_factory=deque)
     finished_shards: list[int] = field(default_factory=list)
     """Whose encoding is what it stands still for."""
@@ -93,7 +93,7 @@ class _Engine:
         """Work until its next event."""
         if self.stall_s > 0:
             return self.stall_s
-        return max(0.0, self.active[0][0] - self.clock) * self.step_s[len(self.active)]
+        return max(0.0, self.active[0].ends - self.clock) * self.step_s[len(self.active)]
 
     def work(self, seconds: float) -> None:
         if self.stall_s > 0:
@@ -110,7 +110,6 @@ class _Pipeline:
         # As flows/roles.py: one lane more than fills the engine.
         lanes = -(-num_slots // plan.shard_size) + 1
         self._engines = [_Engine(number, table, lanes) for number in range(fleet.rollout)]
-        self._responses: dict[int, _Response] = {}
         self._left_in_shard = [plan.shard_size] * plan.num_shards
         self._next_shard = 0
         self._engine_of: dict[int, _Engine] = {}
@@ -218,8 +217,7 @@ class _Pipeline:
         while engine.queue and len(engine.active) < self._num_slots:
             index = engine.queue.popleft()
             ends = engine.clock + self._lengths[index]
-            heapq.heappush(engine.active, (ends, index))
-            self._responses[index] = _Response(index, ends, engine.clock, engine.version, self._lengths[index])
+            heapq.heappush(engine.active, _Response(ends, index, engine.clock, engine.version, self._lengths[index]))
 
     def _finish_responses(self, engine: _Engine) -> None:
         if engine.finished_shards and engine.stall_s == 0:
@@ -227,12 +225,11 @@ class _Pipeline:
                 engine.free_lanes += 1
                 self._after(self._costs.handover_s / 2, "shard seen", shard)
             engine.finished_shards.clear()
-        while engine.active and engine.active[0][0] <= engine.clock + _END:
-            _, index = heapq.heappop(engine.active)
-            response = self._responses.pop(index)
+        while engine.active and engine.active[0].ends <= engine.clock + _END:
+            response = heapq.heappop(engine.active)
             self._count(response, response.tokens_left)
-            engine.num_tokens += self._lengths[index]
-            shard = index // self._plan.shard_size
+            engine.num_tokens += self._lengths[response.index]
+            shard = response.index // self._plan.shard_size
             self._left_in_shard[shard] -= 1
             if self._left_in_shard[shard] == 0:
                 engine.finished_shards.append(shard)
@@ -244,13 +241,12 @@ class _Pipeline:
         """Every engine loads `version` between two decode steps and rebuilds the cache of what is in flight."""
         for engine in self._engines:
             cached = 0
-            for _, index in engine.active:
-                response = self._responses[index]
+            for response in engine.active:
                 made = min(response.tokens_left, round(engine.clock - response.segment_start))
                 self._count(response, made)
                 response.tokens_left -= made
                 response.segment_start, response.version = engine.clock, version
-                cached += self._lengths[index] - response.tokens_left
+                cached += self._lengths[response.index] - response.tokens_left
             engine.version = version
             engine.stall_s += self._costs.refresh_s + cached * self._costs.prefill_token_s
 

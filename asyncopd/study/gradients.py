@@ -17,7 +17,7 @@ from torch import Tensor
 from asyncopd.config.losses import ForwardKLDrawsConfig, HeadTailConfig, LossConfig, PolicyGradientConfig
 from asyncopd.config.recorded import CacheRequirements
 from asyncopd.losses import Estimator, StepContext, build_estimator
-from asyncopd.study.worlds import Draws, World, outside_head, token_rows
+from asyncopd.study.worlds import World, outside_head, token_rows
 
 _CONTEXT_DRAWS = 64
 """Draws at every prefix of the step that m2po's threshold is taken from."""
@@ -140,8 +140,8 @@ def _gradients(single: LossConfig, needs: CacheRequirements, world: World) -> Te
     prefix_R = torch.arange(num_prefixes).repeat_interleave(vocab_size)
     ids_R1 = torch.arange(vocab_size).repeat(num_prefixes)[:, None]
     by_teacher = needs.num_teacher_draws > 0
-    draws = Draws(prefix_R, ids_R1[:, :0] if by_teacher else ids_R1, ids_R1 if by_teacher else ids_R1[:, :0])
-    rows = token_rows(world, draws, head=needs.head)
+    draws = (ids_R1[:, :0], ids_R1) if by_teacher else (ids_R1, ids_R1[:, :0])
+    rows = token_rows(world, prefix_R, *draws, head=needs.head)
     logits_RV = world.student_TV[prefix_R].clone().requires_grad_()
     gathered_RJ = torch.log_softmax(logits_RV, -1).gather(-1, estimator.student_ids(rows))
     loss = estimator(rows, gathered_RJ, _context(estimator, world)).loss_T.sum()
@@ -155,5 +155,6 @@ def _context(estimator: Estimator, world: World) -> StepContext:
     generator = torch.Generator().manual_seed(0)
     ids_TN = torch.multinomial(world.behaviour_TV.exp(), _CONTEXT_DRAWS, replacement=True, generator=generator)
     prefix_R = torch.arange(len(ids_TN)).repeat_interleave(_CONTEXT_DRAWS)
-    rows = token_rows(world, Draws(prefix_R, ids_TN.reshape(-1, 1), ids_TN.new_zeros((len(prefix_R), 0))), head=0)
+    ids_R1 = ids_TN.reshape(-1, 1)
+    rows = token_rows(world, prefix_R, ids_R1, ids_R1[:, :0], head=0)
     return estimator.step_context(rows, world.student_TV[prefix_R].gather(-1, estimator.student_ids(rows)))

@@ -90,22 +90,17 @@ def scale_for_drift(drift_at: Callable[[float], float], target: float) -> float:
         low, high = (middle, high) if found < target else (low, middle)
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What chance decides, for R rows at prefixes `prefix_R` of a world."""
+def token_rows(
+    world: World, prefix_R: Tensor, draw_ids_RN: Tensor, teacher_draw_ids_RM: Tensor, *, head: int
+) -> TokenRows:
+    """R rows at prefixes `prefix_R`, as a log would hold them; the teacher's top-k is its full row.
 
-    prefix_R: Tensor
-    draw_ids_RN: Tensor
-    """Under p_old, or p_old outside the head."""
-    teacher_draw_ids_RM: Tensor
-
-
-def token_rows(world: World, draws: Draws, *, head: int) -> TokenRows:
-    """Rows as a log would hold them; the teacher's top-k is its full row. The first draw is the emitted token."""
-    prefix_R = draws.prefix_R
+    Args:
+        draw_ids_RN: under p_old, or p_old outside the head. The first draw is the emitted token.
+    """
     behaviour_RV, teacher_RV = world.behaviour_TV[prefix_R], world.teacher_TV[prefix_R]
-    has_draws = draws.draw_ids_RN.shape[1] > 0
-    responses_R = draws.draw_ids_RN[:, 0] if has_draws else torch.zeros_like(prefix_R)
+    has_draws = draw_ids_RN.shape[1] > 0
+    responses_R = draw_ids_RN[:, 0] if has_draws else torch.zeros_like(prefix_R)
     topk_RK = world.teacher_TV.argsort(-1, descending=True)[prefix_R]
     head_RK = heads(world, head)[prefix_R]
     return TokenRows(
@@ -118,11 +113,11 @@ def token_rows(world: World, draws: Draws, *, head: int) -> TokenRows:
         head_behaviour_logprobs_TK=behaviour_RV.gather(-1, head_RK),
         head_teacher_logprobs_TK=teacher_RV.gather(-1, head_RK),
         tail_logmass_T=outside_head(world, head).sum(-1).log()[prefix_R],
-        draw_ids_TN=draws.draw_ids_RN,
-        draw_behaviour_logprobs_TN=behaviour_RV.gather(-1, draws.draw_ids_RN),
-        draw_teacher_logprobs_TN=teacher_RV.gather(-1, draws.draw_ids_RN),
-        teacher_draw_ids_TM=draws.teacher_draw_ids_RM,
-        teacher_draw_logprobs_TM=teacher_RV.gather(-1, draws.teacher_draw_ids_RM),
+        draw_ids_TN=draw_ids_RN,
+        draw_behaviour_logprobs_TN=behaviour_RV.gather(-1, draw_ids_RN),
+        draw_teacher_logprobs_TN=teacher_RV.gather(-1, draw_ids_RN),
+        teacher_draw_ids_TM=teacher_draw_ids_RM,
+        teacher_draw_logprobs_TM=teacher_RV.gather(-1, teacher_draw_ids_RM),
         trajectory_T=torch.arange(len(prefix_R)),
     )
 

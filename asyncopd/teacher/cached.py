@@ -33,9 +33,7 @@ class Answers:
     def facts(self) -> Facts:
         """For the manifest of the score shard."""
         return Facts(
-            num_tokens=self.num_tokens,
-            num_tokens_asked=self.num_tokens_asked,
-            num_tokens_cached=self.num_tokens_cached,
+            num_tokens=self.num_tokens, num_tokens_asked=self.num_tokens_asked, num_tokens_cached=self.num_tokens_cached
         )
 
     def described(self, what: str) -> str:

@@ -22,7 +22,7 @@ from asyncopd.local.prefect_api import create_flow_run
 from asyncopd.local.processes import TERMINATE_GRACE_S, Child, RoleSpec, end_processes, home, recorded_processes
 from chaos.runs import run_role
 from storage.run_log import StoredRunLog
-from storage.runs import create_run
+from storage.runs import create_run, new_record
 from storage.stores import open_store
 
 FLOW_START_S = 90.0
@@ -108,8 +108,7 @@ class PlainWorld:
 
 def plain_run(config: RunConfig, run_id: str) -> StoredRunLog:
     """Create a run and make its models, without Prefect."""
-    record = {"config": config.model_dump(mode="json"), "config_hash": config.digest(), "created": time.time()}
-    log = create_run(open_store(config.storage.root), run_id, record)
+    log = create_run(open_store(config.storage.root), run_id, new_record(config))
     run_role("pretrain", log)
     return log
 
