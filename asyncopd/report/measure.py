@@ -79,22 +79,28 @@ class Observations:
     responses: Responses
 
     @functools.cached_property
+    def work(self) -> Sequence[Span]:
+        """The spans in which rollout, score or learn were busy."""
+        return [span for span in self.spans if span.role in PIPELINE and is_busy(span)]
+
+    @functools.cached_property
     def epoch(self) -> float:
         """Unix time at which the pipeline began to work: zero of every wall-time axis. 0 when nothing happened."""
-        starts = [span.start for span in self.spans if span.role in PIPELINE and is_busy(span)]
-        return min(starts, default=min((step.finished for step in self.steps), default=0.0))
+        moments = [span.start for span in self.work] or [step.finished for step in self.steps]
+        return min(moments, default=0.0)
 
     def published_s(self, version: int) -> float | None:
         """Seconds from `epoch` to the end of the step that made `version`; None when that step is not known."""
         if version == 0:
             return 0.0
-        finished = {step.version.number: step.finished for step in self.steps}.get(version)
-        return None if finished is None else finished - self.epoch
+        return next((step.finished - self.epoch for step in self.steps if step.version.number == version), None)
 
 
 def measure(seen: Observations, config: RunConfig) -> Summary:
     """The figures of what was observed of a run."""
-    wall_s = _wall_s(seen.spans)
+    work, wall_s = seen.work, None
+    if work:
+        wall_s = max(span.end for span in work) - min(span.start for span in work) - _paused_s(work)
     trained = sum(step.num_tokens for step in seen.steps)
     roles = {role: _role_time(spans, wall_s) for role, spans in _by_role(seen.spans).items()}
     busy_s = sum(roles[role].busy_s for role in PIPELINE if role in roles)
@@ -108,12 +114,7 @@ def measure(seen: Observations, config: RunConfig) -> Summary:
         overlap=busy_s / wall_s if wall_s else None,
         first=qualities[0] if qualities else None,
         last=qualities[-1] if qualities else None,
-        tokens=Tokens(
-            generated=seen.tokens_generated,
-            scored=seen.tokens_scored,
-            trained=trained,
-            trained_per_s=trained / wall_s if wall_s else None,
-        ),
+        tokens=Tokens(seen.tokens_generated, seen.tokens_scored, trained, trained / wall_s if wall_s else None),
         roles=roles,
         orchestration=_orchestration(seen.spans, roles),
         staleness=staleness_of(seen.steps),
@@ -180,13 +181,6 @@ def _by_role(spans: Sequence[Span]) -> dict[str, list[Span]]:
     return {role: [span for span in spans if span.role == role] for role in roles}
 
 
-def _wall_s(spans: Sequence[Span]) -> float | None:
-    busy = [span for span in spans if span.role in PIPELINE and is_busy(span)]
-    if not busy:
-        return None
-    return max(span.end for span in busy) - min(span.start for span in busy) - _paused_s(busy)
-
-
 def _role_time(spans: Sequence[Span], wall_s: float | None) -> RoleTime:
     busy_s, alive_s = 0.0, 0.0
     waiting_s: dict[str, float] = {}
@@ -198,13 +192,7 @@ def _role_time(spans: Sequence[Span], wall_s: float | None) -> RoleTime:
         for what in sorted({kind(span) for span in own if is_wait(span)}):
             waits = covered_by(span for span in own if is_wait(span) and kind(span) == what)
             waiting_s[what] = waiting_s.get(what, 0.0) + length_s(difference(waits, busy))
-    return RoleTime(
-        num_workers=len(workers),
-        alive_s=alive_s,
-        busy_s=busy_s,
-        busy_share=busy_s / wall_s if wall_s else None,
-        waiting_s=waiting_s,
-    )
+    return RoleTime(len(workers), alive_s, busy_s, busy_s / wall_s if wall_s else None, waiting_s)
 
 
 def _orchestration(spans: Sequence[Span], roles: Mapping[str, RoleTime]) -> Orchestration:
@@ -227,16 +215,17 @@ def _orchestration(spans: Sequence[Span], roles: Mapping[str, RoleTime]) -> Orch
 
 # -- tokens -------------------------------------------------------------------------------------------------------
 def _lengths(responses: Responses) -> Lengths:
-    lengths_B = responses.lengths_B
-    known = len(lengths_B) > 0
+    lengths_B, num_shards_read, num_shards = responses.lengths_B, responses.num_shards_read, responses.num_shards
+    if not len(lengths_B):
+        return Lengths(0, num_shards_read, num_shards)
     return Lengths(
         num_responses=len(lengths_B),
-        num_shards_read=responses.num_shards_read,
-        num_shards=responses.num_shards,
-        mean_tokens=float(lengths_B.mean()) if known else None,
-        p99_tokens=float(np.percentile(lengths_B, 99)) if known else None,
-        max_tokens=int(lengths_B.max()) if known else None,
-        stopped_fraction=float(responses.stopped_B.mean()) if known else None,
+        num_shards_read=num_shards_read,
+        num_shards=num_shards,
+        mean_tokens=float(lengths_B.mean()),
+        p99_tokens=float(np.percentile(lengths_B, 99)),
+        max_tokens=int(lengths_B.max()),
+        stopped_fraction=float(responses.stopped_B.mean()),
     )
 
 
@@ -263,7 +252,7 @@ def _notes(seen: Observations, config: RunConfig) -> list[str]:
         notes.append(f"The last evaluated version is {seen.evaluations[-1].version.number}, not {planned}.")
     if seen.evaluations and not math.isfinite(seen.evaluations[-1].accuracy):
         notes.append("The task has no verifier, so accuracy is not known.")
-    if not any(span.role in PIPELINE and is_busy(span) for span in seen.spans):
+    if not seen.work:
         notes.append("No timeline was stored, so wall time, throughput and overlap are not known.")
     elif (paused_s := _paused_s(seen.spans)) > 0:
         notes.append(

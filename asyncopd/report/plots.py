@@ -6,12 +6,12 @@ One colour per role, of Okabe and Ito's, which colour-blind readers can tell apa
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -31,36 +31,9 @@ ROLE_COLOURS = {
 }
 OTHER = "#999999"
 INK = "#222222"
-FAINT = "#E3E3E3"
+"""Of text; plots.mplstyle has the look of everything else."""
 ACCENT = "#0072B2"
 SECOND = "#D55E00"
-
-_STYLE = {
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-    "axes.edgecolor": "#888888",
-    "axes.labelcolor": INK,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.titleweight": "bold",
-    "axes.labelsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.8,
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "font.family": "DejaVu Sans",
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-}
 
 
 def role_colour(role: str) -> str:
@@ -73,7 +46,7 @@ def tint(colour: str, strength: float = 0.28) -> tuple[float, float, float]:
     return (1 - strength * (1 - red), 1 - strength * (1 - green), 1 - strength * (1 - blue))
 
 
-styled = rc_context(_STYLE)
+styled = style.context(Path(__file__).with_name("plots.mplstyle"))
 """Decorates every plot function: matplotlib reads its settings at many moments between creation and saving."""
 
 
@@ -118,27 +91,20 @@ _EVALUATED: dict[str, Any] = {"color": INK, "linewidth": 2.4, "capsize": 3, "mar
 
 
 # -- quality ------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Against:
-    """One horizontal axis: where an evaluation and a training step lie on it."""
-
-    label: str
-    of_evaluation: Callable[[Evaluation], float | None]
-    of_step: Callable[[TrainStep], float]
-
-
 @styled
 def plot_quality(seen: Observations) -> bytes:
     """Accuracy and KL to the teacher of every evaluated version, against learner steps and against wall time."""
     page = Page(2, 2, width=12, height=7.2, sharex="col", sharey="row")
-    steps = _Against("learner steps", lambda e: e.version.number, lambda step: step.step)
-    wall = _Against("wall time, s", lambda e: seen.published_s(e.version.number), lambda s: s.finished - seen.epoch)
-    for column, against in enumerate((steps, wall)):
-        above, below = page.axes[column], page.axes[2 + column]
-        placed = [(e, x) for e in seen.evaluations if (x := against.of_evaluation(e)) is not None]
-        _accuracy(above, placed)
-        _kl(below, placed, [(against.of_step(step), step) for step in seen.steps])
-        below.set_xlabel(against.label)
+    by_step = [(evaluation, float(evaluation.version.number)) for evaluation in seen.evaluations]
+    by_time = [(e, at) for e in seen.evaluations if (at := seen.published_s(e.version.number)) is not None]
+    columns = (
+        ("learner steps", by_step, [(float(step.step), step) for step in seen.steps]),
+        ("wall time, s", by_time, [(step.finished - seen.epoch, step) for step in seen.steps]),
+    )
+    for column, (label, placed, steps) in enumerate(columns):
+        _accuracy(page.axes[column], placed)
+        _kl(page.axes[2 + column], placed, steps)
+        page.axes[2 + column].set_xlabel(label)
     for axes in page.axes[1::2]:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -187,9 +153,8 @@ def plot_training(steps: Sequence[TrainStep]) -> bytes:
     """What every step measured: each step faint, their running mean bold."""
     page = Page(2, 3, width=13, height=6.6)
     for axes, (metric, title) in zip(page.axes, CURVES, strict=True):
-        points = [
-            (step.step, step.metrics[metric.key]) for step in steps if np.isfinite(step.metrics.get(metric.key, np.nan))
-        ]
+        values = [(step.step, step.metrics.get(metric.key, np.nan)) for step in steps]
+        points = [(step, value) for step, value in values if np.isfinite(value)]
         axes.set_title(title)
         if not points:
             missing(axes, f"no step reported {metric.key}")
@@ -239,16 +204,9 @@ def plot_staleness(steps: Sequence[TrainStep], max_staleness: int) -> bytes:
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.grid(axis="x", visible=False)
     first, last = steps[0].step, steps[-1].step
-    picture = right.imshow(
-        shares_SA.T,
-        origin="lower",
-        aspect="auto",
-        cmap="Blues",
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
-        extent=(first - 0.5, last + 0.5, -0.5, len(shares_A) - 0.5),
-    )
+    extent = (first - 0.5, last + 0.5, -0.5, len(shares_A) - 0.5)
+    look: dict[str, Any] = {"origin": "lower", "aspect": "auto", "cmap": "Blues", "interpolation": "nearest"}
+    picture = right.imshow(shares_SA.T, vmin=0, vmax=1, extent=extent, **look)
     right.grid(visible=False)
     right.set_title("Step by step")
     right.set_xlabel("learner step")

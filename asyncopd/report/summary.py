@@ -91,10 +91,10 @@ class Lengths:
     num_shards_read: int
     num_shards: int
     """When more than were read, the ones read are spread evenly over the run."""
-    mean_tokens: float | None
-    p99_tokens: float | None
-    max_tokens: int | None
-    stopped_fraction: float | None
+    mean_tokens: float | None = None
+    p99_tokens: float | None = None
+    max_tokens: int | None = None
+    stopped_fraction: float | None = None
     """Responses that ended with EOS rather than at the limit."""
 
 

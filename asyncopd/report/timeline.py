@@ -32,8 +32,8 @@ LANES = ("rollout", "score", "learn", "evaluate")
 """Top to bottom. Pre-training is over before the others begin and would only squeeze them; the trace has it."""
 MAX_WORKERS = 6
 """Lanes of one role; of more workers the first are drawn. The trace has all."""
-_WAITED_FOR = {"version": "learn", "scores": "score", "shard": "rollout"}
-"""What a wait names -> the role that makes it."""
+_WAITED_FOR = {"version": ("learn", "a policy version"), "scores": ("score", "scores"), "shard": ("rollout", "a shard")}
+"""What a wait names -> the role that makes it, and what the legend calls it."""
 _HEIGHT, _STRIP = 0.62, 0.13
 
 
@@ -152,19 +152,17 @@ def _label(
 
 def waited_for_colour(what: str) -> str:
     """Colour of the role that makes `what`."""
-    return role_colour(_WAITED_FOR.get(what, ""))
+    return role_colour(_WAITED_FOR[what][0] if what in _WAITED_FOR else "")
 
 
 def _legend(spans: Sequence[Span]) -> list[Patch]:
     roles = [role for role in LANES if any(span.role == role and is_busy(span) for span in spans)]
+    names = {what: f"{name} ({role})" for what, (role, name) in _WAITED_FOR.items()}
     waits = sorted({kind(span) for span in spans if is_wait(span)})
     handles = [Patch(color=role_colour(role), label=f"{role} works") for role in roles]
-    handles += [Patch(color=tint(waited_for_colour(what)), label=f"waits for {_phrase(what)}") for what in waits]
+    handles += [
+        Patch(color=tint(waited_for_colour(what)), label=f"waits for {names.get(what, what)}") for what in waits
+    ]
     if any(map(is_orchestration, spans)):
         handles.append(Patch(color="#555555", label="overhead (strip below)"))
     return handles
-
-
-def _phrase(what: str) -> str:
-    phrases = {"version": "a policy version (learn)", "scores": "scores (score)", "shard": "a shard (rollout)"}
-    return phrases.get(what, what)
