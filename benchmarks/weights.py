@@ -44,6 +44,7 @@ from asyncopd.tasks.walk import WalkTask
 from asyncopd.teacher.hf import HfScorer
 from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory
 from flows.study import warm_start
+from storage.manifests import read_manifest
 from storage.run_log import StoredRunLog
 from storage.runs import create_run
 from storage.stores import open_store
@@ -137,8 +138,8 @@ class Ways:
             if number == 0:
                 continue  # no version to be against
             figures = self.figures[dtype, kind]
-            chain = log.policy_facts(weights.version).chain
-            (full_key, *_) = log.store.list(f"{log.layout.folder('policies')}/{number:06d}")
+            chain = read_manifest(log.store, log.layout.key("policy", state=weights.version)).facts.chain
+            (full_key, *_) = log.store.list(f"{log.layout.folder('policy')}/{number:06d}")
             figures["bytes"].append(log.store.size((chain and chain.delta) or full_key))
             figures["publish_s"].append(publish_s)
             figures["read_s"].append(read_s)

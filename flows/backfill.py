@@ -22,7 +22,6 @@ from asyncopd.teacher.stage import Backfilled, BackfillStage
 from asyncopd.types import IndexRange, Trajectory
 from flows.engines import make_scorer, student_skeleton
 from flows.wiring import OpenRun, missing_models, open_stored_run, pretrain_model
-from storage.candidates import find_candidates, publish_candidates, with_candidates
 from storage.replay import backfill_asked, source_of
 from storage.run_log import StoredRunLog
 from storage.score_cache import StoredScoreCache
@@ -132,8 +131,8 @@ def _candidates(
     )
 
     def join(shard: IndexRange, trajectories: list[Trajectory]) -> list[Trajectory]:
-        if find_candidates(run.log, wanted.name, shard) is None:
-            publish_candidates(run.log, wanted.name, shard, source.candidates(trajectories), worker=worker)
-        return with_candidates(run.log, wanted.name, shard, trajectories)
+        if run.log.find_candidates(wanted.name, shard) is None:
+            run.log.publish_candidates(wanted.name, shard, source.candidates(trajectories), worker=worker)
+        return run.log.with_candidates(wanted.name, shard, trajectories)
 
     return join

@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from asyncopd.errors import ShardCorruptError
 from asyncopd.records import Claim, Heartbeat, WorkerStatus
@@ -19,15 +18,6 @@ from asyncopd.types import IndexRange
 from storage.layout import RunLayout, parse
 from storage.records import from_json, to_json
 from storage.stores.base import ObjectStore
-
-
-@dataclass(frozen=True)
-class _Sighting:
-    """A heartbeat as this observer saw it first."""
-
-    body: bytes | None
-    seen_s: float
-    """The observer's monotonic clock."""
 
 
 class ClaimLog:
@@ -38,7 +28,8 @@ class ClaimLog:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._sightings: dict[str, _Sighting] = {}
+        self._sightings: dict[str, tuple[bytes | None, float]] = {}
+        """Worker -> the bytes of its heartbeat, and when this observer saw them first, by its own clock."""
         self._newest: dict[tuple[str, IndexRange], Claim] = {}
         self._beats: dict[str, int] = {}
         self._retired: set[str] = set()
@@ -141,10 +132,10 @@ class ClaimLog:
         key = self.layout.key("heartbeat", worker=worker)
         body, now_s = self.store.find(key), self._clock()
         sighting = self._sightings.get(worker)
-        if sighting is None or sighting.body != body:
-            sighting = self._sightings[worker] = _Sighting(body, now_s)
+        if sighting is None or sighting[0] != body:
+            sighting = self._sightings[worker] = body, now_s
         beat = self._read_heartbeat(key, body)
-        return (beat is not None and beat.retired) or now_s - sighting.seen_s >= lease_s
+        return (beat is not None and beat.retired) or now_s - sighting[1] >= lease_s
 
     def _find_claim(self, stage: str, shard: IndexRange, attempt: int) -> Claim | None:
         exists = self.store.exists(self.layout.key("claim", stage=stage, shard=shard, attempt=attempt))

@@ -29,12 +29,6 @@ class Lineage(NumberedRecords[Rewind]):
     def __init__(self, store: ObjectStore, layout: RunLayout) -> None:
         super().__init__(store, layout, "rewind", Rewind)
 
-    def record(self, to_step: int, worker: str) -> int:
-        """Append a rewind; returns its number. Several writers get different numbers."""
-        if to_step < 0:
-            raise StorageError(f"cannot rewind {self._layout.run_id} to step {to_step}; expected 0 or more.")
-        return self.append(lambda number: Rewind(number=number, to_step=to_step, worker=worker, recorded=time.time()))
-
     def stored(self, kind: str) -> list[PolicyVersion]:
         """The states of all policies, checkpoints, steps or evaluations that are stored, superseded ones too."""
         keys = self._store.folder(self._layout.folder(kind)).keys
@@ -129,8 +123,13 @@ class LearnerLog:
         return read_named(self.store, self.layout.checkpoint_manifest(step, rewind))
 
     def record_rewind(self, to_step: int, *, worker: str) -> int:
-        """The learner went back to `to_step`: later steps and versions are superseded. Returns the rewind's number."""
-        return self.lineage.record(to_step, worker)
+        """The learner went back to `to_step`: later steps and versions are superseded. Returns the rewind's number.
+
+        Several writers get different numbers. Raises StorageError when `to_step` is negative.
+        """
+        if to_step < 0:
+            raise StorageError(f"cannot rewind {self.layout.run_id} to step {to_step}; expected 0 or more.")
+        return self.lineage.append(lambda number: Rewind(number, to_step, worker, time.time()))
 
     def current_rewind(self) -> int:
         """Number of the last recorded rewind, under which a learner publishes; 0 before the first."""

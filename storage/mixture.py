@@ -18,7 +18,6 @@ from asyncopd.config.recorded import CacheRequirements, check_cache
 from asyncopd.errors import ConfigError, ShapeError
 from asyncopd.records import Manifest
 from asyncopd.types import FloatArray, IndexRange, ScoredTrajectory, TeacherScores, Trajectory
-from storage.candidates import with_candidates
 from storage.run_log import StoredRunLog
 
 SHARDS_CHECKED = 8
@@ -49,7 +48,7 @@ class ScoresView:
         """The shard's trajectories with the candidates that were scored."""
         trajectories = self.log.read_trajectories(shard)
         candidates = self._candidates(shard)
-        return with_candidates(self.log, candidates, shard, trajectories) if candidates else trajectories
+        return self.log.with_candidates(candidates, shard, trajectories) if candidates else trajectories
 
     def read_scores(self, shard: IndexRange) -> list[TeacherScores]:
         """The shard's scores, mixed where there are several teachers."""

@@ -79,13 +79,11 @@ def decode_candidates(body: bytes, key: str) -> dict[int, Candidates]:
     Raises:
         ShardCorruptError: `body` is no candidates file of this schema version.
     """
-    pairs = _decoded(
-        body,
-        key,
-        "candidates",
-        lambda rows, row: (int(rows.values["index"][row]), Candidates(**rows.fields(Candidates, row))),
-    )
-    return dict(pairs)
+
+    def of_index(rows: _Rows, row: int) -> tuple[int, Candidates]:
+        return rows.values["index"][row], Candidates(**rows.fields(Candidates, row))
+
+    return dict(_decoded(body, key, "candidates", of_index))
 
 
 def encode_scores(scores: Sequence[TeacherScores], run_id: str, topk_precision: TopkPrecision = "float32") -> bytes:

@@ -31,14 +31,6 @@ RELIST_S = 5.0
 """How often a poll lists all versions. Between listings it probes for the next number only, which a gap would stop."""
 
 
-@dataclass(frozen=True)
-class Published:
-    """What this log published last: the base of the next delta."""
-
-    weights: PolicyWeights
-    sha256: str
-
-
 class PolicyLog:
     """The published weights of one run."""
 
@@ -53,7 +45,8 @@ class PolicyLog:
         self._listed_s = float("-inf")
         self._reader = PolicyReader(self.store, self.layout)
         self._full_every: int | None = None
-        self._published: Published | None = None
+        self._published: tuple[PolicyWeights, str] | None = None
+        """What this log published last, with its sha256: the base of the next delta."""
 
     def publish_deltas(self, *, full_every: int) -> None:
         """From here on, publish what changed since the version before, and full weights every `full_every` versions.
@@ -71,38 +64,35 @@ class PolicyLog:
         objects, chain = self._objects(weights, digest)
         if not publish(self.store, key, objects, kind="policy", worker=worker, facts=replace(facts, chain=chain)):
             published = StoredPolicy.of(weights.version, key, read_manifest(self.store, key))
-            if published.sha256 != digest:
+            if (found := published.chain.weights_sha256) != digest:
                 raise StorageError(
-                    f"{key} was published by {published.manifest.worker} with sha256 {published.sha256[:12]}, now "
-                    f"{worker} brings {digest[:12]}. Weights never change once published: stop the second learner, or "
-                    "let it record a rewind before it trains."
+                    f"{key} was published by {published.manifest.worker} with sha256 {found[:12]}, now {worker} brings "
+                    f"{digest[:12]}. Weights never change once published: stop the second learner, or let it record a "
+                    "rewind before it trains."
                 )
         if self._full_every is not None:
-            self._published = Published(weights, digest)
+            self._published = weights, digest
 
     def _objects(self, weights: PolicyWeights, digest: str) -> tuple[dict[str, bytes], WeightChain | None]:
         """What to store of a version, by key, and how that is: full weights, a delta, or both."""
         version, body = weights.version, weights.safetensors
         if self._full_every is None:
             return {self._data_key(version, "safetensors"): body}, None
-        base = self._published
-        if base is not None and base.weights.version.number >= version.number:
-            base = None
-        made = encode_delta(base.weights.safetensors, body) if base is not None else None
-        # Where nearly everything changed a lot, a delta only adds to what must be read.
-        delta = made if made is not None and len(made.body) < len(body) else None
+        made = against = None
+        if self._published is not None and self._published[0].version.number < version.number:
+            base, base_digest = self._published
+            made = encode_delta(base.safetensors, body)
+            against = ChainBase(base.version.number, base.version.rewind, base_digest)
         objects: dict[str, bytes] = {}
         delta_key = full_key = None
-        if delta is not None:
-            objects[delta_key := self._data_key(version, "delta")] = delta.body
-        if delta is None or version.number % self._full_every == 0:
+        # Where nearly everything changed a lot, a delta only adds to what must be read.
+        if made is not None and len(made.body) < len(body):
+            objects[delta_key := self._data_key(version, "delta")] = made.body
+        if delta_key is None or version.number % self._full_every == 0:
             # Beside the delta, not instead of it: who is up to date reads the delta of every version.
             objects[full_key := self._data_key(version, "safetensors")] = body
-        against = None
-        if base is not None and delta is not None:
-            against = ChainBase(base.weights.version.number, base.weights.version.rewind, base.sha256)
         num_changed = made.num_changed if made is not None else None
-        return objects, WeightChain(digest, full_key, delta_key, against, num_changed)
+        return objects, WeightChain(digest, full_key, delta_key, against if delta_key else None, num_changed)
 
     def _data_key(self, version: PolicyVersion, coding: str) -> str:
         return self.layout.key("policy.data", number=version.number, rewind=version.rewind, coding=coding)
@@ -144,11 +134,6 @@ class PolicyLog:
         """All versions of the surviving lineage, oldest first."""
         return self.lineage.surviving("policy")
 
-    def policy_facts(self, version: PolicyVersion) -> Facts:
-        """What its publisher wrote beside a version. Empty when the version does not exist."""
-        manifest = find_manifest(self.store, self.layout.key("policy", state=version))
-        return manifest.facts if manifest else Facts()
-
     def _advance(self) -> None:
         """Follow the numbers from the last known version on, under the newest rewind."""
         number = -1 if self._latest is None else self._latest.number
@@ -167,21 +152,20 @@ class StoredPolicy:
     manifest_key: str
     manifest: Manifest
     chain: WeightChain
-    is_chained: bool
-    """Was it published by a learner that publishes deltas?"""
+    """Of a version whose learner publishes no deltas: its full weights alone."""
 
     @classmethod
     def of(cls, version: PolicyVersion, manifest_key: str, manifest: Manifest) -> StoredPolicy:
         chain = manifest.facts.chain
-        if chain is not None:
-            return cls(version, manifest_key, manifest, chain, True)
-        ((key, promise),) = manifest.objects.items()
-        return cls(version, manifest_key, manifest, WeightChain(promise["sha256"], key, None, None, None), False)
+        if chain is None:
+            ((key, promise),) = manifest.objects.items()
+            chain = WeightChain(promise["sha256"], key, None, None, None)
+        return cls(version, manifest_key, manifest, chain)
 
     @property
-    def sha256(self) -> str:
-        """Of the full weights, however they were published."""
-        return self.chain.weights_sha256
+    def is_chained(self) -> bool:
+        """Was it published by a learner that publishes deltas?"""
+        return self.manifest.facts.chain is not None
 
     def size_bytes(self, key: str) -> int:
         return int(self.manifest.objects[key]["size_bytes"])
@@ -191,10 +175,15 @@ class StoredPolicy:
 class _Route:
     """One way to a version: full weights, from storage or held, then deltas in order."""
 
-    full: StoredPolicy | None
-    """None: start from the held weights."""
+    start: StoredPolicy
+    held: bytes | None
+    """The weights of `start`; None: its full weights are read from storage."""
     deltas: Sequence[StoredPolicy]
     size_bytes: int
+
+
+_Held = tuple[tuple[PolicyVersion, str], bytes]
+"""(version, sha256) and the weights themselves."""
 
 
 class PolicyReader:
@@ -202,50 +191,45 @@ class PolicyReader:
 
     def __init__(self, store: ObjectStore, layout: RunLayout) -> None:
         self._store, self._layout = store, layout
-        self._lock = threading.Lock()
-        self._held: tuple[StoredPolicy, bytes] | None = None
-
-    def find(self, version: PolicyVersion) -> StoredPolicy | None:
-        """What was published as `version`; None when nothing was."""
-        key = self._layout.key("policy", state=version)
-        manifest = find_manifest(self._store, key)
-        return None if manifest is None else StoredPolicy.of(version, key, manifest)
+        self._held: _Held | None = None
+        """Always replaced as a whole: threads that read at once need no lock."""
 
     def read(self, version: PolicyVersion) -> PolicyWeights:
         """The weights of a version; see `PolicyLog.read_policy`."""
         key = self._layout.key("policy", state=version)
         target = StoredPolicy.of(version, key, read_manifest(self._store, key))
-        with self._lock:
-            held = self._held
+        held = self._held
         broken: dict[str, StorageError] = {}
         while True:
             route = self._route(target, held, broken)
             if route is None:
-                raise _unreadable(target, broken)
-            body = self._follow(route, target, held, broken)
-            if body is not None:
+                first = next(iter(broken.values()))
+                if not target.is_chained:
+                    raise first
+                raise type(first)(
+                    f"version {version.number} cannot be read, whatever the way. {first} "
+                    "The next full version can be read again (learner.publish.full_every)."
+                )
+            if (body := self._follow(route, target, broken)) is not None:
                 break
         if broken:
             logger.warning("version %d: read another way, %d bytes", version.number, route.size_bytes)
         if target.is_chained:
-            with self._lock:
-                self._held = target, body
+            self._held = (version, target.chain.weights_sha256), body
         return PolicyWeights(version=version, safetensors=body)
 
     # -- routes ---------------------------------------------------------------------------------------------------
-    def _route(
-        self, target: StoredPolicy, held: tuple[StoredPolicy, bytes] | None, broken: dict[str, StorageError]
-    ) -> _Route | None:
+    def _route(self, target: StoredPolicy, held: _Held | None, broken: dict[str, StorageError]) -> _Route | None:
         """The way to `target` with the fewest bytes that uses no key of `broken`; adds to `broken` what it finds."""
         best: _Route | None = None
         deltas: list[StoredPolicy] = []
         size = 0
         at = target
         while best is None or size < best.size_bytes:
-            if held is not None and (held[0].version, held[0].sha256) == (at.version, at.sha256):
-                return _Route(None, deltas, size)
+            if held is not None and held[0] == (at.version, at.chain.weights_sha256):
+                return _Route(at, held[1], deltas, size)
             if at.chain.full is not None and at.chain.full not in broken:
-                found = _Route(at, deltas, size + at.size_bytes(at.chain.full))
+                found = _Route(at, None, deltas, size + at.size_bytes(at.chain.full))
                 best = found if best is None or found.size_bytes < best.size_bytes else best
             base = self._base(at, broken)
             if base is None or at.chain.delta is None:
@@ -260,32 +244,27 @@ class PolicyReader:
         delta, against = at.chain.delta, at.chain.base
         if delta is None or against is None or delta in broken:
             return None
-        base = self.find(PolicyVersion(against.number, against.rewind)) if against.number < at.version.number else None
-        if base is not None and base.sha256 == against.weights_sha256:
-            return base
-        found = "does not exist" if base is None else f"has weights {base.sha256[:12]}"
+        found = "does not exist"
+        version = PolicyVersion(against.number, against.rewind)
+        key = self._layout.key("policy", state=version)
+        if version.number < at.version.number and (manifest := find_manifest(self._store, key)) is not None:
+            base = StoredPolicy.of(version, key, manifest)
+            if base.chain.weights_sha256 == against.weights_sha256:
+                return base
+            found = f"has weights {base.chain.weights_sha256[:12]}"
         broken[delta] = ShardCorruptError(
             f"{delta} is against version {against.number} of rewind {against.rewind} with weights "
             f"{against.weights_sha256[:12]}, which {found}; a delta fits its own base only."
         )
         return None
 
-    def _follow(
-        self,
-        route: _Route,
-        target: StoredPolicy,
-        held: tuple[StoredPolicy, bytes] | None,
-        broken: dict[str, StorageError],
-    ) -> bytes | None:
+    def _follow(self, route: _Route, target: StoredPolicy, broken: dict[str, StorageError]) -> bytes | None:
         """The weights at the end of `route`; None when something on the way is not as promised, now in `broken`."""
-        reading = ""
+        reading, body = "", route.held
         try:
-            if route.full is not None:
-                reading = route.full.chain.full or ""
-                body = read_object(self._store, route.full.manifest_key, route.full.manifest, reading)
-            else:
-                assert held is not None
-                body = held[1]
+            if body is None:
+                reading = route.start.chain.full or ""
+                body = read_object(self._store, route.start.manifest_key, route.start.manifest, reading)
             if not route.deltas:
                 return body
             changed = bytearray(body)
@@ -298,21 +277,13 @@ class PolicyReader:
             broken[reading] = error
             return None
         body = bytes(changed)
-        if (found := sha256(body)) == target.sha256:
+        if (found := sha256(body)) == target.chain.weights_sha256:
             return body
         # Every delta has its promised bytes, so they cannot be told apart: none of this chain is used again.
         wrong = ShardCorruptError(
             f"version {target.version.number}: the chain of {len(route.deltas)} deltas ends in weights {found[:12]}, "
-            f"the manifest expects {target.sha256[:12]}."
+            f"the manifest expects {target.chain.weights_sha256[:12]}."
         )
         logger.warning("%s Looking for another way.", wrong)
         broken |= {step.chain.delta: wrong for step in route.deltas if step.chain.delta is not None}
         return None
-
-
-def _unreadable(target: StoredPolicy, broken: dict[str, StorageError]) -> StorageError:
-    first = next(iter(broken.values()))
-    if not target.is_chained:
-        return first
-    advice = "The next full version can be read again (learner.publish.full_every)."
-    return type(first)(f"version {target.version.number} cannot be read, whatever the way. {first} {advice}")

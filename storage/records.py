@@ -144,11 +144,11 @@ def _read_step(fields: dict[str, Any]) -> dict[str, Any]:
 
 _SPAN_FIELDS = [field.name for field in dataclasses.fields(Span)]
 _WRITE: Mapping[type, Callable[[Any], dict[str, Any]]] = {
-    Claim: lambda claim: {"worker": claim.worker, "claimed": claim.claimed},
+    Claim: lambda claim: _without(claim, "stage", "shard", "attempt"),
     Heartbeat: lambda beat: _plain(vars(beat) | {"status": _told(beat.status)}),
     Manifest: lambda manifest: _plain(vars(manifest) | {"facts": _told(manifest.facts)}),
-    Rewind: lambda rewind: _renamed(_plain(rewind), number="rewind"),
-    RunState: lambda state: _renamed(_plain(state), number=""),
+    Rewind: lambda rewind: {"rewind": rewind.number, **_without(rewind, "number")},
+    RunState: lambda state: _without(state, "number"),
     TrainStep: _write_step,
     list: lambda spans: {"spans": [_plain(dataclasses.astuple(span)) for span in spans]},
 }
@@ -170,9 +170,9 @@ def _adapter(kind: Hashable) -> TypeAdapter[Any]:
     return TypeAdapter(cast(Any, kind))
 
 
-def _renamed(fields: dict[str, Any], **names: str) -> dict[str, Any]:
-    """`fields` under other names; those renamed to nothing are left out."""
-    return {names.get(name, name): value for name, value in fields.items() if names.get(name, name)}
+def _without(value: Any, *in_key: str) -> dict[str, Any]:
+    """The fields of a record but those that its key says."""
+    return {name: field for name, field in _plain(value).items() if name not in in_key}
 
 
 def _nan_for_null(value: Any) -> Any:

@@ -10,20 +10,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 from asyncopd.errors import ShapeError, ShardCorruptError
 from asyncopd.records import NO_FACTS, Facts, Manifest
-from asyncopd.types import IndexRange, TeacherScores, Trajectory
+from asyncopd.types import Candidates, IndexRange, TeacherScores, Trajectory
 from storage.claims import ClaimLog
 from storage.events import EventLog
 from storage.layout import RunLayout, decode_name, new_nonce, parse_shard
 from storage.learner_log import LearnerLog, Lineage
 from storage.manifests import find_manifest, publish, read_manifest, read_named, read_shard, what_to_do
-from storage.parquet import decode_scores, decode_trajectories, encode_scores, encode_trajectories
+from storage.parquet import (
+    decode_candidates,
+    decode_scores,
+    decode_trajectories,
+    encode_candidates,
+    encode_scores,
+    encode_trajectories,
+)
 from storage.policies import PolicyLog
 from storage.schema import SCHEMA_VERSION, TopkPrecision
 from storage.stores.base import ObjectStore
+
+Row = TypeVar("Row", Trajectory, TeacherScores)
 
 
 class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, EventLog):
@@ -49,6 +58,7 @@ class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, EventLog):
 
     # -- rollouts -------------------------------------------------------------------------------------------------
     def find_trajectories(self, shard: IndexRange) -> Manifest | None:
+        """The manifest of a shard; None when it was not published yet."""
         return find_manifest(self.store, self.layout.shard_manifest(self.layout.trajectories, shard))
 
     def read_trajectories(self, shard: IndexRange) -> list[Trajectory]:
@@ -58,10 +68,7 @@ class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, EventLog):
             ObjectMissingError: the shard was not published, or its data is gone.
             ShardCorruptError: the data is not what the manifest promises.
         """
-        key, manifest, data_key, body = self._read_shard(self.layout.trajectories, shard)
-        trajectories = decode_trajectories(body, data_key)
-        check_rows(key, manifest, shard, [trajectory.index for trajectory in trajectories])
-        return trajectories
+        return self._read_rows(self.layout.trajectories, shard, decode_trajectories)
 
     def publish_trajectories(
         self, shard: IndexRange, trajectories: Sequence[Trajectory], *, worker: str, facts: Facts = NO_FACTS
@@ -75,16 +82,17 @@ class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, EventLog):
         """
         ordered = sorted(trajectories, key=lambda trajectory: trajectory.index)
         _check_cover(shard, [trajectory.index for trajectory in ordered], facts.dropped)
-        known: dict[str, Any] = {
-            "num_tokens": sum(len(trajectory.response_ids) for trajectory in ordered),
-            # Over all runs of tokens: with updates in flight a response has several.
-            "version_first": min((run.version for t in ordered for run in t.version_runs), default=None),
-            "version_last": max((run.version for t in ordered for run in t.version_runs), default=None),
-        }
-        body = encode_trajectories(ordered, self.run_id)
-        return self._publish_shard(
-            "trajectories", shard, body, len(ordered), worker=worker, facts=replace(facts, **known)
+        # Over all runs of tokens: with updates in flight a response has several.
+        versions = [run.version for trajectory in ordered for run in trajectory.version_runs]
+        known = replace(
+            facts,
+            num_rows=len(ordered),
+            num_tokens=sum(len(trajectory.response_ids) for trajectory in ordered),
+            version_first=min(versions, default=None),
+            version_last=max(versions, default=None),
         )
+        body = encode_trajectories(ordered, self.run_id)
+        return self._publish_rows("trajectories", self.layout.trajectories, shard, body, worker=worker, facts=known)
 
     def trajectory_shards(self) -> list[IndexRange]:
         """All published shards of trajectories, in index order."""
@@ -96,6 +104,7 @@ class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, EventLog):
 
     # -- scores ---------------------------------------------------------------------------------------------------
     def find_scores(self, teacher: str, shard: IndexRange) -> Manifest | None:
+        """The manifest of a teacher's scores of a shard; None when they were not published yet."""
         return find_manifest(self.store, self.layout.shard_manifest(self.layout.scores(teacher), shard))
 
     def read_scores(self, teacher: str, shard: IndexRange) -> list[TeacherScores]:
@@ -103,10 +112,7 @@ class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, EventLog):
 
         Raises as `read_trajectories` does.
         """
-        key, manifest, data_key, body = self._read_shard(self.layout.scores(teacher), shard)
-        scores = decode_scores(body, data_key)
-        check_rows(key, manifest, shard, [row.index for row in scores])
-        return scores
+        return self._read_rows(self.layout.scores(teacher), shard, decode_scores)
 
     def publish_scores(
         self, teacher: str, shard: IndexRange, scores: Sequence[TeacherScores], *, worker: str, facts: Facts = NO_FACTS
@@ -121,17 +127,16 @@ class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, EventLog):
             rollout = self.find_trajectories(shard)
             dropped = {**(rollout.facts.dropped if rollout else {}), **dropped}
         _check_cover(shard, [row.index for row in ordered], dropped)
-        known: dict[str, Any] = {
-            "num_tokens": sum(len(row.sampled_logprobs_T) for row in ordered),
-            "teacher": teacher,
-            "teacher_digests": tuple(sorted({row.teacher_digest for row in ordered})),
-            "dropped": dropped,
-        }
-        body = encode_scores(ordered, self.run_id, self._topk_precision)
-        folder = self.layout.scores(teacher)
-        return self._publish_shard(
-            "scores", shard, body, len(ordered), worker=worker, facts=replace(facts, **known), folder=folder
+        known = replace(
+            facts,
+            num_rows=len(ordered),
+            num_tokens=sum(len(row.sampled_logprobs_T) for row in ordered),
+            teacher=teacher,
+            teacher_digests=tuple(sorted({row.teacher_digest for row in ordered})),
+            dropped=dropped,
         )
+        body = encode_scores(ordered, self.run_id, self._topk_precision)
+        return self._publish_rows("scores", self.layout.scores(teacher), shard, body, worker=worker, facts=known)
 
     def score_shards(self, teacher: str) -> list[IndexRange]:
         """All published shards of a teacher's scores, in index order."""
@@ -140,6 +145,42 @@ class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, EventLog):
     def teachers(self) -> list[str]:
         """The teachers that have scored something."""
         return [decode_name(name) for name in self.store.folder(self.layout.folder("scores")).folders]
+
+    # -- candidates -----------------------------------------------------------------------------------------------
+    def find_candidates(self, name: str, shard: IndexRange) -> Manifest | None:
+        """The manifest of a shard of back-filled candidates; `name` says what they are: `head8-draws8-tail`."""
+        return find_manifest(self.store, self.layout.shard_manifest(self.layout.candidates(name), shard))
+
+    def publish_candidates(
+        self, name: str, shard: IndexRange, candidates: Mapping[int, Candidates], *, worker: str
+    ) -> bool:
+        """Make candidates of every trajectory of a shard visible, by index. False when somebody was first.
+
+        Trajectory shards are never changed. Whoever wants these candidates joins them with `with_candidates`.
+        """
+        body, facts = encode_candidates(candidates, self.run_id), Facts(num_rows=len(candidates))
+        folder = self.layout.candidates(name)
+        return self._publish_rows("candidates", folder, shard, body, worker=worker, facts=facts)
+
+    def read_candidates(self, name: str, shard: IndexRange) -> dict[int, Candidates]:
+        """The candidates of a shard by index. Raises as `read_trajectories` does."""
+        key = self.layout.shard_manifest(self.layout.candidates(name), shard)
+        data_key, body = read_shard(self.store, key, read_manifest(self.store, key))
+        return decode_candidates(body, data_key)
+
+    def with_candidates(self, name: str, shard: IndexRange, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """The shard's trajectories with back-filled candidates in place of their own.
+
+        Raises as `read_candidates` does, and ShardCorruptError when they belong to other trajectories.
+        """
+        candidates, indices = self.read_candidates(name, shard), [trajectory.index for trajectory in trajectories]
+        if sorted(candidates) != indices:
+            key = self.layout.shard_manifest(self.layout.candidates(name), shard)
+            raise ShardCorruptError(
+                f"{key}: candidates of indices {sorted(candidates)}, the trajectories are {indices}. "
+                f"{what_to_do(key, 'candidates')}"
+            )
+        return [replace(trajectory, candidates=candidates[trajectory.index]) for trajectory in trajectories]
 
     # -- architecture ---------------------------------------------------------------------------------------------
     def publish_architecture(self, objects: Mapping[str, bytes], *, worker: str = "") -> bool:
@@ -152,38 +193,22 @@ class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, EventLog):
         """What `publish_architecture` stored, by name. Raises as `read_trajectories` does."""
         return read_named(self.store, self.layout.key("architecture"))
 
-    # -- private --------------------------------------------------------------------------------------------------
-    def _publish_shard(
-        self,
-        kind: str,
-        shard: IndexRange,
-        body: bytes,
-        num_rows: int,
-        *,
-        worker: str,
-        facts: Facts,
-        folder: str = "",
+    # -- shards of any kind ---------------------------------------------------------------------------------------
+    def _publish_rows(
+        self, kind: str, folder: str, shard: IndexRange, body: bytes, *, worker: str, facts: Facts
     ) -> bool:
-        folder = folder or self.layout.trajectories
-        return publish(
-            self.store,
-            self.layout.shard_manifest(folder, shard),
-            {self.layout.shard_object(folder, shard): body},
-            kind=kind,
-            worker=worker,
-            facts=replace(
-                facts,
-                num_rows=num_rows,
-                index_range=(shard.start, shard.stop),
-                parquet_schema_version=SCHEMA_VERSION,
-            ),
-        )
+        """Make an encoded shard visible in `folder` of the layout. False when another worker's was there first."""
+        addressed = replace(facts, index_range=(shard.start, shard.stop), parquet_schema_version=SCHEMA_VERSION)
+        key, objects = self.layout.shard_manifest(folder, shard), {self.layout.shard_object(folder, shard): body}
+        return publish(self.store, key, objects, kind=kind, worker=worker, facts=addressed)
 
-    def _read_shard(self, folder: str, shard: IndexRange) -> tuple[str, Manifest, str, bytes]:
-        """(manifest key, manifest, data key, verified data) of one shard."""
+    def _read_rows(self, folder: str, shard: IndexRange, decode: Callable[[bytes, str], list[Row]]) -> list[Row]:
         key = self.layout.shard_manifest(folder, shard)
         manifest = read_manifest(self.store, key)
-        return key, manifest, *read_shard(self.store, key, manifest)
+        data_key, body = read_shard(self.store, key, manifest)
+        rows = decode(body, data_key)
+        check_rows(key, manifest, shard, [row.index for row in rows])
+        return rows
 
     def _shards(self, folder: str) -> list[IndexRange]:
         keys = self.store.folder(folder).keys

@@ -46,20 +46,9 @@ _IDS = _numbers(pa.int32())
 _LOGPROBS = _numbers(pa.float32())
 _HALF_LOGPROBS = _numbers(pa.float16())
 
-TRAJECTORY_COLUMNS = (
-    Column("index", pa.int64(), "Trajectory index in the run; rows are in index order."),
-    Column("prompt_id", pa.string(), "Stable id of the question; may repeat at other indices."),
-    Column("prompt_group", pa.string(), "The prompt's label for reports; may be empty.", is_label=True),
-    Column("prompt_ids", _IDS, "[P] token ids of the prompt."),
-    Column("num_tokens", pa.int32(), "T, response tokens, EOS included."),
-    Column("response_ids", _IDS, "[T] token ids of the response."),
-    Column("behaviour_logprobs", _LOGPROBS, "[T] log p_old of each response token, nats, of the law sampled from."),
-    Column("version_first", pa.int32(), "Policy version that produced the first response token."),
-    Column("version_last", pa.int32(), "Policy version that produced the last response token."),
-    Column("version_run_versions", _IDS, "[R] policy version of each run of consecutive tokens."),
-    Column("version_run_lengths", _IDS, "[R] tokens in each run; they add up to T."),
-    Column("finish_reason", pa.string(), "`stop` (EOS) or `length` (token limit).", is_label=True),
-    Column("correct", pa.bool_(), "The verifier's answer; null where the task has no verifier.", nullable=True),
+_INDEX = Column("index", pa.int64(), "Trajectory index in the run; rows are in index order.")
+_NUM_TOKENS = Column("num_tokens", pa.int32(), "T, response tokens, EOS included.")
+_OF_CANDIDATES = (
     Column("head_k", pa.int32(), "K, ids in the head per token; 0 for none."),
     Column("head_ids", _IDS, "[T·K] the sampling student's most likely ids, most likely first."),
     Column("head_logprobs", _LOGPROBS, "[T·K] log p_old at head_ids, nats."),
@@ -70,12 +59,29 @@ TRAJECTORY_COLUMNS = (
     Column("draw_law", pa.string(), "`policy` (p_old) or `tail` (p_old outside the head).", is_label=True),
 )
 
+TRAJECTORY_COLUMNS = (
+    _INDEX,
+    Column("prompt_id", pa.string(), "Stable id of the question; may repeat at other indices."),
+    Column("prompt_group", pa.string(), "The prompt's label for reports; may be empty.", is_label=True),
+    Column("prompt_ids", _IDS, "[P] token ids of the prompt."),
+    _NUM_TOKENS,
+    Column("response_ids", _IDS, "[T] token ids of the response."),
+    Column("behaviour_logprobs", _LOGPROBS, "[T] log p_old of each response token, nats, of the law sampled from."),
+    Column("version_first", pa.int32(), "Policy version that produced the first response token."),
+    Column("version_last", pa.int32(), "Policy version that produced the last response token."),
+    Column("version_run_versions", _IDS, "[R] policy version of each run of consecutive tokens."),
+    Column("version_run_lengths", _IDS, "[R] tokens in each run; they add up to T."),
+    Column("finish_reason", pa.string(), "`stop` (EOS) or `length` (token limit).", is_label=True),
+    Column("correct", pa.bool_(), "The verifier's answer; null where the task has no verifier.", nullable=True),
+    *_OF_CANDIDATES,
+)
+
 SCORE_COLUMNS = (
-    Column("index", pa.int64(), "Trajectory index in the run; rows are in index order."),
+    _INDEX,
     Column("teacher", pa.string(), "The teacher's name.", is_label=True),
     Column("teacher_digest", pa.string(), "Hash of everything that decides the numbers.", is_label=True),
     Column("temperature", pa.float64(), "Softmax temperature of every log-prob in the row."),
-    Column("num_tokens", pa.int32(), "T, response tokens, EOS included."),
+    _NUM_TOKENS,
     Column("sampled_logprobs", _LOGPROBS, "[T] log q of each response token, nats."),
     Column("topk_k", pa.int32(), "K, teacher top-k ids per token; 0 for none."),
     Column("topk_ids", _IDS, "[T·K] the teacher's most likely ids, descending."),
@@ -89,19 +95,7 @@ SCORE_COLUMNS = (
     Column("teacher_draw_logprobs", _LOGPROBS, "[T·M] log q at teacher_draw_ids, nats."),
 )
 
-_OF_CANDIDATES = (
-    "index",
-    "num_tokens",
-    "head_k",
-    "head_ids",
-    "head_logprobs",
-    "tail_logmass",
-    "num_draws",
-    "draw_ids",
-    "draw_logprobs",
-    "draw_law",
-)
-CANDIDATE_COLUMNS = tuple(column for column in TRAJECTORY_COLUMNS if column.name in _OF_CANDIDATES)
+CANDIDATE_COLUMNS = (_INDEX, _NUM_TOKENS, *_OF_CANDIDATES)
 """Of back-filled candidates: the columns that replace the trajectory's own."""
 
 

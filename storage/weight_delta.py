@@ -53,8 +53,10 @@ def encode_delta(base: bytes, new: bytes) -> Delta | None:
         for first in range(0, len(old), BLOCK):
             found = _encode_block(old[first : first + BLOCK], new_words[name][first : first + BLOCK])
             if found is not None:
-                arrays[f"{len(blocks)}.gaps"], arrays[f"{len(blocks)}.differences"] = found.gaps, found.differences
-                blocks.append([name, first, found.num_changed, found.gap_bytes])
+                gaps, differences = found
+                arrays[f"{len(blocks)}.gaps"] = _compressed(gaps)
+                arrays[f"{len(blocks)}.differences"] = _compressed(differences)
+                blocks.append([name, first, len(gaps), gaps.itemsize])
     metadata = {"format": FORMAT, "blocks": json.dumps(blocks)}
     return Delta(safetensors.numpy.save(arrays, metadata), sum(block[2] for block in blocks), num_elements)
 
@@ -80,15 +82,8 @@ def apply_delta(body: bytearray, delta: bytes) -> None:
         block[positions] += (differences >> 1) ^ np.negative(differences & 1)
 
 
-@dataclass(frozen=True)
-class _Block:
-    gaps: NDArray[np.uint8]
-    differences: NDArray[np.uint8]
-    num_changed: int
-    gap_bytes: int
-
-
-def _encode_block(old: Words, new: Words) -> _Block | None:
+def _encode_block(old: Words, new: Words) -> tuple[Words, Words] | None:
+    """(gaps between changed words, their differences); None when nothing changed."""
     changed = np.flatnonzero(old != new)
     if len(changed) == 0:
         return None
@@ -97,7 +92,7 @@ def _encode_block(old: Words, new: Words) -> _Block | None:
     signed = (new[changed] - old[changed]).view(f"<i{old.itemsize}")
     # Sign in the lowest bit: −1 becomes 1 and +1 becomes 2, so that small steps have zeros in all higher bytes.
     differences = ((signed << 1) ^ (signed >> (8 * old.itemsize - 1))).view(old.dtype)
-    return _Block(_compressed(gaps), _compressed(differences), len(changed), gaps.itemsize)
+    return gaps, differences
 
 
 def _compressed(values: NDArray[Any]) -> NDArray[np.uint8]:

@@ -13,6 +13,7 @@ from asyncopd.config import load_config
 from asyncopd.errors import AsyncOPDError
 from asyncopd.types import IndexRange, PolicyVersion, TrainStep
 from flows.wiring import OpenRun, open_stored_run
+from storage.manifests import find_manifest
 from storage.run_log import StoredRunLog
 from storage.runs import create_run, find_model, open_run, read_model
 from storage.stores.base import ObjectStore
@@ -91,7 +92,7 @@ def read_everything(log: StoredRunLog, model_digest: str) -> list[AsyncOPDError]
         attempt(rewinds)
     for version in attempt(fresh.policies) or ():
         attempt(fresh.read_policy, version)
-        attempt(fresh.policy_facts, version)
+        attempt(find_manifest, log.store, log.layout.key("policy", state=version))
         attempt(fresh.find_step, version.number)
     for checkpoint in attempt(fresh.checkpoints) or ():
         attempt(fresh.read_checkpoint, *checkpoint)

@@ -31,7 +31,6 @@ from flows import offline
 from flows.backfill import run_backfill
 from flows.engines import make_scorer, student_skeleton
 from flows.wiring import OpenRun, open_stored_run
-from storage.candidates import read_candidates
 from storage.mixture import mix
 from storage.score_cache import StoredScoreCache
 
@@ -87,7 +86,7 @@ def test_candidates_made_afterwards_are_those_the_sampler_recorded(run: OpenRun)
     # of every version that produced tokens.
     backfill(run, candidates="head=4,num_draws=4,law=tail")
     for shard in run.log.trajectory_shards():
-        made = read_candidates(run.log, "head4-draws4-tail", shard)
+        made = run.log.read_candidates("head4-draws4-tail", shard)
         for trajectory in run.log.read_trajectories(shard):
             own, other = trajectory.candidates, made[trajectory.index]
             assert np.allclose(own.head_logprobs_TK, other.head_logprobs_TK, atol=1e-4)
@@ -137,7 +136,7 @@ def test_each_token_has_candidates_from_the_version_that_produced_it(run: OpenRu
 def test_policy_draws_start_with_the_emitted_token(run: OpenRun) -> None:
     backfill(run, candidates="head=0,num_draws=3,law=policy")
     for shard in run.log.trajectory_shards():
-        made = read_candidates(run.log, "head0-draws3-policy", shard)
+        made = run.log.read_candidates("head0-draws3-policy", shard)
         for trajectory in run.log.read_trajectories(shard):
             candidates: Candidates = made[trajectory.index]
             assert np.array_equal(candidates.draw_ids_TN[:, 0], trajectory.response_ids)

@@ -91,7 +91,7 @@ def test_every_version_is_read_as_it_was_published(kind: str, tmp_path: Path) ->
     for number in (0, 1, 2, 9, 3, 4, 8):
         assert sampler.read_policy(PolicyVersion(number)) == weights_after(number)
     assert sampler.latest_policy() == PolicyVersion(9)
-    assert sampler.policy_facts(PolicyVersion(9)).step == 9
+    assert manifest_of(sampler, 9)["facts"]["step"] == 9
 
 
 def test_deltas_are_what_is_stored_between_full_versions() -> None:

@@ -15,6 +15,7 @@ from asyncopd.errors import ObjectMissingError, StorageError
 from asyncopd.records import Facts, Rewind
 from asyncopd.types import PolicyVersion
 from storage.learner_log import possible_rewinds, survives, surviving
+from storage.manifests import find_manifest
 from storage.run_log import StoredRunLog
 from storage.stores.base import MemoryStore
 
@@ -84,7 +85,7 @@ def test_publishing_weights_again_keeps_the_first_and_refuses_others() -> None:
     before = log.store.list("runs")
     log.publish_policy(make_weights(1), worker="b")
     assert log.store.list("runs") == before
-    assert log.policy_facts(PolicyVersion(1)) == Facts(step=1)
+    assert find_manifest(log.store, log.layout.key("policy", state=PolicyVersion(1))).facts == Facts(step=1)
     with pytest.raises(StorageError, match=r"policies/000001.r0.json was published by a.*now b brings"):
         log.publish_policy(make_weights(1, body=b"other"), worker="b")
     assert log.read_policy(PolicyVersion(1)) == make_weights(1)

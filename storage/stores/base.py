@@ -78,9 +78,9 @@ class ObjectStore(ABC):
     @abstractmethod
     def exists(self, key: str) -> bool: ...
 
-    @abstractmethod
     def list(self, prefix: str) -> Keys:
         """Sorted keys of all objects below the folder `prefix`, at any depth; empty when there is no such folder."""
+        return [entry.key for entry in self.entries(prefix)]
 
     @abstractmethod
     def entries(self, prefix: str) -> Entries:
@@ -210,17 +210,12 @@ class MemoryStore(ObjectStore):
         with self._lock:
             return bool(self._fs.isfile(path))
 
-    def list(self, prefix: str) -> Keys:
+    def entries(self, prefix: str) -> Entries:
         folder = self._path(prefix.rstrip("/")) + "/"
         skipped = len(self._root.rstrip("/")) + 1
         with self._lock:
-            return sorted(path[skipped:] for path in self._fs.store if path.startswith(folder))
-
-    def entries(self, prefix: str) -> Entries:
-        skipped = len(self._root.rstrip("/")) + 1
-        with self._lock:
-            files = [self._fs.store[self._path(key)] for key in self.list(prefix)]
-            return [Entry(file.path[skipped:], file.size, file.modified.timestamp()) for file in files]
+            files = sorted((path, file) for path, file in self._fs.store.items() if path.startswith(folder))
+            return [Entry(path[skipped:], file.size, file.modified.timestamp()) for path, file in files]
 
     def folder(self, prefix: str) -> Folder:
         prefix = prefix.rstrip("/") + "/"

@@ -30,7 +30,7 @@ import s3fs
 import s3fs.core
 
 from asyncopd.errors import StorageError, StoreUnusableError
-from storage.stores.base import MIN_FREE_BYTES, Entries, Entry, Folder, Keys, ObjectStore, check_key
+from storage.stores.base import MIN_FREE_BYTES, Entries, Entry, Folder, ObjectStore, check_key
 
 T = TypeVar("T")
 
@@ -50,26 +50,11 @@ _RETRYABLE_CODES = re.compile(
     "ConditionalRequestConflict|OperationAborted|InternalError|ServiceUnavailable|SlowDown|Throttling|RequestTimeout"
     "|408|409|429|500|502|503|504"
 )
-_RETRYABLE_NAMES = {
-    "ClientConnectorError",
-    "ClientOSError",
-    "ConnectTimeoutError",
-    "ConnectionClosedError",
-    "ConnectionError",
-    "EndpointConnectionError",
-    "HTTPClientError",
-    "ReadTimeoutError",
-    "ServerDisconnectedError",
-}
-_NO_CREDENTIALS = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "CredentialRetrievalError",
-    "TokenRetrievalError",
-    "SSOTokenLoadError",
-    "UnauthorizedSSOTokenError",
-}
 _UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError"}
+_BROKEN_OFF = {"ClientOSError", "ConnectionClosedError", "ConnectionError", "ReadTimeoutError"}
+_RETRYABLE_NAMES = {*_UNREACHABLE, *_BROKEN_OFF, "HTTPClientError", "ServerDisconnectedError"}
+_NO_TOKEN = {"TokenRetrievalError", "SSOTokenLoadError", "UnauthorizedSSOTokenError"}
+_NO_CREDENTIALS = {*_NO_TOKEN, "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}
 _WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
 _WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"}
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -155,9 +140,6 @@ class S3Store(ObjectStore):
         if head is None:
             raise self.missing(key)
         return int(head["ContentLength"])
-
-    def list(self, prefix: str) -> Keys:
-        return sorted(self._key(entry) for page in self._pages(prefix) for entry in page.get("Contents", []))
 
     def entries(self, prefix: str) -> Entries:
         found = (
