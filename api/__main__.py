@@ -25,16 +25,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--root", required=True)
     parser.add_argument("--configs", type=Path, required=True)
-    parser.add_argument("--nice", type=int, default=ServiceSettings.niceness)
-    arguments = parser.parse_args()
-    settings = ServiceSettings(
-        root=arguments.root,
-        configs=arguments.configs,
-        tokens=tokens_path(),
-        host=arguments.host,
-        port=arguments.port,
-        niceness=arguments.nice,
-    )
+    parser.add_argument("--nice", type=int, default=ServiceSettings.niceness, dest="niceness")
+    settings = ServiceSettings(tokens=tokens_path(), **vars(parser.parse_args()))
     try:
         app = create_app(settings)
         _check_port(settings.host, settings.port)

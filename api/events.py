@@ -17,8 +17,9 @@ import asyncio
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from starlette.concurrency import run_in_threadpool
@@ -26,11 +27,17 @@ from starlette.concurrency import run_in_threadpool
 from api.reader import TERMINAL, RunReader
 from api.schemas import Event, EventKind
 from asyncopd.metrics import LOSS
-from asyncopd.types import Evaluation, TrainStep
 from storage.history import History
 from storage.run_view import RunView
 
+KEEP_ALIVE_S = 15.0
+"""A silent stream says so this often: proxies close silent connections."""
+MAX_FRAMES = 256
+"""Events in one write: what a client that begins late has waiting at most, about 200 kB."""
+Place = tuple[EventKind, tuple[int, int] | int]
+"""Field of the cursor that an event moves, and to where."""
 _CURSOR = re.compile(r"e(\d+)-(\d+)\.f(\d+)\.r(\d+)\.s(\d+)-(\d+)\.t(\d+)")
+_DATA = b"\ndata: "
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,6 @@ class Cursor:
         return cls((e0, e1), f, r, (s0, s1), t)
 
 
-Place = tuple[str, tuple[int, int] | int]
-"""Field of the cursor that an event moves, and to where."""
-_DATA = b"\ndata: "
-
-
 class Feed:
     """The events of one run, in the order this service saw them; each is encoded once, for all clients."""
 
@@ -86,15 +88,13 @@ class Feed:
         with self._lock:
             if self.is_at(history):
                 return
-            found = [*self._states(history), *self._steps(history), *self._rewinds(history)]
-            found += [*self._evaluations(history), *self._failures(history)]
-            for place, event in sorted(found, key=lambda item: item[1].time):
+            for place, moment, message, data in sorted(_news(history, self._cursor), key=lambda news: news[1]):
                 self._cursor = replace(self._cursor, **{place[0]: place[1]})  # type: ignore[arg-type]
                 number = str(self._cursor)
                 self._places.append(place)
                 self._stops[number] = len(self._places)
                 # Last: whoever sees the frame finds the rest.
-                self._frames.append(frame_of(event.model_copy(update={"id": number})))
+                self._frames.append(frame_of(Event(id=number, kind=place[0], time=moment, message=message, data=data)))
             self._counters = history.counters
 
     def start(self, cursor: Cursor) -> int:
@@ -126,86 +126,43 @@ class Feed:
             found += frames
         return [frame[frame.index(_DATA) + len(_DATA) : -2] for frame in found[:limit]], len(found) > limit
 
-    def _states(self, history: History) -> list[tuple[Place, Event]]:
-        return [
-            (
-                ("state", s.number),
-                _event(
-                    "state",
-                    s.recorded,
-                    s.state + (f": {s.reason}" if s.reason else ""),
-                    {"state": s.state, "reason": s.reason},
-                ),
+
+def _news(history: History, seen: Cursor) -> Iterator[tuple[Place, float, str, dict[str, Any]]]:
+    """(Place, Unix time, message, data) of every event after `seen`, kind by kind."""
+    for state in history.states:
+        if state.number > seen.state:
+            message = state.state + (f": {state.reason}" if state.reason else "")
+            yield ("state", state.number), state.recorded, message, {"state": state.state, "reason": state.reason}
+    for step in history.steps:
+        if (step.rewind, step.step + 1) > seen.step:
+            loss = step.metrics.get(LOSS.key)
+            message = f"step {step.step} trained {step.num_tokens:,} tokens" + (
+                f", loss {loss:.4g} nats" if loss else ""
             )
-            for s in history.states
-            if s.number > self._cursor.state
-        ]
-
-    def _steps(self, history: History) -> list[tuple[Place, Event]]:
-        new = [s for s in history.steps if (s.rewind, s.step + 1) > self._cursor.step]
-        return [(("step", (s.rewind, s.step + 1)), _step_event(s)) for s in new]
-
-    def _rewinds(self, history: History) -> list[tuple[Place, Event]]:
-        return [
-            (
-                ("rewind", r.number),
-                _event(
-                    "rewind",
-                    r.recorded,
-                    f"the learner went back to step {r.to_step}",
-                    {"to_step": r.to_step, "rewind": r.number},
-                ),
-            )
-            for r in history.rewinds
-            if r.number > self._cursor.rewind
-        ]
-
-    def _evaluations(self, history: History) -> list[tuple[Place, Event]]:
+            data = {
+                "step": step.step,
+                "tokens": step.num_tokens,
+                "metrics": {name: value for name, value in step.metrics.items() if value == value},
+                "staleness_tokens": {str(k): v for k, v in step.staleness_tokens.items()},
+            }
+            yield ("step", (step.rewind, step.step + 1)), step.finished, message, data
+    for rewind in history.rewinds:
+        if rewind.number > seen.rewind:
+            message = f"the learner went back to step {rewind.to_step}"
+            data = {"to_step": rewind.to_step, "rewind": rewind.number}
+            yield ("rewind", rewind.number), rewind.recorded, message, data
+    for found in history.evaluations:
         # By time, because several evaluators need not end in the order of the versions.
-        places = [((int(e.finished * 1000), e.version.number), e) for e in history.evaluations]
-        return [(("evaluation", place), _evaluation_event(e)) for place, e in places if place > self._cursor.evaluation]
-
-    def _failures(self, history: History) -> list[tuple[Place, Event]]:
-        return [
-            (("failure", number), _event("failure", f.failed, f"{f.role}: {f.reason}", {"role": f.role}))
-            for number, f in enumerate(history.failures, start=1)
-            if number > self._cursor.failure
-        ]
-
-
-def end_frame(time: float, status: str) -> bytes:
-    """The event that closes a stream. It has no id: nothing comes after it."""
-    return frame_of(_event("end", time, status, {"status": status}))
-
-
-def _event(kind: EventKind, time: float, message: str, data: Mapping[str, object]) -> Event:
-    return Event(id="", kind=kind, time=time, message=message, data=dict(data))
-
-
-def _step_event(step: TrainStep) -> Event:
-    loss = step.metrics.get(LOSS.key)
-    message = f"step {step.step} trained {step.num_tokens:,} tokens" + (f", loss {loss:.4g} nats" if loss else "")
-    metrics = {name: value for name, value in step.metrics.items() if value == value}
-    return _event(
-        "step",
-        step.finished,
-        message,
-        {
-            "step": step.step,
-            "tokens": step.num_tokens,
-            "metrics": metrics,
-            "staleness_tokens": {str(k): v for k, v in step.staleness_tokens.items()},
-        },
-    )
-
-
-def _evaluation_event(evaluation: Evaluation) -> Event:
-    accuracy = evaluation.accuracy
-    known = {"version": evaluation.version.number, "kl_nats": evaluation.kl_nats}
-    if accuracy == accuracy:
-        known["accuracy"] = accuracy
-    message = f"version {evaluation.version.number}: " + (f"accuracy {accuracy:.1%}, " if accuracy == accuracy else "")
-    return _event("evaluation", evaluation.finished, f"{message}KL {evaluation.kl_nats:.4g} nats", known)
+        version, place = found.version.number, (int(found.finished * 1000), found.version.number)
+        if place > seen.evaluation:
+            data, accuracy = {"version": version, "kl_nats": found.kl_nats}, ""
+            if found.accuracy == found.accuracy:
+                data["accuracy"], accuracy = found.accuracy, f"accuracy {found.accuracy:.1%}, "
+            message = f"version {version}: {accuracy}KL {found.kl_nats:.4g} nats"
+            yield ("evaluation", place), found.finished, message, data
+    for number, failure in enumerate(history.failures, start=1):
+        if number > seen.failure:
+            yield ("failure", number), failure.failed, f"{failure.role}: {failure.reason}", {"role": failure.role}
 
 
 def frame_of(event: Event) -> bytes:
@@ -214,26 +171,20 @@ def frame_of(event: Event) -> bytes:
     return f"event: {event.kind}\n{number}data: {event.model_dump_json()}\n\n".encode()
 
 
-KEEP_ALIVE_S = 15.0
-"""A silent stream says so this often: proxies close silent connections."""
-MAX_FRAMES = 256
-"""Events in one write: what a client that begins late has waiting at most, about 200 kB."""
-
-
+@dataclass
 class _Tail:
     """A run that is watched."""
 
-    def __init__(self) -> None:
-        self.feed = Feed()
-        self.news = asyncio.Event()
-        """Set once, when there is news; then another takes its place."""
-        self.num_told = 0
-        """Events in the feed when the clients were woken last."""
-        self.num_clients = 0
-        self.task: asyncio.Task[None] | None = None
-        self.end = b""
-        """The last frame, once nothing works on the run any more."""
-        self.error: Exception | None = None
+    feed: Feed = field(default_factory=Feed)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once, when there is news; then another takes its place."""
+    num_told: int = 0
+    """Events in the feed when the clients were woken last."""
+    num_clients: int = 0
+    task: asyncio.Task[None] | None = None
+    end: bytes = b""
+    """The last frame, once nothing works on the run any more."""
+    error: Exception | None = None
 
     def wake(self) -> None:
         old, self.news = self.news, asyncio.Event()
@@ -250,7 +201,7 @@ class Hub:
 
     async def feed(self, view: RunView) -> Feed:
         """A run's feed, up to what `view` has read."""
-        feed = self._feed_of(view)
+        feed = self._feeds.setdefault(view, Feed())
         if not feed.is_at(history := view.history):
             await run_in_threadpool(feed.extend, history)
         return feed
@@ -307,24 +258,20 @@ class Hub:
 
     def _look(self, run_id: str, tail: _Tail) -> bool:
         """Bring the tail up to date; is there news?"""
-        view = self._reader.find(run_id)
-        if view is None:
-            history, feed = History(), tail.feed
-        else:
-            history, feed = view.refresh().history, self._feed_of(view)
+        view, history, feed = self._reader.find(run_id), History(), tail.feed
+        if view is not None:
+            history, feed = view.refresh().history, self._feeds.setdefault(view, Feed())
         feed.extend(history)
         tail.feed = feed
         # From the same history as the events: they are complete up to an end.
         status = self._reader.status(run_id, history)
         if status in TERMINAL:
             last = history.steps[-1].finished if history.steps else self._reader.created(run_id)
-            tail.end = end_frame(last, status)
+            # It has no id: nothing comes after it.
+            tail.end = frame_of(Event(id="", kind="end", time=last, message=status, data={"status": status}))
         # By length, not by what this look added: a list of events may have added it before.
         is_news, tail.num_told = len(feed) != tail.num_told, len(feed)
         return is_news or bool(tail.end)
-
-    def _feed_of(self, view: RunView) -> Feed:
-        return self._feeds.setdefault(view, Feed())
 
     def _forget(self, run_id: str, tail: _Tail) -> None:
         if tail.task is not None and tail.num_clients == 0:

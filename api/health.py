@@ -31,10 +31,18 @@ def get_health() -> Health:
 @router.get("/readyz", operation_id="get_readiness", responses={503: {"model": Readiness, "description": "Not ready"}})
 def get_readiness(runs: Runs, response: Response) -> Readiness:
     """Does storage answer, and can runs be launched? Needs no token and names no run."""
-    checks = {"storage": _storage(runs), "prefect": _prefect()}
-    ready = all(check.ok for check in checks.values())
+    storage = Check(ok=True, detail="the storage root answers")
+    try:
+        runs.store.folder("runs")
+    except StorageError as error:
+        storage = Check(ok=False, detail=str(error))
+    prefect = Check(ok=server_answers(), detail=f"{shown_url()} answers")
+    if not prefect.ok:
+        missing = f"no Prefect server answers at {shown_url()}; start it with `asyncopd up`."
+        prefect = Check(ok=False, detail=f"{missing} Runs can be looked at, not launched.")
+    ready = storage.ok and prefect.ok
     response.status_code = 200 if ready else 503
-    return Readiness(ready=ready, checks=checks)
+    return Readiness(ready=ready, checks={"storage": storage, "prefect": prefect})
 
 
 @router.get(
@@ -47,24 +55,6 @@ def get_readiness(runs: Runs, response: Response) -> Readiness:
 def get_prometheus_metrics(request: Request) -> Response:
     """Prometheus exposition; runs that are over are counted, not listed."""
     return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-def _storage(runs: RunReader) -> Check:
-    try:
-        runs.store.folder("runs")
-    except StorageError as error:
-        return Check(ok=False, detail=str(error))
-    return Check(ok=True, detail="the storage root answers")
-
-
-def _prefect() -> Check:
-    if server_answers():
-        return Check(ok=True, detail=f"{shown_url()} answers")
-    return Check(
-        ok=False,
-        detail=f"no Prefect server answers at {shown_url()}; start it with `asyncopd up`. Runs can "
-        "be looked at, not launched.",
-    )
 
 
 _GAUGES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (

@@ -10,7 +10,6 @@ import hashlib
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,9 @@ from api.schemas import Run, RunCreate
 from asyncopd.config import RunConfig, load_config
 from asyncopd.errors import ConfigError, ServerAwayError
 from asyncopd.local.prefect_api import FlowRun, create_flow_run
-from storage.launches import LaunchLog, RequestedState
+from storage.launches import RequestedState
 
 TRAIN = "asyncopd/train"
-
-
-@dataclass(frozen=True)
-class Launched:
-    """The run of a POST, and whether an earlier POST made it."""
-
-    run: Run
-    replayed: bool
 
 
 class RunLauncher:
@@ -39,14 +30,14 @@ class RunLauncher:
 
     def __init__(self, reader: RunReader, *, root: str, configs: Path) -> None:
         self._reader, self._root, self._configs = reader, root, configs
-        self._launches: LaunchLog = reader.launches
+        self._launches = reader.launches
 
     def files(self) -> tuple[tuple[Path, int], ...]:
         """Every configuration's file with the time of its last change, ns."""
         return tuple((path, path.stat().st_mtime_ns) for path in sorted(self._configs.glob("*.yaml")))
 
-    def create(self, asked: RunCreate, idempotency_key: str | None) -> Launched:
-        """Launch a run.
+    def create(self, asked: RunCreate, idempotency_key: str | None) -> tuple[Run, bool]:
+        """Launch a run; the second value says whether an earlier request made it.
 
         Raises:
             ProblemError: 409 for an id or idempotency key that already stands for something else.
@@ -78,7 +69,7 @@ class RunLauncher:
             except ServerAwayError as error:
                 again = "with its Idempotency-Key" if idempotency_key else f'with "run_id": "{run_id}"'
                 raise ServerAwayError(f"{error} The launch is stored; repeat the request {again}.") from error
-        return Launched(self._reader.run(run_id), replayed)
+        return self._reader.run(run_id), replayed
 
     def stop(self, run_id: str, state: RequestedState) -> Run:
         """Pause or cancel: the flow stops every role within ten seconds, and nothing stored is lost.
@@ -131,11 +122,8 @@ class RunLauncher:
         # Looked up in the listing, never joined into a path: a name cannot lead out of the folder.
         paths = {path.stem: path for path, _ in self.files()}
         if asked.config_name not in paths:
-            raise ProblemError(
-                422,
-                "no-such-config",
-                f"There is no configuration {asked.config_name!r}. Expected one of {list(paths)}.",
-            )
+            expected = f"There is no configuration {asked.config_name!r}. Expected one of {list(paths)}."
+            raise ProblemError(422, "no-such-config", expected)
         return load_config(paths[asked.config_name], overrides)
 
     def _check_same(self, run_id: str, body: Mapping[str, Any], idempotency_key: str | None) -> None:

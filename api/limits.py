@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,7 +28,6 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
-_RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
 _MAX_CLIENTS = 10_000
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -38,6 +37,7 @@ class Limits:
 
     def __init__(self, app: ASGIApp, settings: ServiceSettings) -> None:
         self._app, self._settings = app, settings
+        self._too_large = f"A body may have {settings.max_body_bytes:,} bytes."
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,8 +47,9 @@ class Limits:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                known = {name.lower() for name, _ in message["headers"]}
-                message["headers"] = [*message["headers"], *(h for h in _RAW_HEADERS if h[0] not in known)]
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         refusal = self._refusal(scope)
@@ -59,7 +60,8 @@ class Limits:
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         headers = Headers(scope=scope)
-        if self._settings.is_loopback and _host_name(headers.get("host", "")) not in _LOOPBACK_NAMES:
+        host = (urlsplit(f"//{headers.get('host', '')}").hostname or "").lower()
+        if self._settings.is_loopback and host not in _LOOPBACK_NAMES:
             # A page elsewhere whose name resolves to 127.0.0.1 would otherwise speak as this machine's user.
             return problem_response(
                 403, "foreign-host", "This service answers only to localhost, 127.0.0.1 and ::1. Use one of them."
@@ -80,10 +82,6 @@ class Limits:
                 headers={"Retry-After": str(max(1, round(wait_s)))},
             )
         return None
-
-    @property
-    def _too_large(self) -> str:
-        return f"A body may have {self._settings.max_body_bytes:,} bytes."
 
     def _counted(self, receive: Receive) -> Receive:
         num_bytes = 0
@@ -109,10 +107,6 @@ class Limits:
         if len(self._buckets) > _MAX_CLIENTS:
             self._buckets.popitem(last=False)
         return 0.0 if left >= 1 else (1 - left) / rate
-
-
-def _host_name(host: str) -> str:
-    return (urlsplit(f"//{host}").hostname or "").lower()
 
 
 def _is_cross_site(headers: Headers) -> bool:

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 
 from api.problems import no_run
 from api.schemas import Latest, Progress, Run
 from asyncopd.errors import StorageError
 from asyncopd.metrics import DRIFT, KL, LOSS
 from asyncopd.report.measure import RECENT_STEPS, staleness_of, trained_per_s
-from asyncopd.types import TrainStep
 from storage.history import NUM_TOKENS, History, RunStatus, is_silent, role_of, status_of
 from storage.launches import LaunchLog, StateRequest
 from storage.layout import RunLayout
@@ -171,7 +169,7 @@ def run_of(view: RunView, request: StateRequest | None, flow_run_id: str | None,
             tokens=int(history.columns.values(NUM_TOKENS).sum()),
         ),
         latest=_latest(history),
-        sparkline=[step.metrics.get(LOSS.key) for step in _thinned(steps, SPARKLINE_POINTS)],
+        sparkline=[step.metrics.get(LOSS.key) for step in steps[:: max(1, -(-len(steps) // SPARKLINE_POINTS))]],
         error=f"{failure.role}: {failure.reason}" if failure else None,
         flow_run_id=flow_run_id or (history.states[-1].by if history.states else None),
     )
@@ -206,8 +204,3 @@ def _latest(history: History) -> Latest:
         staleness_max_versions=staleness.max_versions,
         tokens_per_s=trained_per_s(history.steps[-RECENT_STEPS - 1 :]),
     )
-
-
-def _thinned(steps: Sequence[TrainStep], num_points: int) -> Sequence[TrainStep]:
-    stride = max(1, -(-len(steps) // num_points))
-    return steps[::stride]

@@ -33,12 +33,12 @@ def create_run(
     ] = None,
 ) -> Run:
     """Launch a run through the deployment `asyncopd/train`. Its state is `queued` until a worker starts the flow."""
-    launched = launches.create(asked, idempotency_key)
-    if launched.replayed:
+    run, is_repeat = launches.create(asked, idempotency_key)
+    if is_repeat:
         response.status_code = 200
         response.headers["Idempotency-Replayed"] = "true"
-    response.headers["Location"] = f"/v1/runs/{launched.run.id}"
-    return launched.run
+    response.headers["Location"] = f"/v1/runs/{run.id}"
+    return run
 
 
 @router.get("", dependencies=[Reader], operation_id="list_runs", responses=responses())

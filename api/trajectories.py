@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
 from functools import lru_cache
 from typing import Annotated
 
@@ -25,35 +24,8 @@ MAX_SHARDS_READ = 50
 """A page whose filter matches nothing ends after so many shards, with a cursor to go on from."""
 MAX_DECODED = 64
 """Shards that stay decoded: what pages show first."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A trajectory as lists show it."""
-
-    summary: TrajectorySummary
-    versions: frozenset[int]
-    """That produced tokens of it."""
-
-
-@dataclass(frozen=True)
-class Filter:
-    """Which trajectories are shown; None shows all."""
-
-    version: int | None
-    correct: bool | None
-    group: str | None
-    min_tokens: int
-
-    def shows(self, row: Row) -> bool:
-        """Is it one of them?"""
-        summary = row.summary
-        return (
-            summary.num_tokens >= self.min_tokens
-            and (self.version is None or self.version in row.versions)
-            and (self.correct is None or summary.correct is self.correct)
-            and (not self.group or summary.group == self.group)
-        )
+Row = tuple[TrajectorySummary, Set[int]]
+"""A trajectory as lists show it, and the versions that produced tokens of it."""
 
 
 @router.get("", operation_id="list_trajectories", responses=responses(404))
@@ -71,7 +43,24 @@ def list_trajectories(
     min_tokens: Annotated[int, Query(ge=1, description="Only responses at least this long.", examples=[1])] = 1,
 ) -> TrajectoryPage:
     """Responses in index order, filtered."""
-    return page_of(view, after, limit, Filter(version, correct, group, min_tokens))
+    found: list[TrajectorySummary] = []
+    shards = [shard for shard in view.log.trajectory_shards() if shard.stop > after + 1]
+    for number, shard in enumerate(shards):
+        for summary, versions in _rows_of(view, shard):
+            is_shown = (
+                summary.index > after
+                and summary.num_tokens >= min_tokens
+                and (version is None or version in versions)
+                and (correct is None or summary.correct is correct)
+                and (not group or summary.group == group)
+            )
+            if is_shown:
+                found.append(summary)
+                if len(found) == limit:
+                    return TrajectoryPage(data=found, next_cursor=summary.index)
+        if number + 1 == MAX_SHARDS_READ and number + 1 < len(shards):
+            return TrajectoryPage(data=found, next_cursor=shard.stop - 1)
+    return TrajectoryPage(data=found)
 
 
 @router.get("/{index}", operation_id="get_trajectory", responses=responses(404))
@@ -79,27 +68,6 @@ def get_trajectory(
     view: View, index: Annotated[int, Path(ge=0, description="Address in the run.", examples=[128])]
 ) -> TrajectoryOut:
     """A response token by token, with what teacher and student thought at each."""
-    return trajectory_of(view, index)
-
-
-def page_of(view: RunView, after: int, limit: int, shown: Filter) -> TrajectoryPage:
-    """At most `limit` trajectories above index `after`, in index order."""
-    found: list[TrajectorySummary] = []
-    shards = [shard for shard in view.log.trajectory_shards() if shard.stop > after + 1]
-    for number, shard in enumerate(shards):
-        for row in _rows_of(view, shard):
-            if row.summary.index <= after or not shown.shows(row):
-                continue
-            found.append(row.summary)
-            if len(found) == limit:
-                return TrajectoryPage(data=found, next_cursor=row.summary.index)
-        if number + 1 == MAX_SHARDS_READ and number + 1 < len(shards):
-            return TrajectoryPage(data=found, next_cursor=shard.stop - 1)
-    return TrajectoryPage(data=found)
-
-
-def trajectory_of(view: RunView, index: int) -> TrajectoryOut:
-    """One trajectory. Raises ProblemError 404."""
     shard = view.log.shard_of(index)
     trajectory = None
     if shard is not None:
@@ -112,7 +80,7 @@ def trajectory_of(view: RunView, index: int) -> TrajectoryOut:
     has_scores = view.log.find_scores(teacher, shard) is not None
     found = view.log.read_scores(teacher, shard) if has_scores else ()
     scores = next((scores for scores in found if scores.index == index), None)
-    tokenizer = task_of(view.config).tokenizer
+    tokenizer = _task_of(view.config.task.model_dump_json(), view.config.seed).tokenizer
     step = next((s for s in view.history.steps if index in s.indices.indices), None)
     return TrajectoryOut(
         summary=_summary(trajectory, scores),
@@ -126,13 +94,9 @@ def trajectory_of(view: RunView, index: int) -> TrajectoryOut:
     )
 
 
-def task_of(config: RunConfig) -> Task:
-    """The task of a run, for its tokenizer; built once per configuration."""
-    return _task_of(config.task.model_dump_json(), config.seed)
-
-
 @lru_cache(maxsize=16)
 def _task_of(task: str, seed: int) -> Task:
+    """The task of a run, for its tokenizer; built once per configuration."""
     config = RunConfig.model_validate_json(f'{{"task": {task}}}').task
     if config.kind == "text" and config.tokenizer != "bytes":
         raise ProblemError(
@@ -156,7 +120,7 @@ def _decoded(
 ) -> Sequence[Row]:
     scores = {} if scored is None else {found.index: found for found in log.read_scores(teacher, shard)}
     return [
-        Row(_summary(trajectory, scores.get(trajectory.index)), frozenset(r.version for r in trajectory.version_runs))
+        (_summary(trajectory, scores.get(trajectory.index)), {run.version for run in trajectory.version_runs})
         for trajectory in log.read_trajectories(shard)
     ]
 
