@@ -1,7 +1,7 @@
 """What routes ask for: the service's parts, the run of the path, and a client who may.
 
     asyncopd token create --> token, shown once; its sha256 in tokens.json
-    request --Authorization: Bearer--> Client(name, scopes) --needs(scope)--> route
+    request --Authorization: Bearer--> (name, scope) --needs(scope)--> route
 
 A service that only this machine can reach asks for no token, but a wrong one is refused there too.
 """
@@ -15,12 +15,11 @@ import json
 import os
 import secrets
 import time
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
 from fastapi import Path as UrlPath
 from fastapi.dependencies.utils import get_flat_dependant
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -46,19 +45,6 @@ class Scope(StrEnum):
     READ = "read"
     LAUNCH = "launch"
     ADMIN = "admin"
-
-    @property
-    def included(self) -> frozenset[Scope]:
-        order = list(Scope)
-        return frozenset(order[: order.index(self) + 1])
-
-
-@dataclass(frozen=True)
-class Client:
-    """Who sent a request."""
-
-    name: str
-    scope: Scope
 
 
 class TokenStore:
@@ -88,12 +74,12 @@ class TokenStore:
         """(name, scope, Unix time of creation) of every token."""
         return [(record["name"], Scope(record["scope"]), record["created"]) for record in self._read()]
 
-    def client_of(self, token: str) -> Client | None:
-        """Whose token this is; compares with every hash in constant time."""
+    def client_of(self, token: str) -> tuple[str, Scope] | None:
+        """Whose token this is, and what it allows; compares with every hash in constant time."""
         digest, found = _hash(token), None
         for record in self._read():
             if hmac.compare_digest(digest, record["sha256"]):
-                found = Client(record["name"], Scope(record["scope"]))
+                found = record["name"], Scope(record["scope"])
         return found
 
     def _read(self) -> list[dict[str, Any]]:
@@ -131,41 +117,28 @@ def part(name: str) -> Any:
 def needs(scope: Scope) -> Any:
     """The dependency that lets only clients with `scope` through."""
 
-    async def client(
+    async def check(
         request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None
-    ) -> Client:
-        found = await _authenticated(request, credentials.credentials if credentials else None)
-        if scope not in found.scope.included:
+    ) -> None:
+        if credentials is None:
+            if request.app.state.settings.is_loopback:
+                return
+            detail = "Send `Authorization: Bearer TOKEN`; make one with `asyncopd token create NAME`."
+            raise ProblemError(401, "token-missing", detail, {"WWW-Authenticate": "Bearer"})
+        found = await run_in_threadpool(request.app.state.tokens.client_of, credentials.credentials)
+        if found is None:
+            detail = "This token is not known, or was revoked."
+            raise ProblemError(401, "token-unknown", detail, {"WWW-Authenticate": 'Bearer error="invalid_token"'})
+        (name, own), order = found, list(Scope)
+        if order.index(own) < order.index(scope):
             raise ProblemError(
                 403,
                 "scope-missing",
-                f"This needs a token with scope {scope}; {found.name!r} has {found.scope}. Make one with "
+                f"This needs a token with scope {scope}; {name!r} has {own}. Make one with "
                 f"`asyncopd token create NAME --scope {scope}`.",
             )
-        return found
 
-    return Depends(client)
-
-
-async def _authenticated(request: Request, token: str | None) -> Client:
-    if token is None:
-        if request.app.state.settings.is_loopback:
-            return Client("local", Scope.ADMIN)
-        raise ProblemError(
-            401,
-            "token-missing",
-            "Send `Authorization: Bearer TOKEN`; make one with `asyncopd token create NAME`.",
-            {"WWW-Authenticate": "Bearer"},
-        )
-    found: Client | None = await run_in_threadpool(request.app.state.tokens.client_of, token)
-    if found is None:
-        raise ProblemError(
-            401,
-            "token-unknown",
-            "This token is not known, or was revoked.",
-            {"WWW-Authenticate": 'Bearer error="invalid_token"'},
-        )
-    return found
+    return Depends(check)
 
 
 Reader = needs(Scope.READ)
@@ -173,6 +146,10 @@ Launcher = needs(Scope.LAUNCH)
 Runs = Annotated[RunReader, part("reader")]
 Launches = Annotated[RunLauncher, part("launcher")]
 Streams = Annotated[Hub, part("hub")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(max_length=200, description="Repeating a request with one key starts it once.", examples=["a-uuid"]),
+]
 RunId = Annotated[str, UrlPath(pattern=RUN_ID_PATTERN, description="Id of a run.", examples=["walk-7"])]
 
 

@@ -58,17 +58,17 @@ def get_prometheus_metrics(request: Request) -> Response:
 
 
 _GAUGES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
-    ("asyncopd_trained_steps", "Optimizer steps trained.", lambda run: run.progress.steps),
-    ("asyncopd_trained_tokens", "Response tokens trained.", lambda run: run.progress.tokens),
-    ("asyncopd_train_loss_nats", "Loss of the last step.", lambda run: run.latest.loss_nats),
-    ("asyncopd_train_kl_nats", "KL to the teacher on the last step.", lambda run: run.latest.kl_nats),
-    ("asyncopd_train_drift_nats", "Drift on the last step.", lambda run: run.latest.drift_nats),
+    ("asyncopd_trained_steps", "Optimizer steps trained.", lambda r: r.progress.steps),
+    ("asyncopd_trained_tokens", "Response tokens trained.", lambda r: r.progress.tokens),
+    ("asyncopd_train_loss_nats", "Loss of the last step.", lambda r: r.latest.loss_nats),
+    ("asyncopd_train_kl_nats", "KL to the teacher on the last step.", lambda r: r.latest.kl_nats),
+    ("asyncopd_train_drift_nats", "Drift on the last step.", lambda r: r.latest.drift_nats),
     (
         "asyncopd_train_staleness_mean_versions",
         "Mean staleness of the last step.",
-        lambda run: run.latest.staleness_mean_versions,
+        lambda r: r.latest.staleness_mean_versions,
     ),
-    ("asyncopd_eval_accuracy_ratio", "Held-out accuracy.", lambda run: run.latest.accuracy),
+    ("asyncopd_eval_accuracy_ratio", "Held-out accuracy.", lambda r: r.latest.accuracy),
 )
 
 

@@ -46,14 +46,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
             f"host {settings.host} can be reached from other machines, which needs a token, and there is none. Make "
             "one with `asyncopd token create NAME --scope launch`, or bind to 127.0.0.1."
         )
-    app = FastAPI(
-        title="AsyncOPD",
-        version=__version__,
-        description=ABOUT,
-        openapi_url="/openapi.json",
-        docs_url=None,
-        redoc_url=None,
-    )
+    app = FastAPI(title="AsyncOPD", version=__version__, description=ABOUT, docs_url=None, redoc_url=None)
     reader = RunReader(open_store(settings.root))
     registry = CollectorRegistry()
     registry.register(RunCollector(reader))

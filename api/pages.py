@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from itertools import takewhile
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
@@ -56,9 +57,5 @@ def _listed(files: tuple[tuple[Path, int], ...]) -> ConfigList:
 
 def _about(path: Path) -> str:
     """The comment a file opens with, as one line."""
-    lines = []
-    for line in path.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("# ").strip())
-    return " ".join(lines)
+    comments = takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    return " ".join(line.lstrip("# ").strip() for line in comments)

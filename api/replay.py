@@ -7,11 +7,10 @@ refused without a model is refused here: a mistake should not have to wait for a
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter
 
-from api.deps import Launcher, Runs, View
+from api.deps import IdempotencyKey, Launcher, Runs, View
 from api.problems import ProblemError, responses
 from api.reader import RunReader
 from api.schemas import Work
@@ -20,10 +19,6 @@ from asyncopd.local.prefect_api import create_flow_run
 from storage.replay import check
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["replays"], dependencies=[Launcher])
-IdempotencyKey = Annotated[
-    str | None,
-    Header(max_length=200, description="Repeating a request with one key starts it once.", examples=["a-uuid"]),
-]
 
 
 @router.post("/replay", status_code=202, operation_id="replay_run", responses=responses(404, 409, 413))

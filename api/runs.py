@@ -6,9 +6,9 @@ from functools import partial
 from itertools import islice
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Query, Response
 
-from api.deps import Launcher, Launches, Reader, RunId, Runs, View
+from api.deps import IdempotencyKey, Launcher, Launches, Reader, RunId, Runs, View
 from api.problems import responses
 from api.schemas import RUN_ID_PATTERN, Run, RunConfigOut, RunCreate, RunPage
 from storage.history import RunStatus
@@ -23,15 +23,7 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"])
     operation_id="create_run",
     responses={**responses(404, 409, 413), 200: {"model": Run, "description": "A repeat: the run launched before"}},
 )
-def create_run(
-    asked: RunCreate,
-    response: Response,
-    launches: Launches,
-    idempotency_key: Annotated[
-        str | None,
-        Header(max_length=200, description="Repeating a request with one key launches once.", examples=["a-uuid"]),
-    ] = None,
-) -> Run:
+def create_run(asked: RunCreate, response: Response, launches: Launches, idempotency_key: IdempotencyKey = None) -> Run:
     """Launch a run through the deployment `asyncopd/train`. Its state is `queued` until a worker starts the flow."""
     run, is_repeat = launches.create(asked, idempotency_key)
     if is_repeat:

@@ -43,12 +43,6 @@ class _Asked:
     running: RunningQuery | None = None
     is_cancelled: bool = False
 
-    def begins(self, running: RunningQuery) -> None:
-        # Said before it is looked at, here and below: of two threads the second sees what the first said.
-        self.running = running
-        if self.is_cancelled:
-            running.cancel()
-
     def cancel(self) -> None:
         self.is_cancelled = True
         if self.running is not None:
@@ -58,11 +52,10 @@ class _Asked:
 class QueryQueue:
     """Answers queries without blocking the event loop."""
 
-    def __init__(self, store: ObjectStore, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, store: ObjectStore) -> None:
         self._store = store
         self._sandbox = Sandbox(Catalog(store), max_concurrent=MAX_CONCURRENT)
         self._threads = ThreadPoolExecutor(MAX_CONCURRENT, thread_name_prefix="sql")
-        self._timeout_s = timeout_s
         self._num_inside = 0
 
     async def answer(self, asked: SqlRequest, request: Request) -> bytes:
@@ -73,12 +66,8 @@ class QueryQueue:
             QueryError, QueryLimitError, StorageError: as the sandbox says.
         """
         if self._num_inside >= MAX_CONCURRENT + MAX_WAITING:
-            raise ProblemError(
-                503,
-                "too-many-queries",
-                f"{self._num_inside} queries run or wait already. Repeat this one in a while.",
-                {"Retry-After": "5"},
-            )
+            detail = f"{self._num_inside} queries run or wait already. Repeat this one in a while."
+            raise ProblemError(503, "too-many-queries", detail, {"Retry-After": "5"})
         self._num_inside += 1
         state = _Asked()
         work = asyncio.get_running_loop().run_in_executor(self._threads, self._run, asked, state)
@@ -108,9 +97,12 @@ class QueryQueue:
     def _query(self, asked: SqlRequest, state: _Asked) -> bytes:
         if state.is_cancelled:
             raise QueryError("the query was cancelled.")
-        limits = QueryLimits(max_rows=asked.limit, timeout_s=self._timeout_s, max_result_bytes=MAX_RESULT_BYTES)
+        limits = QueryLimits(max_rows=asked.limit, timeout_s=TIMEOUT_S, max_result_bytes=MAX_RESULT_BYTES)
         running = self._sandbox.start(asked.sql, asked.parameters, limits=limits, runs=asked.runs)
-        state.begins(running)
+        # Said before it is looked at, here and in `cancel`: of two threads the second sees what the first said.
+        state.running = running
+        if state.is_cancelled:
+            running.cancel()
         found = running.result()
         # By position, not by name: two columns may have one name.
         columns = [[plain(value) for value in column.to_pylist()] for column in found.table.columns]
@@ -139,29 +131,20 @@ async def run_sql(asked: SqlRequest, request: Request, queries: Annotated[QueryQ
 @cache
 def list_questions() -> QuestionList:
     """Stored questions, each with SQL that runs as it stands."""
-    return QuestionList(
-        data=[
-            Question(
-                name=query.name,
-                question=query.question,
-                sql=_with_defaults(query),
-                template=query.sql,
-                parameters=[
-                    QuestionParameter(name=p.name, type=p.type, default=plain(p.default), about=p.doc)
-                    for p in query.parameters
-                ],
-            )
-            for query in stored_queries().values()
-        ]
+    return QuestionList(data=[_question(query) for query in stored_queries().values()])
+
+
+def _question(query: StoredQuery) -> Question:
+    defaults = {p.name: _literal(p.default) for p in query.parameters}
+    return Question(
+        name=query.name,
+        question=query.question,
+        sql=re.sub(r"\$(\w+)", lambda name: defaults.get(name[1], name[0]), query.sql),
+        template=query.sql,
+        parameters=[
+            QuestionParameter(name=p.name, type=p.type, default=plain(p.default), about=p.doc) for p in query.parameters
+        ],
     )
-
-
-def _with_defaults(query: StoredQuery) -> str:
-    sql = query.sql
-    for parameter in query.parameters:
-        literal = _literal(parameter.default)
-        sql = re.sub(rf"\${parameter.name}\b", lambda _, text=literal: text, sql)  # type: ignore[misc]
-    return sql
 
 
 def _literal(value: Any) -> str:
