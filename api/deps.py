@@ -131,12 +131,9 @@ def needs(scope: Scope) -> Any:
             raise ProblemError(401, "token-unknown", detail, {"WWW-Authenticate": 'Bearer error="invalid_token"'})
         (name, own), order = found, list(Scope)
         if order.index(own) < order.index(scope):
-            raise ProblemError(
-                403,
-                "scope-missing",
-                f"This needs a token with scope {scope}; {name!r} has {own}. Make one with "
-                f"`asyncopd token create NAME --scope {scope}`.",
-            )
+            detail = f"This needs a token with scope {scope}; {name!r} has {own}."
+            make = f"Make one with `asyncopd token create NAME --scope {scope}`."
+            raise ProblemError(403, "scope-missing", f"{detail} {make}")
 
     return Depends(check)
 

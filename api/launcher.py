@@ -47,16 +47,12 @@ class RunLauncher:
         config = self._resolve(asked)
         digest = hashlib.sha256(json.dumps(asked.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
         run_id = asked.run_id or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-        mine = {"run_id": run_id, "body_sha256": digest}
         if idempotency_key is not None:
-            known = self._launches.claim_key(idempotency_key, mine)
-            if known["body_sha256"] != digest:
-                raise ProblemError(
-                    409,
-                    "idempotency-key-reused",
-                    f"This Idempotency-Key launched {known['run_id']} with another body. Use a new key for a new run.",
-                )
+            known = self._launches.claim_key(idempotency_key, {"run_id": run_id, "body_sha256": digest})
             run_id = known["run_id"]
+            if known["body_sha256"] != digest:
+                detail = f"This Idempotency-Key launched {run_id} with another body. Use a new key for a new run."
+                raise ProblemError(409, "idempotency-key-reused", detail)
         launch = {"config": config.model_dump(mode="json"), "body_sha256": digest}
         replayed = not self._launches.record_launch(run_id, launch)
         if replayed:
@@ -95,12 +91,9 @@ class RunLauncher:
         """
         run = self._reader.run(run_id)
         if run.status not in ("paused", "cancelled", "failed") and not self._reader.is_abandoned(run_id):
-            raise ProblemError(
-                409,
-                "run-not-stopped",
-                f"Run {run_id} is {run.status}; only a stopped run is resumed. "
-                "To train more, launch another or replay this one.",
-            )
+            detail = f"Run {run_id} is {run.status}; only a stopped run is resumed."
+            more = "To train more, launch another or replay this one."
+            raise ProblemError(409, "run-not-stopped", f"{detail} {more}")
         launch = self._launches.find_launch(run_id)
         known = self._reader.find(run_id) is not None
         # A run that its flow never came to create is created now.
@@ -135,11 +128,8 @@ class RunLauncher:
             is_started = self._launches.find_flow_run(run_id) is not None
             is_repeat = launch is not None and not is_started and launch["config"] == body["config"]
         if not is_repeat:
-            raise ProblemError(
-                409,
-                "run-exists",
-                f"Run {run_id} was launched before. Choose another run_id; an Idempotency-Key makes repeats safe.",
-            )
+            detail = f"Run {run_id} was launched before. Choose another run_id; an Idempotency-Key makes repeats safe."
+            raise ProblemError(409, "run-exists", detail)
 
     def _start(self, run_id: str, parameters: Mapping[str, Any], *, idempotency_key: str | None = None) -> None:
         flow_run = create_flow_run(

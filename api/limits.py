@@ -63,24 +63,18 @@ class Limits:
         host = (urlsplit(f"//{headers.get('host', '')}").hostname or "").lower()
         if self._settings.is_loopback and host not in _LOOPBACK_NAMES:
             # A page elsewhere whose name resolves to 127.0.0.1 would otherwise speak as this machine's user.
-            return problem_response(
-                403, "foreign-host", "This service answers only to localhost, 127.0.0.1 and ::1. Use one of them."
-            )
+            detail = "This service answers only to localhost, 127.0.0.1 and ::1. Use one of them."
+            return problem_response(403, "foreign-host", detail)
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_cross_site(headers):
-            return problem_response(
-                403, "foreign-page", "Requests that change something may not come from other sites."
-            )
+            detail = "Requests that change something may not come from other sites."
+            return problem_response(403, "foreign-page", detail)
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > self._settings.max_body_bytes:
             return problem_response(413, "body-too-large", self._too_large)
         wait_s = self._wait_s(scope["client"][0] if scope.get("client") else "unknown")
         if wait_s > 0:
-            return problem_response(
-                429,
-                "too-many-requests",
-                f"More than {self._settings.requests_per_s:g} requests per second. Wait {wait_s:.1f} s.",
-                headers={"Retry-After": str(max(1, round(wait_s)))},
-            )
+            detail = f"More than {self._settings.requests_per_s:g} requests per second. Wait {wait_s:.1f} s."
+            return problem_response(429, "too-many-requests", detail, headers={"Retry-After": f"{max(wait_s, 1):.0f}"})
         return None
 
     def _counted(self, receive: Receive) -> Receive:

@@ -15,23 +15,10 @@ from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import StreamingResponse
 from numpy.typing import NDArray
 
+from api import schemas
 from api.deps import KnownRun, Reader, Streams, View
 from api.events import Cursor
 from api.problems import responses
-from api.schemas import (
-    Checkpoint,
-    CheckpointList,
-    EvaluationList,
-    EvaluationOut,
-    EventPage,
-    Lane,
-    Metrics,
-    Policy,
-    PolicyList,
-    Staleness,
-    Throughput,
-    Timeline,
-)
 from asyncopd.metrics import LOSS
 from asyncopd.types import Span
 from storage.history import FINISHED, NUM_TOKENS, STEP
@@ -46,7 +33,7 @@ FromStep = Annotated[int, Query(ge=0, description="First step.", examples=[0])]
 ToStep = Annotated[int | None, Query(ge=1, description="Step to stop before.", examples=[100])]
 
 
-@router.get("/events", operation_id="list_events", response_model=EventPage, responses=responses(404))
+@router.get("/events", operation_id="list_events", response_model=schemas.EventPage, responses=responses(404))
 async def list_events(
     view: View,
     streams: Streams,
@@ -91,7 +78,7 @@ def get_metrics(
     from_step: FromStep = 0,
     to_step: ToStep = None,
     max_points: MaxPoints = 500,
-) -> Metrics:
+) -> schemas.Metrics:
     """Training curves."""
     columns = view.history.columns
     # By number, not by place: a replay's first step has its parent's number.
@@ -102,7 +89,7 @@ def get_metrics(
     totals = columns.values(NUM_TOKENS).cumsum()[chosen]
     lasts = [*(starts[1:] - 1), int(chosen.sum()) - 1] if len(starts) else []
     series = {name: columns.values(name)[chosen] for name in columns.metrics() if key is None or name in key}
-    return Metrics(
+    return schemas.Metrics(
         steps=[float(mean or 0) for mean in means(numbers[chosen], starts)],
         wall_s=(finished[chosen][lasts] - finished[0]).tolist() if lasts else [],
         tokens=[int(total) for total in totals[lasts]] if lasts else [],
@@ -114,13 +101,13 @@ def get_metrics(
 @router.get("/staleness", operation_id="get_staleness", responses=responses(404))
 def get_staleness(
     view: View, from_step: FromStep = 0, to_step: ToStep = None, max_points: MaxPoints = 200
-) -> Staleness:
+) -> schemas.Staleness:
     """Trained tokens by staleness over time."""
     steps = [s for s in view.history.steps if from_step <= s.step and (to_step is None or s.step < to_step)]
     bounds = [*stretches(len(steps), max_points).tolist(), len(steps)]
     groups = [steps[start:end] for start, end in pairwise(bounds)]
     versions = sorted({age for step in steps for age in step.staleness_tokens})
-    return Staleness(
+    return schemas.Staleness(
         steps=[float(np.mean([step.step for step in group])) for group in groups],
         versions=versions,
         tokens=[[sum(s.staleness_tokens.get(age, 0) for s in group) for group in groups] for age in versions],
@@ -129,7 +116,7 @@ def get_staleness(
 
 
 @router.get("/throughput", operation_id="get_throughput", responses=responses(404))
-def get_throughput(view: View, max_points: MaxPoints = 60) -> Throughput:
+def get_throughput(view: View, max_points: MaxPoints = 60) -> schemas.Throughput:
     """Response tokens per second of rollout, scoring and learning."""
     view.read("scores", "trajectories")
     shards = {"generated": view.trajectories(), "scored": view.scores(view.config.teacher.name)}
@@ -137,43 +124,43 @@ def get_throughput(view: View, max_points: MaxPoints = 60) -> Throughput:
     stages["trained"] = [(step.finished, step.num_tokens) for step in view.history.steps]
     times = [when for events in stages.values() for when, _ in events]
     if not times or min(times) == max(times):
-        return Throughput(seconds=[], generated=[], scored=[], trained=[])
+        return schemas.Throughput(seconds=[], generated=[], scored=[], trained=[])
     edges = np.linspace(min(times), max(times), max_points + 1)
     rates = {
         stage: np.histogram([t for t, _ in events], edges, weights=[n for _, n in events])[0] / (edges[1] - edges[0])
         for stage, events in stages.items()
     }
     middles = (edges[:-1] + edges[1:]) / 2 - edges[0]
-    return Throughput(seconds=middles.tolist(), **{stage: rate.tolist() for stage, rate in rates.items()})
+    return schemas.Throughput(seconds=middles.tolist(), **{stage: rate.tolist() for stage, rate in rates.items()})
 
 
 @router.get("/policies", operation_id="list_policies", responses=responses(404))
-def list_policies(view: View) -> PolicyList:
+def list_policies(view: View) -> schemas.PolicyList:
     """Published versions of the surviving lineage, and the rewinds."""
     made = {step.version: step.finished for step in view.history.steps}
     quality = {e.version: {"accuracy": e.accuracy, "kl_nats": e.kl_nats} for e in view.history.evaluations}
     published, rewinds = view.listed("policy"), view.read("rewind").rewinds
     kept = surviving(published, rewinds)
-    are_kept = set(kept)
-    return PolicyList(
-        data=[Policy(number=v.number, rewind=v.rewind, created=made.get(v), **quality.get(v, {})) for v in kept],
-        superseded=[Policy(number=v.number, rewind=v.rewind) for v in published if v not in are_kept],
+    others = sorted(set(published) - set(kept))
+    return schemas.PolicyList(
+        data=[schemas.Policy(**vars(v), created=made.get(v), **quality.get(v, {})) for v in kept],
+        superseded=[schemas.Policy(**vars(v)) for v in others],
         rewinds=[{"rewind": r.number, "to_step": r.to_step, "time": r.recorded} for r in rewinds],
     )
 
 
 @router.get("/checkpoints", operation_id="list_checkpoints", responses=responses(404))
-def list_checkpoints(view: View) -> CheckpointList:
+def list_checkpoints(view: View) -> schemas.CheckpointList:
     """States the learner can resume from."""
     states = surviving(view.listed("checkpoint"), view.read("rewind").rewinds)
-    return CheckpointList(data=[Checkpoint(step=state.number, rewind=state.rewind) for state in states])
+    return schemas.CheckpointList(data=[schemas.Checkpoint(step=state.number, rewind=state.rewind) for state in states])
 
 
 @router.get("/evals", operation_id="list_evaluations", responses=responses(404))
-def list_evaluations(view: View) -> EvaluationList:
+def list_evaluations(view: View) -> schemas.EvaluationList:
     """Quality on held-out prompts, by version."""
     found = [{**vars(evaluation), "version": evaluation.version.number} for evaluation in view.history.evaluations]
-    return EvaluationList(data=[EvaluationOut(**fields) for fields in found])
+    return schemas.EvaluationList(data=[schemas.EvaluationOut(**fields) for fields in found])
 
 
 @router.get("/timeline", operation_id="get_timeline", responses=responses(404))
@@ -184,11 +171,11 @@ def get_timeline(
     ] = 0.0,
     stop_s: Annotated[float | None, Query(gt=0, description="Window end.", examples=[60.0])] = None,
     max_spans: Annotated[int, Query(ge=10, le=20_000, description="Spans per worker, about.", examples=[1500])] = 1500,
-) -> Timeline:
+) -> schemas.Timeline:
     """Who worked and who waited for what, in lanes."""
     spans = view.read("spans").spans()
     if not spans:
-        return Timeline(origin=0.0, duration_s=0.0, resolution_s=0.0, lanes=[])
+        return schemas.Timeline(origin=0.0, duration_s=0.0, resolution_s=0.0, lanes=[])
     origin = spans[0].start
     stop = stop_s if stop_s is not None else max(span.end for span in spans) - origin
     lanes: dict[tuple[str, str], list[Span]] = defaultdict(list)
@@ -197,11 +184,11 @@ def get_timeline(
             lanes[span.role, span.worker].append(span)
     resolution = max(stop - start_s, 0.0) / max_spans
     joined = [_lane(role, worker, own, origin, resolution) for (role, worker), own in sorted(lanes.items())]
-    return Timeline(origin=origin, duration_s=stop, resolution_s=resolution, lanes=joined)
+    return schemas.Timeline(origin=origin, duration_s=stop, resolution_s=resolution, lanes=joined)
 
 
-def _lane(role: str, worker: str, spans: Sequence[Span], origin: float, resolution: float) -> Lane:
-    lane = Lane(worker=worker, role=role, starts=[], ends=[], activities=[], details=[])
+def _lane(role: str, worker: str, spans: Sequence[Span], origin: float, resolution: float) -> schemas.Lane:
+    lane = schemas.Lane(worker=worker, role=role, starts=[], ends=[], activities=[], details=[])
     last: dict[str, int] = {}
     for span in spans:
         start, end = span.start - origin, span.end - origin

@@ -16,30 +16,21 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
+import asyncopd.errors as ours
 from api.schemas import Problem
-from asyncopd.errors import (
-    AsyncOPDError,
-    ConfigError,
-    ObjectMissingError,
-    QueryError,
-    QueryLimitError,
-    ServerAwayError,
-    ShardCorruptError,
-    StackError,
-    StorageError,
-)
+from asyncopd.errors import AsyncOPDError
 
 logger = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 _KINDS: tuple[tuple[type[AsyncOPDError], int, str], ...] = (
-    (ConfigError, 422, "config-refused"),
-    (QueryLimitError, 422, "query-too-large"),
-    (QueryError, 422, "query-refused"),
-    (ObjectMissingError, 404, "not-stored"),
-    (ShardCorruptError, 500, "stored-bytes-corrupt"),
-    (ServerAwayError, 503, "prefect-away"),
-    (StackError, 503, "prefect-refused"),
-    (StorageError, 503, "storage-away"),
+    (ours.ConfigError, 422, "config-refused"),
+    (ours.QueryLimitError, 422, "query-too-large"),
+    (ours.QueryError, 422, "query-refused"),
+    (ours.ObjectMissingError, 404, "not-stored"),
+    (ours.ShardCorruptError, 500, "stored-bytes-corrupt"),
+    (ours.ServerAwayError, 503, "prefect-away"),
+    (ours.StackError, 503, "prefect-refused"),
+    (ours.StorageError, 503, "storage-away"),
 )
 _HTTP_KINDS = {400: "not-readable", 404: "no-such-resource", 405: "no-such-method", 413: "body-too-large"}
 
@@ -101,9 +92,8 @@ async def _of_problem(_: Request, error: ProblemError) -> JSONResponse:
 
 
 async def _of_ours(_: Request, error: AsyncOPDError) -> JSONResponse:
-    status, kind = next(
-        ((status, kind) for kinds, status, kind in _KINDS if isinstance(error, kinds)), (500, "internal")
-    )
+    found = ((status, kind) for kinds, status, kind in _KINDS if isinstance(error, kinds))
+    status, kind = next(found, (500, "internal"))
     if status >= 500:
         logger.warning("%s: %s", type(error).__name__, error)
     return problem_response(status, kind, str(error))

@@ -17,7 +17,7 @@ from asyncopd.errors import StorageError
 from asyncopd.metrics import DRIFT, KL, LOSS
 from asyncopd.report.measure import RECENT_STEPS, staleness_of, trained_per_s
 from storage.history import NUM_TOKENS, History, RunStatus, is_silent, role_of, status_of
-from storage.launches import LaunchLog, StateRequest
+from storage.launches import LaunchLog
 from storage.layout import RunLayout
 from storage.records import from_json
 from storage.run_view import RunView
@@ -105,11 +105,31 @@ class RunReader:
     def run(self, run_id: str) -> Run:
         """A run, or a launch that is still queued. Raises ProblemError 404."""
         view = self.find(run_id)
-        if view is not None:
-            view.refresh()
-            request = self.launches.find_request(run_id)
-            return run_of(view, request, self.launches.find_flow_run(run_id), self.created(run_id))
-        return self._queued(run_id)
+        if view is None:
+            return self._queued(run_id)
+        history, num_steps = view.refresh().history, view.config.learner.num_steps
+        steps, record = history.steps, view.log.record
+        status = status_of(history, num_steps, self.launches.find_request(run_id))
+        failure = history.failures[-1] if history.failures and status == "failed" else None
+        return Run(
+            id=run_id,
+            name=view.config.name,
+            status=status,
+            phase=_phase(history, status, num_steps),
+            created=self.created(run_id),
+            updated=steps[-1].finished if steps else None,
+            config_hash=record.get("config_hash"),
+            parent=record.get("parent"),
+            progress=Progress(
+                steps=len(steps),
+                total_steps=num_steps - history.first_step,
+                tokens=int(history.columns.values(NUM_TOKENS).sum()),
+            ),
+            latest=_latest(history),
+            sparkline=[step.metrics.get(LOSS.key) for step in steps[:: max(1, -(-len(steps) // SPARKLINE_POINTS))]],
+            error=f"{failure.role}: {failure.reason}" if failure else None,
+            flow_run_id=self.launches.find_flow_run(run_id) or (history.states[-1].by if history.states else None),
+        )
 
     def status(self, run_id: str, history: History) -> RunStatus:
         """The state of a run of which `history` is known, or of a queued launch. Raises ProblemError 404."""
@@ -146,33 +166,6 @@ class RunReader:
             sparkline=[],
             flow_run_id=flow_run_id,
         )
-
-
-def run_of(view: RunView, request: StateRequest | None, flow_run_id: str | None, created: float) -> Run:
-    """A run as it is shown."""
-    record, history = view.log.record, view.history
-    steps = history.steps
-    status = status_of(history, view.config.learner.num_steps, request)
-    failure = history.failures[-1] if history.failures and status == "failed" else None
-    return Run(
-        id=view.log.run_id,
-        name=view.config.name,
-        status=status,
-        phase=_phase(history, status, view.config.learner.num_steps),
-        created=created,
-        updated=steps[-1].finished if steps else None,
-        config_hash=record.get("config_hash"),
-        parent=record.get("parent"),
-        progress=Progress(
-            steps=len(steps),
-            total_steps=view.config.learner.num_steps - history.first_step,
-            tokens=int(history.columns.values(NUM_TOKENS).sum()),
-        ),
-        latest=_latest(history),
-        sparkline=[step.metrics.get(LOSS.key) for step in steps[:: max(1, -(-len(steps) // SPARKLINE_POINTS))]],
-        error=f"{failure.role}: {failure.reason}" if failure else None,
-        flow_run_id=flow_run_id or (history.states[-1].by if history.states else None),
-    )
 
 
 def _phase(history: History, status: RunStatus, num_steps: int) -> str:

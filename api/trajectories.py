@@ -69,9 +69,8 @@ def get_trajectory(
 ) -> TrajectoryOut:
     """A response token by token, with what teacher and student thought at each."""
     shard = view.log.shard_of(index)
-    trajectory = None
-    if shard is not None:
-        trajectory = next((t for t in view.log.read_trajectories(shard) if t.index == index), None)
+    stored = view.log.read_trajectories(shard) if shard is not None else ()
+    trajectory = next((t for t in stored if t.index == index), None)
     if shard is None or trajectory is None:
         raise ProblemError(
             404, "no-such-trajectory", f"Index {index} of run {view.log.run_id} is not produced yet, or was dropped."

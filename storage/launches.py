@@ -32,13 +32,12 @@ class LaunchLog:
 
     def record_launch(self, run_id: str, fields: Mapping[str, Any]) -> bool:
         """Remember what a run was asked to be. False when a launch of that id exists."""
-        return self._store.put_if_absent(
-            shared_key("launch", run_id=run_id), to_json({**fields, "recorded": time.time()})
-        )
+        key = shared_key("launch", run_id=run_id)
+        return self._store.put_if_absent(key, to_json({**fields, "recorded": time.time()}))
 
     def find_launch(self, run_id: str) -> dict[str, Any] | None:
         """What `record_launch` stored, with `recorded`."""
-        return self._find(shared_key("launch", run_id=run_id))
+        return self._find("launch", run_id)
 
     def launches(self) -> list[str]:
         """Run ids of all launches, sorted."""
@@ -47,19 +46,17 @@ class LaunchLog:
 
     def record_flow_run(self, run_id: str, flow_run_id: str) -> None:
         """The flow run that now works on a run."""
-        self._store.put(
-            shared_key("flow run", run_id=run_id), to_json({"flow_run_id": flow_run_id, "recorded": time.time()})
-        )
+        self._put("flow run", run_id, {"flow_run_id": flow_run_id})
 
     def find_flow_run(self, run_id: str) -> str | None:
-        found = self._find(shared_key("flow run", run_id=run_id))
+        found = self._find("flow run", run_id)
         return None if found is None else str(found["flow_run_id"])
 
     def record_request(self, run_id: str, state: RequestedState) -> None:
-        self._store.put(shared_key("request", run_id=run_id), to_json({"wish": state, "recorded": time.time()}))
+        self._put("request", run_id, {"wish": state})
 
     def find_request(self, run_id: str) -> StateRequest | None:
-        found = self._find(shared_key("request", run_id=run_id))
+        found = self._find("request", run_id)
         return None if found is None else StateRequest(found["wish"], found["recorded"])
 
     def claim_key(self, key: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,6 +66,10 @@ class LaunchLog:
             return dict(fields)
         return from_json(self._store.get(name), name, dict)
 
-    def _find(self, key: str) -> dict[str, Any] | None:
+    def _put(self, kind: str, run_id: str, fields: Mapping[str, Any]) -> None:
+        self._store.put(shared_key(kind, run_id=run_id), to_json({**fields, "recorded": time.time()}))
+
+    def _find(self, kind: str, run_id: str) -> dict[str, Any] | None:
+        key = shared_key(kind, run_id=run_id)
         body = self._store.find(key)
         return None if body is None else from_json(body, key, dict)
