@@ -236,12 +236,15 @@ class RunView:
 
     def scores(self, teacher: str) -> dict[IndexRange, Manifest]:
         """The manifest of every shard of a teacher's scores, in index order."""
-        found = list(self.records["scores"].items())
-        return _by_shard({key: manifest for key, manifest in found if parse(key).fields["teacher"] == teacher})
+        return _by_shard({k: m for k, m in list(self.records["scores"].items()) if self.teacher_of(k) == teacher})
 
     def teachers(self) -> list[str]:
         """The teachers that have scored something, sorted."""
-        return sorted({str(parse(key).fields["teacher"]) for key in list(self.records["scores"])})
+        return sorted({self.teacher_of(key) for key in list(self.records["scores"])})
+
+    def teacher_of(self, key: str) -> str:
+        """The teacher of a key of scores/."""
+        return str(parse(key).fields["teacher"])
 
     # -- what happened --------------------------------------------------------------------------------------------
     def failures(self) -> list[Failure]:
