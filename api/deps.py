@@ -19,7 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Header, Query, Request
 from fastapi import Path as UrlPath
 from fastapi.dependencies.utils import get_flat_dependant
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -102,6 +102,11 @@ class TokenStore:
 def _hash(token: str) -> str:
     # 256 random bits need no slow hash: there is nothing to guess.
     return hashlib.sha256(token.encode()).hexdigest()
+
+
+def query(description: str, example: Any, **constraints: Any) -> Any:
+    """A query parameter with what OpenAPI must say about it."""
+    return Query(description=description, examples=[example], **constraints)
 
 
 # Dependencies are coroutines: FastAPI calls plain functions in a thread each.

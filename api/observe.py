@@ -11,12 +11,12 @@ from itertools import pairwise
 from typing import Annotated
 
 import numpy as np
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Response
 from fastapi.responses import StreamingResponse
 from numpy.typing import NDArray
 
 from api import schemas
-from api.deps import KnownRun, Reader, Streams, View
+from api.deps import KnownRun, Reader, Streams, View, query
 from api.events import Cursor
 from api.problems import responses
 from asyncopd.metrics import LOSS
@@ -26,21 +26,17 @@ from storage.learner_log import surviving
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["observations"], dependencies=[Reader])
 EVENT_ID = "e0-0.f0.r0.s0-41.t1"
-MaxPoints = Annotated[
-    int, Query(ge=2, le=5000, description="Points per curve; more steps are averaged.", examples=[200])
-]
-FromStep = Annotated[int, Query(ge=0, description="First step.", examples=[0])]
-ToStep = Annotated[int | None, Query(ge=1, description="Step to stop before.", examples=[100])]
+MaxPoints = Annotated[int, query("Points per curve; more steps are averaged.", 200, ge=2, le=5000)]
+FromStep = Annotated[int, query("First step.", 0, ge=0)]
+ToStep = Annotated[int | None, query("Step to stop before.", 100, ge=1)]
 
 
 @router.get("/events", operation_id="list_events", response_model=schemas.EventPage, responses=responses(404))
 async def list_events(
     view: View,
     streams: Streams,
-    after: Annotated[
-        str | None, Query(description="`id` of the last event you have.", examples=[EVENT_ID], max_length=200)
-    ] = None,
-    limit: Annotated[int, Query(ge=1, le=1000, description="Events per page.", examples=[100])] = 100,
+    after: Annotated[str | None, query("`id` of the last event you have.", EVENT_ID, max_length=200)] = None,
+    limit: Annotated[int, query("Events per page.", 100, ge=1, le=1000)] = 100,
 ) -> Response:
     """States, steps, rewinds, evaluations and failures, oldest first."""
     found, has_more = (await streams.feed(view)).page(Cursor.parse(after), limit)
@@ -58,7 +54,7 @@ async def list_events(
 async def stream_events(
     run_id: KnownRun,
     streams: Streams,
-    after: Annotated[str | None, Query(description="As Last-Event-ID.", examples=[EVENT_ID], max_length=200)] = None,
+    after: Annotated[str | None, query("As Last-Event-ID.", EVENT_ID, max_length=200)] = None,
     last_event_id: Annotated[
         str | None, Header(description="Events after this one.", max_length=200, examples=[EVENT_ID])
     ] = None,
@@ -72,9 +68,7 @@ async def stream_events(
 @router.get("/metrics", operation_id="get_metrics", responses=responses(404))
 def get_metrics(
     view: View,
-    key: Annotated[
-        list[str] | None, Query(description="Only these metrics; all when left out.", examples=[[LOSS.key]])
-    ] = None,
+    key: Annotated[list[str] | None, query("Only these metrics; all when left out.", [LOSS.key])] = None,
     from_step: FromStep = 0,
     to_step: ToStep = None,
     max_points: MaxPoints = 500,
@@ -166,11 +160,9 @@ def list_evaluations(view: View) -> schemas.EvaluationList:
 @router.get("/timeline", operation_id="get_timeline", responses=responses(404))
 def get_timeline(
     view: View,
-    start_s: Annotated[
-        float, Query(ge=0, description="Window start, seconds after the first span.", examples=[0.0])
-    ] = 0.0,
-    stop_s: Annotated[float | None, Query(gt=0, description="Window end.", examples=[60.0])] = None,
-    max_spans: Annotated[int, Query(ge=10, le=20_000, description="Spans per worker, about.", examples=[1500])] = 1500,
+    start_s: Annotated[float, query("Window start, seconds after the first span.", 0.0, ge=0)] = 0.0,
+    stop_s: Annotated[float | None, query("Window end.", 60.0, gt=0)] = None,
+    max_spans: Annotated[int, query("Spans per worker, about.", 1500, ge=10, le=20_000)] = 1500,
 ) -> schemas.Timeline:
     """Who worked and who waited for what, in lanes."""
     spans = view.read("spans").spans()

@@ -6,9 +6,9 @@ from functools import partial
 from itertools import islice
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Response
 
-from api.deps import IdempotencyKey, Launcher, Launches, Reader, RunId, Runs, View
+from api.deps import IdempotencyKey, Launcher, Launches, Reader, RunId, Runs, View, query
 from api.problems import responses
 from api.schemas import RUN_ID_PATTERN, Run, RunConfigOut, RunCreate, RunPage
 from storage.history import RunStatus
@@ -36,16 +36,10 @@ def create_run(asked: RunCreate, response: Response, launches: Launches, idempot
 @router.get("", dependencies=[Reader], operation_id="list_runs", responses=responses())
 def list_runs(
     runs: Runs,
-    status: Annotated[
-        list[RunStatus] | None, Query(description="Only runs in one of these states.", examples=[["running"]])
-    ] = None,
-    name: Annotated[
-        str | None, Query(description="Only runs whose id starts so.", examples=["walk-"], max_length=100)
-    ] = None,
-    after: Annotated[
-        str | None, Query(description="`next_cursor` of the page before.", examples=["walk-7"], pattern=RUN_ID_PATTERN)
-    ] = None,
-    limit: Annotated[int, Query(ge=1, le=100, description="Runs per page.", examples=[20])] = 20,
+    status: Annotated[list[RunStatus] | None, query("Only runs in one of these states.", ["running"])] = None,
+    name: Annotated[str | None, query("Only runs whose id starts so.", "walk-", max_length=100)] = None,
+    after: Annotated[str | None, query("`next_cursor` of the page before.", "walk-7", pattern=RUN_ID_PATTERN)] = None,
+    limit: Annotated[int, query("Runs per page.", 20, ge=1, le=100)] = 20,
 ) -> RunPage:
     """Runs, newest first by creation."""
     ids = runs.newest(name or "")

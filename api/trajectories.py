@@ -7,9 +7,9 @@ from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path
 
-from api.deps import Reader, View
+from api.deps import Reader, View, query
 from api.problems import ProblemError, responses
 from api.schemas import Alternative, Token, TrajectoryOut, TrajectoryPage, TrajectorySummary
 from asyncopd.config import RunConfig
@@ -31,16 +31,12 @@ Row = tuple[TrajectorySummary, Set[int]]
 @router.get("", operation_id="list_trajectories", responses=responses(404))
 def list_trajectories(
     view: View,
-    after: Annotated[int, Query(ge=-1, description="`next_cursor` of the page before.", examples=[-1])] = -1,
-    limit: Annotated[int, Query(ge=1, le=500, description="Trajectories per page.", examples=[50])] = 50,
-    version: Annotated[
-        int | None, Query(ge=0, description="Only those with tokens of this version.", examples=[12])
-    ] = None,
-    correct: Annotated[bool | None, Query(description="Only right, or only wrong ones.", examples=[True])] = None,
-    group: Annotated[
-        str | None, Query(max_length=100, description="Only this difficulty.", examples=["noise 0.35"])
-    ] = None,
-    min_tokens: Annotated[int, Query(ge=1, description="Only responses at least this long.", examples=[1])] = 1,
+    after: Annotated[int, query("`next_cursor` of the page before.", -1, ge=-1)] = -1,
+    limit: Annotated[int, query("Trajectories per page.", 50, ge=1, le=500)] = 50,
+    version: Annotated[int | None, query("Only those with tokens of this version.", 12, ge=0)] = None,
+    correct: Annotated[bool | None, query("Only right, or only wrong ones.", True)] = None,
+    group: Annotated[str | None, query("Only this difficulty.", "noise 0.35", max_length=100)] = None,
+    min_tokens: Annotated[int, query("Only responses at least this long.", 1, ge=1)] = 1,
 ) -> TrajectoryPage:
     """Responses in index order, filtered."""
     found: list[TrajectorySummary] = []
