@@ -10,16 +10,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import signal
 import sys
-from collections.abc import Coroutine, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from asyncopd.config.requests import BackfillRequest, CounterfactualRequest, ReplayRequest, Request
 from asyncopd.errors import AsyncOPDError
 from asyncopd.local.processes import watch_parent
+from asyncopd.worker import until_terminated
 from flows.backfill import run_backfill
 from flows.compare import run_comparison
 from flows.counterfactual import run_counterfactual
@@ -45,10 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         request = REQUESTS[parsed.verb].of(parsed.request)
         body = work(parsed.root, parsed.run_id, request, console=Console(), out=parsed.out)
-        sys.exit(asyncio.run(_until_stopped(body)))
+        status = asyncio.run(until_terminated(body))
     except AsyncOPDError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
+    if status:
+        Console().print("\nstopped; nothing stored is lost. The same command goes on.", highlight=False)
+    sys.exit(status)
 
 
 async def work(root: str, run_id: str, asked: Request, *, console: Console, out: str | None = None) -> None:
@@ -66,28 +68,6 @@ async def work(root: str, run_id: str, asked: Request, *, console: Console, out:
             await run_backfill(root, run_id, asked, console=console)
         case CounterfactualRequest():
             await run_counterfactual(root, run_id, asked, console=console, out=out)
-
-
-async def _until_stopped(body: Coroutine[Any, Any, None]) -> int:
-    """The exit status of `body`: 0, or as a shell reports the signal that ended it."""
-    main_task = asyncio.current_task()
-    assert main_task is not None
-    received: list[int] = []
-
-    def stop(number: int) -> None:
-        received.append(number)
-        main_task.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop, number)
-    try:
-        await body
-    except asyncio.CancelledError:
-        if not received:
-            raise
-        Console().print("\nstopped; nothing stored is lost. The same command goes on.", highlight=False)
-        return 128 + received[0]
-    return 0
 
 
 if __name__ == "__main__":

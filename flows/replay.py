@@ -7,7 +7,6 @@ No sampler and no teacher runs, except to evaluate, and then only after training
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -95,18 +94,10 @@ async def train_replay(parent: OpenRun, child: OpenRun, replay: Replay, *, conso
                 parent_version, parent_batch_size=parent.config.learner.batch_size, batch_size=learner.batch_size
             ),
         )
-        with bar(console, child.log.run_id, learner.num_steps - first, "steps") as advance:
-            running = asyncio.create_task(stage.run())
-            shown = first
-            try:
-                while not running.done():
-                    await asyncio.wait([running], timeout=0.5)
-                    done = max(shown, worker.status.step or 0)
-                    advance(done - shown)
-                    shown = done
-            finally:
-                running.cancel()
-            await running
+        checkpoint = child.log.latest_checkpoint()
+        assert checkpoint is not None
+        with bar(console, child.log.run_id, learner.num_steps - checkpoint[0], "steps") as advance:
+            await stage.run(on_step=lambda step: advance(1))
     said = "; ".join(
         [
             f"{child.log.run_id}: steps {replay.first_version}:{replay.last_version} of {replay.run_id} from "

@@ -20,6 +20,7 @@ from rich.table import Table
 from asyncopd.cli import STOPPED_BY_USER
 from asyncopd.config import RunConfig
 from asyncopd.errors import ConfigError
+from asyncopd.local.console import console_table
 from asyncopd.plan.calibrate import calibrate
 from asyncopd.plan.costs import Costs, DecodeCurve, Fleet
 from asyncopd.plan.forecast import Forecast, Workload, assumptions, best_split, forecast
@@ -199,14 +200,13 @@ def _run_study(name: str, **options: Any) -> int:
         return STOPPED_BY_USER
 
 
-def _table(title: str, rows: Sequence[Forecast], baseline: Forecast) -> Table:
-    table = Table(title=title, caption="R rollout, T teacher, L learner GPUs; ratio to time-shared; mean staleness")
-    for heading in ("GPUs", "τ", "tokens/s", "ratio", "overlap", "busy R/T/L", "staleness"):
-        table.add_column(heading, justify="left" if heading == "GPUs" else "right", no_wrap=True)
-    for row in rows:
+def _table(title: str, forecasts: Sequence[Forecast], baseline: Forecast) -> Table:
+    header = ("GPUs", "τ", "tokens/s", "ratio to time-shared", "overlap", "busy R/T/L", "mean staleness")
+    rows = []
+    for row in forecasts:
         gpus, busy = row.fleet, (row.rollout_busy, row.teacher_busy, row.learner_busy)
         apart = f"{gpus.rollout}R + {gpus.teacher}T + {gpus.learner}L"
-        table.add_row(
+        cells = (
             f"{gpus.rollout}RL + {gpus.teacher}T" if gpus.time_shared else apart,
             str(row.max_staleness),
             f"{row.tokens_per_s:,.0f}",
@@ -215,7 +215,8 @@ def _table(title: str, rows: Sequence[Forecast], baseline: Forecast) -> Table:
             "/".join(f"{100 * share:.0f}" for share in busy) + " %",
             f"{row.mean_staleness:.2f}",
         )
-    return table
+        rows.append(cells)
+    return console_table(f"{title} (R rollout, T teacher, L learner)", header, rows)
 
 
 def costs_of_run(log: StoredRunLog, config: RunConfig, shape: DecodeCurve) -> tuple[Workload, Costs]:

@@ -85,6 +85,6 @@ def _run(root: str, run_id: str, asked: Request, out: str | None = None) -> int:
     except KeyboardInterrupt:
         # The terminal sent it to the child too, which stops after its step and says how to go on.
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            return process.wait(STOP_S)
+            return STOPPED_BY_USER if process.wait(STOP_S) else 0
         process.kill()
         return STOPPED_BY_USER

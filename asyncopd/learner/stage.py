@@ -53,8 +53,8 @@ class LearnStage:
         self._learner_version, self._rewind = learner_version, 0
         worker.tell(step=0, num_steps=self._plan.num_steps, num_tokens=0)
 
-    async def run(self) -> None:
-        """Train every remaining step. A second call on a finished run returns at once.
+    async def run(self, on_step: Callable[[int], None] = lambda step: None) -> None:
+        """Train every remaining step, calling `on_step` after each. A second call on a finished run returns at once.
 
         A run has one learner: a second one waits for the first to retire or to lose its lease, then goes on from the
         newest checkpoint. A learner that was taken for dead finds a rewind newer than its own and ends.
@@ -77,6 +77,7 @@ class LearnStage:
                     next_batch = asyncio.create_task(self._intake.batch(step + 1))
                 with self._worker.busy.working():
                     await self._train(step, batch)
+                on_step(step)
         finally:
             if next_batch is not None:
                 next_batch.cancel()
