@@ -81,7 +81,11 @@ async def counterfactual(run_id: str, root: str = "runs", out: str | None = None
 
 @flow(name="study", flow_run_name="study-{kind}")
 async def study(
-    kind: Literal["estimators", "staleness"], out: str, root: str = "runs", quick: bool = False, workers: int = 2
+    kind: Literal["estimators", "staleness"],
+    out: str,
+    root: str = "runs",
+    quick: bool = False,
+    workers: Literal[1, 2] = 2,
 ) -> str:
     """Measure the estimators; the tables, Markdown.
 
