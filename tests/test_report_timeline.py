@@ -13,7 +13,7 @@ from synthetic_run import START, train_step
 
 from asyncopd.report.intervals import difference, length_s, packed, union
 from asyncopd.report.plots import running_mean, staleness_shares
-from asyncopd.report.timeline import MAX_WORKERS, joined, lanes_of, middle_window
+from asyncopd.report.timeline import MAX_WORKERS, lanes_of, middle_window
 from asyncopd.report.write import to_trace
 from asyncopd.types import IndexRange, Span
 from flows.report import evenly
@@ -125,7 +125,7 @@ def test_the_zoomed_window_of_a_short_run_is_the_run() -> None:
 
 
 def test_pieces_closer_than_a_pixel_are_joined() -> None:
-    assert joined([(0, 1), (1.1, 2), (4, 5)], gap_s=0.2) == [(0, 2), (4, 5)]
+    assert union([(0, 1), (1.1, 2), (4, 5)], gap_s=0.2) == [(0, 2), (4, 5)]
 
 
 def test_staleness_shares_of_a_step_add_up_to_one() -> None:

@@ -24,7 +24,7 @@ from rich.table import Table
 from asyncopd.config import RunConfig
 from asyncopd.metrics import DRIFT, KL, LOSS
 from asyncopd.records import Heartbeat, WorkerStatus
-from asyncopd.report.measure import RECENT_STEPS, staleness_of, trained_per_s
+from asyncopd.report.measure import PIPELINE, RECENT_STEPS, staleness_of, trained_per_s
 from asyncopd.report.summary import StalenessFigures
 from asyncopd.report.text import duration, number, percent
 from asyncopd.types import Evaluation, TrainStep
@@ -37,7 +37,6 @@ SATURATED = 0.75
 """A role busy for less of the time waits itself, so no single one holds the others up. The workers' shares are of the
 last ten seconds (asyncopd/worker.py)."""
 _ROLES = ("pretrain", "rollout", "score", "learn", "evaluate")
-_STAGES = ("rollout", "score", "learn")
 
 
 @dataclass(frozen=True)
@@ -257,7 +256,7 @@ def _eta(progress: Progress) -> str:
 
 
 def _tokens(progress: Progress) -> str:
-    made, scored, trained = (number(progress.rates.get(role), ",.0f") for role in _STAGES)
+    made, scored, trained = (number(progress.rates.get(role), ",.0f") for role in PIPELINE)
     last_s, last_steps = f"(last {WINDOW_S:.0f} s)", f"(last {RECENT_STEPS} steps)"
     return f"generated {made}, scored {scored} tokens/s {last_s}, trained {trained} tokens/s {last_steps}"
 
@@ -307,7 +306,7 @@ def _place(beat: Heartbeat) -> tuple[int, str]:
 
 
 def _shares(alive: Sequence[Heartbeat]) -> Mapping[str, Sequence[float]]:
-    return {r: [b.status.busy for b in alive if role_of(b) == r and b.status.busy is not None] for r in _STAGES}
+    return {r: [b.status.busy for b in alive if role_of(b) == r and b.status.busy is not None] for r in PIPELINE}
 
 
 def bottleneck(shares: Mapping[str, Sequence[float]]) -> str | None:
@@ -316,7 +315,7 @@ def bottleneck(shares: Mapping[str, Sequence[float]]) -> str | None:
     Args:
         shares: role -> busy share of each of its workers, 0 to 1.
     """
-    busy = {role: statistics.fmean(shares[role]) for role in _STAGES if shares.get(role)}
+    busy = {role: statistics.fmean(shares[role]) for role in PIPELINE if shares.get(role)}
     if len(busy) < 2:
         return None
     first, *others = sorted(busy, key=lambda role: busy[role], reverse=True)

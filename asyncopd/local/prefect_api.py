@@ -70,8 +70,7 @@ def _request(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
             f"no Prefect server answers at {shown_url()} ({error}). Start it again with `asyncopd up`; runs that go on "
             "find it, or are ended with `asyncopd down`."
         ) from error
-    if response.is_server_error:
-        raise ServerAwayError(f"Prefect answered {response.status_code} to {method} {path}: {response.text[:300]}")
     if response.is_error:
-        raise StackError(f"Prefect answered {response.status_code} to {method} {path}: {response.text[:300]}")
+        kind = ServerAwayError if response.is_server_error else StackError
+        raise kind(f"Prefect answered {response.status_code} to {method} {path}: {response.text[:300]}")
     return response.json()

@@ -30,11 +30,11 @@ def kind(span: Span) -> str:
     return span.activity.partition(":")[2] or span.activity
 
 
-def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The time covered by any of `intervals`, sorted and disjoint."""
+def union(intervals: Iterable[Interval], gap_s: float = 0.0) -> list[Interval]:
+    """The time covered by any of `intervals`, sorted and disjoint; those at most `gap_s` apart are made one."""
     covered: list[Interval] = []
     for start, end in sorted(intervals):
-        if covered and start <= covered[-1][1]:
+        if covered and start - covered[-1][1] <= gap_s:
             covered[-1] = (covered[-1][0], max(end, covered[-1][1]))
         elif end > start:
             covered.append((start, end))

@@ -102,8 +102,10 @@ def measure(seen: Observations, config: RunConfig) -> Summary:
     if work:
         wall_s = max(span.end for span in work) - min(span.start for span in work) - _paused_s(work)
     trained = sum(step.num_tokens for step in seen.steps)
-    roles = {role: _role_time(spans, wall_s) for role, spans in _by_role(seen.spans).items()}
+    names = sorted({span.role for span in seen.spans}, key=lambda r: (PIPELINE.index(r) if r in PIPELINE else 9, r))
+    roles = {role: _role_time([span for span in seen.spans if span.role == role], wall_s) for role in names}
     busy_s = sum(roles[role].busy_s for role in PIPELINE if role in roles)
+    configured = {"rollout": config.rollout.workers, "score": config.score.workers}
     qualities = [_quality(evaluation) for evaluation in seen.evaluations]
     return Summary(
         run_id=seen.run_id,
@@ -121,7 +123,7 @@ def measure(seen: Observations, config: RunConfig) -> Summary:
         lengths=_lengths(seen.responses),
         incidents=Incidents(
             failures=seen.failures,
-            num_extra_workers=_extra_workers(seen.workers, config),
+            num_extra_workers=sum(max(0, num - configured.get(role, 1)) for role, num in seen.workers.items()),
             num_rewinds=seen.num_rewinds,
             dropped=dict(Counter(reason for step in seen.steps for reason in step.dropped.values())),
             held=dict(Counter(reason for step in seen.steps for reason in step.held.values())),
@@ -176,11 +178,6 @@ def _known(value: float) -> float | None:
 
 
 # -- time ---------------------------------------------------------------------------------------------------------
-def _by_role(spans: Sequence[Span]) -> dict[str, list[Span]]:
-    roles = sorted({span.role for span in spans}, key=lambda r: (PIPELINE.index(r) if r in PIPELINE else 9, r))
-    return {role: [span for span in spans if span.role == role] for role in roles}
-
-
 def _role_time(spans: Sequence[Span], wall_s: float | None) -> RoleTime:
     busy_s, alive_s = 0.0, 0.0
     waiting_s: dict[str, float] = {}
@@ -230,11 +227,6 @@ def _lengths(responses: Responses) -> Lengths:
 
 
 # -- what the reader must know ------------------------------------------------------------------------------------
-def _extra_workers(workers: Mapping[str, int], config: RunConfig) -> int:
-    configured = {"rollout": config.rollout.workers, "score": config.score.workers}
-    return sum(max(0, count - configured.get(role, 1)) for role, count in workers.items())
-
-
 def _notes(seen: Observations, config: RunConfig) -> list[str]:
     notes = []
     planned = config.learner.num_steps

@@ -23,6 +23,7 @@ from asyncopd.report.intervals import (
     is_orchestration,
     is_wait,
     kind,
+    union,
 )
 from asyncopd.report.measure import PIPELINE, Observations
 from asyncopd.report.plots import INK, Page, missing, role_colour, styled, tint
@@ -91,7 +92,8 @@ def middle_window(spans: Sequence[Span], steps: Sequence[TrainStep]) -> Interval
 
 
 def _draw(axes: Axes, lanes: Sequence[Lane], window: Interval, epoch: float, *, labels: bool) -> None:
-    seconds_per_pixel = (window[1] - window[0]) / 1300
+    # Half a pixel: a gap that cannot be seen is not drawn.
+    invisible_s = (window[1] - window[0]) / 2600
     for row, lane in enumerate(lanes):
         spans = [span for span in lane.spans if span.end > window[0] and span.start < window[1]]
         busy = covered_by(filter(is_busy, spans))
@@ -99,8 +101,8 @@ def _draw(axes: Axes, lanes: Sequence[Lane], window: Interval, epoch: float, *, 
         for what in {kind(span) for span in waits}:
             idle = difference(covered_by(span for span in waits if kind(span) == what), busy)
             _bars(axes, idle, row - _HEIGHT / 2, _HEIGHT, tint(waited_for_colour(what)), epoch)
-        _bars(axes, joined(busy, seconds_per_pixel / 2), row - _HEIGHT / 2, _HEIGHT, role_colour(lane.role), epoch)
-        overhead = joined(covered_by(filter(is_orchestration, spans)), seconds_per_pixel / 2)
+        _bars(axes, union(busy, invisible_s), row - _HEIGHT / 2, _HEIGHT, role_colour(lane.role), epoch)
+        overhead = union(covered_by(filter(is_orchestration, spans)), invisible_s)
         _bars(axes, overhead, row + _HEIGHT / 2 + 0.03, _STRIP, "#555555", epoch)
         if labels:
             _label(axes, [*filter(is_busy, spans), *waits], busy, row, window, epoch)
@@ -118,17 +120,6 @@ def _bars(
     # Unsnapped: what is narrower than a pixel shows as a paler pixel, rather than as a full one or not at all.
     pieces = [(start - epoch, end - start) for start, end in intervals]
     axes.broken_barh(pieces, (bottom, height), facecolors=colour, linewidth=0, snap=False)
-
-
-def joined(intervals: Sequence[Interval], gap_s: float) -> list[Interval]:
-    """Sorted, disjoint `intervals`, those closer than `gap_s` made one: what a pixel cannot show is not drawn."""
-    merged: list[Interval] = []
-    for start, end in intervals:
-        if merged and start - merged[-1][1] < gap_s:
-            merged[-1] = (merged[-1][0], end)
-        else:
-            merged.append((start, end))
-    return merged
 
 
 def _label(
