@@ -151,7 +151,10 @@ def _see_through(config: RunConfig, run_id: str, parameters: dict[str, Any], con
     try:
         state = follow(RunView(_log_of(config, run_id)), config, console=console, is_over=_patiently(flow_run))
     except KeyboardInterrupt:
-        return _cancel(flow_run, config, run_id, console)
+        console.print("\nstopping every role …", highlight=False)
+        console.print(_cancel(flow_run), highlight=False, soft_wrap=True)
+        console.print(_how_to_go_on(config, run_id), highlight=False, soft_wrap=True)
+        return STOPPED_BY_USER
     if state == "COMPLETED":
         show_report(home() / "reports" / run_id, console=console)
         return 0
@@ -180,27 +183,19 @@ def _patiently(flow_run: FlowRun) -> Callable[[], str | None]:
     return terminal_state
 
 
-def _cancel(flow_run: FlowRun, config: RunConfig, run_id: str, console: Console) -> int:
-    console.print("\nstopping every role …", highlight=False)
+def _cancel(flow_run: FlowRun) -> str:
+    """Stop a flow. Returns what became of it."""
     started = time.monotonic()
     is_over = _patiently(flow_run)
     try:
         flow_run.cancel()
     except ServerAwayError as error:
-        console.print(f"{error} End everything with: asyncopd down", highlight=False, soft_wrap=True)
-        console.print(_how_to_go_on(config, run_id), highlight=False, soft_wrap=True)
-        return STOPPED_BY_USER
+        return f"{error} End everything with: asyncopd down"
     while is_over() is None:
         if time.monotonic() - started > CANCEL_S:
-            console.print(
-                f"the flow did not stop within {CANCEL_S:.0f} s. End it, and everything else, with: asyncopd down",
-                highlight=False,
-            )
-            return STOPPED_BY_USER
+            return f"the flow did not stop within {CANCEL_S:.0f} s. End it, and everything else, with: asyncopd down"
         time.sleep(0.2)
-    console.print(f"stopped after {time.monotonic() - started:.1f} s; nothing stored is lost.", highlight=False)
-    console.print(_how_to_go_on(config, run_id), highlight=False, soft_wrap=True)
-    return STOPPED_BY_USER
+    return f"stopped after {time.monotonic() - started:.1f} s; nothing stored is lost."
 
 
 def _how_to_go_on(config: RunConfig, run_id: str) -> str:

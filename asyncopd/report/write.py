@@ -44,15 +44,15 @@ def write_report(seen: Observations, config: RunConfig, folder: Path) -> Report:
     """
     summary = measure(seen, config)
     folder.mkdir(parents=True, exist_ok=True)
-    plots: dict[str, tuple[str, Callable[[], bytes]]] = {
-        "Accuracy and KL to the teacher": ("quality.png", lambda: plot_quality(seen)),
-        "Timeline of the roles": ("timeline.png", lambda: plot_timeline(seen)),
-        "Training curves": ("training.png", lambda: plot_training(seen.steps)),
-        "Staleness": ("staleness.png", lambda: plot_staleness(seen.steps, summary.max_staleness)),
-        "Response lengths": ("lengths.png", lambda: plot_lengths(seen.responses)),
+    plots = {
+        "Accuracy and KL to the teacher": ("quality.png", plot_quality(seen)),
+        "Timeline of the roles": ("timeline.png", plot_timeline(seen)),
+        "Training curves": ("training.png", plot_training(seen.steps)),
+        "Staleness": ("staleness.png", plot_staleness(seen.steps, summary.max_staleness)),
+        "Response lengths": ("lengths.png", plot_lengths(seen.responses)),
     }
-    for name, plot in plots.values():
-        (folder / name).write_bytes(plot())
+    for name, picture in plots.values():
+        (folder / name).write_bytes(picture)
     markdown = to_markdown(summary, str(folder))
     captions = {caption: name for caption, (name, _) in plots.items()}
     (folder / "report.md").write_text(with_plots(markdown, captions), encoding="utf-8")
