@@ -52,12 +52,7 @@ def make_tiny_model(
 
 
 def pretrain(
-    causal_lm: nn.Module,
-    task: Task,
-    settings: Pretrain,
-    *,
-    row_capacity: int,
-    on_step: Callable[[int, float], None],
+    causal_lm: nn.Module, task: Task, settings: Pretrain, *, row_capacity: int, on_step: Callable[[int, float], None]
 ) -> float:
     """Minimise the cross-entropy of the task's demonstrations, in place.
 

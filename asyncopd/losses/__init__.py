@@ -5,11 +5,4 @@ from asyncopd.losses.contract import Estimator, RowLosses, StepContext
 from asyncopd.losses.gather import gather_logprobs
 from asyncopd.losses.rows import TokenRows
 
-__all__ = [
-    "Estimator",
-    "RowLosses",
-    "StepContext",
-    "TokenRows",
-    "build_estimator",
-    "gather_logprobs",
-]
+__all__ = ["Estimator", "RowLosses", "StepContext", "TokenRows", "build_estimator", "gather_logprobs"]

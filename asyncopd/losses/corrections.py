@@ -43,12 +43,7 @@ def no_correction(log_ratio_TN: Tensor, advantage_TN: Tensor) -> Corrected:
 
 
 def clip(
-    log_ratio_TN: Tensor,
-    advantage_TN: Tensor,
-    *,
-    epsilon_low: float,
-    epsilon_high: float,
-    dual_clip: float = math.inf,
+    log_ratio_TN: Tensor, advantage_TN: Tensor, *, epsilon_low: float, epsilon_high: float, dual_clip: float = math.inf
 ) -> Corrected:
     """min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A), and for A < 0 at least c·A (dual clip).
 
