@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from offline_builders import QUIET, make_run
 
-from asyncopd.config.requests import CounterfactualRequest, OnStale, Order
+from asyncopd.config.requests import CounterfactualRequest
 from asyncopd.errors import ConfigError
 from asyncopd.learner.counterfactual import (
     Cell,
@@ -26,6 +26,7 @@ from asyncopd.learner.counterfactual import (
     settings_of,
     whole_batches,
 )
+from asyncopd.schedule import OnStale, Order
 from asyncopd.study.cells import CellStore
 from flows.counterfactual import log_of, run_cells, run_counterfactual, start_version
 from flows.wiring import OpenRun

@@ -84,7 +84,13 @@ def replay_config(parent: RunConfig, replay: Replay) -> RunConfig:
         ConfigError: a setting that a log cannot be replayed with, or a configuration that cannot work.
     """
     for key in replay.settings:
-        _check_replayable(key)
+        if key == "learner.num_steps":
+            raise ConfigError("learner.num_steps: a replay trains the steps that its FIRST:LAST names.")
+        if key.partition(".")[0] not in _REPLAYABLE:
+            raise ConfigError(
+                f"{key}: the log was made with it and cannot be replayed with another. A replay changes "
+                f"{', '.join(_REPLAYABLE)} and scores; for anything else start a new run."
+            )
     raw = parent.model_dump(mode="json")
     settings = dict(replay.settings)
     for key in list(settings):
@@ -127,17 +133,6 @@ def _steps_before(version: int, parent_size: int, size: int) -> int:
             f"which is not a whole number of steps of {size}. Choose steps whose ends are."
         )
     return steps
-
-
-def _check_replayable(key: str) -> None:
-    section = key.partition(".")[0]
-    if key == "learner.num_steps":
-        raise ConfigError("learner.num_steps: a replay trains the steps that its FIRST:LAST names.")
-    if section not in _REPLAYABLE:
-        raise ConfigError(
-            f"{key}: the log was made with it and cannot be replayed with another. A replay changes "
-            f"{', '.join(_REPLAYABLE)} and scores; for anything else start a new run."
-        )
 
 
 # -- back-fill ----------------------------------------------------------------------------------------------------

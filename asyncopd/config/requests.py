@@ -24,11 +24,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from asyncopd.config.base import Frozen
 from asyncopd.config.load import parse_override
 from asyncopd.errors import ConfigError
+from asyncopd.schedule import OnStale, Order
 from asyncopd.types import DrawLaw
 
 Start = Literal["checkpoint", "weights"]
-Order = Literal["index", "arrival"]
-OnStale = Literal["train", "drop", "hold"]
 
 STEPS = r"^[0-9]{0,9}:[0-9]{0,9}$"
 
@@ -128,6 +127,9 @@ Weights = Annotated[dict[str, float], BeforeValidator(_weights, json_schema_inpu
 """Weight by folder of scores; also the name of one."""
 
 
+TopK = Annotated[int, Field(ge=0, le=1_000_000)] | Literal["all"]
+
+
 def arm_name(arm: Mapping[str, Any]) -> str:
     """An arm of a comparison as it is typed."""
     return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in arm.items())
@@ -200,10 +202,7 @@ class BackfillRequest(Request):
     teacher: Settings = Field({}, max_length=100, examples=[{"name": "hard", "smoothing": 1e-4}])
     """A changed setting of the run's teacher; another teacher has another name and something else that differs, like
     name=hard and smoothing=1e-4."""
-    top_k: Annotated[
-        Annotated[int, Field(ge=0, le=1_000_000)] | Literal["all"],
-        BeforeValidator(_top_k, json_schema_input_type=Annotated[int, Field(ge=0, le=1_000_000)] | Literal["all"]),
-    ] = Field(0, examples=[16])
+    top_k: Annotated[TopK, BeforeValidator(_top_k, json_schema_input_type=TopK)] = Field(0, examples=[16])
     """Most likely ids per token, or `all`."""
     num_teacher_draws: int = Field(0, ge=0, le=100_000, examples=[8])
     """Ids per token drawn by the teacher."""

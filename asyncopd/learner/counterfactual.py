@@ -19,11 +19,12 @@ from itertools import accumulate, count
 
 import numpy as np
 
-from asyncopd.config.requests import CounterfactualRequest, OnStale, Order
+from asyncopd.config.requests import CounterfactualRequest
 from asyncopd.errors import ConfigError, NonFiniteError
 from asyncopd.learner.statistics import staleness_tokens
 from asyncopd.learner.student import Student
 from asyncopd.metrics import DRIFT, ESS, GRAD_NORM, LOSS, Metric
+from asyncopd.schedule import OnStale, Order
 from asyncopd.types import ScoredTrajectory
 
 

@@ -38,8 +38,7 @@ class LogprobModel(nn.Module):
         """Log p_θ at `ids_TJ`, [T, J] float32 nats with gradient, and the entropy of each row, [T], without."""
         hidden_TD = packed_hidden(self.causal_lm, packed)
         weight_VD, bias_V = output_embedding(self.causal_lm)
-        gathered = gather_logprobs(hidden_TD, weight_VD, ids_TJ, bias_V=bias_V, temperature=self.temperature)
-        return gathered.logprobs_TJ, gathered.entropy_T
+        return gather_logprobs(hidden_TD, weight_VD, ids_TJ, bias_V=bias_V, temperature=self.temperature)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def build_estimator(settings: LossSettings) -> Estimator:
 
 
 @dataclass(frozen=True)
-class PrefixWeighted:
+class PrefixWeighted(Estimator):
     """Another estimator, each row weighted by how much likelier the current student is to reach its prefix."""
 
     inner: Estimator

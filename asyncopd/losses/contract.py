@@ -10,10 +10,10 @@ An estimator's module binds it to its settings beside its mathematics: `@estimat
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -61,26 +61,28 @@ class RowLosses:
     """[T] each, detached; the metric says how they reduce."""
 
 
-class Estimator(Protocol):
+class Estimator(ABC):
     """One configured estimator. Stateless: the same arguments give the same result."""
 
     @property
     def needs_step_pass(self) -> bool:
         """Must `step_context` see the whole optimizer step before the first `__call__`?"""
-        ...
+        return False
 
+    @abstractmethod
     def student_ids(self, rows: TokenRows) -> Tensor:
         """[T, J] int64: the ids at which it wants log p_θ.
 
         Raises:
             ShapeError: a cached array is narrower than the configuration asks for.
         """
-        ...
 
     def step_context(self, rows: TokenRows, student_logprobs_TJ: Tensor) -> StepContext:
         """What these rows contribute to the step's context; never carries gradient. Join with StepContext.join."""
-        ...
+        del rows, student_logprobs_TJ
+        return StepContext()
 
+    @abstractmethod
     def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
         """The loss of each row.
 
@@ -89,17 +91,6 @@ class Estimator(Protocol):
             student_logprobs_TJ: [T, J] log p_θ at `student_ids(rows)`, with gradient.
             context: of the whole optimizer step; StepContext() where `needs_step_pass` is False.
         """
-        ...
-
-
-class NoStepPass:
-    """Base of the estimators that judge every row on its own."""
-
-    needs_step_pass = False
-
-    def step_context(self, rows: TokenRows, student_logprobs_TJ: Tensor) -> StepContext:
-        del rows, student_logprobs_TJ
-        return StepContext()
 
 
 @singledispatch

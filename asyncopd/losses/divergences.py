@@ -29,7 +29,7 @@ from asyncopd.config.losses import (
     SkewKLConfig,
     TailName,
 )
-from asyncopd.losses.contract import Estimator, NoStepPass, RowLosses, StepContext, estimator_of
+from asyncopd.losses.contract import Estimator, RowLosses, StepContext, estimator_of
 from asyncopd.losses.logspace import log1mexp
 from asyncopd.losses.rows import Support, TokenRows, first_columns, full_support, student_support, teacher_support
 from asyncopd.metrics import CROSS_ENTROPY, SUPPORT_MASS_STUDENT, SUPPORT_MASS_TEACHER, TOPK_KL, Metric
@@ -165,7 +165,7 @@ def cross_entropy(student_logprobs_T: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SupportDivergence(NoStepPass):
+class SupportDivergence(Estimator):
     """A divergence on a support: forward and reverse KL, dense or not, generalised JSD, skew KL."""
 
     support: Callable[[TokenRows], Support]
@@ -182,7 +182,7 @@ class SupportDivergence(NoStepPass):
 
 
 @dataclass(frozen=True)
-class TeacherDraws(NoStepPass):
+class TeacherDraws(Estimator):
     """Forward KL from the first `num_draws` ids that the teacher drew."""
 
     num_draws: int
@@ -195,7 +195,7 @@ class TeacherDraws(NoStepPass):
 
 
 @dataclass(frozen=True)
-class CrossEntropy(NoStepPass):
+class CrossEntropy(Estimator):
     """Supervised fine-tuning on the response tokens."""
 
     def student_ids(self, rows: TokenRows) -> Tensor:
@@ -206,7 +206,7 @@ class CrossEntropy(NoStepPass):
 
 
 @dataclass(frozen=True)
-class NearPolicy(NoStepPass):
+class NearPolicy(Estimator):
     """NPD (reconstructed): ℓ = (1−λ)·cross-entropy + λ·forward KL on the teacher's top-k.
 
     The paper's text is not public in detail. No divergence to the teacher: the cross-entropy part follows the selected

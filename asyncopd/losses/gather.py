@@ -8,8 +8,7 @@ the chunk's matrix product, one third more arithmetic in the LM head for V/J tim
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ from torch.autograd.function import once_differentiable
 from asyncopd.errors import ShapeError
 
 
-@dataclass(frozen=True)
-class GatheredLogprobs:
+class GatheredLogprobs(NamedTuple):
     """Student log-probs at the ids an estimator asked for."""
 
     logprobs_TJ: Tensor
@@ -65,10 +63,8 @@ def gather_logprobs(
         raise ShapeError(f"temperature {temperature} must be > 0 and chunk_tokens {chunk_tokens} >= 1.")
     # Autocast is on in forward but not in backward; with it the recomputed softmax would be another one.
     with torch.autocast(hidden_TD.device.type, enabled=False):
-        logprobs_TJ, entropy_T = _Gather.apply(  # type: ignore[no-untyped-call]
-            hidden_TD, weight_VD, bias_V, ids_TJ, temperature, chunk_tokens
-        )
-    return GatheredLogprobs(logprobs_TJ, entropy_T)
+        found = _Gather.apply(hidden_TD, weight_VD, bias_V, ids_TJ, temperature, chunk_tokens)  # type: ignore[no-untyped-call]
+    return GatheredLogprobs(*found)
 
 
 class _Gather(torch.autograd.Function):
@@ -84,11 +80,11 @@ class _Gather(torch.autograd.Function):
         temperature: float,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
-        dtype = _accumulation_dtype(hidden_TD)
-        logprobs_TJ = torch.empty(ids_TJ.shape, dtype=dtype, device=hidden_TD.device)
-        entropy_T = torch.empty(len(hidden_TD), dtype=dtype, device=hidden_TD.device)
-        normaliser_T1 = torch.empty((len(hidden_TD), 1), dtype=dtype, device=hidden_TD.device)
-        product_dtype = _product_dtype(hidden_TD)
+        dtype, product_dtype = _accumulation_dtype(hidden_TD), _product_dtype(hidden_TD)
+        logprobs_TJ, entropy_T, normaliser_T1 = (
+            torch.empty(shape, dtype=dtype, device=hidden_TD.device)
+            for shape in (ids_TJ.shape, len(hidden_TD), (len(hidden_TD), 1))
+        )
         weight_cast_VD = weight_VD.to(product_dtype)
         for rows in _chunks(len(hidden_TD), chunk_tokens):
             logits_CV = _logits(hidden_TD[rows].to(product_dtype), weight_cast_VD, bias_V, temperature)
@@ -131,9 +127,7 @@ class _Gather(torch.autograd.Function):
             grad_hidden_TD,
             None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
             None if grad_bias_V is None else grad_bias_V.to(bias_V.dtype),
-            None,
-            None,
-            None,
+            *(None, None, None),
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from asyncopd.config.losses import HeadTailConfig
 from asyncopd.errors import ShapeError
-from asyncopd.losses.contract import Estimator, NoStepPass, RowLosses, StepContext, estimator_of
+from asyncopd.losses.contract import Estimator, RowLosses, StepContext, estimator_of
 from asyncopd.losses.divergences import support_masses
 from asyncopd.losses.logspace import importance_log_ratio
 from asyncopd.losses.rows import TokenRows, first_draws, teacher_support
@@ -55,8 +55,7 @@ def head_tail(
     Source:
         This project; docs/estimators.md.
     """
-    minus_inf = torch.full_like(head_student_logprobs_TK, -torch.inf)
-    head_logprobs_TK = torch.where(in_head_TK, head_student_logprobs_TK, minus_inf)
+    head_logprobs_TK = torch.where(in_head_TK, head_student_logprobs_TK, -torch.inf)
     gap_TK = (head_student_logprobs_TK - head_teacher_logprobs_TK).detach()
     baseline_T1 = (torch.softmax(head_logprobs_TK.detach(), -1) * gap_TK).sum(-1, keepdim=True)
     head_T = (head_logprobs_TK.exp() * (gap_TK - baseline_T1)).sum(-1)
@@ -65,13 +64,13 @@ def head_tail(
     counts_TN = in_tail_TN & torch.isfinite(tail_logmass_T)[:, None]
     log_ratio_TN = importance_log_ratio(tail_student_logprobs_TN, tail_behaviour_logprobs_TN)
     gap_TN = (tail_student_logprobs_TN - tail_teacher_logprobs_TN).detach() - baseline_T1
-    weight_TN = torch.where(counts_TN, log_ratio_TN.exp(), torch.zeros_like(log_ratio_TN))
-    tail_T = tail_logmass_T.exp() * (weight_TN * torch.where(counts_TN, gap_TN, torch.zeros_like(gap_TN))).mean(-1)
+    weight_TN = torch.where(counts_TN, log_ratio_TN.exp(), 0.0)
+    tail_T = tail_logmass_T.exp() * (weight_TN * torch.where(counts_TN, gap_TN, 0.0)).mean(-1)
     return head_T + tail_T + baseline_T1[:, 0], weight_TN.detach().amax(-1)
 
 
 @dataclass(frozen=True)
-class HeadTail(NoStepPass):
+class HeadTail(Estimator):
     """Exact head + sampled tail, optionally with the teacher's top-k joined to the head."""
 
     head: int
@@ -105,10 +104,7 @@ class HeadTail(NoStepPass):
             in_head_TK=~repeats_TK,
             in_tail_TN=~_contains(head_ids_TK, draws.ids_TN),
         )
-        minus_inf = torch.full_like(head_teacher_TK, -torch.inf)
-        masses = support_masses(
-            torch.where(repeats_TK, minus_inf, head_student_TK), torch.where(repeats_TK, minus_inf, head_teacher_TK)
-        )
+        masses = support_masses(*(torch.where(repeats_TK, -torch.inf, at) for at in (head_student_TK, head_teacher_TK)))
         return RowLosses(loss_T, {**masses, MAX_RATIO: max_ratio_T})
 
 

@@ -83,7 +83,7 @@ def policy_gradient(
 
 
 @dataclass(frozen=True)
-class PolicyGradient:
+class PolicyGradient(Estimator):
     """The surrogate on cached draws, its parts chosen by the settings."""
 
     settings: PolicyGradientConfig
@@ -119,8 +119,7 @@ class PolicyGradient:
 
     def _terms(self, rows: TokenRows, student_logprobs_TJ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log ρ, advantage and baseline."""
-        draws = self._draws(rows)
-        num_draws = self.settings.num_draws
+        draws, num_draws = self._draws(rows), self.settings.num_draws
         student_TN, all_student_TV = student_logprobs_TJ[:, :num_draws], student_logprobs_TJ[:, num_draws:]
         log_ratio = importance_log_ratio if self.settings.ratio == "importance" else unit_log_ratio
         log_ratio_TN = log_ratio(student_TN, draws.behaviour_logprobs_TN)

@@ -8,7 +8,8 @@ contract of docs/estimators.md). Every response token is a row, the first one an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class TokenRows:
 
     def __post_init__(self) -> None:
         num_rows = len(self.response_ids_T)
-        for name, rows in ((entry.name, getattr(self, entry.name)) for entry in fields(self)):
+        for name, rows in vars(self).items():
             if len(rows) != num_rows:
                 raise ShapeError(f"TokenRows.{name} has {len(rows)} rows, response_ids_T has {num_rows}.")
         for ids, *logprobs in (
@@ -78,7 +79,7 @@ class TokenRows:
 
         Anything that uses `trajectory_T` (the prefix weight) needs whole trajectories in response order.
         """
-        return TokenRows(**{entry.name: getattr(self, entry.name)[rows] for entry in fields(self)})
+        return TokenRows(**{name: values[rows] for name, values in vars(self).items()})
 
     @classmethod
     def from_scored(cls, batch: Sequence[ScoredTrajectory], device: torch.device | str = "cpu") -> TokenRows:
@@ -92,11 +93,10 @@ class TokenRows:
         candidates = [member.trajectory.candidates for member in batch]
         scores = [member.scores for member in batch]
 
-        def ids(name: str, arrays: Sequence[NDArray[np.generic]]) -> Tensor:
-            return torch.from_numpy(_concatenated(name, arrays, batch).astype(np.int64)).to(device)
+        def ids(name: str, arrays: Sequence[NDArray[np.generic]], dtype: type[np.generic] = np.int64) -> Tensor:
+            return torch.from_numpy(_concatenated(name, arrays, batch).astype(dtype)).to(device)
 
-        def logprobs(name: str, arrays: Sequence[NDArray[np.generic]]) -> Tensor:
-            return torch.from_numpy(_concatenated(name, arrays, batch).astype(np.float32)).to(device)
+        logprobs = partial(ids, dtype=np.float32)
 
         return cls(
             response_ids_T=ids("response_ids", [m.trajectory.response_ids for m in batch]),
@@ -113,9 +113,7 @@ class TokenRows:
             draw_teacher_logprobs_TN=logprobs("draw_logprobs", [s.draw_logprobs_TN for s in scores]),
             teacher_draw_ids_TM=ids("teacher_draw_ids", [s.teacher_draw_ids_TM for s in scores]),
             teacher_draw_logprobs_TM=logprobs("teacher_draw_logprobs", [s.teacher_draw_logprobs_TM for s in scores]),
-            trajectory_T=ids(
-                "index", [np.full(len(m.trajectory.response_ids), m.trajectory.index, np.int64) for m in batch]
-            ),
+            trajectory_T=ids("index", [np.full(len(m.trajectory.response_ids), m.trajectory.index) for m in batch]),
         )
 
 
@@ -129,14 +127,12 @@ class Support:
 
 def teacher_support(rows: TokenRows, top_k: int) -> Support:
     """The teacher's `top_k` most likely ids."""
-    ids_TK = first_columns("topk_ids", rows.topk_ids_TK, top_k)
-    return Support(ids_TK, rows.topk_logprobs_TK[:, :top_k])
+    return Support(first_columns("topk_ids", rows.topk_ids_TK, top_k), rows.topk_logprobs_TK[:, :top_k])
 
 
 def student_support(rows: TokenRows, top_k: int) -> Support:
     """The sampling student's `top_k` most likely ids."""
-    ids_TK = first_columns("head_ids", rows.head_ids_TK, top_k)
-    return Support(ids_TK, rows.head_teacher_logprobs_TK[:, :top_k])
+    return Support(first_columns("head_ids", rows.head_ids_TK, top_k), rows.head_teacher_logprobs_TK[:, :top_k])
 
 
 def full_support(rows: TokenRows) -> Support:
