@@ -43,6 +43,5 @@ def scored(log: StoredRunLog, teacher: str = "oracle") -> list[ScoredTrajectory]
 def ask(catalog: Catalog, sql: str, parameters: dict[str, Any] | None = None, as_of: AsOf | None = None) -> list[Any]:
     """Rows of a query in this process, as tuples."""
     snapshot = catalog.snapshot(mentioned(sql), as_of)
-    arguments = (snapshot.tables, snapshot.files, snapshot.place, snapshot.token_texts)
-    with connect(*arguments, sql=sql, memory_bytes=2**29) as connection:
+    with connect(snapshot, sql=sql, memory_bytes=2**29) as connection:
         return connection.execute(sql, parameters).fetchall()

@@ -44,8 +44,7 @@ def bait(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sandbox() -> Iterator[Sandbox]:
     os.environ["ASYNCOPD_TEST_SECRET"] = SECRET
     catalog = Catalog(open_store(str(root_of(written_log()))))
-    with Sandbox(catalog, LIMITS, prestart=True) as sandbox:
-        yield sandbox
+    yield Sandbox(catalog, LIMITS)
     del os.environ["ASYNCOPD_TEST_SECRET"]
 
 
@@ -152,8 +151,7 @@ OWN_WALL = [sql for sql in [*FILES, *STATEMENTS[:19]] if "query_table" not in sq
 def test_the_connection_itself_refuses_files_even_without_the_check_of_the_parse_tree(sql: str, bait: Path) -> None:
     catalog = Catalog(written_log().store)
     snapshot = catalog.snapshot(())
-    arguments = (snapshot.tables, snapshot.files, snapshot.place, snapshot.token_texts)
-    with connect(*arguments, sql="", memory_bytes=2**27, locked=True) as connection:
+    with connect(snapshot, sql="", memory_bytes=2**27, locked=True) as connection:
         try:
             rows = connection.execute(sql.format(bait=bait)).fetchall()
         except duckdb.Error:
@@ -230,10 +228,13 @@ def test_parameters_are_values_and_never_sql(sandbox: Sandbox) -> None:
 
 
 def test_the_environment_of_the_child_is_empty(sandbox: Sandbox) -> None:
-    child = sandbox._spare
-    assert child is not None
+    query = sandbox.start("SELECT sum(sin(i)) FROM range(100000000000) t(i)")
     time.sleep(0.3)
-    assert Path(f"/proc/{child.pid}/environ").read_bytes().strip(b"\0") in (b"", b"LC_CTYPE=C.UTF-8")
+    environment = Path(f"/proc/{query._child.pid}/environ").read_bytes()
+    query.cancel()
+    with pytest.raises(QueryError, match="cancelled"):
+        query.result()
+    assert environment.strip(b"\0") in (b"", b"LC_CTYPE=C.UTF-8")
 
 
 def test_a_query_can_be_cancelled_from_another_thread(sandbox: Sandbox) -> None:

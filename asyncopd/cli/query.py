@@ -115,8 +115,8 @@ def sql(
     catalog, as_of = scope.catalog(), scope.as_of()
     text, given = resolve(sys.stdin.read() if query is None else query, parameters)
     style = format or (BY_ENDING.get(output.suffix, "table") if output else "table")
-    with Sandbox(catalog, QueryLimits(max_rows=limit, timeout_s=scope.timeout)) as sandbox:
-        result = sandbox.query(text, given, as_of=as_of)
+    sandbox = Sandbox(catalog, QueryLimits(max_rows=limit, timeout_s=scope.timeout))
+    result = sandbox.query(text, given, as_of=as_of)
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     if output is not None or style == "parquet":
         write_result(result.table, style, output)
@@ -140,8 +140,8 @@ def export(
         output: New folder; must not exist.
     """
     limits = QueryLimits(max_rows=0, timeout_s=scope.timeout, memory_bytes=EXPORT_MEMORY_BYTES, max_result_bytes=0)
-    with Sandbox(scope.catalog(), limits) as sandbox:
-        num_rows = export_dataset(sandbox, query, format, output, limits=limits, as_of=scope.as_of())
+    sandbox = Sandbox(scope.catalog(), limits)
+    num_rows = export_dataset(sandbox, query, format, output, limits=limits, as_of=scope.as_of())
     Console().print(f"{num_rows} rows in {output}", highlight=False, soft_wrap=True)
     return 0
 

@@ -1,9 +1,10 @@
 """The process that runs one query and ends: `python -I -c …main()` with an empty environment (sandbox.py starts it).
 
-    stdin   the request, pickled by the parent: the query, what it can see, and its limits
-    stdout  a line of JSON (started or error), an Arrow IPC stream of the rows, a line of JSON (how it ended)
+    stdin   pickled by the parent: the query, its parameters, what it can see, and its limits
+    stdout  two Arrow IPC streams: the rows, once the query runs; and one without columns, whose schema says in its
+            metadata how it ended
 
-Starts with imports only and no data, so that one can be kept waiting. Everything it may know comes through stdin.
+Everything it may know comes through stdin.
 `check` decides what SQL of other people may say. It is the outer of several walls: behind it the connection has no
 external access and a locked configuration, and the process has limits. It is here for its messages, and because
 `arrow_scan` would take any number for an address.
@@ -18,7 +19,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -27,14 +28,15 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from asyncopd.errors import QueryError, ShardCorruptError, StorageError
-from storage.catalog.connection import DataFile, Place, connect
-from storage.catalog.decoders import TokenTexts
+from storage.catalog.connection import Snapshot, connect
 from storage.catalog.relations import BY_NAME
 
 ADDRESS_SPACE_BYTES = 4 * 2**30
 """On top of the query's memory: what libraries and thread stacks reserve without using it (2.1 GB measured with two
 threads), what pyarrow decodes, and slack. It ends a process that grows outside DuckDB's own count."""
 BATCH_ROWS = 8192
+ENDING = b"ending"
+"""Key of the metadata that say how a query ended: `truncated` and `seconds`, or `error` and `message`."""
 TABLE_FUNCTIONS = frozenset({"unnest", "range", "generate_series", "json_each", "json_tree", "repeat"})
 """Table functions that look at nothing but their arguments."""
 _FORBIDDEN_FUNCTIONS = frozenset(
@@ -76,19 +78,6 @@ class QueryLimits:
     """Bytes of the result as Arrow; 0 for no limit."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """One query with everything it can see; the fields of a Snapshot among it."""
-
-    sql: str
-    parameters: Mapping[str, Any]
-    tables: Mapping[str, Any]
-    files: Mapping[str, Sequence[DataFile]]
-    place: Place
-    token_texts: Mapping[str, TokenTexts]
-    limits: QueryLimits
-
-
 def main() -> None:
     """Serve one request; never returns."""
     # What libraries print (DuckDB's progress bar, for one) must not get between the rows.
@@ -97,11 +86,13 @@ def main() -> None:
     # pyarrow's default allocator reserves address space by the gigabyte.
     pa.set_memory_pool(pa.system_memory_pool())
     try:
-        request: Request = pickle.load(sys.stdin.buffer)
-        _limit_process(request.limits)
-        _serve(request, out)
+        sql, parameters, snapshot, limits = pickle.load(sys.stdin.buffer)
+        _limit_process(limits)
+        ending = _serve(sql, parameters, snapshot, limits, out)
     except BaseException as error:
-        _write(out, _explained(error))
+        ending = _explained(error)
+    pa.ipc.new_stream(out, pa.schema([], metadata={ENDING: json.dumps(ending)})).close()
+    out.flush()
     # Not sys.exit: nothing here needs tearing down, and DuckDB's bindings complain when it happens in this order.
     os._exit(0)
 
@@ -117,48 +108,30 @@ def _limit_process(limits: QueryLimits) -> None:
         resource.setrlimit(limit, (value, value))
 
 
-def _serve(request: Request, out: BinaryIO) -> None:
-    limits = request.limits
-    connection = connect(
-        request.tables,
-        request.files,
-        request.place,
-        request.token_texts,
-        sql=request.sql,
-        memory_bytes=limits.memory_bytes,
-        threads=limits.threads,
-        locked=True,
-    )
-    check(connection, request.sql, BY_NAME)
+def _serve(
+    sql: str, parameters: Mapping[str, Any], snapshot: Snapshot, limits: QueryLimits, out: BinaryIO
+) -> dict[str, Any]:
+    """Write the rows to `out`; returns how it ended. Raises while nothing is written yet."""
+    connection = connect(snapshot, sql=sql, memory_bytes=limits.memory_bytes, threads=limits.threads, locked=True)
+    check(connection, sql, BY_NAME)
     started = time.monotonic()
     timer = threading.Timer(limits.timeout_s, connection.interrupt)
     timer.daemon = True
     timer.start()
-    reader = connection.sql(request.sql, params=dict(request.parameters) or None).to_arrow_reader(BATCH_ROWS)
-    _write(out, {"started": True})
-    num_rows, truncated = 0, False
-    ending: dict[str, Any] = {}
+    reader = connection.sql(sql, params=dict(parameters) or None).to_arrow_reader(BATCH_ROWS)
+    left, is_cut = limits.max_rows, False
     with pa.ipc.new_stream(out, reader.schema) as writer:
         try:
-            for batch, is_last in _limited(reader, limits.max_rows):
-                writer.write_batch(batch)
-                num_rows += batch.num_rows
-                truncated = is_last
+            for batch in reader:
+                is_cut = bool(limits.max_rows) and batch.num_rows > left
+                writer.write_batch(batch.slice(0, left) if is_cut else batch)
+                if is_cut:
+                    break
+                left -= batch.num_rows
         except BaseException as error:
             # The stream has begun, so it is closed properly and the reason follows it.
-            ending = _explained(error)
-    _write(out, {"rows": num_rows, "truncated": truncated, "seconds": time.monotonic() - started, **ending})
-
-
-def _limited(reader: Any, max_rows: int) -> Iterator[tuple[Any, bool]]:
-    """(batch, were rows cut off?) up to `max_rows` rows; 0 is no limit."""
-    left = max_rows
-    for batch in reader:
-        if max_rows and batch.num_rows > left:
-            yield batch.slice(0, left), True
-            return
-        left -= batch.num_rows
-        yield batch, False
+            return _explained(error)
+    return {"truncated": is_cut, "seconds": time.monotonic() - started}
 
 
 def _explained(error: BaseException) -> dict[str, Any]:
@@ -178,11 +151,6 @@ def _explained(error: BaseException) -> dict[str, Any]:
     if not isinstance(error, QueryError | StorageError | duckdb.Error | MemoryError | pa.ArrowException | OSError):
         message = f"{type(error).__name__}: {message}"
     return {"error": kind, "message": message}
-
-
-def _write(out: BinaryIO, fields: dict[str, Any]) -> None:
-    out.write(json.dumps(fields).encode() + b"\n")
-    out.flush()
 
 
 def check(connection: duckdb.DuckDBPyConnection, sql: str, relations: Collection[str]) -> None:
@@ -205,17 +173,12 @@ def check(connection: duckdb.DuckDBPyConnection, sql: str, relations: Collection
                     f"table function {function} is not allowed; {', '.join(sorted(TABLE_FUNCTIONS))} are. {ALLOWED}"
                 )
         elif node.get("type") == "BASE_TABLE":
-            _check_table(node, known, relations)
+            name, schema, catalog = node["table_name"], node.get("schema_name", ""), node.get("catalog_name", "")
+            if name.lower() not in known or schema not in ("", "main") or catalog not in ("", "memory"):
+                full = ".".join(part for part in (catalog, schema, name) if part)
+                raise QueryError(f"there is no relation {full}; there are {', '.join(sorted(relations))}. {ALLOWED}")
         elif node.get("class") == "FUNCTION" and node["function_name"].lower() in _FORBIDDEN_FUNCTIONS:
             raise QueryError(f"function {node['function_name']} is not allowed. {ALLOWED}")
-
-
-def _check_table(node: dict[str, Any], known: Collection[str], relations: Collection[str]) -> None:
-    name, schema, catalog = node["table_name"].lower(), node.get("schema_name", ""), node.get("catalog_name", "")
-    if name in known and schema in ("", "main") and catalog in ("", "memory"):
-        return
-    full = ".".join(part for part in (catalog, schema, node["table_name"]) if part)
-    raise QueryError(f"there is no relation {full}; there are {', '.join(sorted(relations))}. {ALLOWED}")
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cache, reduce
 from operator import and_
 from pathlib import Path
 from typing import Any, Literal
@@ -24,131 +24,8 @@ import pyarrow.fs as pafs
 
 from asyncopd.errors import StorageError
 from storage.catalog.decoders import Decoder, TokenTexts
-from storage.catalog.relations import BY_NAME, DERIVED, RECORDS, ROWS, TEXT_FUNCTION, Relation
+from storage.catalog.relations import BY_NAME, DERIVED, RECORDS, RELATIONS, ROWS, TEXT_FUNCTION, Relation
 from storage.stores.base import ObjectStore
-
-
-def connect(
-    tables: Mapping[str, Any],
-    files: Mapping[str, Sequence[DataFile]],
-    place: Place,
-    token_texts: Mapping[str, TokenTexts],
-    *,
-    sql: str,
-    memory_bytes: int,
-    threads: int = 2,
-    locked: bool = False,
-) -> duckdb.DuckDBPyConnection:
-    """Open a fresh in-memory DuckDB with every relation; those that were not read are there and empty.
-
-    Args:
-        tables, files, place, token_texts: the fields of a Snapshot.
-        sql: the query to come; vocabulary and comments, which take longer than most queries, are made only where it
-            mentions them (`vocabulary`; `documentation` or one of `duckdb_columns()` and the like).
-        memory_bytes: DuckDB's limit; what pyarrow decodes on the way comes on top.
-        locked: no files, no network, no extensions, no settings, for good.
-    """
-    connection = duckdb.connect(
-        ":memory:",
-        config={
-            "threads": threads,
-            "memory_limit": f"{memory_bytes // 2**20}MiB",
-            "temp_directory": "",  # nothing is spilled; the size limit alone still makes the folder
-            "autoinstall_known_extensions": False,
-            "autoload_known_extensions": False,
-            "allow_community_extensions": False,
-            "python_enable_replacements": False,
-        },
-    )
-    connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
-    decoder_of = _decoders(token_texts)
-    if "vocabulary" in sql.lower():
-        tables = {**tables, "vocabulary": _vocabulary(token_texts, decoder_of)}
-    has_comments = any(word in sql.lower() for word in ("documentation", "duckdb_"))
-    for relation in RECORDS:
-        table = tables.get(relation.name)
-        _add(connection, relation, relation.schema.empty_table() if table is None else table)
-    for relation in ROWS:
-        _add(connection, relation, _dataset(relation, files.get(relation.name, ()), place))
-    for relation in DERIVED:
-        connection.execute(f"CREATE VIEW {relation.name} AS {relation.view}")
-    if has_comments:
-        _comment(connection, (*RECORDS, *ROWS, *DERIVED))
-    connection.create_function(
-        TEXT_FUNCTION,
-        lambda run, ids: decoder_of(run).text(ids),
-        ["VARCHAR", "INTEGER[]"],
-        "VARCHAR",
-    )
-    if locked:
-        connection.execute("SET enable_external_access = false")
-        connection.execute("SET lock_configuration = true")
-    return connection
-
-
-def _add(connection: duckdb.DuckDBPyConnection, relation: Relation, source: Any) -> None:
-    connection.register(f"{relation.name}_", source)
-    connection.execute(f"CREATE VIEW {relation.name} AS SELECT * FROM {relation.name}_")
-
-
-def _comment(connection: duckdb.DuckDBPyConnection, relations: Sequence[Relation]) -> None:
-    statements = [f"COMMENT ON VIEW {relation.name} IS {_quoted(relation.doc)}" for relation in relations]
-    statements += [
-        f'COMMENT ON COLUMN {relation.name}."{field.name}" IS {_quoted(field.doc)}'
-        for relation in relations
-        for field in relation.fields
-    ]
-    connection.execute(";".join(statements))
-
-
-def _dataset(relation: Relation, files: Sequence[DataFile], place: Place) -> Any:
-    """The files as one dataset, whose `run`, `shard` and labels come from where a file lies, not from its content."""
-    if not files:
-        return relation.schema.empty_table()
-    verified = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
-    layout, filesystem = ds.ParquetFileFormat(default_fragment_scan_options=verified), place.filesystem()
-    fragments = [
-        layout.make_fragment(
-            place.path(file.key),
-            filesystem,
-            partition_expression=reduce(and_, (ds.field(name) == value for name, value in _constants(file).items())),
-        )
-        for file in files
-    ]
-    return ds.FileSystemDataset(fragments, relation.schema, layout, filesystem)
-
-
-def _constants(file: DataFile) -> dict[str, str]:
-    return {"run": file.run, "shard": file.shard, **file.labels}
-
-
-def _decoders(token_texts: Mapping[str, TokenTexts]) -> Callable[[str], Decoder]:
-    made: dict[str, Decoder] = {}
-
-    def decoder_of(run: str) -> Decoder:
-        if run not in made:
-            made[run] = Decoder(token_texts[run])
-        return made[run]
-
-    return decoder_of
-
-
-def _vocabulary(token_texts: Mapping[str, TokenTexts], decoder_of: Callable[[str], Decoder]) -> Any:
-    """Tokens of every run whose tokenizer can be had; the others have none."""
-    columns: dict[str, list[Any]] = {"run": [], "token_id": [], "text": [], "class": []}
-    for run, texts in token_texts.items():
-        if texts.kind == "unknown":
-            continue
-        words = decoder_of(run).vocabulary()
-        columns["run"] += [run] * len(words)
-        columns["token_id"] += range(len(words))
-        columns["text"] += [text for text, _ in words]
-        columns["class"] += [kind for _, kind in words]
-    return pa.table(columns, schema=BY_NAME["vocabulary"].schema)
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 @dataclass(frozen=True)
@@ -156,10 +33,8 @@ class DataFile:
     """The rows of one complete shard."""
 
     key: str
-    run: str
-    shard: str
-    labels: Mapping[str, str] = field(default_factory=dict)
-    """Column -> its value in every row: what the folder says of scores, and their rows do not."""
+    constants: Mapping[str, str]
+    """Column -> its value in every row: run, shard, and what the folder says of scores, and their rows do not."""
 
 
 @dataclass(frozen=True)
@@ -180,26 +55,127 @@ class Place:
             return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem("memory")))
         return pafs.LocalFileSystem()
 
-    def path(self, key: str) -> str:
-        return f"{self.root}/{key}"
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a query sees, as values that another process can be sent."""
+
+    tables: Mapping[str, Any]
+    """Record relation -> Arrow table; relations that nobody asked for are left out."""
+    files: Mapping[str, tuple[DataFile, ...]]
+    """`trajectory_rows` and `score_rows` -> Parquet objects of complete shards."""
+    place: Place
+    """Where those files are."""
+    token_texts: Mapping[str, TokenTexts]
+    """Run -> how its token ids read."""
+
+
+def connect(
+    snapshot: Snapshot, *, sql: str, memory_bytes: int, threads: int = 2, locked: bool = False
+) -> duckdb.DuckDBPyConnection:
+    """Open a fresh in-memory DuckDB with every relation; those that were not read are there and empty.
+
+    Args:
+        sql: the query to come; vocabulary and comments, which take longer than most queries, are made only where it
+            mentions them (`vocabulary`; `documentation` or one of `duckdb_columns()` and the like).
+        memory_bytes: DuckDB's limit; what pyarrow decodes on the way comes on top.
+        locked: no files, no network, no extensions, no settings, for good.
+    """
+    connection = duckdb.connect(
+        ":memory:",
+        config={
+            "threads": threads,
+            "memory_limit": f"{memory_bytes // 2**20}MiB",
+            "temp_directory": "",  # nothing is spilled; the size limit alone still makes the folder
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+            "allow_community_extensions": False,
+            "python_enable_replacements": False,
+        },
+    )
+    connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
+    decoder_of = cache(lambda run: Decoder(snapshot.token_texts[run]))
+    sources = dict(snapshot.tables)
+    if "vocabulary" in sql.lower():
+        sources["vocabulary"] = _vocabulary(snapshot.token_texts, decoder_of)
+    for relation in ROWS:
+        sources[relation.name] = _dataset(relation, snapshot.files.get(relation.name, ()), snapshot.place)
+    for relation in (*RECORDS, *ROWS):
+        source = sources.get(relation.name)
+        connection.register(f"{relation.name}_", relation.schema.empty_table() if source is None else source)
+        connection.execute(f"CREATE VIEW {relation.name} AS SELECT * FROM {relation.name}_")
+    for relation in DERIVED:
+        connection.execute(f"CREATE VIEW {relation.name} AS {relation.view}")
+    if any(word in sql.lower() for word in ("documentation", "duckdb_")):
+        _comment(connection)
+    connection.create_function(
+        TEXT_FUNCTION,
+        lambda run, ids: decoder_of(run).text(ids),
+        ["VARCHAR", "INTEGER[]"],
+        "VARCHAR",
+    )
+    if locked:
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+    return connection
+
+
+def _comment(connection: duckdb.DuckDBPyConnection) -> None:
+    statements = []
+    for relation in RELATIONS:
+        statements.append(f"COMMENT ON VIEW {relation.name} IS {_quoted(relation.doc)}")
+        for column in relation.fields:
+            statements.append(f'COMMENT ON COLUMN {relation.name}."{column.name}" IS {_quoted(column.doc)}')
+    connection.execute(";".join(statements))
+
+
+def _dataset(relation: Relation, files: Sequence[DataFile], place: Place) -> Any:
+    """The files as one dataset, whose `run`, `shard` and labels come from where a file lies, not from its content."""
+    if not files:
+        return relation.schema.empty_table()
+    verified = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+    layout, filesystem = ds.ParquetFileFormat(default_fragment_scan_options=verified), place.filesystem()
+    fragments = [
+        layout.make_fragment(
+            f"{place.root}/{file.key}",
+            filesystem,
+            partition_expression=reduce(and_, (ds.field(name) == value for name, value in file.constants.items())),
+        )
+        for file in files
+    ]
+    return ds.FileSystemDataset(fragments, relation.schema, layout, filesystem)
+
+
+def _vocabulary(token_texts: Mapping[str, TokenTexts], decoder_of: Callable[[str], Decoder]) -> Any:
+    """Tokens of every run whose tokenizer can be had; the others have none."""
+    columns: dict[str, list[Any]] = {"run": [], "token_id": [], "text": [], "class": []}
+    for run, texts in token_texts.items():
+        if texts.kind == "unknown":
+            continue
+        words = decoder_of(run).vocabulary()
+        columns["run"] += [run] * len(words)
+        columns["token_id"] += range(len(words))
+        columns["text"] += [text for text, _ in words]
+        columns["class"] += [kind for _, kind in words]
+    return pa.table(columns, schema=BY_NAME["vocabulary"].schema)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def place_of(store: ObjectStore) -> Place:
     """Where the objects of `store` are. Raises StorageError when S3 credentials cannot be found."""
     scheme, _, rest = store.url.rpartition("://")
-    if scheme == "s3":
-        return Place("s3", rest.strip("/"), _s3_arguments(store.url))
     if scheme == "memory":
         return Place("memory", f"/{rest}".rstrip("/"), {})
-    return Place("file", str(Path(rest).expanduser().absolute()), {})
-
-
-def _s3_arguments(url: str) -> dict[str, str]:
+    if scheme != "s3":
+        return Place("file", str(Path(rest).expanduser().absolute()), {})
     # The usual chain (environment, profile, instance role), asked here so that the reader needs none of it.
     session = botocore.session.get_session()
     credentials = session.get_credentials()
     if credentials is None:
-        raise StorageError(f"{url}: no S3 credentials found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.")
+        raise StorageError(f"{store.url}: no S3 credentials found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.")
     frozen = credentials.get_frozen_credentials()
     arguments = {
         "access_key": frozen.access_key,
@@ -209,4 +185,4 @@ def _s3_arguments(url: str) -> dict[str, str]:
         # pyarrow reads AWS_ENDPOINT_URL itself, but then puts the bucket into the host name.
         "endpoint_override": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
     }
-    return {name: value for name, value in arguments.items() if value}
+    return Place("s3", rest.strip("/"), {name: value for name, value in arguments.items() if value})

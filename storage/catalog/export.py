@@ -15,8 +15,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,13 @@ PROVENANCE = ("run", "index", "version_first", "version_last", "teacher", "teach
 """Columns every exported row begins with: trajectory and run, first and last policy version behind its tokens, and the
 run's own teacher (null while unscored)."""
 _TEXT = ("prompt", "response")
+_FILES: Mapping[ExportFormat, str] = {
+    "sft": "train.jsonl",
+    "parquet": "data.parquet",
+    "hf": "data/train-00000-of-00001.parquet",
+}
+_ROW_GROUP_BATCHES = 8
+"""Batches of a query (8,192 rows) in one row group."""
 
 
 def export(
@@ -60,11 +68,12 @@ def export(
         ) from error
     try:
         query = sandbox.start(wrapped, limits=limits, as_of=as_of)
-        num_rows = _WRITERS[style](query, temporary)
+        path = temporary / _FILES[style]
+        path.parent.mkdir(exist_ok=True)
+        num_rows = (_write_jsonl if style == "sft" else _write_parquet)(query, path)
         if num_rows == 0:
             raise QueryError("the query selects no trajectory that is stored, so there is nothing to export.")
         _describe(temporary, sandbox, sql, style, num_rows, as_of)
-        _flush(temporary)
         _publish(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -106,50 +115,22 @@ def _inner(sql: str) -> str:
     return f"({sql.strip().rstrip(';')}\n)"
 
 
-def _write_jsonl(query: RunningQuery, folder: Path) -> int:
+def _write_jsonl(query: RunningQuery, path: Path) -> int:
     num_rows = 0
-    with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
         for batch in query.batches():
-            for row in batch.to_pylist():
-                file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
+            file.writelines(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in batch.to_pylist())
             num_rows += batch.num_rows
     return num_rows
 
 
-def _write_parquet(query: RunningQuery, folder: Path) -> int:
-    return _parquet(query, folder / "data.parquet")
-
-
-def _write_hf(query: RunningQuery, folder: Path) -> int:
-    (folder / "data").mkdir()
-    return _parquet(query, folder / "data" / "train-00000-of-00001.parquet")
-
-
-def _parquet(query: RunningQuery, path: Path) -> int:
-    num_rows = 0
+def _write_parquet(query: RunningQuery, path: Path) -> int:
+    num_rows, batches = 0, query.batches()
     with pq.ParquetWriter(path, query.schema(), compression="zstd") as writer:
-        for table in _row_groups(query):
-            writer.write_table(table)
+        while group := list(islice(batches, _ROW_GROUP_BATCHES)):
+            writer.write_table(table := pa.Table.from_batches(group))
             num_rows += table.num_rows
     return num_rows
-
-
-def _row_groups(query: RunningQuery, rows: int = 65_536) -> Iterator[Any]:
-    batches: list[Any] = []
-    for batch in query.batches():
-        batches.append(batch)
-        if sum(part.num_rows for part in batches) >= rows:
-            yield pa.Table.from_batches(batches)
-            batches = []
-    if batches:
-        yield pa.Table.from_batches(batches)
-
-
-_WRITERS: Mapping[str, Callable[[RunningQuery, Path], int]] = {
-    "sft": _write_jsonl,
-    "parquet": _write_parquet,
-    "hf": _write_hf,
-}
 
 
 def _describe(folder: Path, sandbox: Sandbox, sql: str, style: ExportFormat, num_rows: int, as_of: AsOf | None) -> None:
@@ -208,16 +189,13 @@ def plain(value: Any) -> Any:
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
-def _flush(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
+def _publish(temporary: Path, output: Path) -> None:
+    for path in sorted(temporary.rglob("*"), reverse=True):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _publish(temporary: Path, output: Path) -> None:
     try:
         # Onto an existing folder this works only when that is empty: nothing is ever overwritten.
         temporary.rename(output)

@@ -54,9 +54,7 @@ class OpenedRun:
         stored, given = find_query(query), {**(parameters or {}), **more}
         sql, values = (query, given) if stored is None else (stored.sql, stored.arguments(given))
         snapshot = self._catalog.snapshot(mentioned(sql), as_of)
-        with connect(
-            snapshot.tables, snapshot.files, snapshot.place, snapshot.token_texts, sql=sql, memory_bytes=_MEMORY_BYTES
-        ) as connection:
+        with connect(snapshot, sql=sql, memory_bytes=_MEMORY_BYTES) as connection:
             try:
                 relation = connection.sql(sql, params=values or None)
                 if relation is None:

@@ -233,28 +233,17 @@ RECORDS = (
     ),
 )
 
+_LABELS = (
+    Field("folder", "Folder of the scores: the teacher's name, then after an @ what a back-fill asked for.", _TEXT),
+    Field("origin", "`run`: what the run itself asked its teacher, which `tokens` shows; or `backfill`.", _TEXT),
+    Field("candidates_from", "Which candidates were scored: `trajectories`, or the name of a back-filled set.", _TEXT),
+)
+
 ROWS = (
     Relation(
         "trajectory_rows", "Trajectories exactly as stored, flat candidate lists included.", _rows("trajectories")
     ),
-    Relation(
-        "score_rows",
-        "Teacher scores exactly as stored, flat lists included.",
-        _rows(
-            "scores",
-            Field(
-                "folder", "Folder of the scores: the teacher's name, then after an @ what a back-fill asked for.", _TEXT
-            ),
-            Field(
-                "origin", "`run`: what the run itself asked its teacher, which `tokens` shows; or `backfill`.", _TEXT
-            ),
-            Field(
-                "candidates_from",
-                "Which candidates were scored: `trajectories`, or the name of a back-filled set.",
-                _TEXT,
-            ),
-        ),
-    ),
+    Relation("score_rows", "Teacher scores exactly as stored, flat lists included.", _rows("scores", *_LABELS)),
 )
 
 

@@ -18,7 +18,7 @@ from asyncopd.records import Manifest, Rewind
 from asyncopd.types import Evaluation, IndexRange, PolicyVersion, TrainStep
 from storage.catalog.connection import DataFile
 from storage.catalog.decoders import TokenTexts, token_texts_of
-from storage.layout import parse_version
+from storage.layout import parse
 from storage.learner_log import surviving
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
@@ -89,19 +89,19 @@ class RunRecords:
         makers: dict[str, Callable[[], Iterable[Any]]] = {
             "runs": lambda: [self._run()],
             "policies": lambda: self._policies(cut),
-            "steps": lambda: map(step_row, steps[0]),
-            "superseded_steps": lambda: map(step_row, steps[1]),
+            "steps": lambda: map(_step, steps[0]),
+            "superseded_steps": lambda: map(_step, steps[1]),
             "evals": lambda: self._evaluations(cut),
             "claims": lambda: self._claims(cut),
-            "shards": lambda: [shard_row(*shard) for shard in shards],
-            "dropped": lambda: [*dropped_of_shards(shards), *dropped_of_steps(steps[0])],
+            "shards": lambda: [_shard(*shard) for shard in shards],
+            "dropped": lambda: _dropped(shards, steps[0]),
             "rewinds": lambda: [
-                {"rewind": r.number, "to_step": r.to_step, "worker": r.worker, "recorded": time_of(r.recorded)}
+                {"rewind": r.number, "to_step": r.to_step, "worker": r.worker, "recorded": _time(r.recorded)}
                 for r in self._rewinds(cut)
             ],
             "spans": lambda: self._spans(cut),
             "failures": lambda: [
-                {"role": f.role, "worker": f.worker, "reason": f.reason, "failed": time_of(f.failed)}
+                {"role": f.role, "worker": f.worker, "reason": f.reason, "failed": _time(f.failed)}
                 for f in self._view.read("failure").failures()
                 if f.failed <= cut.time
             ],
@@ -124,7 +124,7 @@ class RunRecords:
         config = record.get("config") or {}
         learner, rollout = config.get("learner") or {}, config.get("rollout") or {}
         return {
-            "created": time_of(record.get("created")),
+            "created": _time(record.get("created")),
             "name": config.get("name"),
             "task": (config.get("task") or {}).get("kind"),
             "teacher": self._teacher(),
@@ -149,14 +149,11 @@ class RunRecords:
         """Those the learner had made by then."""
         return [rewind for rewind in self._view.read("rewind").rewinds if rewind.recorded <= cut.time]
 
-    def _surviving(self, versions: Iterable[PolicyVersion], cut: Cut) -> list[PolicyVersion]:
-        return surviving(versions, self._rewinds(cut))
-
     def _policies(self, cut: Cut) -> list[Row]:
-        found = self._view.read("policy").records["policy"].items()
-        manifests = {version: manifest for key, manifest in list(found) if (version := parse_version(key)) is not None}
+        found = list(self._view.read("policy").records["policy"].items())
+        manifests: dict[PolicyVersion, Manifest] = {parse(key).fields["state"]: manifest for key, manifest in found}
         seen = [version for version, manifest in manifests.items() if cut.has_version(version, manifest.created)]
-        return [policy_row(version, manifests[version]) for version in self._surviving(seen, cut)]
+        return [_policy(version, manifests[version]) for version in surviving(seen, self._rewinds(cut))]
 
     def _steps(self, cut: Cut) -> tuple[list[TrainStep], list[TrainStep]]:
         """(surviving, superseded), both in order."""
@@ -164,23 +161,23 @@ class RunRecords:
         steps = [step for step in found if cut.has_version(step.version, step.finished)]
         # Step s counts exactly when the state s + 1 that it made does.
         by_state = {PolicyVersion(step.step + 1, step.rewind): step for step in steps}
-        kept = set(self._surviving(by_state, cut))
+        kept = set(surviving(by_state, self._rewinds(cut)))
         ordered = sorted(by_state.items())
         return [step for s, step in ordered if s in kept], [step for s, step in ordered if s not in kept]
 
     def _evaluations(self, cut: Cut) -> list[Row]:
         found: list[Evaluation] = list(self._view.read("evaluation").records["evaluation"].values())
         by_version = {e.version: e for e in found if cut.has_version(e.version, e.finished)}
-        return [evaluation_row(by_version[version]) for version in self._surviving(by_version, cut)]
+        return [_evaluation(by_version[version]) for version in surviving(by_version, self._rewinds(cut))]
 
     def _claims(self, cut: Cut) -> list[Row]:
         return [
             {
+                **_range(claim.shard),
                 "stage": claim.stage,
-                **range_row(claim.shard),
                 "attempt": claim.attempt,
                 "worker": claim.worker,
-                "claimed": time_of(claim.claimed or None),
+                "claimed": _time(claim.claimed or None),
             }
             for claim in self._view.read("claim").claims()
             if claim.claimed <= cut.time
@@ -192,10 +189,10 @@ class RunRecords:
                 "role": span.role,
                 "worker": span.worker,
                 "activity": span.activity,
-                "started": time_of(span.start),
-                "ended": time_of(span.end),
-                "seconds": span.end - span.start,
                 "detail": span.detail,
+                "started": _time(span.start),
+                "ended": _time(span.end),
+                "seconds": span.end - span.start,
             }
             for span in self._view.read("spans").spans()
             if span.end <= cut.time
@@ -217,43 +214,38 @@ class RunRecords:
         return [shard for shard in found if shard[2].created <= cut.time]
 
     def _files(self, shards: Iterable[Shard]) -> list[DataFile]:
-        own = self._teacher()
-        return [
-            DataFile(key, self.run_id, shard.name, _labels(folder, own, manifest))
-            for folder, shard, manifest in shards
-            for key in manifest.objects
-        ]
+        own, files = self._teacher(), []
+        for folder, shard, manifest in shards:
+            constants = {"run": self.run_id, "shard": shard.name}
+            if folder:
+                constants["folder"] = folder
+                constants["origin"] = "run" if folder == own else "backfill"
+                constants["candidates_from"] = manifest.facts.candidates or "trajectories"
+            files += [DataFile(key, constants) for key in manifest.objects]
+        return files
 
 
-def _labels(folder: str, own: str | None, manifest: Manifest) -> dict[str, str]:
-    """What every row of a file of scores has in common; nothing for trajectories."""
-    if not folder:
-        return {}
-    candidates = manifest.facts.candidates or "trajectories"
-    return {"folder": folder, "origin": "run" if folder == own else "backfill", "candidates_from": candidates}
-
-
-def time_of(seconds: float | None) -> datetime | None:
+def _time(seconds: float | None) -> datetime | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
 
 
-def range_row(shard: IndexRange) -> Row:
+def _range(shard: IndexRange) -> Row:
     return {"shard": shard.name, "index_start": shard.start, "index_stop": shard.stop}
 
 
-def policy_row(version: PolicyVersion, manifest: Manifest) -> Row:
+def _policy(version: PolicyVersion, manifest: Manifest) -> Row:
     (promise,) = manifest.objects.values()
     return {
         "version": version.number,
         "rewind": version.rewind,
-        "created": time_of(manifest.created),
+        "created": _time(manifest.created),
         "worker": manifest.worker,
         "size_bytes": promise["size_bytes"],
         "sha256": promise["sha256"],
     }
 
 
-def step_row(step: TrainStep) -> Row:
+def _step(step: TrainStep) -> Row:
     indices = sorted(step.indices.indices)
     return {
         "step": step.step,
@@ -264,13 +256,13 @@ def step_row(step: TrainStep) -> Row:
         "indices": indices,
         "num_tokens": step.num_tokens,
         "num_dropped": len(step.dropped),
-        "finished": time_of(step.finished),
+        "finished": _time(step.finished),
         "metrics": [(name, None if value is None else float(value)) for name, value in step.metrics.items()],
         "staleness_tokens": list(step.staleness_tokens.items()),
     }
 
 
-def evaluation_row(evaluation: Evaluation) -> Row:
+def _evaluation(evaluation: Evaluation) -> Row:
     accuracy = evaluation.accuracy
     return {
         "version": evaluation.version.number,
@@ -281,44 +273,39 @@ def evaluation_row(evaluation: Evaluation) -> Row:
         "kl_nats": evaluation.kl_nats,
         "kl_standard_error_nats": evaluation.kl_standard_error_nats,
         "mean_response_tokens": evaluation.mean_response_tokens,
-        "finished": time_of(evaluation.finished),
+        "finished": _time(evaluation.finished),
     }
 
 
-def shard_row(teacher: str, shard: IndexRange, manifest: Manifest) -> Row:
+def _shard(teacher: str, shard: IndexRange, manifest: Manifest) -> Row:
     facts = manifest.facts
     return {
         "stage": "score" if teacher else "rollout",
         "teacher": teacher,
-        **range_row(shard),
+        **_range(shard),
         "num_rows": facts.num_rows,
         "num_tokens": facts.num_tokens,
         "num_dropped": len(facts.dropped),
         "seconds": facts.seconds,
         "worker": manifest.worker,
-        "published": time_of(manifest.created),
+        "published": _time(manifest.created),
         "size_bytes": sum(promise["size_bytes"] for promise in manifest.objects.values()),
     }
 
 
-def dropped_of_shards(shards: Iterable[tuple[str, IndexRange, Manifest]]) -> list[Row]:
+def _dropped(shards: Iterable[Shard], steps: Iterable[TrainStep]) -> list[Row]:
     """Scores repeat what was dropped at rollout; it counts once, where it was decided."""
-    rows: dict[tuple[int, str], Row] = {}
-    at_rollout: set[int] = set()
-    for teacher, _, manifest in sorted(shards, key=lambda found: found[0]):
-        for index, reason in manifest.facts.dropped.items():
-            if not teacher:
-                at_rollout.add(index)
-            elif index in at_rollout:
-                continue
-            stage = "score" if teacher else "rollout"
-            rows[index, teacher] = {"index": index, "stage": stage, "teacher": teacher, "reason": reason}
-    return list(rows.values())
-
-
-def dropped_of_steps(steps: Iterable[TrainStep]) -> list[Row]:
+    by_folder = sorted(shards, key=lambda found: found[0])  # trajectories, whose teacher is empty, first
+    at_rollout = {index for teacher, _, manifest in by_folder if not teacher for index in manifest.facts.dropped}
+    reasons = {
+        (index, "score" if teacher else "rollout", teacher): reason
+        for teacher, _, manifest in by_folder
+        for index, reason in manifest.facts.dropped.items()
+        if not teacher or index not in at_rollout
+    }
+    for step in steps:
+        reasons |= {(index, "learn", ""): reason for index, reason in {**step.dropped, **step.held}.items()}
     return [
-        {"index": index, "stage": "learn", "teacher": "", "reason": reason}
-        for step in steps
-        for index, reason in {**step.dropped, **step.held}.items()
+        {"index": index, "stage": stage, "teacher": teacher, "reason": reason}
+        for (index, stage, teacher), reason in reasons.items()
     ]

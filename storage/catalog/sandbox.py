@@ -9,6 +9,7 @@ The child gets what the query can see and nothing else. A deadline, a crash or `
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import pickle
 import signal
@@ -24,13 +25,15 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from asyncopd.errors import QueryError, QueryLimitError, StorageError
-from storage.catalog.child import QueryLimits, Request, damaged
+from storage.catalog.child import ENDING, QueryLimits, damaged
 from storage.catalog.relations import mentioned
 from storage.catalog.rows import AsOf
-from storage.catalog.snapshot import Catalog, Snapshot
+from storage.catalog.snapshot import Catalog
 
-_GRACE_S = 2.0
-"""After its deadline a child has this long to say so itself."""
+_GRACE_S = 10.0
+"""A child keeps its deadline itself; this much later it is killed. It covers the start of Python on a busy machine."""
+_EXIT_S = 2.0
+"""A child that closed its pipe is about to end; its status says how."""
 _ROOT = str(Path(__file__).parents[2])
 
 
@@ -54,21 +57,10 @@ class QueryResult:
 class Sandbox:
     """Answers queries on a catalog. Calls block; any number of threads may call at once, `max_concurrent` run."""
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        limits: QueryLimits | None = None,
-        *,
-        max_concurrent: int = 2,
-        prestart: bool = False,
-    ) -> None:
-        """`prestart` keeps one idle child, which saves the next query the start of Python; `close` ends it."""
+    def __init__(self, catalog: Catalog, limits: QueryLimits | None = None, *, max_concurrent: int = 2) -> None:
         self.catalog = catalog
         self.limits = limits or QueryLimits()
         self._places = threading.BoundedSemaphore(max_concurrent)
-        self._prestart = prestart
-        self._spare: subprocess.Popen[bytes] | None = start_child() if prestart else None
-        self._lock = threading.Lock()
 
     def query(
         self,
@@ -107,91 +99,58 @@ class Sandbox:
 
         `runs` are those it sees; None for all of the catalog.
         """
-        limits = limits or self.limits
+        limits, given = limits or self.limits, dict(parameters or {})
         snapshot = self.catalog.snapshot(mentioned(sql), as_of, runs)
-        request = _request(snapshot, sql, parameters or {}, limits)
+        if snapshot.place.kind == "memory":
+            raise StorageError(
+                "a memory:// root lives in one process, and queries run in another. Use a path or s3://, or ask in "
+                "this process with open_run(...).sql."
+            )
+        try:
+            json.dumps(given)
+        except TypeError as error:
+            raise QueryError(f"parameters {given!r}: {error}. Use numbers, strings, booleans or lists.") from error
+        # Only this way round: what a child answers is read as Arrow and JSON.
+        request = pickle.dumps((sql, given, snapshot, limits))
         self._places.acquire()
         try:
-            child = self._take_child()
-            return RunningQuery(child, request, limits, self._has_ended)
+            return RunningQuery(request, limits, self._places.release)
         except BaseException:
             self._places.release()
             raise
-
-    def close(self) -> None:
-        """End the idle child."""
-        with self._lock:
-            self._prestart = False
-            if self._spare is not None:
-                end_child(self._spare)
-                self._spare = None
-
-    def __enter__(self) -> Sandbox:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _take_child(self) -> subprocess.Popen[bytes]:
-        with self._lock:
-            spare, self._spare = self._spare, None
-        return spare if spare is not None and spare.poll() is None else start_child()
-
-    def _has_ended(self) -> None:
-        self._places.release()
-        with self._lock:
-            # Not before: starting Python would slow down the query at work.
-            if self._prestart and self._spare is None:
-                self._spare = start_child()
-
-
-def _request(snapshot: Snapshot, sql: str, parameters: Mapping[str, Any], limits: QueryLimits) -> bytes:
-    if snapshot.place.kind == "memory":
-        raise StorageError(
-            "a memory:// root lives in one process, and queries run in another. Use a path or s3://, or ask in this "
-            "process with open_run(...).sql."
-        )
-    try:
-        json.dumps(dict(parameters))
-    except TypeError as error:
-        raise QueryError(
-            f"parameters {dict(parameters)!r}: {error}. Use numbers, strings, booleans or lists."
-        ) from error
-    request = Request(
-        sql, dict(parameters), snapshot.tables, snapshot.files, snapshot.place, snapshot.token_texts, limits
-    )
-    # Only this way round: what a child answers is read as JSON and Arrow.
-    return pickle.dumps(request)
 
 
 class RunningQuery:
     """One child at work. Call `result`, or use `batches` up or close it, even after `cancel`: that frees its place."""
 
-    def __init__(
-        self,
-        child: subprocess.Popen[bytes],
-        request: bytes,
-        limits: QueryLimits,
-        release: Callable[[], None],
-    ) -> None:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        self._child = child
-        self._limits = limits
-        self._release = release
-        self._is_reaped = threading.Lock()
+    def __init__(self, request: bytes, limits: QueryLimits, release: Callable[[], None]) -> None:
+        # -I: neither PYTHON* variables nor the present folder decide what is imported.
+        code = f"import sys; sys.path.insert(0, {_ROOT!r}); from storage.catalog.child import main; main()"
+        self._child = subprocess.Popen(
+            [sys.executable, "-I", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={},
+            cwd="/",
+            start_new_session=True,
+        )
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._limits, self._release = limits, release
+        self._is_reaped = False
         self._killed_for = ""
-        self._counted = _Counted(child.stdout, limits.max_result_bytes)
-        self._reader: Any = None
+        self._answer = _Counted(self._child.stdout, limits.max_result_bytes)
+        self._rows: Any = None
         self.ending: Mapping[str, Any] = {}
-        """How it ended: `rows`, `truncated`, `seconds`; empty before."""
+        """How it ended: `truncated`, `seconds`; empty before."""
         self._deadline = threading.Timer(limits.timeout_s + _GRACE_S, self._kill, ["time"])
         self._deadline.daemon = True
         self._deadline.start()
         # A child that dies while it is written to says why, or how, when its answer is read.
         with contextlib.suppress(OSError):
-            child.stdin.write(request)
-            child.stdin.close()
+            self._child.stdin.write(request)
+            self._child.stdin.close()
 
     def cancel(self) -> None:
         """End the query now, from any thread; whoever waits for it gets QueryError."""
@@ -205,49 +164,43 @@ class RunningQuery:
 
     def schema(self) -> Any:
         """Arrow schema of the rows, as soon as the query has started. Raises as `Sandbox.query` does."""
-        if self._reader is None:
-            self._line()
-            try:
-                self._reader = pa.ipc.open_stream(self._counted)
-            except (pa.ArrowException, OSError) as error:
-                raise self._broken() from error
-        return self._reader.schema
+        if self._rows is None:
+            self._rows = self._stream()
+        return self._rows.schema
 
     def batches(self) -> Iterator[Any]:
         """The rows as Arrow record batches, as they come. Raises as `Sandbox.query` does."""
         try:
             self.schema()
             try:
-                yield from self._reader
+                yield from self._rows
             except (pa.ArrowException, OSError) as error:
                 raise self._broken() from error
-            self.ending = self._line()
+            self.ending = json.loads(self._stream().schema.metadata[ENDING])
         finally:
             self._kill("abandoned")
             self._reap()
 
-    # -- private --------------------------------------------------------------------------------------------------
-    def _line(self) -> Mapping[str, Any]:
-        """The child's next line; raises what it says, or why there is none."""
-        assert self._child.stdout is not None
-        line = self._child.stdout.readline()
-        if not line.endswith(b"\n"):
-            raise self._broken()
-        fields: Mapping[str, Any] = json.loads(line)
-        if "error" in fields:
+    def _stream(self) -> Any:
+        """The child's next Arrow stream; raises what it says, or why there is none."""
+        try:
+            stream = pa.ipc.open_stream(self._answer)
+        except (pa.ArrowException, OSError) as error:
+            raise self._broken() from error
+        said = json.loads((stream.schema.metadata or {}).get(ENDING, "{}"))
+        if "error" in said:
             self._reap()
-            raise _error(fields["error"], fields["message"], self._limits)
-        return fields
+            raise _error(said["error"], said["message"], self._limits)
+        return stream
 
     def _broken(self) -> Exception:
         """The stream stopped: why the child is gone, or that its result was too large."""
-        if self._counted.is_over:
+        if self._answer.is_over:
             self._kill("result")
         self._reap()
-        if self._killed_for:
-            return _error(self._killed_for, "", self._limits)
         status = self._child.returncode
-        return _error("time" if status == -signal.SIGXCPU else "crash", f"status {status}", self._limits)
+        why = self._killed_for or ("time" if status == -signal.SIGXCPU else "crash")
+        return _error(why, f"status {status}", self._limits)
 
     def _kill(self, reason: str) -> None:
         if self._child.poll() is None:
@@ -256,72 +209,42 @@ class RunningQuery:
 
     def _reap(self) -> None:
         """Wait for the child, which has ended or ends now; free its place, once."""
-        if self._is_reaped.acquire(blocking=False):
-            self._deadline.cancel()
-            end_child(self._child, patience_s=_GRACE_S)
-            self._release()
+        if self._is_reaped:
+            return
+        self._is_reaped = True
+        self._deadline.cancel()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(_EXIT_S)
+        self._child.kill()
+        # Closes its pipes and waits; what it may still say is not asked for.
+        with contextlib.suppress(OSError), self._child:
+            pass
+        self._release()
 
 
 class FileGoneError(StorageError):
     """A data file vanished between the manifest and the query."""
 
 
-def start_child() -> subprocess.Popen[bytes]:
-    """A child that waits for its request; nothing of ours is in its environment."""
-    # -I: neither PYTHON* variables nor the present folder decide what is imported.
-    code = f"import sys; sys.path.insert(0, {_ROOT!r}); from storage.catalog.child import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-I", "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={},
-        cwd="/",
-        start_new_session=True,
-    )
-
-
-def end_child(child: subprocess.Popen[bytes], patience_s: float = 0.0) -> None:
-    """Wait for `child`, with a kill when it takes longer than `patience_s`, and close its pipes."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(patience_s)
-    child.kill()
-    child.wait()
-    for pipe in (child.stdin, child.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):
-                pipe.close()
-
-
-class _Counted:
-    """A binary stream that refuses to deliver more than `max_bytes`."""
+class _Counted(io.RawIOBase):
+    """A binary stream that refuses to deliver more than `max_bytes`; 0 is no limit."""
 
     def __init__(self, source: IO[bytes], max_bytes: int) -> None:
-        self._source, self._max_bytes, self._read = source, max_bytes, 0
-        self.closed = False
+        self._source, self._max_bytes, self._num_asked = source, max_bytes, 0
 
     @property
     def is_over(self) -> bool:
-        return bool(self._max_bytes) and self._read > self._max_bytes
+        return bool(self._max_bytes) and self._num_asked > self._max_bytes
 
     def read(self, size: int = -1) -> bytes:
         # Asked before it is allocated: one row alone may be larger than all that is allowed.
-        self._read += max(size, 0)
+        self._num_asked += max(size, 0)
         if self.is_over:
             raise OSError("the result is too large")
         return self._source.read(size)
 
     def readable(self) -> bool:
         return True
-
-    def writable(self) -> bool:
-        return False
-
-    def seekable(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def _error(kind: str, message: str, limits: QueryLimits) -> Exception:

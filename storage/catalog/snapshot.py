@@ -7,37 +7,20 @@ Every snapshot lists the runs again, so new shards appear by themselves. A shard
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
 from asyncopd.errors import StorageError
-from storage.catalog.connection import DataFile, Place, place_of
-from storage.catalog.decoders import TokenTexts
-from storage.catalog.relations import BY_NAME, RECORDS
+from storage.catalog.connection import Snapshot, place_of
+from storage.catalog.relations import RECORDS
 from storage.catalog.rows import AsOf, RunRecords
 from storage.runs import list_runs, open_run
 from storage.stores.base import ObjectStore
 
 _PARALLEL_RUNS = 8
 """Runs read at once; on S3 a cold run costs a request per object."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The arguments of a connection."""
-
-    tables: Mapping[str, Any]
-    """Record relation -> Arrow table; relations that nobody asked for are left out."""
-    files: Mapping[str, tuple[DataFile, ...]]
-    """`trajectory_rows` and `score_rows` -> Parquet objects of complete shards."""
-    place: Place
-    """Where those files are."""
-    token_texts: Mapping[str, TokenTexts]
-    """Run -> how its token ids read."""
 
 
 class Catalog:
@@ -82,7 +65,9 @@ class Catalog:
             read = list(pool.map(lambda pair: pair[0].read(relations, pair[1]), present))
         return Snapshot(
             tables={
-                relation.name: _table(relation.name, (rows[relation.name] for rows in read))
+                relation.name: pa.Table.from_pylist(
+                    [row for rows in read for row in rows[relation.name]], schema=relation.schema
+                )
                 for relation in RECORDS
                 if relation.name in relations and relation.name != "vocabulary"
             },
@@ -103,7 +88,3 @@ class Catalog:
         if run_id not in self._records:
             self._records[run_id] = RunRecords(open_run(self.store, run_id))
         return self._records[run_id]
-
-
-def _table(name: str, runs: Iterable[Sequence[Mapping[str, Any]]]) -> Any:
-    return pa.Table.from_pylist([row for rows in runs for row in rows], schema=BY_NAME[name].schema)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -86,10 +86,7 @@ def to_text(report: AuditReport) -> str:
         for finding in report.findings
     ]
     lines += ["", *(f"note: {note}" for note in report.notes)] if report.notes else []
-    lines.append(f"\n{_counted(report.findings)}" if report.findings else "clean")
+    counts = Counter(finding.problem for finding in report.findings)
+    counted = ", ".join(f"{count} {problem}" for problem, count in counts.items())
+    lines.append(f"\n{len(report.findings)} findings: {counted}" if counts else "clean")
     return "\n".join(lines)
-
-
-def _counted(findings: Sequence[Finding]) -> str:
-    counts: Mapping[str, int] = {f.problem: sum(g.problem == f.problem for g in findings) for f in findings}
-    return f"{len(findings)} findings: " + ", ".join(f"{count} {problem}" for problem, count in counts.items())

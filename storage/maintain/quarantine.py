@@ -68,7 +68,13 @@ def set_aside(store: ObjectStore, key: str) -> Quarantine:
     done = Quarantine(key)
     run_id = run_of(key)
     if run_id is None:
-        return _shared_model(store, key, done)
+        if not (key.startswith(f"{MODELS}/") and key.endswith(".json")):
+            raise StorageError(
+                f"{key} is not part of a run or a shared model; see docs/storage.md for the keys there are."
+            )
+        done.moved[key] = manifests.quarantine(store, key)
+        done.consequences.append("the next run that needs the model makes it again.")
+        return done
     view = RunView.everything(store, run_id)
     is_data = parse(key).kind == "data"
     if not is_data:
@@ -87,14 +93,6 @@ def set_aside(store: ObjectStore, key: str) -> Quarantine:
     if gone:
         now = time.time()
         store.put(view.layout.key("removal", unix_ms=int(now * 1000)), to_json(Removal("quarantine", gone, now)))
-    return done
-
-
-def _shared_model(store: ObjectStore, key: str, done: Quarantine) -> Quarantine:
-    if not (key.startswith(f"{MODELS}/") and key.endswith(".json")):
-        raise StorageError(f"{key} is not part of a run or a shared model; see docs/storage.md for the keys there are.")
-    done.moved[key] = manifests.quarantine(store, key)
-    done.consequences.append("the next run that needs the model makes it again.")
     return done
 
 
