@@ -139,10 +139,6 @@ class Plan:
         """The shards whose indices learner step `number` trains."""
         return [self.shard(number * self.shards_per_step + offset) for offset in range(self.shards_per_step)]
 
-    def required_version(self, shard: IndexRange) -> int:
-        """The oldest version under which the indices of `shard` may start: one number, since a shard is in one step."""
-        return required_version(shard.start, batch_size=self.batch_size, max_staleness=self.max_staleness)
-
     def may_start(self, shard: IndexRange, version: int) -> bool:
         """Admission of a whole shard in index order, whatever the drift."""
         return may_start(shard.start, version, batch_size=self.batch_size, max_staleness=self.max_staleness)

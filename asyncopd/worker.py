@@ -3,9 +3,9 @@
 A role process hosts one engine and keeps several shards in work at once. Its lanes are coroutines on the main
 thread; each asks the stage for the next shard, so the order of work is decided in one place:
 
-    lane 1 --next shard?--> stage --claim--> RunLog          heartbeat() renews the lease of every claim
-    lane 2 --next shard?-->   |
-                              +--wait for a version or a shard, with a deadline that names it
+    lane 1 --next shard?--> ShardStage --claim--> RunLog          heartbeat() renews the lease of every claim
+    lane 2 --next shard?-->     |
+                                +--wait for a version or a shard, with a deadline that names it
 
 A process is busy while it has at least one piece of work in hand; its heartbeat tells the share of the last seconds.
 """
@@ -20,14 +20,16 @@ import signal
 import socket
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from asyncopd.errors import DeadlineError, RunStoppedError, StorageError
 from asyncopd.ports import RunLog
 from asyncopd.records import WorkerStatus
+from asyncopd.schedule import OpenShards, Plan
 from asyncopd.types import IndexRange, Span
 
 logger = logging.getLogger(__name__)
@@ -39,11 +41,6 @@ STOPPED = 143
 """Exit status of a role that was asked to stop, as a shell reports SIGTERM."""
 
 
-def worker_name(role: str) -> str:
-    """A name no other process has: role, host, pid and four random digits."""
-    return f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
-
-
 class Worker:
     """One role process as storage sees it: its name, its heartbeat, and the spans of its timeline."""
 
@@ -52,7 +49,8 @@ class Worker:
     ) -> None:
         self.log = log
         self.role = role
-        self.name = name or worker_name(role)
+        self.name = name or f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
+        """No other process has it."""
         self.poll_s = poll_s
         self.deadline_s = deadline_s
         self.status = WorkerStatus(role=role, pid=os.getpid(), host=socket.gethostname())
@@ -104,7 +102,12 @@ class Worker:
             RunStoppedError: the run is stopped, or was stopped while the body ran; whoever started this worker need
                 not know how to reach it.
         """
-        self._refuse_stopped_run()
+        state = self.log.run_state()
+        if state is not None and state.ended:
+            raise RunStoppedError(
+                f"run {self.log.run_id} is {state.state} ({state.reason or 'no reason given'}). Go on with it first: "
+                f"asyncopd train --run-id {self.log.run_id}."
+            )
         self._beat()
         body = asyncio.current_task()
         assert body is not None
@@ -132,14 +135,6 @@ class Worker:
 
     def _beat(self) -> None:
         self.log.heartbeat(self.name, replace(self.status, busy=round(self.busy.share(), 3)))
-
-    def _refuse_stopped_run(self) -> None:
-        state = self.log.run_state()
-        if state is not None and state.ended:
-            raise RunStoppedError(
-                f"run {self.log.run_id} is {state.state} ({state.reason or 'no reason given'}). Go on with it first: "
-                f"asyncopd train --run-id {self.log.run_id}."
-            )
 
     async def _beat_forever(self, body: asyncio.Task[Any]) -> None:
         ticks = 0
@@ -185,14 +180,6 @@ class Worker:
         return found
 
 
-@dataclass(frozen=True)
-class NextShard:
-    """The answer to "what is there to do?"."""
-
-    shard: IndexRange | None
-    """Claimed for the asker; None when the run has no more shards for this stage."""
-
-
 def _first_cause(error: Exception) -> Exception:
     """The error itself, or the first one inside a TaskGroup's: "1 sub-exception" is no reason to show anybody."""
     while isinstance(error, ExceptionGroup):
@@ -218,16 +205,70 @@ async def until_terminated(body: Awaitable[object]) -> int:
     return 0
 
 
-class ShardStage(Protocol):
-    """A stage that works shard by shard: rollout and scoring."""
+@dataclass(frozen=True)
+class _Next:
+    """The answer to "what is there to do?"."""
+
+    shard: IndexRange | None
+    """Claimed for the asker; None when the run has no more shards for this stage."""
+
+
+class ShardStage(ABC):
+    """A stage that works shard by shard, rollout and scoring; any number of workers may work on the same run."""
+
+    def __init__(self, log: RunLog, worker: Worker, plan: Plan, *, stage: str, lease_s: float) -> None:
+        """`stage` is the name under which its shards are claimed."""
+        self._log, self._worker, self._plan, self._stage, self._lease_s = log, worker, plan, stage, lease_s
+        self._open = OpenShards(plan)
+        """Shards neither done nor claimed by this worker, in index order."""
+        self._choosing = asyncio.Lock()
 
     async def next_shard(self) -> IndexRange | None:
-        """Claim the next shard to work on, waiting for it if need be; None when the run has no more."""
-        ...
+        """Claim the lowest shard that may be worked on and that nobody did or holds; None when the run has no more.
+
+        Waits for what the shard needs, and for other workers.
+        """
+        async with self._choosing:
+            first = self._open.first
+            if first is None:
+                return None
+            what = await asyncio.to_thread(self._what_is_missing, first)
+            return (await self._worker.wait_for(self._claim_next, what)).shard
 
     async def work(self, shard: IndexRange) -> None:
-        """Do and publish one claimed shard."""
-        ...
+        """Do and publish one claimed shard. Harmless when another worker publishes it first."""
+        with self._worker.busy.working():
+            await self._work(shard)
+
+    def _claim_next(self) -> _Next | None:
+        """What to do next; None when there is nothing to do right now."""
+        ready = self._ready()
+        if ready is None:
+            return _Next(None)
+        for shard in ready:
+            if self._is_done(shard):
+                self._open.remove(shard)
+            elif self._log.claim(self._stage, shard, worker=self._worker.name, lease_s=self._lease_s):
+                self._open.remove(shard)
+                # Its last holder may have published between the look above and our claim.
+                if not self._is_done(shard):
+                    return _Next(shard)
+        return None if self._open.first else _Next(None)
+
+    @abstractmethod
+    def _ready(self) -> Iterable[IndexRange] | None:
+        """Those of the open shards that may be worked on, in index order; None when all further work would be waste."""
+
+    @abstractmethod
+    def _is_done(self, shard: IndexRange) -> bool:
+        """Is the shard published?"""
+
+    @abstractmethod
+    def _what_is_missing(self, first: IndexRange) -> str:
+        """What the lowest open shard waits for, in words."""
+
+    @abstractmethod
+    async def _work(self, shard: IndexRange) -> None: ...
 
 
 async def work_on_shards(stage: ShardStage, max_shards: int) -> int:

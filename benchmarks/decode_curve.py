@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
-from asyncopd.models.sampling import CandidateRule
+from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.decoding import Decoder
 from asyncopd.tasks.walk import WalkTask
@@ -50,13 +50,7 @@ def decoder(num_slots: int) -> tuple[Decoder, PolicyWeights]:
     weights = PolicyWeights(PolicyVersion(0), to_safetensors(model))
     made = Decoder(
         model,
-        num_slots=num_slots,
-        max_context=224,
-        temperature=1.0,
-        top_p=1.0,
-        rule=CandidateRule(4, 4, "tail"),
-        seed=0,
-        eos_id=NO_EOS,
+        SamplerSettings(slots=num_slots, max_context=224, eos_id=NO_EOS, seed=0, head=4, num_draws=4, law="tail"),
     )
     made.refresh(weights)
     for index in range(num_slots):

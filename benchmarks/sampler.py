@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, StoppingCriteria
 
 from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.tasks.walk import WalkTask
@@ -119,9 +120,10 @@ async def seconds_of_sampler(
 ) -> float:
     """All prompts at once through the engine; loading the weights is not timed."""
     weights = PolicyWeights(PolicyVersion(0), to_safetensors(model))
-    sampler = HfSampler(
-        model, slots=BATCH_SIZE, max_context=256, eos_id=NO_EOS, seed=0, head=4, num_draws=4, law="tail"
+    sampling = SamplerSettings(
+        slots=BATCH_SIZE, max_context=256, eos_id=NO_EOS, seed=0, head=4, num_draws=4, law="tail"
     )
+    sampler = HfSampler(model, sampling)
     await sampler.refresh(weights)
     requests = [
         SampleRequest(index, ids, int(length))

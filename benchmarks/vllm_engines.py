@@ -22,6 +22,7 @@ import torch
 
 from asyncopd.config.engines import VllmEngine, VllmSampling
 from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import Sampler, SampleRequest, Scorer, ScoreRequest
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.teacher.hf import HfScorer
@@ -95,8 +96,9 @@ async def measure(architecture: dict[str, Any], body: bytes, count: int, rounds:
     rates: dict[str, float] = {}
     trajectories: list[Trajectory] = []
     for label, extra in (("with", {"head": HEAD, "num_draws": NUM_DRAWS, "law": "policy"}), ("without", {})):
-        vllm = VllmSampler(architecture, settings=VllmSampling(**CPU), **SHARED, **extra)
-        hf = HfSampler(build_causal_lm(architecture, seed=0), **SHARED, **extra)
+        sampling = SamplerSettings(**SHARED, **extra)
+        vllm = VllmSampler(architecture, sampling, settings=VllmSampling(**CPU))
+        hf = HfSampler(build_causal_lm(architecture, seed=0), sampling)
         start = time.perf_counter()
         await vllm.refresh(PolicyWeights(PolicyVersion(0), body))
         show("sampler start_s", round(time.perf_counter() - start, 1))

@@ -38,6 +38,7 @@ from asyncopd.config.schema import Learner
 from asyncopd.learner.student import Student
 from asyncopd.losses.build import build_estimator
 from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest, Scorer, ScoreRequest
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.tasks.walk import WalkTask
@@ -191,8 +192,7 @@ async def train(world: World, ways: Ways, *, lr: float, num_steps: int, sampled_
         ),
         temperature=1.0,
     )
-    sampler = HfSampler(
-        world.sampled,
+    sampling = SamplerSettings(
         slots=world.batch_size,
         max_context=16 + world.max_new_tokens,
         eos_id=world.eos_id,
@@ -201,6 +201,7 @@ async def train(world: World, ways: Ways, *, lr: float, num_steps: int, sampled_
         num_draws=LOSS.num_draws,
         law="tail",
     )
+    sampler = HfSampler(world.sampled, sampling)
     metrics: dict[str, list[float]] = defaultdict(list)
     before = {dtype: to_safetensors(world.model, torch_dtype) for dtype, torch_dtype in DTYPES.items()}
     ways.publish(0, before, before)

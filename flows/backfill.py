@@ -21,7 +21,8 @@ from asyncopd.rollout.candidates import CandidateSource
 from asyncopd.teacher.stage import Backfilled, BackfillStage
 from asyncopd.types import IndexRange, Trajectory
 from flows.engines import make_scorer, student_skeleton
-from flows.wiring import OpenRun, missing_models, open_stored_run, pretrain_model
+from flows.preflight import missing_models
+from flows.wiring import OpenRun, open_stored_run, pretrain_model
 from storage.replay import backfill_asked, source_of
 from storage.run_log import StoredRunLog
 from storage.score_cache import StoredScoreCache
@@ -43,7 +44,7 @@ async def run_backfill(root: str, run_id: str, asked: BackfillRequest, *, consol
     worker = run.worker("score")
     changed = OpenRun(run.store, run.log, config.model_copy(update={"teacher": teacher}), run.task)
     async with worker.alive():
-        for role, model in missing_models(changed).items():
+        for role, model in missing_models(changed.config, changed.store).items():
             console.print(f"making the {role}, which is a tiny model that no run has made yet", highlight=False)
             pretrain_model(changed, worker, role, model)
         scorer = make_scorer(changed.config, changed.task, changed.store)

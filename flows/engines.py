@@ -17,6 +17,7 @@ from asyncopd.config import HfTeacher, ModelConfig, OpenAITeacher, OracleTeacher
 from asyncopd.errors import ConfigError
 from asyncopd.learner.pretrain import make_tiny_model
 from asyncopd.models.causal_lm import build_causal_lm, load_causal_lm, load_safetensors
+from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import Scorer, Task
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.tasks.walk import WalkTask
@@ -69,49 +70,41 @@ def student_skeleton(log: StoredRunLog) -> PreTrainedModel:
 def rollout_sampler(config: RunConfig, task: Task, log: StoredRunLog) -> HfSampler | VllmSampler:
     """The sampler of a rollout worker, recording what the run's loss needs; the learner has stored the architecture."""
     cached = config.cached()
-    head, num_draws, law = cached.head, cached.num_draws, cached.law or "policy"
+    sampling = _sampling(
+        config, task, head=cached.head, num_draws=cached.num_draws, law=cached.law or "policy", seed=config.seed
+    )
     if config.rollout.engine != "vllm":
-        return _hf_sampler(config, task, log, head=head, num_draws=num_draws, law=law, seed=config.seed)
+        return _hf_sampler(config, log, sampling)
     from asyncopd.vllm.sampler import VllmSampler
 
     settings = config.rollout.vllm
     if not config.staleness.in_flight_updates:
         settings = settings.model_copy(update={"in_flight": "finish"})
-    return VllmSampler(
-        json.loads(log.read_architecture()["config.json"]),
-        slots=config.rollout.slots,
-        max_context=_max_context(config, task),
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-        head=head,
-        num_draws=num_draws,
-        law=law,
-        seed=config.seed,
-        eos_id=task.tokenizer.eos_id,
-        settings=settings,
-    )
+    return VllmSampler(json.loads(log.read_architecture()["config.json"]), sampling, settings=settings)
 
 
 def evaluation_sampler(config: RunConfig, task: Task, log: StoredRunLog) -> HfSampler:
     """The evaluator's sampler. Another seed than training: held-out prompts carry the same indices."""
-    return _hf_sampler(config, task, log, head=EVALUATION_HEAD, num_draws=4, law="tail", seed=config.seed + 1)
+    sampling = _sampling(config, task, head=EVALUATION_HEAD, num_draws=4, law="tail", seed=config.seed + 1)
+    return _hf_sampler(config, log, sampling)
 
 
-def _hf_sampler(
-    config: RunConfig, task: Task, log: StoredRunLog, *, head: int, num_draws: int, law: DrawLaw, seed: int
-) -> HfSampler:
-    return HfSampler(
-        student_skeleton(log).to(_device()),
+def _hf_sampler(config: RunConfig, log: StoredRunLog, sampling: SamplerSettings) -> HfSampler:
+    in_flight_updates = config.staleness.in_flight_updates
+    return HfSampler(student_skeleton(log).to(_device()), sampling, in_flight_updates=in_flight_updates)
+
+
+def _sampling(config: RunConfig, task: Task, *, head: int, num_draws: int, law: DrawLaw, seed: int) -> SamplerSettings:
+    return SamplerSettings(
         slots=config.rollout.slots,
         max_context=_max_context(config, task),
+        eos_id=task.tokenizer.eos_id,
+        seed=seed,
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
         head=head,
         num_draws=num_draws,
         law=law,
-        seed=seed,
-        eos_id=task.tokenizer.eos_id,
-        in_flight_updates=config.staleness.in_flight_updates,
     )
 
 

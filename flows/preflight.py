@@ -16,15 +16,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from asyncopd.config import OpenAITeacher, PretrainedModel, RunConfig, TinyModel, VllmTeacher
 from asyncopd.config.engines import ModelConfig
-from asyncopd.config.tasks import TextConfig
 from asyncopd.errors import ConfigError
 from asyncopd.tasks.build import build_task
 from asyncopd.tasks.prompts import read_questions
 from asyncopd.teacher.prompt_logprobs import MAX_FULL_VOCABULARY
+from storage.runs import find_model
 from storage.stores import open_store
+from storage.stores.base import ObjectStore
 
 MIN_HEAD_SIZE = 32
 """Of vLLM's attention on CPUs."""
+GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the names of architectures end that generate text."""
 
 
 def preflight(config: RunConfig) -> None:
@@ -35,10 +38,13 @@ def preflight(config: RunConfig) -> None:
         ConfigError: a dataset or model that is missing or does not fit.
     """
     open_store(config.storage.root).probe(config.storage.min_free_bytes)
-    if config.task.kind != "text" or config.task.tokenizer == "bytes":
-        build_task(config.task, seed=config.seed, tokenizer=None).prompt(0, "train")
+    task = config.task
+    if task.kind != "text" or task.tokenizer == "bytes":
+        build_task(task, seed=config.seed, tokenizer=None).prompt(0, "train")
     else:
-        _check_questions(config.task)
+        # The lengths of its prompts are known once a role loads the tokenizer, which is Hugging Face's.
+        for source in filter(None, (task.train_path, task.eval_path)):
+            read_questions(source, question_field=task.question_field, answer_field=task.answer_field)
     for role, model in config.models().items():
         if isinstance(model, PretrainedModel):
             _check_pretrained(config, role, model)
@@ -46,10 +52,13 @@ def preflight(config: RunConfig) -> None:
     check_vllm(config)
 
 
-def _check_questions(task: TextConfig) -> None:
-    """The data of a task whose tokenizer is Hugging Face's; its prompts' lengths are known once a role loads that."""
-    for source in filter(None, (task.train_path, task.eval_path)):
-        read_questions(source, question_field=task.question_field, answer_field=task.answer_field)
+def missing_models(config: RunConfig, store: ObjectStore) -> dict[str, TinyModel]:
+    """The tiny models of a run that no earlier run has pre-trained, by role."""
+    return {
+        role: model
+        for role, model in config.models().items()
+        if isinstance(model, TinyModel) and find_model(store, config.model_digest(model)) is None
+    }
 
 
 def _check_pretrained(config: RunConfig, role: str, model: PretrainedModel) -> None:
@@ -58,7 +67,7 @@ def _check_pretrained(config: RunConfig, role: str, model: PretrainedModel) -> N
         description = _json(folder / "config.json", role)
         if not any(folder.glob("*.safetensors")):
             raise ConfigError(f"{role}.path: {folder} holds no *.safetensors weights.")
-    elif _looks_like_hub_name(model.path):
+    elif model.path.count("/") == 1 and not model.path.startswith((".", "/", "~")):
         description = _json(_hub_file(model, "config.json", role), role)
     else:
         raise ConfigError(
@@ -120,10 +129,6 @@ def _hub_file(model: PretrainedModel, name: str, role: str) -> Path:
         ) from error
 
 
-def _looks_like_hub_name(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
-
-
 def _json(path: Path, role: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{role}.path: {path} is missing; expected a model directory in Hugging Face format.")
@@ -164,7 +169,7 @@ def _check_served(role: str, model: ModelConfig) -> None:
             )
         return
     architectures = _described(model).get("architectures")
-    if architectures is not None and not any(_generates(name) for name in architectures):
+    if architectures is not None and not any(name.endswith(GENERATES) for name in architectures):
         raise ConfigError(
             f"{role}: {model.path} says architectures {architectures} in config.json; the vllm engine serves models "
             "that generate text (…ForCausalLM, …ForConditionalGeneration). Is it an embedding or reward model?"
@@ -212,7 +217,3 @@ def _described(model: PretrainedModel) -> dict[str, Any]:
     path = Path(model.path) / "config.json"
     described: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     return described
-
-
-def _generates(architecture: str) -> bool:
-    return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))

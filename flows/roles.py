@@ -33,11 +33,11 @@ from asyncopd.errors import AsyncOPDError, RunStoppedError
 from asyncopd.evaluate import versions_to_evaluate
 from asyncopd.local.processes import watch_parent
 from asyncopd.worker import STOPPED, ShardStage, Worker, run_lanes, until_terminated, work_on_shards
+from flows.preflight import missing_models
 from flows.wiring import (
     OpenRun,
     evaluate_stage,
     learn_stage,
-    missing_models,
     open_stored_run,
     pretrain_model,
     rollout_stage,
@@ -91,7 +91,7 @@ async def score_shards(run: OpenRun, make_task: TaskFactory = plain_task) -> Non
 
 
 async def train_steps(run: OpenRun) -> None:
-    """Train the run from its newest checkpoint to its last step."""
+    """Train the run from its newest checkpoint to its last step, publishing a policy version after every step."""
     worker = run.worker("learn")
     async with worker.alive():
         await learn_stage(run, worker).run()
@@ -113,7 +113,7 @@ async def pretrain_models(run: OpenRun) -> None:
     """Pre-train the run's tiny models that are not in the cache."""
     worker = run.worker("pretrain")
     async with worker.alive():
-        for role, model in missing_models(run).items():
+        for role, model in missing_models(run.config, run.store).items():
             await asyncio.to_thread(pretrain_model, run, worker, role, model)
 
 
@@ -140,53 +140,31 @@ def timed_task(name: str, worker: Worker) -> Callable[[ShardStage, int], Awaitab
     return measured
 
 
-async def cancelled_with_its_run(body: Awaitable[None]) -> State[Any] | None:
-    """Await `body`; a Cancelled state when the run's record says that it was stopped, None when the work was done."""
-    try:
-        await body
-    except RunStoppedError as stopped:
-        return Cancelled(message=str(stopped))
-    return None
+def role_flow(role: str, body: Callable[[OpenRun], Awaitable[None]], description: str | None) -> RoleFlow:
+    """A role's body as a Prefect flow; `run_id` is a run that `asyncopd/train` created, `root` its storage root.
 
-
-def role_flow(role: str, description: str, body: Callable[[OpenRun], Awaitable[None]]) -> RoleFlow:
-    """A role's body as a Prefect flow; `run_id` is a run that `asyncopd/train` created, `root` its storage root."""
+    It ends as Cancelled when the run's record says that the run was stopped.
+    """
 
     async def run_role(run_id: str, root: str = "runs") -> State[Any] | None:
-        return await cancelled_with_its_run(body(open_stored_run(root, run_id)))
+        try:
+            await body(open_stored_run(root, run_id))
+        except RunStoppedError as stopped:
+            return Cancelled(message=str(stopped))
+        return None
 
     # Prefect names a flow's entrypoint after its function.
     run_role.__name__ = run_role.__qualname__ = role
     return flow(name=role, flow_run_name=f"{role}-{{run_id}}", description=description)(run_role)
 
 
-rollout = role_flow(
-    "rollout",
-    "Sample trajectory shards of a run until all its indices are produced.",
-    partial(roll_out, make_task=timed_task),
-)
-score = role_flow(
-    "score",
-    "Score the trajectory shards of a run with its teacher until all of them are scored.",
-    partial(score_shards, make_task=timed_task),
-)
-learn = role_flow(
-    "learn",
-    "Train a run from its newest checkpoint to its last step, publishing a policy version after every step.",
-    train_steps,
-)
-evaluate = role_flow(
-    "evaluate",
-    "Evaluate version 0, every `evaluate.every`-th and the last version of a run as they appear.",
-    evaluate_versions,
-)
-pretrain = role_flow(
-    "pretrain",
-    "Pre-train the run's student and teacher where they are tiny models and not in the cache.",
-    pretrain_models,
-)
+rollout = role_flow("rollout", partial(roll_out, make_task=timed_task), roll_out.__doc__)
+score = role_flow("score", partial(score_shards, make_task=timed_task), score_shards.__doc__)
+learn = role_flow("learn", train_steps, train_steps.__doc__)
+evaluate = role_flow("evaluate", evaluate_versions, evaluate_versions.__doc__)
+pretrain = role_flow("pretrain", pretrain_models, pretrain_models.__doc__)
 
-
+FLOWS = {"pretrain": pretrain, "rollout": rollout, "score": score, "learn": learn, "evaluate": evaluate}
 BODIES: dict[str, Callable[[OpenRun], Awaitable[None]]] = {
     "pretrain": pretrain_models,
     "rollout": roll_out,
@@ -194,7 +172,6 @@ BODIES: dict[str, Callable[[OpenRun], Awaitable[None]]] = {
     "learn": train_steps,
     "evaluate": evaluate_versions,
 }
-FLOWS = {"pretrain": pretrain, "rollout": rollout, "score": score, "learn": learn, "evaluate": evaluate}
 
 
 def main() -> None:

@@ -31,19 +31,19 @@ from prefect.context import get_run_context
 from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled
 
-from asyncopd.config import RunConfig, TinyModel, load_config
+from asyncopd.config import RunConfig, load_config
 from asyncopd.config.resume import safe_changes
 from asyncopd.errors import ConfigError
 from asyncopd.local.processes import TERMINATE_GRACE_S, RoleProcesses, RoleSpec, home, record_process
 from asyncopd.local.stack import prefect_environment
 from asyncopd.records import RunStateName
 from asyncopd.schedule import LEARNER_PLACE
-from flows.preflight import preflight
+from flows.preflight import missing_models, preflight
 from flows.report import report_run
 from storage.launches import LaunchLog
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
-from storage.runs import create_run, find_model, list_runs, new_record, open_run
+from storage.runs import create_run, list_runs, new_record, open_run
 from storage.stores import open_store
 
 PROGRESS_S = 10.0
@@ -80,7 +80,7 @@ async def train(
     await asyncio.to_thread(await_previous_learner, log, resolved)
     log.record_state("running", by=flow_run)
     try:
-        if _missing_models(resolved):
+        if missing_models(resolved, log.store):
             await _run_roles(resolved, log, [RoleSpec("pretrain")])
         await _run_roles(resolved, log, role_specs(resolved))
     except _CancelRequested:
@@ -178,12 +178,6 @@ def _open_or_create(
 def new_run_id(name: str) -> str:
     """`quickstart-20261121-024605-3f2a`: sorts by time within a name."""
     return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-
-
-def _missing_models(config: RunConfig) -> bool:
-    store = open_store(config.storage.root)
-    tiny = [m for m in config.models().values() if isinstance(m, TinyModel)]
-    return any(find_model(store, config.model_digest(model)) is None for model in tiny)
 
 
 async def _run_roles(config: RunConfig, log: StoredRunLog, specs: list[RoleSpec]) -> None:

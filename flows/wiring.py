@@ -6,7 +6,6 @@ Imports torch; the `asyncopd` flow therefore never imports this module, only the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +25,7 @@ from asyncopd.teacher.stage import ScoreStage
 from asyncopd.worker import Worker
 from flows.engines import evaluation_sampler, evaluation_scorer, load_model, make_model, make_scorer, rollout_sampler
 from storage.run_log import StoredRunLog
-from storage.runs import find_model, open_run
+from storage.runs import open_run
 from storage.score_cache import StoredScoreCache
 from storage.stores import open_store
 from storage.stores.base import ObjectStore
@@ -63,15 +62,6 @@ def task_of(config: RunConfig, seed: int) -> Task:
     if config.task.kind == "text" and config.task.tokenizer != "bytes":
         tokenizer = HfTokenizer(config.task.tokenizer)
     return build_task(config.task, seed=seed, tokenizer=tokenizer)
-
-
-def missing_models(run: OpenRun) -> Mapping[str, TinyModel]:
-    """The tiny models of a run that no earlier run has pre-trained, by role."""
-    return {
-        role: model
-        for role, model in run.config.models().items()
-        if isinstance(model, TinyModel) and find_model(run.store, run.config.model_digest(model)) is None
-    }
 
 
 def pretrain_model(run: OpenRun, worker: Worker, role: str, model: TinyModel) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from asyncopd.config.engines import VllmEngine, VllmSampling
 from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm
+from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import Sampler, SampleRequest
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.types import Trajectory
@@ -67,7 +68,7 @@ async def sampler_of(engine: str, model: PreTrainedModel, **settings: Any) -> As
     shared: dict[str, Any] = {"slots": 16, "max_context": MAX_CONTEXT, "eos_id": EOS_ID, "seed": 5, **LAW, **CANDIDATES}
     sampler: Sampler
     if engine == "hf":
-        sampler = HfSampler(build_causal_lm(ARCHITECTURE, seed=9), **shared)
+        sampler = HfSampler(build_causal_lm(ARCHITECTURE, seed=9), SamplerSettings(**shared))
     else:
         sampler = vllm_sampler(**shared, **settings)
     try:
@@ -81,7 +82,7 @@ def vllm_sampler(in_flight: str = "rebuild", **settings: Any) -> Any:
     from asyncopd.vllm.sampler import VllmSampler
 
     vllm = VllmSampling.model_validate({**SMALL_CACHE, "in_flight": in_flight})
-    return VllmSampler(architecture(), settings=vllm, **settings)
+    return VllmSampler(architecture(), SamplerSettings(**settings), settings=vllm)
 
 
 def save_teacher(folder: Path, model: PreTrainedModel) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.types import Candidates, PolicyVersion, PolicyWeights, Trajectory, VersionRun
@@ -61,7 +62,7 @@ async def running_sampler(model: PreTrainedModel, **changes: Any) -> AsyncIterat
     """A sampler with the model's own weights as version 0; closed at the end."""
     settings: dict[str, Any] = {"slots": 8, "max_context": MAX_CONTEXT, "eos_id": EOS_ID, "seed": 5}
     initial = weights(model)
-    sampler = HfSampler(model, **{**settings, **changes})
+    sampler = HfSampler(model, SamplerSettings(**{**settings, **changes}))
     try:
         await sampler.refresh(initial)
         yield sampler

@@ -24,8 +24,7 @@ from asyncopd.models.causal_lm import load_safetensors, to_safetensors
 from asyncopd.models.sampling import CandidateRule
 from asyncopd.ports import ScoreRequest
 from asyncopd.rollout.candidates import CandidateSource
-from asyncopd.teacher.cached import score_through
-from asyncopd.teacher.stage import Backfilled
+from asyncopd.teacher.stage import Backfilled, score_through
 from asyncopd.types import Candidates, VersionRun
 from flows import offline
 from flows.backfill import run_backfill
@@ -286,9 +285,10 @@ async def test_only_unknown_trajectories_reach_the_teacher(tmp_path: Path) -> No
     trajectories = [t for shard in run.log.trajectory_shards() for t in run.log.read_trajectories(shard)]
     request = ScoreRequest(top_k=3, num_teacher_draws=2, temperature=1.0, seed=0)
     scorer = make_scorer(run.config, run.task, run.store)
-    first = await score_through(StoredScoreCache(run.store), scorer, trajectories[:3], request, worker="a")
-    # Another process, with a cache object of its own.
-    second = await score_through(StoredScoreCache(run.store), scorer, trajectories, request, worker="b")
+    asker = {"worker": run.worker("score"), "what": "all"}
+    first = await score_through(StoredScoreCache(run.store), scorer, trajectories[:3], request, **asker)
+    # As another process: with a cache object of its own.
+    second = await score_through(StoredScoreCache(run.store), scorer, trajectories, request, **asker)
     known = sum(len(t.response_ids) for t in trajectories[:3])
     assert (first.num_tokens_asked, first.num_tokens_cached) == (known, 0)
     assert second.num_tokens_cached == known
@@ -299,6 +299,5 @@ async def test_only_unknown_trajectories_reach_the_teacher(tmp_path: Path) -> No
         assert np.array_equal(found.teacher_draw_ids_TM, expected.teacher_draw_ids_TM)
     # Teacher draws follow the seed, so another seed is another question.
     other = ScoreRequest(top_k=3, num_teacher_draws=2, temperature=1.0, seed=1)
-    assert (
-        await score_through(StoredScoreCache(run.store), scorer, trajectories, other, worker="c")
-    ).num_tokens_cached == 0
+    third = await score_through(StoredScoreCache(run.store), scorer, trajectories, other, **asker)
+    assert third.num_tokens_cached == 0

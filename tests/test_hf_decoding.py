@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from asyncopd.errors import ConfigError, EngineError
 from asyncopd.models.causal_lm import build_causal_lm
-from asyncopd.models.sampling import LOGPROB_FLOOR, CandidateRule
+from asyncopd.models.sampling import LOGPROB_FLOOR, SamplerSettings
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout import decoding
 from asyncopd.rollout.decoding import Decoder
@@ -22,16 +22,16 @@ from asyncopd.types import PolicyWeights, Trajectory, VersionRun
 
 def decoder(model: PreTrainedModel, **changes: Any) -> Decoder:
     settings: dict[str, Any] = {
-        "num_slots": 8,
+        "slots": 8,
         "max_context": MAX_CONTEXT,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "rule": CandidateRule(3, 2, "tail"),
+        "head": 3,
+        "num_draws": 2,
+        "law": "tail",
         "seed": 5,
         "eos_id": EOS_ID,
     }
     initial = weights(model)
-    made = Decoder(model, **{**settings, **changes})
+    made = Decoder(model, SamplerSettings(**{**settings, **changes}))
     made.refresh(initial)
     return made
 
@@ -66,11 +66,11 @@ def assert_same(found: dict[int, Trajectory], expected: dict[int, Trajectory]) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_output_does_not_depend_on_slots_order_or_company(family: str) -> None:
     asked = requests(30)
-    expected = decode(decoder(tiny_model(family), num_slots=1), asked)
+    expected = decode(decoder(tiny_model(family), slots=1), asked)
     assert len({len(trajectory.response_ids) for trajectory in expected.values()}) > 8
-    assert_same(decode(decoder(tiny_model(family), num_slots=64), asked), expected)
-    assert_same(decode(decoder(tiny_model(family), num_slots=5), asked[::-1]), expected)
-    alone = decode(decoder(tiny_model(family), num_slots=3), asked[11:12])
+    assert_same(decode(decoder(tiny_model(family), slots=64), asked), expected)
+    assert_same(decode(decoder(tiny_model(family), slots=5), asked[::-1]), expected)
+    alone = decode(decoder(tiny_model(family), slots=3), asked[11:12])
     assert_same(alone, {11: expected[11]})
 
 
@@ -137,7 +137,7 @@ def test_refresh_while_slots_are_refilled_matches_running_alone() -> None:
     asked = requests(24)
     models = {number: tiny_model(seed=number) for number in range(4)}
     refreshes = {number * 9: weights(models[number], number) for number in (1, 2, 3)}
-    made = decode(decoder(tiny_model(seed=0), num_slots=4), asked, refreshes)
+    made = decode(decoder(tiny_model(seed=0), slots=4), asked, refreshes)
     assert {len(trajectory.version_runs) for trajectory in made.values()} >= {1, 2}
     for trajectory in made.values():
         rows_T = np.arange(len(trajectory.response_ids))
@@ -176,7 +176,7 @@ def test_responses_end_at_eos_or_at_their_own_limit() -> None:
 
 
 def test_policy_draws_contain_the_emitted_token_first() -> None:
-    made = decode(decoder(tiny_model(), rule=CandidateRule(0, 5, "policy")), requests(5))
+    made = decode(decoder(tiny_model(), head=0, num_draws=5, law="policy"), requests(5))
     for trajectory in made.values():
         assert trajectory.candidates.draw_ids_TN[:, 0].tolist() == trajectory.response_ids.tolist()
         assert trajectory.candidates.head_ids_TK.shape == (len(trajectory.response_ids), 0)

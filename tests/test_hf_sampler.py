@@ -12,6 +12,7 @@ import torch
 from hf_models import EOS_ID, MAX_CONTEXT, law_rows, requests, running_sampler, sample_all, tiny_model, weights
 
 from asyncopd.errors import EngineError
+from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import Sampler, SampleRequest
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.types import PolicyVersion, PolicyWeights
@@ -90,7 +91,7 @@ async def test_requests_that_cannot_be_served_name_their_index() -> None:
 
 
 async def test_sampling_before_the_first_weights_is_refused() -> None:
-    sampler = HfSampler(tiny_model(), slots=2, max_context=MAX_CONTEXT, eos_id=EOS_ID, seed=0)
+    sampler = HfSampler(tiny_model(), SamplerSettings(slots=2, max_context=MAX_CONTEXT, eos_id=EOS_ID, seed=0))
     with pytest.raises(EngineError, match="no weights yet"):
         await sampler.sample(requests(1)[0])
     await sampler.close()

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from hf_models import MAX_CONTEXT, law_rows, requests, tiny_model, weights
 
+from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.types import PolicyVersion, Trajectory
 
 
 def sampler_of(slots: int, *, in_flight_updates: bool) -> HfSampler:
-    return HfSampler(
-        tiny_model(), slots=slots, max_context=MAX_CONTEXT, eos_id=-1, seed=0, in_flight_updates=in_flight_updates
-    )
+    sampling = SamplerSettings(slots=slots, max_context=MAX_CONTEXT, eos_id=-1, seed=0)
+    return HfSampler(tiny_model(), sampling, in_flight_updates=in_flight_updates)
 
 
 async def sampled_across_two_refreshes(*, in_flight_updates: bool) -> list[Trajectory]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,15 +68,9 @@ def architecture_of_size(
     }
     if model_type == "gpt2":
         sizes = {"n_layer": num_layers, "n_embd": hidden_size, "n_head": num_heads, "n_positions": max_positions}
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         # The exact GELU is one operation where GPT-2's own approximation is eight.
-        return {
-            **common,
-            **sizes,
-            "activation_function": "gelu",
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-        }
+        return {**common, **sizes, **dropout, "activation_function": "gelu"}
     return {
         **common,
         "num_hidden_layers": num_layers,
@@ -255,23 +249,36 @@ def load_safetensors(model: PreTrainedModel, serialised: bytes) -> None:
     Raises:
         EngineError: not safetensors, or a tensor is missing, unexpected, or of another shape; `model` is unchanged.
     """
+    targets = _own_tensors(model)
+    shapes = {name: tuple(target.shape) for name, target in targets.items()}
+    tied = model.state_dict().keys() - targets.keys()
+    loaded = read_fitting(serialised, shapes, f"{model.config.model_type} model", ignored=tied)
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(loaded[name])
+
+
+def read_fitting(
+    serialised: bytes, shapes: Mapping[str, tuple[int, ...]], what: str, ignored: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Tensors that have the names and `shapes` of `what`; those of the `ignored` names may be there or not.
+
+    Raises:
+        EngineError: not safetensors, or a tensor is missing, unexpected, or of another shape.
+    """
     try:
         loaded: dict[str, Tensor] = safetensors.torch.load(serialised)
     except safetensors.SafetensorError as error:
         raise EngineError(f"{len(serialised)} bytes of weights are not safetensors: {error}.") from error
-    targets = _own_tensors(model)
-    tied_names = set(model.state_dict()) - set(targets)
-    for name in sorted(targets.keys() | loaded.keys() - tied_names):
-        expected = tuple(targets[name].shape) if name in targets else "no such tensor"
+    for name in sorted(shapes.keys() | loaded.keys() - set(ignored)):
+        expected = shapes.get(name, "no such tensor")
         found = tuple(loaded[name].shape) if name in loaded else "no such tensor"
         if expected != found:
             raise EngineError(
-                f"weights do not fit the {model.config.model_type} model: tensor {name} should be {expected} "
-                f"and is {found}. Were they made with another architecture?"
+                f"weights do not fit the {what}: tensor {name} should be {expected} and is {found}. "
+                "Were they made with another architecture?"
             )
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(loaded[name])
+    return loaded
 
 
 def weights_digest(model: PreTrainedModel) -> str:

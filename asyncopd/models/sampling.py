@@ -79,6 +79,32 @@ class CandidateRule:
 
 
 @dataclass(frozen=True)
+class SamplerSettings:
+    """What is asked of a sampler, whichever engine it is."""
+
+    slots: int
+    """Responses that are generated side by side."""
+    max_context: int
+    """Most tokens of prompt and response together; sizes the cache."""
+    eos_id: int
+    seed: int
+    """The run's seed; with a trajectory's index it decides every draw."""
+    temperature: float = 1.0
+    """Of the law that is sampled, as is `top_p`, and whose log-probs are stored."""
+    top_p: float = 1.0
+    head: int = 0
+    """Of the candidates recorded at each position (types.Candidates), as are `num_draws` and `law`."""
+    num_draws: int = 0
+    law: DrawLaw = "policy"
+
+    def rule(self, vocab_size: int) -> CandidateRule:
+        """Raises ConfigError, as `check_law` does, when the settings name no distribution over the vocabulary."""
+        rule = CandidateRule(self.head, self.num_draws, self.law)
+        check_law(temperature=self.temperature, top_p=self.top_p, rule=rule, vocab_size=vocab_size)
+        return rule
+
+
+@dataclass(frozen=True)
 class Draws:
     """What was drawn at A positions; log-probs are of the law really sampled from, nats, at least `LOGPROB_FLOOR`."""
 

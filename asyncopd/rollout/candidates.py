@@ -69,17 +69,14 @@ class CandidateSource:
         ids = {t.index: np.zeros((len(t.response_ids), num_columns), np.int32) for t in trajectories}
         logprobs = {t.index: np.zeros((len(t.response_ids), num_columns + 1), np.float32) for t in trajectories}
         for version in sorted({run.version for t in trajectories for run in t.version_runs}):
-            self._load(version)
+            if version != self._version:
+                load_safetensors(self._model, self._read_weights(version))
+                self._version = version
             chosen = [t for t in trajectories if any(run.version == version for run in t.version_runs)]
             for trajectory, positions_A, ids_AC, logprobs_AC in self._recomputed(chosen, version):
                 ids[trajectory.index][positions_A] = ids_AC
                 logprobs[trajectory.index][positions_A] = logprobs_AC
         return {t.index: self._assembled(t, ids[t.index], logprobs[t.index]) for t in trajectories}
-
-    def _load(self, version: int) -> None:
-        if version != self._version:
-            load_safetensors(self._model, self._read_weights(version))
-            self._version = version
 
     def _recomputed(
         self, trajectories: Sequence[Trajectory], version: int
@@ -133,15 +130,7 @@ class CandidateSource:
     def _assembled(
         self, trajectory: Trajectory, ids_TC: NDArray[np.int32], logprobs_TC: NDArray[np.float32]
     ) -> Candidates:
-        self._check_reproduced(trajectory, logprobs_TC[:, 0])
-        if self._rule.law == "policy" and self._rule.num_draws:
-            # The emitted token is draw 0, with the log-prob that was recorded.
-            ids_TC[:, 1 + self._rule.head] = trajectory.response_ids
-            logprobs_TC[:, 1 + self._rule.head] = trajectory.behaviour_logprobs_T
-        return self._rule.candidates(ids_TC, logprobs_TC)
-
-    def _check_reproduced(self, trajectory: Trajectory, logprobs_T: NDArray[np.float32]) -> None:
-        difference = float(np.abs(logprobs_T - trajectory.behaviour_logprobs_T).mean())
+        difference = float(np.abs(logprobs_TC[:, 0] - trajectory.behaviour_logprobs_T).mean())
         # -inf, where top-p excludes a recorded token, and NaN fail too.
         if not difference <= REPRODUCED_NATS:
             raise EngineError(
@@ -151,3 +140,8 @@ class CandidateSource:
                 "(was the run sampled by another engine, or rewound with another result?), so candidates drawn from "
                 "them would follow another law. Back-fill without --candidates, or start a new run that records them."
             )
+        if self._rule.law == "policy" and self._rule.num_draws:
+            # The emitted token is draw 0, with the log-prob that was recorded.
+            ids_TC[:, 1 + self._rule.head] = trajectory.response_ids
+            logprobs_TC[:, 1 + self._rule.head] = trajectory.behaviour_logprobs_T
+        return self._rule.candidates(ids_TC, logprobs_TC)

@@ -13,6 +13,7 @@ draws; then the tail mass).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,10 +23,10 @@ from transformers import PreTrainedModel
 
 from asyncopd.errors import EngineError
 from asyncopd.models.packing import PackedTokens, TokenPair, pack
-from asyncopd.models.sampling import CandidateRule, check_law, draw, law_logprobs, policy_key
+from asyncopd.models.sampling import SamplerSettings, draw, law_logprobs, policy_key
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.slots import SlotModel
-from asyncopd.types import FinishReason, IntArray, PolicyVersion, PolicyWeights, Trajectory, VersionRun
+from asyncopd.types import FinishReason, PolicyVersion, PolicyWeights, Trajectory, VersionRun
 
 # Short rows keep the block-causal mask small: attention over C cells costs C² whatever the segments are.
 _ROW_CAPACITY = 128
@@ -35,40 +36,43 @@ _PREFILL_CELLS = 8192
 _NEXT_TOKEN = np.zeros(1, np.int32)
 
 
+@dataclass(frozen=True)
+class _Response:
+    """One response in progress."""
+
+    ticket: int
+    request: SampleRequest
+    row: int
+    """Of its tokens in the records."""
+    runs: list[tuple[int, int]]
+    """(version, first response position it produces), in order."""
+
+
 class Decoder:
     """Slots, their cache and their host-side records. Not thread-safe; `HfSampler` gives it a thread."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        num_slots: int,
-        max_context: int,
-        temperature: float,
-        top_p: float,
-        rule: CandidateRule,
-        seed: int,
-        eos_id: int,
-    ) -> None:
-        """
-        Args:
-            model: owned from here on.
+    def __init__(self, model: PreTrainedModel, settings: SamplerSettings) -> None:
+        """Takes ownership of `model`.
+
         Raises:
             ConfigError: a sampling law that is no distribution.
             EngineError: the model cannot serve `max_context` or be given slots.
         """
-        check_law(temperature=temperature, top_p=top_p, rule=rule, vocab_size=model.config.vocab_size)
+        rule = settings.rule(model.config.vocab_size)
+        num_slots, max_context = settings.slots, settings.max_context
         self._model = SlotModel(model, num_slots=num_slots, max_context=max_context)
-        self._temperature, self._top_p, self._rule = temperature, top_p, rule
-        self._seed, self._eos_id = seed, eos_id
+        self._rule, self._settings = rule, settings
         self.version: PolicyVersion | None = None
         self.num_slots, self.max_context = num_slots, max_context
         self.vocab_size = self._model.vocab_size
 
-        # A response keeps its row of the records when its slot moves.
-        self._records = TokenRecords(num_slots, max_context, rule)
+        # What was drawn, by row; a response keeps its row when its slot moves. The last log-prob is the tail mass.
+        # Memory is committed by the operating system as positions are written, not here.
+        num_columns = 1 + rule.head + rule.num_draws
+        self._ids_STC = np.zeros((num_slots, max_context, num_columns), np.int32)
+        self._logprobs_STC = np.zeros((num_slots, max_context, num_columns + 1), np.float32)
         # All by slot.
-        self._responses: list[OpenResponse | None] = [None] * num_slots
+        self._responses: list[_Response | None] = [None] * num_slots
         self._rows_S = np.arange(num_slots)
         self._keys_S = np.zeros(num_slots, np.uint64)
         self._prompt_lengths_S = np.zeros(num_slots, np.int64)
@@ -76,6 +80,8 @@ class Decoder:
         self._limits_S = np.zeros(num_slots, np.int64)
         self._last_ids_S = np.zeros(num_slots, np.int64)
         self._is_cached_S = np.zeros(num_slots, np.bool_)
+        lengths = (self._prompt_lengths_S, self._counts_S, self._limits_S)
+        self._moving = (*lengths, self._keys_S, self._last_ids_S, self._is_cached_S)
         self._end = 0
         self._holes: list[int] = []
         self._num_admitted = 0
@@ -95,8 +101,9 @@ class Decoder:
             slot = self._holes.pop()
         else:
             slot, self._end = self._end, self._end + 1
-        self._responses[slot] = OpenResponse(self._num_admitted, request, int(self._rows_S[slot]), self.version.number)
-        self._keys_S[slot] = policy_key(self._seed, request.index)
+        runs = [(self.version.number, 0)]
+        self._responses[slot] = _Response(self._num_admitted, request, int(self._rows_S[slot]), runs)
+        self._keys_S[slot] = policy_key(self._settings.seed, request.index)
         self._prompt_lengths_S[slot] = len(request.prompt_ids)
         self._limits_S[slot] = request.max_new_tokens
         self._counts_S[slot] = 0
@@ -115,7 +122,10 @@ class Decoder:
         self._is_cached_S[:] = False
         for slot, response in enumerate(self._responses):
             if response is not None:
-                response.start_version(weights.version.number, int(self._counts_S[slot]))
+                count = int(self._counts_S[slot])
+                # A run that got no token is forgotten.
+                response.runs[:] = [run for run in response.runs if run[1] < count]
+                response.runs.append((weights.version.number, count))
 
     def step(self) -> list[tuple[int, Trajectory]]:
         """One token for every active slot (at least one); returns tickets and responses that this finished.
@@ -126,7 +136,7 @@ class Decoder:
         self._fill_holes()
         active = slice(0, self._end)
         logits_AV = self._model.logits(self._hidden())
-        logprobs_AV = law_logprobs(logits_AV, temperature=self._temperature, top_p=self._top_p)
+        logprobs_AV = law_logprobs(logits_AV, temperature=self._settings.temperature, top_p=self._settings.top_p)
         draws = draw(logprobs_AV, self._keys_S[active], self._counts_S[active], self._rule)
         ids_AC = draws.ids_AC.cpu().numpy()
         logprobs_AC = torch.cat([draws.logprobs_AC, draws.tail_logmass_A[:, None]], dim=1).cpu().numpy()
@@ -135,11 +145,12 @@ class Decoder:
                 f"the student produced NaN under policy version {self.version}; generation stopped. "
                 "Check the published weights and the learner's last steps."
             )
-        self._records.write(self._rows_S[active], self._counts_S[active], ids_AC, logprobs_AC)
+        rows_A, positions_A = self._rows_S[active], self._counts_S[active]
+        self._ids_STC[rows_A, positions_A], self._logprobs_STC[rows_A, positions_A] = ids_AC, logprobs_AC
         self._last_ids_S[active] = ids_AC[:, 0]
         self._is_cached_S[active] = True
         self._counts_S[active] += 1
-        is_finished_A = (ids_AC[:, 0] == self._eos_id) | (self._counts_S[active] >= self._limits_S[active])
+        is_finished_A = (ids_AC[:, 0] == self._settings.eos_id) | (self._counts_S[active] >= self._limits_S[active])
         return [self._finish(int(slot)) for slot in np.flatnonzero(is_finished_A)]
 
     def _hidden(self) -> Tensor:
@@ -171,7 +182,7 @@ class Decoder:
         for slot in uncached_U:
             response = self._responses[slot]
             assert response is not None
-            so_far = self._records.response_ids(response.row, int(self._counts_S[slot]))
+            so_far = self._ids_STC[response.row, : self._counts_S[slot], 0]
             pairs.append((np.concatenate([response.request.prompt_ids, so_far]), _NEXT_TOKEN))
         ends_U = np.cumsum([len(ids) for ids, _ in pairs])
         for group in np.unique(ends_U // _PREFILL_CELLS):
@@ -191,84 +202,26 @@ class Decoder:
             # Swapped, not copied: rows stay a permutation, so a freed slot owns a free row.
             self._rows_S[[hole, last]] = self._rows_S[[last, hole]]
             self._responses[hole], self._responses[last] = self._responses[last], None
-            for by_slot in (
-                self._keys_S,
-                self._prompt_lengths_S,
-                self._counts_S,
-                self._limits_S,
-                self._last_ids_S,
-                self._is_cached_S,
-            ):
+            for by_slot in self._moving:
                 by_slot[hole] = by_slot[last]
         self._holes.clear()
 
     def _finish(self, slot: int) -> tuple[int, Trajectory]:
-        """Free the slot and turn its records into a Trajectory."""
+        """Free the slot and turn its records into a Trajectory, whose arrays are views into two copies made here."""
         response = self._responses[slot]
         assert response is not None
         self._responses[slot] = None
         self._holes.append(slot)
-        reason: FinishReason = "stop" if self._last_ids_S[slot] == self._eos_id else "length"
-        return response.ticket, self._records.trajectory(response, int(self._counts_S[slot]), reason)
-
-
-class OpenResponse:
-    """One response in progress: its request, the row of its tokens, and which versions produced them."""
-
-    def __init__(self, ticket: int, request: SampleRequest, row: int, version: int) -> None:
-        self.ticket = ticket
-        self.request = request
-        self.row = row
-        self._runs: list[tuple[int, int]] = [(version, 0)]
-        # (version, first response position it produces), in order.
-
-    def start_version(self, version: int, count: int) -> None:
-        """Tokens from response position `count` on come from `version`; a run that got no token is forgotten."""
-        self._runs = [run for run in self._runs if run[1] < count]
-        self._runs.append((version, count))
-
-    def version_runs(self, count: int) -> tuple[VersionRun, ...]:
-        """The runs of the first `count` tokens."""
-        ends = [start for _, start in self._runs[1:]] + [count]
-        return tuple(VersionRun(version, end - start) for (version, start), end in zip(self._runs, ends, strict=True))
-
-
-class TokenRecords:
-    """Ids and log-probs of every response in progress, one row each, filled one position per step."""
-
-    def __init__(self, num_rows: int, max_tokens: int, rule: CandidateRule) -> None:
-        num_columns = 1 + rule.head + rule.num_draws
-        self._rule = rule
-        # Memory is committed by the operating system as positions are written, not here.
-        self._ids_STC = np.zeros((num_rows, max_tokens, num_columns), np.int32)
-        self._logprobs_STC = np.zeros((num_rows, max_tokens, num_columns + 1), np.float32)
-
-    def write(
-        self,
-        rows_A: NDArray[np.int64],
-        positions_A: NDArray[np.int64],
-        ids_AC: NDArray[np.int64],
-        logprobs_AC: NDArray[np.float32],
-    ) -> None:
-        """Record one position of several rows; the last log-prob column is the tail mass."""
-        self._ids_STC[rows_A, positions_A] = ids_AC
-        self._logprobs_STC[rows_A, positions_A] = logprobs_AC
-
-    def response_ids(self, row: int, count: int) -> IntArray:
-        """[count] tokens so far; a view."""
-        return self._ids_STC[row, :count, 0]
-
-    def trajectory(self, response: OpenResponse, count: int, finish_reason: FinishReason) -> Trajectory:
-        """The finished response; its arrays are views into two copies made here."""
-        ids_TC = self._ids_STC[response.row, :count].copy()
-        logprobs_TC = self._logprobs_STC[response.row, :count].copy()
-        return self._rule.trajectory(
+        count = int(self._counts_S[slot])
+        reason: FinishReason = "stop" if self._last_ids_S[slot] == self._settings.eos_id else "length"
+        ends = [start for _, start in response.runs[1:]] + [count]
+        return response.ticket, self._rule.trajectory(
             response.request.index,
             response.request.prompt_ids,
-            ids_TC,
-            logprobs_TC,
-            version_runs=response.version_runs(count),
-            finish_reason=finish_reason,
+            self._ids_STC[response.row, :count].copy(),
+            self._logprobs_STC[response.row, :count].copy(),
+            version_runs=tuple(VersionRun(v, end - start) for (v, start), end in zip(response.runs, ends, strict=True)),
+            finish_reason=reason,
         )
 
 

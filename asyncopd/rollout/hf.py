@@ -23,10 +23,10 @@ import torch
 from transformers import PreTrainedModel
 
 from asyncopd.errors import AsyncOPDError, EngineError
-from asyncopd.models.sampling import CandidateRule
+from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.decoding import Decoder, check_request
-from asyncopd.types import DrawLaw, PolicyVersion, PolicyWeights, Trajectory
+from asyncopd.types import PolicyVersion, PolicyWeights, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -47,46 +47,18 @@ class _Pending:
 class HfSampler:
     """Sampler engine on a transformers model; continuous batching, seeded per trajectory index."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        slots: int,
-        max_context: int,
-        eos_id: int,
-        seed: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        head: int = 0,
-        num_draws: int = 0,
-        law: DrawLaw = "policy",
-        in_flight_updates: bool = True,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, settings: SamplerSettings, *, in_flight_updates: bool = True) -> None:
         """Start the engine thread. Nothing can be sampled before the first `refresh`.
 
         Args:
             model: the student's architecture on its device and in its dtype; owned by the sampler from here on.
-            slots: responses that are generated side by side.
-            max_context: most tokens of prompt and response together; sizes the cache.
-            seed: the run's seed; with a trajectory's index it decides every draw.
-            temperature, top_p: the law that is sampled, and whose log-probs are stored.
-            head, num_draws, law: candidates recorded at each position (types.Candidates).
             in_flight_updates: whether responses in progress go on under new weights. Otherwise a refresh lets them end
                 first, with no new ones beside them, so the batch runs empty once per refresh.
         Raises:
             ConfigError: a sampling law that is no distribution.
             EngineError: the model cannot serve `max_context` or be given slots.
         """
-        self._decoder = Decoder(
-            model,
-            num_slots=slots,
-            max_context=max_context,
-            temperature=temperature,
-            top_p=top_p,
-            rule=CandidateRule(head, num_draws, law),
-            seed=seed,
-            eos_id=eos_id,
-        )
+        self._decoder = Decoder(model, settings)
         self._in_flight_updates = in_flight_updates
         self._waiting: deque[_Pending] = deque()
         self._refreshes: deque[_Pending] = deque()
@@ -196,13 +168,12 @@ class HfSampler:
     def _load(self, pending: _Pending) -> None:
         """Give the decoder other weights; weights that do not fit fail their `refresh` call and nothing else."""
         assert isinstance(pending.work, PolicyWeights)
-        start = time.time()
+        start, problem = time.time(), None
         try:
             self._decoder.refresh(pending.work)
         except EngineError as error:
-            _answer([(pending, error)])
-        else:
-            _answer([(pending, None)])
+            problem = error
+        _answer([(pending, problem)])
         self._record_busy(start, time.time())
 
     def _step(self) -> None:

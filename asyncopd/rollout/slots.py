@@ -14,7 +14,7 @@ pass, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,11 @@ class SlotCache:
         self.max_context = max_context
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def num_layers(self) -> int:
+        """Layers that have attended through the cache."""
+        return len(self._buffers)
+
     def layer(self, number: int, like_GND: Tensor) -> tuple[Tensor, Tensor]:
         """(keys, values) of a layer. Zeros at first: masked positions still enter a product, so must be finite."""
         if number not in self._buffers:
@@ -54,7 +59,7 @@ class SlotCache:
                 buffer[target, :, :length] = buffer[source, :, :length]
 
 
-@dataclass
+@dataclass(frozen=True)
 class PassPlan:
     """Where the tokens of one forward pass belong; handed through the model to `slot_attention`."""
 
@@ -68,8 +73,6 @@ class PassPlan:
     slots_N: Tensor
     positions_N: Tensor
     """Where the keys and values of each token of the pass are cached."""
-    layers_seen: set[int] = field(default_factory=set)
-    """Filled during the pass: proof that the model really attends through this plan."""
 
 
 def slot_attention(
@@ -91,7 +94,6 @@ def slot_attention(
     query_HND, key_GND, value_GND = query_1HND[0], key_1GND[0], value_1GND[0]
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys_SGLD, values_SGLD = plan.cache.layer(layer, key_GND)
-    plan.layers_seen.add(layer)
     for buffer, new_GND in ((keys_SGLD, key_GND), (values_SGLD, value_GND)):
         buffer[plan.slots_N, :, plan.positions_N] = new_GND.transpose(0, 1)
 
@@ -222,7 +224,14 @@ class SlotModel:
             slots_N=self.on_device(slots),
             positions_N=position_ids_N,
         )
-        hidden_ND = self._run(self.on_device(ids), position_ids_N, plan)
+        output = self._model.base_model(
+            input_ids=self.on_device(ids)[None],
+            position_ids=position_ids_N[None],
+            attention_mask=self._no_mask_1111,
+            use_cache=False,
+            plan=plan,
+        )
+        hidden_ND: Tensor = output.last_hidden_state[0]
         if packed is None:
             return hidden_ND
         return hidden_ND[self.on_device(np.concatenate([np.arange(num_decode), num_decode + packed.predict_rows_T]))]
@@ -230,17 +239,6 @@ class SlotModel:
     def on_device(self, array: NDArray[Any]) -> Tensor:
         """The array as a tensor beside the model."""
         return torch.from_numpy(array).to(self._device)
-
-    def _run(self, ids_N: Tensor, position_ids_N: Tensor, plan: PassPlan) -> Tensor:
-        output = self._model.base_model(
-            input_ids=ids_N[None],
-            position_ids=position_ids_N[None],
-            attention_mask=self._no_mask_1111,
-            use_cache=False,
-            plan=plan,
-        )
-        hidden_ND: Tensor = output.last_hidden_state[0]
-        return hidden_ND
 
     def _decode_mask(self, positions_A: NDArray[np.int64]) -> Tensor:
         """[A, 1, 1, L] additive; each slot sees its cached positions and the one being written."""
@@ -252,22 +250,15 @@ class SlotModel:
     def _try_attention(self) -> None:
         """Prefill one token, so that a model that cannot be served says so now; allocates the cache."""
         one_token = pack([(np.zeros(1, np.int32), np.zeros(1, np.int32))], capacity=1)
-        plan = PassPlan(
-            cache=self.cache,
-            num_decode=0,
-            decode_mask_A11L=None,
-            prefill_mask_R1CC=block_causal_mask(self.on_device(one_token.segments_RC), self._dtype),
-            slots_N=self.on_device(np.array([self.cache.scratch_slot])),
-            positions_N=self.on_device(np.array([0])),
-        )
+        nothing_A = np.zeros(0, np.int64)
         reason = ""
         try:
-            self._run(self.on_device(one_token.ids_RC.ravel()), plan.positions_N, plan)
+            self.forward_pass(nothing_A, nothing_A, one_token, np.array([self.cache.scratch_slot]))
         except TypeError as error:
             reason = f": {error}"
-        if reason or len(plan.layers_seen) != self._num_layers:
+        if reason or self.cache.num_layers != self._num_layers:
             raise EngineError(
-                f"{self._model.config.model_type}: {len(plan.layers_seen)} of {self._num_layers} layers attend through "
+                f"{self._model.config.model_type}: {self.cache.num_layers} of {self._num_layers} layers attend through "
                 f"transformers' AttentionInterface, so the slot cache cannot serve it{reason}. "
                 "Use a Llama-, Qwen- or GPT-2-like student."
             )

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
 from asyncopd.metrics import DRIFT
 from asyncopd.ports import RunLog, Sampler, SampleRequest, Task
 from asyncopd.records import Facts
-from asyncopd.schedule import OpenShards, Plan, Seen, num_taken
+from asyncopd.schedule import Plan, Seen, num_taken
 from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, Trajectory
-from asyncopd.worker import NextShard, Worker
+from asyncopd.worker import ShardStage, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ READ_AGAIN_S = 0.5
 """Pause before a version that could not be read is tried again: the learner answers while it waits for a batch."""
 
 
-class RolloutStage:
-    """Samples the shards of one run with one engine; any number of these may work on the same run."""
+class RolloutStage(ShardStage):
+    """Samples the shards of one run with one engine."""
 
     def __init__(
         self,
@@ -48,15 +49,11 @@ class RolloutStage:
         Args:
             busy_intervals: drains the engine's (start, end) stretches of decoding in Unix seconds, for the timeline.
         """
-        self._log, self._worker, self._plan, self._task, self._sampler = log, worker, plan, task, sampler
-        self._max_new_tokens = max_new_tokens
-        self._lease_s = lease_s
-        self._busy_intervals = busy_intervals
-        self._open = OpenShards(plan)
-        """Shards neither produced nor claimed by this worker, in index order."""
+        super().__init__(log, worker, plan, stage="rollout", lease_s=lease_s)
+        self._task, self._sampler = task, sampler
+        self._max_new_tokens, self._busy_intervals = max_new_tokens, busy_intervals
         self._drift = (-1, 0.0)
         """The last step whose drift is known, and that drift, nats per token."""
-        self._choosing = asyncio.Lock()
         self._unreadable: PolicyVersion | None = None
         self._read_again_s = 0.0
         worker.tell(num_trajectories=0, num_tokens=0, num_tokens_discarded=0)
@@ -76,21 +73,7 @@ class RolloutStage:
                 following.cancel()
                 self._record_busy()
 
-    async def next_shard(self) -> IndexRange | None:
-        """Claim the lowest admissible shard that nobody produced or holds; waits for versions and for other workers."""
-        async with self._choosing:
-            first = self._open.first
-            if first is None:
-                return None
-            what = await asyncio.to_thread(self._what_is_missing, first)
-            return (await self._worker.wait_for(self._claim_next, what)).shard
-
-    async def work(self, shard: IndexRange) -> None:
-        """Sample, verify and publish one shard. Harmless when another worker publishes it first."""
-        with self._worker.busy.working():
-            await self._sample_and_publish(shard)
-
-    async def _sample_and_publish(self, shard: IndexRange) -> None:
+    async def _work(self, shard: IndexRange) -> None:
         started = time.time()
         trajectories = await asyncio.gather(*(self._one(index) for index in shard.indices))
         num_tokens = sum(len(t.response_ids) for t in trajectories)
@@ -110,22 +93,14 @@ class RolloutStage:
         correct = self._task.verify(prompt, trajectory.response_ids.tolist())
         return replace(trajectory, prompt_id=prompt.prompt_id, group=prompt.group, correct=correct)
 
-    def _claim_next(self) -> NextShard | None:
-        """What to do next; None when there is nothing to do right now."""
+    def _ready(self) -> Iterable[IndexRange] | None:
         seen = self._seen()
         if self._plan.is_complete(seen):
-            return NextShard(None)
-        for shard in self._open:
-            if not self._plan.admits(shard, seen):
-                return None
-            if self._log.find_trajectories(shard) is not None:
-                self._open.remove(shard)
-            elif self._log.claim("rollout", shard, worker=self._worker.name, lease_s=self._lease_s):
-                self._open.remove(shard)
-                # Its last holder may have published between the look above and our claim.
-                if self._log.find_trajectories(shard) is None:
-                    return NextShard(shard)
-        return None if self._open.first else NextShard(None)
+            return None
+        return itertools.takewhile(lambda shard: self._plan.admits(shard, seen), self._open)
+
+    def _is_done(self, shard: IndexRange) -> bool:
+        return self._log.find_trajectories(shard) is not None
 
     def _seen(self) -> Seen:
         """What this worker knows of the run, as the plan wants it."""

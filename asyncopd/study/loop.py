@@ -20,6 +20,7 @@ from asyncopd.errors import NonFiniteError
 from asyncopd.evaluate import kl_to_teacher
 from asyncopd.learner.student import Student
 from asyncopd.losses import build_estimator
+from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest, Scorer, ScoreRequest
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.study.worlds import WarmStart
@@ -162,8 +163,7 @@ def _sampler(
     warm: WarmStart, settings: LoopSettings, *, seed: int, head: int, num_draws: int, law: DrawLaw
 ) -> HfSampler:
     task = warm.task(0)
-    return HfSampler(
-        warm.model(),
+    sampling = SamplerSettings(
         slots=SLOTS,
         max_context=task.max_prompt_tokens + settings.max_new_tokens,
         eos_id=task.tokenizer.eos_id,
@@ -173,6 +173,7 @@ def _sampler(
         num_draws=num_draws,
         law=law,
     )
+    return HfSampler(warm.model(), sampling)
 
 
 def _student(warm: WarmStart, loss: LossConfig, settings: LoopSettings, lr: float) -> Student:

@@ -22,7 +22,15 @@ def build_task(config: TaskConfig, seed: int, tokenizer: TextTokenizer | None = 
         ConfigError: data or tokenizer cannot serve; see `read_questions`, `split_questions` and `TextTask`.
     """
     if isinstance(config, WalkConfig):
-        return build_walk(config, seed)
+        return WalkTask(
+            seed,
+            p=config.p,
+            noise_levels=config.noise_levels,
+            noise_weights=config.noise_weights,
+            eval_fraction=config.eval_fraction,
+            split_seed=config.split_seed,
+            max_demo_tokens=config.max_demo_tokens,
+        )
     if config.tokenizer == "bytes":
         tokenizer = ByteTokenizer()
     if tokenizer is None:
@@ -31,19 +39,6 @@ def build_task(config: TaskConfig, seed: int, tokenizer: TextTokenizer | None = 
             f"Pass HfTokenizer({config.tokenizer!r}) to build_task, or set task.tokenizer to bytes."
         )
     return _build_text(config, seed, tokenizer)
-
-
-def build_walk(config: WalkConfig, seed: int) -> WalkTask:
-    """A walk task, whose `rules` the oracle teacher needs."""
-    return WalkTask(
-        seed,
-        p=config.p,
-        noise_levels=config.noise_levels,
-        noise_weights=config.noise_weights,
-        eval_fraction=config.eval_fraction,
-        split_seed=config.split_seed,
-        max_demo_tokens=config.max_demo_tokens,
-    )
 
 
 def _build_text(config: TextConfig, seed: int, tokenizer: TextTokenizer) -> TextTask:

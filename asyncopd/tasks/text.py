@@ -87,14 +87,9 @@ class TextTask:
                     "%s: dropped %d of %d %s questions, whose prompts are longer than %d tokens.",
                     *(name, self.num_dropped[split], len(rows), split, max_prompt_tokens),
                 )
-        self._prompt_keys: dict[Split, int] = {
-            "train": stream_key("text prompts", seed, 0),
-            "eval": stream_key("text prompts", split_seed, 1),
-        }
-        self._demo_keys: dict[Split, int] = {
-            "train": stream_key("text demonstrations", seed, 0),
-            "eval": stream_key("text demonstrations", split_seed, 1),
-        }
+        sources: dict[Split, tuple[int, int]] = {"train": (seed, 0), "eval": (split_seed, 1)}
+        self._prompt_keys = {split: stream_key("text prompts", *source) for split, source in sources.items()}
+        self._demo_keys = {split: stream_key("text demonstrations", *source) for split, source in sources.items()}
         self._responses: dict[Split, list[tuple[_Item, IntArray]]] = {}
 
     def prompt(self, index: int, split: Split) -> Prompt:

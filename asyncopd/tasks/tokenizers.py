@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from asyncopd.errors import ConfigError
@@ -106,18 +107,7 @@ class ByteTokenizer:
             return bytes(list(ids)).decode("utf-8", errors="replace")
         except ValueError:
             # Some id is no byte, as in any response that ends in EOS.
-            return self._decode_mixed(ids)
-
-    def _decode_mixed(self, ids: Sequence[int]) -> str:
-        pieces: list[str] = []
-        pending = bytearray()
-        for token_id in ids:
-            if 0 <= token_id < 256:
-                pending.append(token_id)
-                continue
-            pieces += [pending.decode("utf-8", errors="replace"), self.token_text(token_id)]
-            pending.clear()
-        return "".join([*pieces, pending.decode("utf-8", errors="replace")])
+            return decode_mixed(ids, 256, lambda run: bytes(run).decode("utf-8", errors="replace"), self.token_text)
 
     def token_text(self, token_id: int) -> str:
         """The character of an ASCII byte, `<0xE2>` for the other bytes, the name of a special."""
@@ -133,6 +123,17 @@ class ByteTokenizer:
 def unknown_text(token_id: int) -> str:
     """How viewers show an id that no token has."""
     return f"<?{token_id}>"
+
+
+def decode_mixed(
+    ids: Sequence[int], num_known: int, decode_known: Callable[[list[int]], str], other_text: Callable[[int], str]
+) -> str:
+    """Text of ids of which only 0 ... `num_known` − 1 can be decoded together; the others have texts of their own."""
+    pieces: list[str] = []
+    for is_known, group in itertools.groupby(map(int, ids), lambda token_id: 0 <= token_id < num_known):
+        run = list(group)
+        pieces += [decode_known(run)] if is_known else map(other_text, run)
+    return "".join(pieces)
 
 
 def _digest(*parts: object) -> str:

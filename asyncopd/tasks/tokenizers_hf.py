@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from asyncopd.errors import ConfigError
-from asyncopd.tasks.tokenizers import unknown_text
+from asyncopd.tasks.tokenizers import decode_mixed, unknown_text
 
 
 class HfTokenizer:
@@ -75,15 +75,7 @@ class HfTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text with specials shown; ids no token has appear as `<?id>`."""
-        pieces: list[str] = []
-        known: list[int] = []
-        for token_id in map(int, ids):
-            if 0 <= token_id < self.vocab_size:
-                known.append(token_id)
-                continue
-            pieces += [self._decode_known(known), unknown_text(token_id)]
-            known = []
-        return "".join([*pieces, self._decode_known(known)])
+        return decode_mixed(ids, self.vocab_size, self._decode_known, unknown_text)
 
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id])

@@ -115,11 +115,6 @@ class WalkOracle:
         logprobs_TV: NDArray[np.float64] = np.log(self.probabilities_RV[rows_T])
         return logprobs_TV
 
-    def next_logprobs_V(self, prompt_ids: IntArray, prefix_ids: IntArray) -> NDArray[np.float64]:
-        """[V] float64, nats: log q of the token after `prefix_ids`, which may be empty."""
-        padded_ids = np.append(np.asarray(prefix_ids, np.int32), np.int32(PAD_ID))
-        return np.asarray(self.logprobs_TV(prompt_ids, padded_ids)[-1])
-
     def rows(self, prompts: Sequence[IntArray], responses: Sequence[IntArray]) -> list[NDArray[np.int64]]:
         """For every response [T], the rows of `probabilities_RV` at its positions. Never fails on what ids say."""
         lengths = [len(response) for response in responses]
@@ -145,13 +140,9 @@ class WalkOracle:
         at_BT = np.where(broken_B[:, None], 0, at_BT)
         context_B = np.where(broken_B, 0, (noise_B * p + goal_B) * p)
         operation_rows_BT = context_B[:, None] + at_BT
-        state_rows_BT = self._first_state_row + rules.successors_SO[at_BT, chosen_BT]
+        state_rows_BT = len(rules.noise_levels) * p**2 + rules.successors_SO[at_BT, chosen_BT]
         rows_BT = np.where(state_is_due_BT, state_rows_BT, operation_rows_BT)
         return np.where(over_BT, len(self.probabilities_RV) - 1, rows_BT)
-
-    @property
-    def _first_state_row(self) -> int:
-        return len(self.rules.noise_levels) * self.rules.p**2
 
     def _tabulate(self) -> NDArray[np.float64]:
         rules, p = self.rules, self.rules.p

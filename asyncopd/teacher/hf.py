@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +22,8 @@ from asyncopd.models.causal_lm import output_embedding, packed_hidden, weights_d
 from asyncopd.models.packing import pack
 from asyncopd.models.sampling import inverse_cdf, lane_uniforms, teacher_key
 from asyncopd.ports import ScoreRequest
+from asyncopd.teacher.rows import asked_ids, assembled, check_request
 from asyncopd.types import FloatArray, IntArray, TeacherScores, Trajectory
-
-
-class _Answers(NamedTuple):
-    """What the teacher says about some consecutive tokens."""
-
-    logprobs_TJ: FloatArray
-    topk_ids_TK: IntArray
-    topk_logprobs_TK: FloatArray
-    draw_ids_TM: IntArray
-    draw_logprobs_TM: FloatArray
 
 
 class HfScorer:
@@ -84,11 +74,7 @@ class HfScorer:
         """Nothing to stop: the model lives in this process."""
 
     def _check(self, trajectories: Sequence[Trajectory], request: ScoreRequest) -> None:
-        if not (0 <= request.top_k <= self._vocab_size and request.num_teacher_draws >= 0 and request.temperature > 0):
-            raise EngineError(
-                f"score request {request}: expected 0 <= top_k <= {self._vocab_size} (the teacher's vocabulary), "
-                "num_teacher_draws >= 0 and a temperature above 0."
-            )
+        check_request(request, trajectories, vocab_size=self._vocab_size, teacher=self.name)
         max_positions = getattr(self._model.config, "max_position_embeddings", None)
         for trajectory in trajectories:
             num_tokens = len(trajectory.prompt_ids) + len(trajectory.response_ids)
@@ -97,20 +83,10 @@ class HfScorer:
                     f"index {trajectory.index}: {num_tokens} tokens exceed the {max_positions} positions of teacher "
                     f"{self.name}. Lower rollout.max_new_tokens or use a teacher with a longer context."
                 )
-            for ids in (trajectory.prompt_ids, _asked_ids(trajectory)):
-                if ids.min() < 0 or ids.max() >= self._vocab_size:
-                    raise EngineError(
-                        f"index {trajectory.index}: ids reach from {ids.min()} to {ids.max()}, but the vocabulary of "
-                        f"teacher {self.name} has {self._vocab_size}. Student and teacher must share one tokenizer."
-                    )
 
     @torch.inference_mode()
     def _score(self, trajectories: Sequence[Trajectory], request: ScoreRequest) -> list[TeacherScores]:
-        return [
-            scores
-            for group in self._groups(trajectories)
-            for scores in self._assemble(group, self._answers(group, request), request.temperature)
-        ]
+        return [scores for group in self._groups(trajectories) for scores in self._score_group(group, request)]
 
     def _groups(self, trajectories: Sequence[Trajectory]) -> Iterator[list[Trajectory]]:
         """Consecutive trajectories that ask for equally many ids per token and fit one forward pass."""
@@ -118,7 +94,7 @@ class HfScorer:
         size, width = 0, -1
         for trajectory in trajectories:
             num_tokens = len(trajectory.prompt_ids) + len(trajectory.response_ids)
-            num_asked = _asked_ids(trajectory).shape[1]
+            num_asked = asked_ids(trajectory).shape[1]
             if group and (size + num_tokens > self._tokens_per_pass or num_asked != width):
                 yield group
                 group, size = [], 0
@@ -127,12 +103,12 @@ class HfScorer:
         if group:
             yield group
 
-    def _answers(self, group: Sequence[Trajectory], request: ScoreRequest) -> _Answers:
-        """One forward pass, then the output embedding in chunks of tokens; rows in the order of `group`."""
+    def _score_group(self, group: Sequence[Trajectory], request: ScoreRequest) -> list[TeacherScores]:
+        """One forward pass, then the output embedding in chunks of tokens."""
         pairs = [(trajectory.prompt_ids, trajectory.response_ids) for trajectory in group]
         longest = max(len(prompt_ids) + len(response_ids) for prompt_ids, response_ids in pairs)
         hidden_TD = packed_hidden(self._model, pack(pairs, max(self._row_capacity, longest)))
-        ids_TJ = np.concatenate([_asked_ids(trajectory) for trajectory in group]).astype(np.int64)
+        ids_TJ = np.concatenate([asked_ids(trajectory) for trajectory in group]).astype(np.int64)
         uniforms_TM = np.concatenate([_draw_uniforms(trajectory, request) for trajectory in group])
         chunks = [
             self._answer_chunk(
@@ -143,17 +119,26 @@ class HfScorer:
             )
             for start in range(0, len(ids_TJ), self._chunk_size)
         ]
-        answers = _Answers(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
-        if not np.isfinite(answers.logprobs_TJ).all():
+        logprobs_TJ, *columns = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
+        if not np.isfinite(logprobs_TJ).all():
             raise EngineError(
                 f"teacher {self.name} produced NaN or infinite log-probs for indices {group[0].index} to "
                 f"{group[-1].index}. Check its weights and dtype."
             )
-        return answers
+        stops = np.cumsum([len(trajectory.response_ids) for trajectory in group])
+        return assembled(
+            group,
+            np.split(logprobs_TJ, stops[:-1]),
+            *columns,
+            temperature=request.temperature,
+            teacher=self.name,
+            teacher_digest=self.digest,
+        )
 
     def _answer_chunk(
         self, hidden_TD: Tensor, ids_TJ: NDArray[np.int64], uniforms_TM: NDArray[np.float64], request: ScoreRequest
-    ) -> _Answers:
+    ) -> tuple[FloatArray, IntArray, FloatArray, IntArray, FloatArray]:
+        """Log-probs at asked ids; top-k ids and log-probs; draws and their log-probs, of some consecutive tokens."""
         weight_VD, bias_V = output_embedding(self._model)
         logits_TV = torch.nn.functional.linear(hidden_TD, weight_VD, bias_V).float()
         logprobs_TV = torch.log_softmax(logits_TV / request.temperature, dim=-1)
@@ -162,45 +147,17 @@ class HfScorer:
         draw_ids_TM = torch.empty((len(ids_TJ), 0), dtype=torch.int64, device=device)
         if request.num_teacher_draws:
             draw_ids_TM = inverse_cdf(logprobs_TV.exp(), torch.from_numpy(uniforms_TM).to(device))
-        return _Answers(
-            logprobs_TJ=logprobs_TV.gather(1, torch.from_numpy(ids_TJ).to(device)).cpu().numpy(),
-            topk_ids_TK=topk.indices.int().cpu().numpy(),
-            topk_logprobs_TK=topk.values.cpu().numpy(),
-            draw_ids_TM=draw_ids_TM.int().cpu().numpy(),
-            draw_logprobs_TM=logprobs_TV.gather(1, draw_ids_TM).cpu().numpy(),
+        return (
+            logprobs_TV.gather(1, torch.from_numpy(ids_TJ).to(device)).cpu().numpy(),
+            topk.indices.int().cpu().numpy(),
+            topk.values.cpu().numpy(),
+            draw_ids_TM.int().cpu().numpy(),
+            logprobs_TV.gather(1, draw_ids_TM).cpu().numpy(),
         )
-
-    def _assemble(self, group: Sequence[Trajectory], answers: _Answers, temperature: float) -> Iterator[TeacherScores]:
-        """Cut the answers into one TeacherScores per trajectory."""
-        stop = 0
-        for trajectory in group:
-            start, stop = stop, stop + len(trajectory.response_ids)
-            head_end = 1 + trajectory.candidates.head_ids_TK.shape[1]
-            yield TeacherScores(
-                index=trajectory.index,
-                teacher=self.name,
-                teacher_digest=self.digest,
-                temperature=temperature,
-                sampled_logprobs_T=answers.logprobs_TJ[start:stop, 0],
-                topk_ids_TK=answers.topk_ids_TK[start:stop],
-                topk_logprobs_TK=answers.topk_logprobs_TK[start:stop],
-                head_logprobs_TK=answers.logprobs_TJ[start:stop, 1:head_end],
-                draw_logprobs_TN=answers.logprobs_TJ[start:stop, head_end:],
-                teacher_draw_ids_TM=answers.draw_ids_TM[start:stop],
-                teacher_draw_logprobs_TM=answers.draw_logprobs_TM[start:stop],
-            )
-
-
-def _asked_ids(trajectory: Trajectory) -> IntArray:
-    """[T, 1 + K + N]: the sampled token, the head and the draws of every position."""
-    candidates = trajectory.candidates
-    return np.concatenate([trajectory.response_ids[:, None], candidates.head_ids_TK, candidates.draw_ids_TN], axis=1)
 
 
 def _draw_uniforms(trajectory: Trajectory, request: ScoreRequest) -> NDArray[np.float64]:
     """[T, M] of the trajectory's own random stream."""
     positions_T = np.arange(len(trajectory.response_ids))
-    if request.num_teacher_draws == 0:
-        return np.empty((len(positions_T), 0))
     keys_T = np.full(len(positions_T), teacher_key(request.seed, trajectory.index), np.uint64)
     return lane_uniforms(keys_T, positions_T, request.num_teacher_draws)

@@ -38,7 +38,8 @@ class OracleScorer:
             )
         self.name = name
         self.tokenizer_digest = rules.tokenizer.digest
-        self.digest = _digest(rules, smoothing)
+        settings = [_CLOSED_FORM, rules.p, rules.noise_levels, OPERATIONS, smoothing, rules.tokenizer.digest]
+        self.digest = hashlib.sha256(json.dumps(["walk oracle", *settings]).encode()).hexdigest()
         self._oracle = WalkOracle(rules, smoothing)
         self._logprobs_RV = np.log(self._oracle.probabilities_RV)
         self._tables: dict[float, RowTable] = {}
@@ -53,25 +54,11 @@ class OracleScorer:
             [trajectory.prompt_ids for trajectory in trajectories],
             [trajectory.response_ids for trajectory in trajectories],
         )
-        return scores_from_rows(
-            self._table(request.temperature),
-            trajectories,
-            rows,
-            request,
-            teacher=self.name,
-            teacher_digest=self.digest,
-        )
+        # A run asks at one temperature; keeping the latest bounds memory whatever is asked.
+        if request.temperature not in self._tables:
+            self._tables = {request.temperature: RowTable(self._logprobs_RV, request.temperature)}
+        table = self._tables[request.temperature]
+        return scores_from_rows(table, trajectories, rows, request, teacher=self.name, teacher_digest=self.digest)
 
     async def close(self) -> None:
         """Nothing to stop: a closed form has no engine."""
-
-    def _table(self, temperature: float) -> RowTable:
-        # A run asks at one temperature; keeping the latest bounds memory whatever is asked.
-        if temperature not in self._tables:
-            self._tables = {temperature: RowTable(self._logprobs_RV, temperature)}
-        return self._tables[temperature]
-
-
-def _digest(rules: WalkRules, smoothing: float) -> str:
-    settings = [_CLOSED_FORM, rules.p, rules.noise_levels, OPERATIONS, smoothing, rules.tokenizer.digest]
-    return hashlib.sha256(json.dumps(["walk oracle", *settings]).encode()).hexdigest()

@@ -18,7 +18,7 @@ import numpy as np
 
 from asyncopd.errors import EngineError
 from asyncopd.ports import ScoreRequest
-from asyncopd.teacher.rows import RowTable, scores_from_rows
+from asyncopd.teacher.rows import RowTable, asked_ids, assembled, check_request, scores_from_rows
 from asyncopd.types import FloatArray, IntArray, TeacherScores, Trajectory
 
 MAX_FULL_VOCABULARY = 8192
@@ -38,12 +38,6 @@ class PromptAnswer:
     """[T, K] at `ids_TJ`."""
     asked_logprobs_TA: FloatArray | None = None
     """[T, A] at the ids of `asked_ids`, from engines that score given ids."""
-
-
-def asked_ids(trajectory: Trajectory) -> IntArray:
-    """[T, 1 + K + N]: the sampled token, the head and the draws of every position."""
-    candidates = trajectory.candidates
-    return np.concatenate([trajectory.response_ids[:, None], candidates.head_ids_TK, candidates.draw_ids_TN], axis=1)
 
 
 async def all_answers(calls: Sequence[Coroutine[Any, Any, PromptAnswer]]) -> list[PromptAnswer]:
@@ -67,18 +61,7 @@ def num_logprobs(
         EngineError: the request makes no sense for this vocabulary, an id lies outside it, or the full vocabulary is
             needed and too large.
     """
-    if not (0 <= request.top_k <= vocab_size and request.num_teacher_draws >= 0 and request.temperature > 0):
-        raise EngineError(
-            f"score request {request}: expected 0 <= top_k <= {vocab_size} (the vocabulary of teacher {teacher}), "
-            "num_teacher_draws >= 0 and a temperature above 0."
-        )
-    for trajectory in trajectories:
-        for ids in (trajectory.prompt_ids, asked_ids(trajectory)):
-            if ids.min() < 0 or ids.max() >= vocab_size:
-                raise EngineError(
-                    f"index {trajectory.index}: ids reach from {ids.min()} to {ids.max()}, but the vocabulary of "
-                    f"teacher {teacher} has {vocab_size}. Student and teacher must share one tokenizer."
-                )
+    check_request(request, trajectories, vocab_size=vocab_size, teacher=teacher)
     has_candidates = any(asked_ids(trajectory).shape[1] > 1 for trajectory in trajectories)
     reasons = [
         reason
@@ -125,24 +108,26 @@ def scores_of(
                 f"index {trajectory.index}: teacher {teacher} left out {int(np.isnan(rows_TV).sum())} of "
                 f"{rows_TV.size} log-probs of the full vocabulary."
             )
-        table = RowTable(rows_TV, request.temperature)
         (scores,) = scores_from_rows(
-            table, [trajectory], [np.arange(num_tokens)], request, teacher=teacher, teacher_digest=digest
+            RowTable(rows_TV, request.temperature),
+            [trajectory],
+            [np.arange(num_tokens)],
+            request,
+            teacher=teacher,
+            teacher_digest=digest,
         )
         return scores
-    head_end = 1 + trajectory.candidates.head_ids_TK.shape[1]
+    sampled_T1 = answer.sampled_logprobs_T[:, None]
     asked = answer.asked_logprobs_TA
-    at_ids = np.empty((num_tokens, 1), np.float32) if asked is None else asked
-    return TeacherScores(
-        index=trajectory.index,
+    (scores,) = assembled(
+        [trajectory],
+        [sampled_T1 if asked is None else np.concatenate([sampled_T1, asked[:, 1:]], axis=1)],
+        answer.ids_TJ,
+        logprobs,
+        np.empty((num_tokens, 0), np.int32),
+        np.empty((num_tokens, 0), np.float32),
+        temperature=request.temperature,
         teacher=teacher,
         teacher_digest=digest,
-        temperature=request.temperature,
-        sampled_logprobs_T=answer.sampled_logprobs_T,
-        topk_ids_TK=answer.ids_TJ,
-        topk_logprobs_TK=answer.logprobs_TJ,
-        head_logprobs_TK=at_ids[:, 1:head_end],
-        draw_logprobs_TN=at_ids[:, head_end:],
-        teacher_draw_ids_TM=np.empty((num_tokens, 0), np.int32),
-        teacher_draw_logprobs_TM=np.empty((num_tokens, 0), np.float32),
     )
+    return scores

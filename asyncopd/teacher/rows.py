@@ -1,7 +1,10 @@
-"""From full rows of log-probs over the vocabulary to TeacherScores: top-k, given ids and teacher draws, by numpy.
+"""What every teacher is asked and answers, and the answers from full rows of log-probs over the vocabulary, by numpy.
 
-For vocabularies that fit as whole rows in memory: the oracle, tiny models, tests. Rows may be shared: a table of all
-rows there are is sorted once, and every token names its row.
+    RowTable --scores_from_rows: top-k, given ids, teacher draws--> assembled --> TeacherScores
+
+Rows are for vocabularies that fit as whole rows in memory: the oracle, tiny models, tests. They may be shared: a table
+of all rows there are is sorted once, and every token names its row. Suffixes: T response tokens, K top-k, M teacher
+draws, J ids asked for at a token (sampled, head, draws).
 """
 
 from __future__ import annotations
@@ -16,6 +19,74 @@ from asyncopd.errors import EngineError
 from asyncopd.models.random import derive, stream_key, uniforms
 from asyncopd.ports import ScoreRequest
 from asyncopd.types import FloatArray, IntArray, TeacherScores, Trajectory
+
+
+def asked_ids(trajectory: Trajectory) -> IntArray:
+    """[T, J]: the sampled token, the head and the draws of every position."""
+    candidates = trajectory.candidates
+    return np.concatenate([trajectory.response_ids[:, None], candidates.head_ids_TK, candidates.draw_ids_TN], axis=1)
+
+
+def check_request(
+    request: ScoreRequest, trajectories: Sequence[Trajectory] = (), *, vocab_size: int, teacher: str
+) -> None:
+    """Refuse what no teacher with this vocabulary can answer.
+
+    Raises:
+        EngineError: the request makes no sense for the vocabulary, or an id of `trajectories` lies outside it.
+    """
+    if not (0 <= request.top_k <= vocab_size and request.num_teacher_draws >= 0 and request.temperature > 0):
+        raise EngineError(
+            f"score request {request}: expected 0 <= top_k <= {vocab_size} (the vocabulary size of teacher {teacher}), "
+            "num_teacher_draws >= 0 and a temperature above 0. Correct the loss settings."
+        )
+    for trajectory in trajectories:
+        for ids in (trajectory.prompt_ids, asked_ids(trajectory)):
+            if ids.min() < 0 or ids.max() >= vocab_size:
+                raise EngineError(
+                    f"index {trajectory.index}: ids reach from {ids.min()} to {ids.max()}, but the vocabulary of "
+                    f"teacher {teacher} has {vocab_size}. Student and teacher must share one tokenizer."
+                )
+
+
+def assembled(
+    trajectories: Sequence[Trajectory],
+    asked: Sequence[FloatArray],
+    topk_ids_TK: IntArray,
+    topk_logprobs_TK: FloatArray,
+    draw_ids_TM: IntArray,
+    draw_logprobs_TM: FloatArray,
+    *,
+    temperature: float,
+    teacher: str,
+    teacher_digest: str,
+) -> list[TeacherScores]:
+    """One TeacherScores for every trajectory; the values are views.
+
+    Args:
+        asked: of each trajectory the log-probs at its `asked_ids`, [T, J].
+        topk_ids_TK, topk_logprobs_TK, draw_ids_TM, draw_logprobs_TM: of all trajectories, one after the other.
+    """
+    scores, stop = [], 0
+    for trajectory, logprobs_TJ in zip(trajectories, asked, strict=True):
+        start, stop = stop, stop + len(logprobs_TJ)
+        head_end = 1 + trajectory.candidates.head_ids_TK.shape[1]
+        scores.append(
+            TeacherScores(
+                index=trajectory.index,
+                teacher=teacher,
+                teacher_digest=teacher_digest,
+                temperature=temperature,
+                sampled_logprobs_T=logprobs_TJ[:, 0],
+                topk_ids_TK=topk_ids_TK[start:stop],
+                topk_logprobs_TK=topk_logprobs_TK[start:stop],
+                head_logprobs_TK=logprobs_TJ[:, 1:head_end],
+                draw_logprobs_TN=logprobs_TJ[:, head_end:],
+                teacher_draw_ids_TM=draw_ids_TM[start:stop],
+                teacher_draw_logprobs_TM=draw_logprobs_TM[start:stop],
+            )
+        )
+    return scores
 
 
 class RowTable:
@@ -38,7 +109,6 @@ class RowTable:
         scaled_RV -= scaled_RV.max(-1, keepdims=True)
         probabilities_RV = np.exp(scaled_RV)
         sum_R1 = probabilities_RV.sum(-1, keepdims=True)
-        self.temperature = temperature
         self.logprobs_RV: FloatArray = (scaled_RV - np.log(sum_R1)).astype(np.float32)
         """[R, V] float32, nats, normalised."""
         # Sorting is stable, so equal log-probs are ordered by id. It must see the float32 values that are returned.
@@ -82,40 +152,25 @@ def scores_from_rows(
     Raises:
         EngineError: an id lies outside the vocabulary, or `top_k` exceeds it.
     """
-    if not 0 <= request.top_k <= table.vocab_size or request.num_teacher_draws < 0:
-        raise EngineError(
-            f"score request with top_k {request.top_k} and num_teacher_draws {request.num_teacher_draws}: expected "
-            f"0 <= top_k <= {table.vocab_size} (vocabulary size), num_teacher_draws >= 0. Correct the loss settings."
-        )
+    check_request(request, vocab_size=table.vocab_size, teacher=teacher)
     if not trajectories:
         return []
     # One numpy call per quantity serves all trajectories: at eleven tokens each, calls cost more than numbers.
     lengths = [len(rows_T) for rows_T in rows]
     rows_T = np.concatenate(rows)
     topk_ids_TK = table.ranking_RV[rows_T, : request.top_k]
-    topk_logprobs_TK = table.logprobs_RV[rows_T[:, None], topk_ids_TK]
     draw_ids_TM = _teacher_draws(table, rows_T, lengths, [trajectory.index for trajectory in trajectories], request)
-    draw_logprobs_TM = table.logprobs_RV[rows_T[:, None], draw_ids_TM]
-    sampled = _at(table, rows_T, lengths, [trajectory.response_ids for trajectory in trajectories])
-    heads = _at(table, rows_T, lengths, [trajectory.candidates.head_ids_TK for trajectory in trajectories])
-    draws = _at(table, rows_T, lengths, [trajectory.candidates.draw_ids_TN for trajectory in trajectories])
-    stops = list(accumulate(lengths))
-    return [
-        TeacherScores(
-            index=trajectory.index,
-            teacher=teacher,
-            teacher_digest=teacher_digest,
-            temperature=table.temperature,
-            sampled_logprobs_T=sampled[number],
-            topk_ids_TK=topk_ids_TK[stop - length : stop],
-            topk_logprobs_TK=topk_logprobs_TK[stop - length : stop],
-            head_logprobs_TK=heads[number],
-            draw_logprobs_TN=draws[number],
-            teacher_draw_ids_TM=draw_ids_TM[stop - length : stop],
-            teacher_draw_logprobs_TM=draw_logprobs_TM[stop - length : stop],
-        )
-        for number, (trajectory, length, stop) in enumerate(zip(trajectories, lengths, stops, strict=True))
-    ]
+    return assembled(
+        trajectories,
+        _at(table, rows_T, lengths, [asked_ids(trajectory) for trajectory in trajectories]),
+        topk_ids_TK,
+        table.logprobs_RV[rows_T[:, None], topk_ids_TK],
+        draw_ids_TM,
+        table.logprobs_RV[rows_T[:, None], draw_ids_TM],
+        temperature=request.temperature,
+        teacher=teacher,
+        teacher_digest=teacher_digest,
+    )
 
 
 def _teacher_draws(
@@ -135,18 +190,15 @@ def _teacher_draws(
 def _at(
     table: RowTable, rows_T: NDArray[np.int64], lengths: Sequence[int], ids: Sequence[IntArray]
 ) -> list[FloatArray]:
-    """Log-probs at each trajectory's own ids, in the shape of its ids: [T] or [T, *]."""
-    sizes = [array.size for array in ids]
-    flat_ids = np.concatenate([array.reshape(-1) for array in ids])
+    """Log-probs at each trajectory's own ids, in the shape of its ids: [T, J]."""
+    flat_ids = np.concatenate([ids_TJ.ravel() for ids_TJ in ids])
     # numpy would take a negative id from the end of the row.
-    if flat_ids.size and not (flat_ids.min() >= 0 and flat_ids.max() < table.vocab_size):
+    if not (flat_ids.min() >= 0 and flat_ids.max() < table.vocab_size):
         raise EngineError(
             f"response or candidate ids reach from {flat_ids.min()} to {flat_ids.max()}, but the teacher's vocabulary "
             f"has {table.vocab_size} ids. Student and teacher must share one tokenizer."
         )
-    widths = np.repeat([size // length for size, length in zip(sizes, lengths, strict=True)], lengths)
+    widths = np.repeat([ids_TJ.shape[1] for ids_TJ in ids], lengths)
     logprobs = table.logprobs_RV[np.repeat(rows_T, widths), flat_ids]
-    return [
-        logprobs[stop - size : stop].reshape(array.shape)
-        for array, size, stop in zip(ids, sizes, accumulate(sizes), strict=True)
-    ]
+    stops = accumulate(ids_TJ.size for ids_TJ in ids)
+    return [logprobs[stop - ids_TJ.size : stop].reshape(ids_TJ.shape) for ids_TJ, stop in zip(ids, stops, strict=True)]

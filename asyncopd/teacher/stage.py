@@ -1,7 +1,10 @@
 """Scoring: a teacher is asked about every trajectory shard of a run, as it appears or, back-filled, long after.
 
-    ScoreStage     trajectory shards --next_shard, claim--> cache, then Scorer --> scores/<teacher>/
-    BackfillStage  trajectory shards --(candidates recomputed beside them)--> cache, then Scorer --> scores/<folder>/
+    ScoreStage     trajectory shards --next_shard, claim--> score_through --> scores/<teacher>/
+    BackfillStage  trajectory shards --(candidates recomputed beside them)--> score_through --> scores/<folder>/
+
+    score_through  trajectories --ScoreCache.find--> known   ----------------------------+--> scores, in order
+                                               `--> unknown --Scorer--> ScoreCache.add --+
 
 Shards are scored in index order as far as they exist, and claimed, so that several processes can share the work. A
 shard of scores that is there is skipped, so either goes on where it was; nothing that exists is changed.
@@ -12,20 +15,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from asyncopd.errors import ConfigError
 from asyncopd.ports import RunLog, ScoreCache, Scorer, ScoreRequest
 from asyncopd.records import Facts
-from asyncopd.schedule import OpenShards, Plan, num_taken
-from asyncopd.teacher.cached import Answers, score_through
-from asyncopd.types import IndexRange, Trajectory
-from asyncopd.worker import NextShard, Worker
+from asyncopd.schedule import Plan, num_taken
+from asyncopd.types import IndexRange, TeacherScores, Trajectory
+from asyncopd.worker import ShardStage, Worker
 
 
-class ScoreStage:
-    """Scores the shards of one run with one teacher; any number of these may work on the same run."""
+class ScoreStage(ShardStage):
+    """Scores the shards of one run with one teacher."""
 
     def __init__(
         self,
@@ -39,62 +41,38 @@ class ScoreStage:
         cache: ScoreCache | None = None,
     ) -> None:
         """`cache` is asked before the teacher; None to ask the teacher for everything."""
-        self._log, self._worker, self._plan, self._scorer, self._request = log, worker, plan, scorer, request
-        self._lease_s, self._cache = lease_s, cache
-        self._stage = f"score-{scorer.name}"
-        self._open = OpenShards(plan)
-        """Shards neither scored nor claimed by this worker, in index order."""
-        self._choosing = asyncio.Lock()
+        super().__init__(log, worker, plan, stage=f"score-{scorer.name}", lease_s=lease_s)
+        self._scorer, self._request, self._cache = scorer, request, cache
         worker.tell(teacher=scorer.name, num_trajectories=0, num_tokens=0)
-
-    async def next_shard(self) -> IndexRange | None:
-        """Claim the lowest produced shard that nobody scored or holds; waits for rollouts and for other workers."""
-        async with self._choosing:
-            first = self._open.first
-            if first is None:
-                return None
-            what = f"shard {first.name} to be sampled"
-            return (await self._worker.wait_for(self._claim_next, what)).shard
-
-    async def work(self, shard: IndexRange) -> None:
-        """Score and publish one shard. Harmless when another worker publishes it first."""
-        with self._worker.busy.working():
-            await self._score_and_publish(shard)
-
-    async def _score_and_publish(self, shard: IndexRange) -> None:
-        with self._worker.span("orchestrate:parquet", shard.name):
-            trajectories = await asyncio.to_thread(self._log.read_trajectories, shard)
-        started = time.time()
-        answers = await score_through(self._cache, self._scorer, trajectories, self._request, worker=self._worker.name)
-        finished = time.time()
-        self._worker.record("score", started, finished, answers.described(shard.name))
-        facts = replace(answers.facts(), seconds=finished - started)
-        scores, num_tokens = answers.scores, answers.num_tokens
-        with self._worker.span("orchestrate:parquet", shard.name):
-            await asyncio.to_thread(
-                self._log.publish_scores, self._scorer.name, shard, scores, worker=self._worker.name, facts=facts
-            )
-        self._worker.count(num_trajectories=len(trajectories), num_tokens=num_tokens)
 
     async def close(self) -> None:
         """Stop the teacher's engine."""
         await self._scorer.close()
 
-    def _claim_next(self) -> NextShard | None:
-        """What to do next; None when there is nothing to do right now."""
+    async def _work(self, shard: IndexRange) -> None:
+        worker = self._worker
+        with worker.span("orchestrate:parquet", shard.name):
+            trajectories = await asyncio.to_thread(self._log.read_trajectories, shard)
+        answers = await score_through(
+            self._cache, self._scorer, trajectories, self._request, worker=worker, what=shard.name
+        )
+        facts = answers.facts()
+        with worker.span("orchestrate:parquet", shard.name):
+            await asyncio.to_thread(
+                self._log.publish_scores, self._scorer.name, shard, answers.scores, worker=worker.name, facts=facts
+            )
+        worker.count(num_trajectories=len(trajectories), num_tokens=answers.num_tokens)
+
+    def _ready(self) -> Iterable[IndexRange] | None:
         if self._plan.order == "arrival" and num_taken(self._log.arrivals()) >= self._plan.num_indices:
-            return NextShard(None)
-        for shard in self._open.window(self._plan.window):
-            if self._log.find_trajectories(shard) is None:
-                continue
-            if self._log.find_scores(self._scorer.name, shard) is not None:
-                self._open.remove(shard)
-            elif self._log.claim(self._stage, shard, worker=self._worker.name, lease_s=self._lease_s):
-                self._open.remove(shard)
-                # Its last holder may have published between the look above and our claim.
-                if self._log.find_scores(self._scorer.name, shard) is None:
-                    return NextShard(shard)
-        return None if self._open.first else NextShard(None)
+            return None
+        return (s for s in self._open.window(self._plan.window) if self._log.find_trajectories(s) is not None)
+
+    def _is_done(self, shard: IndexRange) -> bool:
+        return self._log.find_scores(self._scorer.name, shard) is not None
+
+    def _what_is_missing(self, first: IndexRange) -> str:
+        return f"shard {first.name} to be sampled"
 
 
 @dataclass(frozen=True)
@@ -184,17 +162,67 @@ class BackfillStage:
         trajectories = await asyncio.to_thread(self.log.read_trajectories, shard)
         if self.with_candidates is not None:
             trajectories = await asyncio.to_thread(self.with_candidates, shard, trajectories)
-        started = time.time()
-        answers = await score_through(self.cache, self.scorer, trajectories, self.request, worker=self.worker.name)
-        finished = time.time()
-        self.worker.record("score", started, finished, answers.described(shard.name))
-        facts = replace(
-            answers.facts(),
-            backfill=self.facts.backfill,
-            candidates=self.facts.candidates,
-            seconds=finished - started,
+        answers = await score_through(
+            self.cache, self.scorer, trajectories, self.request, worker=self.worker, what=shard.name
         )
+        facts = replace(answers.facts(), backfill=self.facts.backfill, candidates=self.facts.candidates)
         await asyncio.to_thread(
             self.log.publish_scores, self.folder, shard, answers.scores, worker=self.worker.name, facts=facts
         )
         return answers
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Scores of some trajectories, and what they cost."""
+
+    scores: list[TeacherScores]
+    """In the order of the trajectories."""
+    num_tokens_asked: int
+    """Response tokens the teacher was asked about."""
+    num_tokens_cached: int
+    """Response tokens whose answer was known."""
+    seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_tokens_asked + self.num_tokens_cached
+
+    def facts(self) -> Facts:
+        """For the manifest of the score shard."""
+        return Facts(
+            num_tokens=self.num_tokens,
+            num_tokens_asked=self.num_tokens_asked,
+            num_tokens_cached=self.num_tokens_cached,
+            seconds=self.seconds,
+        )
+
+
+async def score_through(
+    cache: ScoreCache | None,
+    scorer: Scorer,
+    trajectories: Sequence[Trajectory],
+    request: ScoreRequest,
+    *,
+    worker: Worker,
+    what: str,
+) -> Answers:
+    """Score every trajectory, asking the teacher only about those that the cache, if there is one, does not know.
+
+    The time it takes is a span of the worker's timeline, with `what` as detail.
+    """
+    started = time.time()
+    found = await asyncio.to_thread(cache.find, scorer.digest, request, trajectories) if cache else {}
+    known = {index: replace(scores, index=index, teacher=scorer.name) for index, scores in found.items()}
+    unknown = [trajectory for trajectory in trajectories if trajectory.index not in known]
+    asked = await scorer.score(unknown, request) if unknown else []
+    if cache:
+        answers = list(zip(unknown, asked, strict=True))
+        await asyncio.to_thread(cache.add, scorer.digest, request, answers, worker=worker.name)
+    num_asked = sum(len(trajectory.response_ids) for trajectory in unknown)
+    num_cached = sum(len(t.response_ids) for t in trajectories if t.index in known)
+    finished = time.time()
+    counts = f", {num_asked} tokens asked, {num_cached} from the cache" if num_cached else ""
+    worker.record("score", started, finished, what + counts)
+    by_index = known | {scores.index: scores for scores in asked}
+    return Answers([by_index[t.index] for t in trajectories], num_asked, num_cached, finished - started)

@@ -1,4 +1,4 @@
-"""Starting a vLLM engine for a model directory: one place for the settings both roles share, public names only.
+"""Starting, asking and ending a vLLM engine: one place for what both roles share, public names only.
 
 config.json + model.safetensors --AsyncLLM--> engine process (weights, KV cache, scheduler; recorder.EngineWorker)
    token ids in, token ids out: vLLM's tokenizer is never loaded
@@ -10,9 +10,11 @@ import asyncio
 import os
 from typing import Any
 
+from vllm import RequestOutput, SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from asyncopd.config.engines import VllmEngine
 from asyncopd.errors import EngineError
@@ -25,7 +27,6 @@ async def start_engine(
     name: str,
     max_context: int,
     max_sequences: int,
-    worker_extension: str = "asyncopd.vllm.recorder.EngineWorker",
     **changes: Any,
 ) -> AsyncLLM:
     """An engine that serves `model`, loaded in its own process. Takes 10 to 60 s; the event loop goes on meanwhile.
@@ -35,7 +36,6 @@ async def start_engine(
         name: names the engine in errors.
         max_context: most tokens of prompt and response together.
         max_sequences: responses in one batch.
-        worker_extension: `EngineWorker` or a subclass.
         changes: further engine arguments.
     Raises:
         EngineError: vLLM cannot serve the model, or did not start.
@@ -63,7 +63,7 @@ async def start_engine(
         # Sampling defaults of generation_config.json must not change the law.
         generation_config="vllm",
         disable_log_stats=True,
-        worker_extension_cls=worker_extension,
+        worker_extension_cls="asyncopd.vllm.recorder.EngineWorker",
         **changes,
     )
     try:
@@ -77,6 +77,31 @@ async def start_engine(
             "are above in this role's log. Expected an architecture vLLM knows (heads of at least 32 on a CPU) and "
             "memory for weights and KV cache."
         ) from error
+
+
+async def final_output(
+    engine: AsyncLLM, prompt: Any, params: SamplingParams, *, request_id: str, index: int, name: str
+) -> RequestOutput:
+    """The last output of one request for trajectory `index`.
+
+    Args:
+        name: names the engine in errors.
+    Raises:
+        EngineError: the engine process ended or failed, or vLLM refuses the request.
+    """
+    final: RequestOutput | None = None
+    try:
+        async for output in engine.generate(prompt, params, request_id=request_id):
+            final = output
+    except (EngineDeadError, EngineGenerateError) as error:
+        raise EngineError(
+            f"index {index}: {name} ended or failed ({type(error).__name__}). The last lines of its process are in "
+            "this role's log; the role starts it again, and what it had not finished is done again."
+        ) from error
+    except ValueError as error:
+        raise EngineError(f"index {index}: {name} refused the request: {error}") from error
+    assert final is not None
+    return final
 
 
 async def stop_engine(engine: AsyncLLM) -> None:

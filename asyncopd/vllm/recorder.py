@@ -2,7 +2,7 @@
 
     logits --RecordingDraw.apply--> law, draws (models/sampling, the hf engine's own) --> all logits −inf but one
                        |                                                                    vLLM's argmax emits that
-                       +--> store --RecordFetcher.take_records (collective RPC)--> VllmSampler
+                       +--> store --EngineWorker.take_records (collective RPC)---> VllmSampler
 
 A logits processor and worker extensions are vLLM's official extension points; its processes import them by name, so
 this module imports no engine. vLLM's samplers are not used because they hand out no draws, their seeds crash the CPU
@@ -17,8 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import psutil
@@ -28,26 +27,16 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
 
-from asyncopd.models.sampling import CandidateRule, draw, law_logprobs
+from asyncopd.models.sampling import CandidateRule, SamplerSettings, draw, law_logprobs
 
 TICKET, KEY, LAW = "asyncopd_ticket", "asyncopd_key", "asyncopd_law"
 """Names in a request's `extra_args` (its ticket and random key) and in the engine's `additional_config`."""
 _LOOK_EVERY_S = 1.0
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One step's draws of the whole batch, on their way to the host or there."""
-
-    ids_AC: Tensor
-    logprobs_AC: Tensor
-
-
-@dataclass(frozen=True)
-class _Recording:
-    """Where each token of one response is: its step and its row there, by response position."""
-
-    places: dict[int, tuple[_Step, int]] = field(default_factory=dict)
+_Recording = dict[int, tuple[Tensor, Tensor, int]]
+"""Where each token of one response is, by position: ids_AC and logprobs_AC of its step's whole batch, on their way to
+the host or there, and its row in them."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +57,8 @@ class RecordingDraw(LogitsProcessor):  # type: ignore[misc]  # vLLM is optional,
     """Draws every request's next token by its own random key, and lets vLLM emit exactly that."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        law: dict[str, Any] = vllm_config.additional_config[LAW]
-        self._temperature, self._top_p = law["temperature"], law["top_p"]
-        self._rule = CandidateRule(law["head"], law["num_draws"], law["law"])
+        self._law = SamplerSettings(**vllm_config.additional_config[LAW])
+        self._rule = CandidateRule(self._law.head, self._law.num_draws, self._law.law)
         self._rows: dict[int, _Row] = {}
 
     def is_argmax_invariant(self) -> bool:
@@ -89,14 +77,13 @@ class RecordingDraw(LogitsProcessor):  # type: ignore[misc]  # vLLM is optional,
         positions_A = np.array([len(row.output_ids) for row in rows], np.int64)
         keys_A = np.array([row.key for row in rows], np.uint64)
         chosen = slice(None) if len(batch_rows) == len(logits) else torch.tensor(batch_rows, device=logits.device)
-        logprobs_AV = law_logprobs(logits[chosen], temperature=self._temperature, top_p=self._top_p)
+        logprobs_AV = law_logprobs(logits[chosen], temperature=self._law.temperature, top_p=self._law.top_p)
         draws = draw(logprobs_AV, keys_A, positions_A, self._rule)
-        step = _Step(
-            draws.ids_AC.int().to("cpu", non_blocking=True),
-            torch.cat([draws.logprobs_AC, draws.tail_logmass_A[:, None]], dim=1).to("cpu", non_blocking=True),
-        )
+        ids_AC = draws.ids_AC.int().to("cpu", non_blocking=True)
+        logprobs_AC = torch.cat([draws.logprobs_AC, draws.tail_logmass_A[:, None]], dim=1)
+        logprobs_AC = logprobs_AC.to("cpu", non_blocking=True)
         for place, (row, position) in enumerate(zip(rows, positions_A.tolist(), strict=True)):
-            row.recording.places[position] = (step, place)
+            row.recording[position] = (ids_AC, logprobs_AC, place)
         logits[chosen] = torch.full_like(logprobs_AV, -torch.inf).scatter_(1, draws.ids_AC[:, :1], 0.0)
         return logits
 
@@ -114,10 +101,6 @@ class EngineWorker:
         between = ancestors[: ancestors.index(role)] if role in ancestors else []
         watch = threading.Thread(target=_end_with, args=(role, between), name="end-with-role", daemon=True)
         watch.start()
-
-
-class RecordFetcher(EngineWorker):
-    """Added to vLLM's worker class by `worker_extension_cls`; called through `AsyncLLM.collective_rpc`."""
 
     def take_records(self, tickets: Sequence[str], abandoned: Sequence[str]) -> list[list[bytes]]:
         """Remove what is stored for `tickets` and return it; forget `abandoned` ones.
@@ -137,14 +120,14 @@ def _new_row(params: SamplingParams, _prompt_ids: list[int] | None, output_ids: 
     if TICKET not in extra:
         return None
     # A preempted request comes again under its ticket.
-    recording = _recordings.setdefault(extra[TICKET], _Recording())
+    recording = _recordings.setdefault(extra[TICKET], {})
     return _Row(recording, int(extra[KEY]), output_ids)
 
 
 def _bytes_of(recording: _Recording) -> list[bytes]:
-    places = [recording.places[position] for position in sorted(recording.places)]
-    ids_TC = np.stack([step.ids_AC[row].numpy() for step, row in places])
-    logprobs_TC = np.stack([step.logprobs_AC[row].numpy() for step, row in places])
+    places = [recording[position] for position in sorted(recording)]
+    ids_TC = np.stack([ids_AC[row].numpy() for ids_AC, _, row in places])
+    logprobs_TC = np.stack([logprobs_AC[row].numpy() for _, logprobs_AC, row in places])
     return [ids_TC.tobytes(), logprobs_TC.tobytes()]
 
 

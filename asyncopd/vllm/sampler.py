@@ -16,20 +16,20 @@ import os
 import time
 import uuid
 from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from vllm import RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from asyncopd.config.engines import VllmSampling
 from asyncopd.errors import EngineError
-from asyncopd.models.sampling import CandidateRule, check_law, policy_key
+from asyncopd.models.sampling import SamplerSettings, policy_key
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.decoding import check_request
-from asyncopd.types import DrawLaw, PolicyVersion, PolicyWeights, Trajectory
-from asyncopd.vllm.engine import start_engine, stop_engine
+from asyncopd.types import PolicyVersion, PolicyWeights, Trajectory
+from asyncopd.vllm.engine import final_output, start_engine, stop_engine
 from asyncopd.vllm.recorder import KEY, LAW, TICKET
 from asyncopd.vllm.student_files import StudentFiles, trajectory_of
 
@@ -42,24 +42,12 @@ class VllmSampler:
     """Implements `ports.Sampler`. The engine starts with the first `refresh`, whose weights it loads."""
 
     def __init__(
-        self,
-        architecture: Mapping[str, Any],
-        *,
-        slots: int,
-        max_context: int,
-        eos_id: int,
-        seed: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        head: int = 0,
-        num_draws: int = 0,
-        law: DrawLaw = "policy",
-        settings: VllmSampling | None = None,
+        self, architecture: Mapping[str, Any], sampling: SamplerSettings, *, settings: VllmSampling | None = None
     ) -> None:
         """
         Args:
             architecture: the student's transformers configuration, `model_type` and `vocab_size` included.
-            settings: of the engine; the other arguments are those of `HfSampler`.
+            settings: of the engine.
         Raises:
             ConfigError: a sampling law that is no distribution.
             EngineError: transformers does not know the architecture.
@@ -68,10 +56,7 @@ class VllmSampler:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         self._files = StudentFiles(architecture)
         self._vocab_size = int(architecture["vocab_size"])
-        self._rule = CandidateRule(head, num_draws, law)
-        check_law(temperature=temperature, top_p=top_p, rule=self._rule, vocab_size=self._vocab_size)
-        self._law = {"temperature": temperature, "top_p": top_p, "head": head, "num_draws": num_draws, "law": law}
-        self._slots, self._max_context, self._eos_id, self._seed = slots, max_context, eos_id, seed
+        self._rule, self._sampling = sampling.rule(self._vocab_size), sampling
         self._settings = settings or VllmSampling()
         self._engine: AsyncLLM | None = None
         self._version: PolicyVersion | None = None
@@ -117,7 +102,7 @@ class VllmSampler:
             raise EngineError("the sampler was closed; make a new one.")
         check_request(
             request,
-            max_context=self._max_context,
+            max_context=self._sampling.max_context,
             vocab_size=self._vocab_size,
             has_weights=self._version is not None,
         )
@@ -129,7 +114,7 @@ class VllmSampler:
             self._abandoned.append(ticket)
             raise
         return trajectory_of(
-            request, output.outputs[0], ids_bytes, logprobs_bytes, rule=self._rule, eos_id=self._eos_id
+            request, output.outputs[0], ids_bytes, logprobs_bytes, rule=self._rule, eos_id=self._sampling.eos_id
         )
 
     async def refresh(self, weights: PolicyWeights) -> None:
@@ -145,7 +130,7 @@ class VllmSampler:
                 self._engine = await self._start()
             else:
                 await self._reload(self._engine)
-            self._files.drop_weights()
+            self._files.folder.drop_weights()
             engine = self._started()
             label = engine.update_weight_version(_label(weights.version))
             await self._calling(engine, label, "label its weights")
@@ -161,7 +146,7 @@ class VllmSampler:
         if engine is not None:
             await stop_engine(engine)
         _fail(self._finished.values(), _closed_error())
-        self._files.remove()
+        self._files.folder.remove()
 
     # -- engine ---------------------------------------------------------------------------------------------------
     async def _start(self) -> AsyncLLM:
@@ -171,11 +156,10 @@ class VllmSampler:
             self._files.path,
             self._settings,
             name="sampler",
-            max_context=self._max_context,
-            max_sequences=self._slots,
+            max_context=self._sampling.max_context,
+            max_sequences=self._sampling.slots,
             logits_processors=["asyncopd.vllm.recorder:RecordingDraw"],
-            worker_extension="asyncopd.vllm.recorder.RecordFetcher",
-            additional_config={LAW: self._law},
+            additional_config={LAW: asdict(self._sampling)},
         )
 
     async def _reload(self, engine: AsyncLLM) -> None:
@@ -200,14 +184,6 @@ class VllmSampler:
                 raise _closed_error() from None
             # Our caller was cancelled, and with it the task: vLLM aborts the request.
             raise
-        except (EngineDeadError, EngineGenerateError) as error:
-            raise EngineError(
-                f"index {request.index}: the vLLM sampler's engine process ended or failed under version "
-                f"{self._version} ({type(error).__name__}). Its last lines are in this role's log; the role starts it "
-                "again, and what it had not finished is sampled again."
-            ) from error
-        except ValueError as error:
-            raise EngineError(f"index {request.index}: vLLM refused the request: {error}") from error
         finally:
             self._running.discard(task)
             if not self._running:
@@ -219,19 +195,16 @@ class VllmSampler:
             temperature=0.0,
             max_tokens=request.max_new_tokens,
             ignore_eos=True,
-            stop_token_ids=[self._eos_id] if self._eos_id >= 0 else [],
+            stop_token_ids=[self._sampling.eos_id] if self._sampling.eos_id >= 0 else [],
             detokenize=False,
             # Tokens are fetched with their records; nothing needs them one by one.
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={TICKET: ticket, KEY: policy_key(self._seed, request.index)},
+            extra_args={TICKET: ticket, KEY: policy_key(self._sampling.seed, request.index)},
         )
         # Salted: no version reads prefix blocks that another one wrote.
         prompt = {"prompt_token_ids": request.prompt_ids.tolist(), "cache_salt": _label(self._version)}
-        final: RequestOutput | None = None
-        async for output in self._started().generate(prompt, params, request_id=ticket):
-            final = output
-        assert final is not None
-        return final
+        name = f"the vLLM sampler's engine under version {self._version}"
+        return await final_output(self._started(), prompt, params, request_id=ticket, index=request.index, name=name)
 
     async def _records_of(self, ticket: str) -> tuple[bytes, bytes]:
         """What the engine process recorded for a finished response. One RPC serves all that finished meanwhile."""

@@ -11,22 +11,22 @@ import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vllm import RequestOutput, SamplingParams
+from vllm import SamplingParams
 from vllm.logprobs import FlatLogprobs
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from asyncopd.config.engines import VllmEngine
 from asyncopd.errors import EngineError
 from asyncopd.ports import ScoreRequest
-from asyncopd.teacher.prompt_logprobs import FULL, PromptAnswer, all_answers, asked_ids, num_logprobs, scores_of
+from asyncopd.teacher.prompt_logprobs import FULL, PromptAnswer, all_answers, num_logprobs, scores_of
+from asyncopd.teacher.rows import asked_ids
 from asyncopd.types import TeacherScores, Trajectory
-from asyncopd.vllm.engine import start_engine, stop_engine
+from asyncopd.vllm.engine import final_output, start_engine, stop_engine
 from asyncopd.vllm.model_folder import ModelFolder
 
 
@@ -136,23 +136,14 @@ class VllmScorer:
         )
         ids = np.concatenate([trajectory.prompt_ids, trajectory.response_ids]).tolist()
         self._num_requests += 1
-        final: RequestOutput | None = None
-        try:
-            async for output in engine.generate(
-                {"prompt_token_ids": ids}, params, request_id=f"score-{trajectory.index}-{self._num_requests}"
-            ):
-                final = output
-        except (EngineDeadError, EngineGenerateError) as error:
-            raise EngineError(
-                f"index {trajectory.index}: the engine process of teacher {self.name} ended or failed "
-                f"({type(error).__name__}). Its last lines are in this role's log; the role starts it again."
-            ) from error
-        except ValueError as error:
-            raise EngineError(f"index {trajectory.index}: vLLM refused to score it: {error}") from error
-        assert final is not None
-        return self._parsed(final, num_prompt, number)
-
-    def _parsed(self, output: RequestOutput, num_prompt: int, number: int) -> PromptAnswer:
+        output = await final_output(
+            engine,
+            {"prompt_token_ids": ids},
+            params,
+            request_id=f"score-{trajectory.index}-{self._num_requests}",
+            index=trajectory.index,
+            name=f"the vLLM engine of teacher {self.name}",
+        )
         flat = output.prompt_logprobs
         assert isinstance(flat, FlatLogprobs)
         width = 1 + (self._vocab_size if number == FULL else number)
@@ -172,13 +163,10 @@ def model_digest(model: str, *facts: str) -> str:
     """sha256 (hex) of what decides a teacher's numbers: configuration and weights of a directory, or the hub name."""
     folder = Path(model)
     parts = hashlib.sha256(json.dumps(["vllm", *facts]).encode())
-    for path in sorted(_model_files(folder)) if folder.is_dir() else ():
-        with path.open("rb") as file:
-            parts.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
     if not folder.is_dir():
         parts.update(model.encode())
+        return parts.hexdigest()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            parts.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
     return parts.hexdigest()
-
-
-def _model_files(folder: Path) -> Iterable[Path]:
-    return (folder / "config.json", *folder.glob("*.safetensors"))

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.outputs import CompletionOutput
 
 from asyncopd.errors import EngineError
+from asyncopd.models.causal_lm import read_fitting
 from asyncopd.models.sampling import CandidateRule
 from asyncopd.ports import SampleRequest
 from asyncopd.types import PolicyWeights, Trajectory, VersionRun
@@ -34,8 +35,9 @@ class StudentFiles:
         self._architecture = {**architecture, "tie_word_embeddings": False}
         num_weights = sum(math.prod(shape) for shape in self._expected.values())
         num_weights += sum(math.prod(self._expected[name]) for name in self._tied.values())
-        self._folder = ModelFolder(4 * num_weights)
-        self.path = str(self._folder.path)
+        self.folder = ModelFolder(4 * num_weights)
+        """To be removed when the engine has ended."""
+        self.path = str(self.folder.path)
 
     def write(self, weights: PolicyWeights) -> None:
         """Put weights where the engine loads them from. Checked first: vLLM only warns about missing tensors.
@@ -43,31 +45,13 @@ class StudentFiles:
         Raises:
             EngineError: not safetensors, or a tensor is missing, unexpected or of another shape; nothing was written.
         """
-        try:
-            tensors = safetensors.torch.load(weights.safetensors)
-        except safetensors.SafetensorError as error:
-            raise EngineError(f"{len(weights.safetensors)} bytes of weights are not safetensors: {error}.") from error
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        for name in sorted(self._expected.keys() | found.keys()):
-            if self._expected.get(name) != found.get(name):
-                raise EngineError(
-                    f"weights of version {weights.version.number} do not fit the {self._architecture['model_type']} "
-                    f"student: tensor {name} should be {self._expected.get(name, 'absent')} and is "
-                    f"{found.get(name, 'absent')}. Were they made with another architecture?"
-                )
+        what = f"{self._architecture['model_type']} student (version {weights.version.number})"
+        tensors = read_fitting(weights.safetensors, self._expected, what)
         serialised = weights.safetensors
         if self._tied:
             copies = {alias: tensors[name].clone() for alias, name in self._tied.items()}
             serialised = safetensors.torch.save({**tensors, **copies})
-        self._folder.write(self._architecture, serialised)
-
-    def drop_weights(self) -> None:
-        """Free the memory of a version that the engine has loaded."""
-        self._folder.drop_weights()
-
-    def remove(self) -> None:
-        """Delete the folder; harmless when repeated."""
-        self._folder.remove()
+        self.folder.write(self._architecture, serialised)
 
 
 def trajectory_of(
@@ -79,7 +63,7 @@ def trajectory_of(
     rule: CandidateRule,
     eos_id: int,
 ) -> Trajectory:
-    """A finished response, from what vLLM emitted and what the recorder drew (`RecordFetcher.take_records`).
+    """A finished response, from what vLLM emitted and what the recorder drew (`EngineWorker.take_records`).
 
     Raises:
         EngineError: the two disagree, or a log-prob is NaN.
