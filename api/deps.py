@@ -8,7 +8,6 @@ A service that only this machine can reach asks for no token, but a wrong one is
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import json
@@ -83,16 +82,13 @@ class TokenStore:
         return found
 
     def _read(self) -> list[dict[str, Any]]:
-        if not self._path.is_file():
-            return []
-        records: list[dict[str, Any]] = json.loads(self._path.read_text())
+        records: list[dict[str, Any]] = json.loads(self._path.read_text()) if self._path.is_file() else []
         return records
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_suffix(".new")
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             json.dump(records, file, indent=1)

@@ -98,11 +98,9 @@ class RequestMeter:
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
         self._app = app
-        labels = ("route", "method", "code")
+        labels, name = ("route", "method", "code"), "asyncopd_http_request_duration_seconds"
         self._count = Counter("asyncopd_http_requests", "Requests answered.", labels, registry=registry)
-        self._seconds = Histogram(
-            "asyncopd_http_request_duration_seconds", "Time to the last byte.", labels, registry=registry
-        )
+        self._seconds = Histogram(name, "Time to the last byte.", labels, registry=registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
