@@ -23,7 +23,6 @@ from asyncopd.schedule import Arrival
 from asyncopd.types import Evaluation, IndexRange, PolicyVersion, Span, TrainStep
 from storage.events import with_changes
 from storage.history import History, is_alive, role_of
-from storage.launches import LaunchLog, StateRequest
 from storage.layout import RunLayout, parse, parse_shard, parse_version
 from storage.learner_log import possible_rewinds, surviving
 from storage.records import from_json
@@ -155,10 +154,6 @@ class RunView:
         """Version `number` of the surviving lineage, as far as rewinds were read."""
         versions = (PolicyVersion(number, rewind) for rewind in possible_rewinds(number, self.rewinds))
         return next((v for v in versions if self._find("policy", self.layout.key("policy", state=v)) is not None), None)
-
-    def find_request(self) -> StateRequest | None:
-        """What a user last asked of the run."""
-        return LaunchLog(self.store).find_request(self.run_id)
 
     def is_finished(self, config: RunConfig) -> bool:
         """Is every step of `config` trained, and the last version evaluated where evaluations are on?"""

@@ -114,7 +114,7 @@ def test_everybody_says_the_same_of_its_state(log: StoredRunLog, tmp_path: Path)
         view = RunView(log).refresh()
         shown = {
             ProgressWatch(RunView(log), CONFIG, wall_clock=clock).look().status,
-            status_of(view.history, CONFIG.learner.num_steps, view.find_request(), now),
+            status_of(view.history, CONFIG.learner.num_steps, LaunchLog(view.store).find_request(view.run_id), now),
         }
         return shown if now else {*shown, client.get(f"/v1/runs/{log.run_id}").json()["status"]}
 

@@ -29,6 +29,7 @@ from asyncopd.report.summary import StalenessFigures
 from asyncopd.report.text import duration, number, percent
 from asyncopd.types import Evaluation, TrainStep
 from storage.history import History, RunStatus, is_alive, role_of, status_of
+from storage.launches import LaunchLog
 from storage.run_view import RunView
 
 WINDOW_S = 5.0
@@ -119,7 +120,8 @@ class ProgressWatch:
             # From the steps, not the heartbeats: exact also when the learner went back to a checkpoint.
             tokens["learn"] = sum(step.num_tokens for step in steps)
             rates["learn"] = trained_per_s(steps[-RECENT_STEPS - 1 :])
-        status = status_of(history, self._num_steps, self._view.find_request(), now)
+        request = LaunchLog(self._view.store).find_request(self._view.run_id)
+        status = status_of(history, self._num_steps, request, now)
         stopped = self._stopped(history, status, {role_of(beat) for beat in alive})
         return Progress(
             history=history,
