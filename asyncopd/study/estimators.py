@@ -96,11 +96,9 @@ def contestants(cost: int, vocab_size: int) -> Iterator[Contestant]:
         yield Contestant(f"forward KL, teacher top-{cost}, {tail}", forward, "D_F", cost)
     yield Contestant(f"skew forward KL, teacher top-{cost}", c.SkewKLConfig(top_k=cost), "D_F", cost)
     yield Contestant(f"NPD, teacher top-{cost}", c.NPDConfig(top_k=cost), "D_F", cost)
-    if cost == min(COSTS):
-        yield from _references(vocab_size)
-
-
-def _references(vocab_size: int) -> Iterator[Contestant]:
+    if cost > min(COSTS):
+        return
+    # References, once: their cost is their own.
     one = c.PolicyGradientConfig(num_draws=1)
     yield Contestant("sampled token alone", one, "D_R", 1)
     yield Contestant("sampled token, A_old", one.model_copy(update={"advantage": "behaviour"}), "D_R", 1)
