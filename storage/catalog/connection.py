@@ -109,10 +109,7 @@ def connect(
     if any(word in sql.lower() for word in ("documentation", "duckdb_")):
         _comment(connection)
     connection.create_function(
-        TEXT_FUNCTION,
-        lambda run, ids: decoder_of(run).text(ids),
-        ["VARCHAR", "INTEGER[]"],
-        "VARCHAR",
+        TEXT_FUNCTION, lambda run, ids: decoder_of(run).text(ids), ["VARCHAR", "INTEGER[]"], "VARCHAR"
     )
     if locked:
         connection.execute("SET enable_external_access = false")

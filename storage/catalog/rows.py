@@ -202,8 +202,7 @@ class RunRecords:
         """Every complete shard. Raises StorageError where newer code wrote one."""
         view = self._view.read("trajectories", "scores")
         found = [("", shard, manifest) for shard, manifest in view.trajectories().items()]
-        for teacher in view.teachers():
-            found += [(teacher, shard, manifest) for shard, manifest in view.scores(teacher).items()]
+        found += [(teacher, *scored) for teacher in view.teachers() for scored in view.scores(teacher).items()]
         for _, shard, manifest in found:
             written_by = manifest.facts.parquet_schema_version or 0
             if written_by > SCHEMA_VERSION:

@@ -37,10 +37,6 @@ class Catalog:
         for run_id in self._chosen or ():
             self._of(run_id)
 
-    def run_ids(self) -> list[str]:
-        """The runs a snapshot would cover now."""
-        return list_runs(self.store) if self._chosen is None else list(self._chosen)
-
     def snapshot(
         self, relations: Collection[str], as_of: AsOf | None = None, runs: Sequence[str] | None = None
     ) -> Snapshot:
@@ -52,7 +48,8 @@ class Catalog:
             StorageError: an object cannot be read, was written by newer code, or no run has the version of `as_of`.
             ObjectMissingError: one of `runs` does not exist.
         """
-        run_ids = self.run_ids() if runs is None else sorted(set(runs))
+        chosen = self._chosen if runs is None else runs
+        run_ids = list_runs(self.store) if chosen is None else sorted(set(chosen))
         with ThreadPoolExecutor(_PARALLEL_RUNS) as pool:
             records = list(pool.map(self._of, run_ids))
             cuts = list(pool.map(lambda run: run.cut(as_of), records))

@@ -68,7 +68,7 @@ def audit_run(
         root=store.url,
         num_objects=len(view.entries),
         num_bytes=sum(entry.size_bytes for entry in view.entries.values()),
-        num_verified=checks.num_verified,
+        num_verified=len(checks.verified),
         seconds=time.time() - started,
         findings=tuple(findings),
         notes=tuple(_notes(view)),

@@ -38,11 +38,8 @@ class DataChecks:
 
     def __init__(self, store: ObjectStore, mend: Mend, on_progress: Progress) -> None:
         self._store, self._mend, self._on_progress = store, mend, on_progress
-        self._verified: dict[tuple[Any, ...], list[Finding]] = {}
-
-    @property
-    def num_verified(self) -> int:
-        return len(self._verified)
+        self.verified: dict[tuple[Any, ...], list[Finding]] = {}
+        """(key, its entry, what promises it) -> what was found, of every data object that was read."""
 
     def check(self, view: RunView) -> list[Finding]:
         """Everything that a manifest of the run promises."""
@@ -81,8 +78,8 @@ class DataChecks:
         manifests = {name: m for name in manifest_keys if (m := view.manifests.get(name)) is not None}
         entry = view.entries.get(key)
         seen = (key, entry, tuple((name, m.objects[key]["sha256"]) for name, m in manifests.items()))
-        if seen in self._verified:
-            return self._verified[seen]
+        if seen in self.verified:
+            return self.verified[seen]
         body = self._store.find(key)
         findings: list[Finding] = []
         for manifest_key, manifest in manifests.items():
@@ -91,7 +88,7 @@ class DataChecks:
             if body is not None and not bad and manifest.kind in ("trajectories", "scores"):
                 findings += self._check_rows(key, body, manifest_key, manifest)
         if entry is not None:  # else it came after the listing, or is gone: nothing to remember
-            self._verified[seen] = findings
+            self.verified[seen] = findings
         return findings
 
     def _check_body(self, key: str, body: bytes | None, manifest_key: str, promise: Mapping[str, Any]) -> list[Finding]:
