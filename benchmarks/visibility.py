@@ -76,8 +76,8 @@ def measure_bytes(root: str, run_id: str) -> None:
     log = StoredRunLog(store, run_id)
     num_tokens = sum(step.num_tokens for step in log.steps())
     folders: dict[str, list[int]] = defaultdict(list)
-    for key in store.list(log.layout.root):
-        folders[key.split("/")[2]].append(store.size(key))
+    for entry in store.entries(log.layout.root):
+        folders[entry.key.split("/")[2]].append(entry.size_bytes)
     print(f"{root} {run_id}: {num_tokens} trained tokens")
     folders["all"] = list(itertools.chain(*folders.values()))
     for folder, sizes in sorted(folders.items(), key=lambda item: -sum(item[1])):

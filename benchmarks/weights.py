@@ -141,7 +141,7 @@ class Ways:
             figures = self.figures[dtype, kind]
             chain = read_manifest(log.store, log.layout.key("policy", state=weights.version)).facts.chain
             (full_key, *_) = log.store.list(f"{log.layout.folder('policy')}/{number:06d}")
-            figures["bytes"].append(log.store.size((chain and chain.delta) or full_key))
+            figures["bytes"].append(len(log.store.get((chain and chain.delta) or full_key)))
             figures["publish_s"].append(publish_s)
             figures["read_s"].append(read_s)
             if kind == "delta":

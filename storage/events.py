@@ -45,12 +45,8 @@ class EventLog:
 
     def run_state(self) -> RunState | None:
         """The latest state; None while nobody recorded one. One request when nothing changed, so it can be polled."""
-        states = self.run_states()
+        states = self._states.read()
         return states[-1] if states else None
-
-    def run_states(self) -> list[RunState]:
-        """Every state recorded, oldest first."""
-        return self._states.read()
 
     def record_state(self, state: RunStateName, *, by: str, reason: str = "") -> int:
         """Append a state. `by` names the flow run, so that a flow ends only what it began itself."""

@@ -167,7 +167,7 @@ def test_a_damaged_run_is_named_by_the_commands_that_mend_it(run: OpenRun, tmp_p
     log: StoredRunLog = maintain_runs.copy_of(run, tmp_path / "copy")
     shard = log.trajectory_shards()[0]
     ((data_key, _),) = log.find_trajectories(shard).objects.items()  # type: ignore[union-attr]
-    log.store.put(data_key, b"x" * log.store.size(data_key))
+    log.store.put(data_key, b"x" * len(log.store.get(data_key)))
     (finding,) = audit(log.store)
     manifest_key = log.layout.shard_manifest(log.layout.trajectories, shard)
     assert (finding.problem, finding.key) == ("corrupt", data_key)

@@ -55,7 +55,6 @@ def test_put_replaces(store: ObjectStore) -> None:
     store.put("a/b", b"old")
     store.put("a/b", b"newer", durable=False)
     assert store.get("a/b") == b"newer"
-    assert store.size("a/b") == 5
 
 
 def test_empty_and_large_bodies_come_back(store: ObjectStore) -> None:
@@ -74,8 +73,6 @@ def test_missing_keys(store: ObjectStore) -> None:
     assert store.folder("no").folders == []
     with pytest.raises(ObjectMissingError, match="no/such does not exist"):
         store.get("no/such")
-    with pytest.raises(ObjectMissingError, match="no/such does not exist"):
-        store.size("no/such")
     store.delete("no/such")
 
 

@@ -260,6 +260,6 @@ def test_damaged_weights_are_named(noun: str) -> None:
     log.publish_checkpoint(3, 0, {"model": b"weights"}, worker="w")
     folder = log.layout.folder("policy") if noun == "policy" else log.layout.folder("checkpoint")
     (key,) = [key for key in log.store.list(folder) if not key.endswith(".json")]
-    log.store.put(key, b"w" * log.store.size(key))
+    log.store.put(key, b"w" * len(log.store.get(key)))
     with pytest.raises(ShardCorruptError, match=f"{key}: sha256"):
         log.read_policy(PolicyVersion(3)) if noun == "policy" else log.read_checkpoint(3, 0)

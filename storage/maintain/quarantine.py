@@ -87,7 +87,7 @@ def set_aside(store: ObjectStore, key: str) -> Quarantine:
         for manifest_key in view.references[key]:
             _one(view, manifest_key, done)
             view = RunView.everything(store, run_id)
-    gone = {old: store.size(new) for old, new in done.moved.items() if not store.exists(old)}
+    gone = {old: len(store.get(new)) for old, new in done.moved.items() if not store.exists(old)}
     if not is_data and not store.exists(key):
         gone.setdefault(key, 0)
     if gone:

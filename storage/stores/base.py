@@ -94,10 +94,6 @@ class ObjectStore(ABC):
     def delete(self, key: str) -> None:
         """Remove `key`; nothing happens when it does not exist."""
 
-    @abstractmethod
-    def size(self, key: str) -> int:
-        """Bytes under `key`. Raises ObjectMissingError."""
-
     def get(self, key: str) -> bytes:
         """The body of `key`. Raises ObjectMissingError."""
         body = self.find(key)
@@ -230,6 +226,3 @@ class MemoryStore(ObjectStore):
         with self._lock:
             if self._fs.isfile(path):
                 self._fs.rm_file(path)
-
-    def size(self, key: str) -> int:
-        return len(self.get(key))

@@ -106,14 +106,6 @@ class LocalStore(ObjectStore):
         with self._explained("delete", key):
             path.unlink(missing_ok=True)
 
-    def size(self, key: str) -> int:
-        path = self._path(key)
-        with self._explained("read", key):
-            try:
-                return path.stat().st_size
-            except FileNotFoundError:
-                raise self.missing(key) from None
-
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.root).free
 

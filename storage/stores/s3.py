@@ -135,12 +135,6 @@ class S3Store(ObjectStore):
     def exists(self, key: str) -> bool:
         return self._head(key) is not None
 
-    def size(self, key: str) -> int:
-        head = self._head(key)
-        if head is None:
-            raise self.missing(key)
-        return int(head["ContentLength"])
-
     def entries(self, prefix: str) -> Entries:
         found = (
             Entry(self._key(entry), int(entry["Size"]), entry["LastModified"].timestamp())
