@@ -123,6 +123,11 @@ class _Field:
 
 
 @lru_cache(maxsize=8)
+def _schema_of(kind: str) -> Any:
+    return shard_schema(kind, run_id="")
+
+
+@lru_cache(maxsize=8)
 def _fields(kind: type) -> list[_Field]:
     found = []
     for name in (field.name for field in dataclasses.fields(kind)):
@@ -186,8 +191,12 @@ class _Rows:
         self.num_rows: int = table.num_rows
         self.values: dict[str, list[Any]] = {}
         self._flat: dict[str, tuple[list[int], Array]] = {}
+        expected = _schema_of(self._kind)
         for name, column in zip(table.column_names, table.columns, strict=True):
-            if pa.types.is_list(column.type):
+            is_list = pa.types.is_list(column.type)
+            if name in expected.names and is_list != pa.types.is_list(expected.field(name).type):
+                raise ValueError(f"column {name} is {column.type}, expected {expected.field(name).type}")
+            if is_list:
                 array = column.combine_chunks()
                 numbers = array.values.to_numpy()
                 if numbers.dtype == np.float16:

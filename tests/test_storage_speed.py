@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from storage_builders import fresh_log, make_scores, make_trajectory
 
+from asyncopd.records import WorkerStatus
 from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights, Trajectory
 from storage.parquet import decode_scores, decode_trajectories, encode_scores, encode_trajectories
 
@@ -66,6 +67,6 @@ def test_publishing_and_polling_take_milliseconds(kind: str, tmp_path: Path) -> 
         ("latest_policy, nothing new", [log.latest_policy] * 100),
         ("read_policy 300 kB", [partial(log.read_policy, policy.version) for policy in policies]),
         ("claim", [partial(log.claim, "rollout", s, worker="w", lease_s=9.0) for s in shards]),
-        ("heartbeat", [partial(log.heartbeat, "w", {"tokens": n}) for n in range(num_calls)]),
+        ("heartbeat", [partial(log.heartbeat, "w", WorkerStatus(num_tokens=n)) for n in range(num_calls)]),
     ):
         assert _fastest_ms(f"{kind} {name}", *calls) < limit_ms
