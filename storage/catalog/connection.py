@@ -7,25 +7,20 @@ that takes the credentials this process would use itself.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, reduce
 from operator import and_
-from pathlib import Path
 from typing import Any, Literal
 
-import botocore.session
 import duckdb
 import fsspec
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 
-from asyncopd.errors import StorageError
 from storage.catalog.decoders import Decoder, TokenTexts
 from storage.catalog.relations import BY_NAME, DERIVED, RECORDS, RELATIONS, ROWS, TEXT_FUNCTION, Relation
-from storage.stores.base import ObjectStore
 
 
 @dataclass(frozen=True)
@@ -159,27 +154,3 @@ def _vocabulary(token_texts: Mapping[str, TokenTexts], decoder_of: Callable[[str
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-def place_of(store: ObjectStore) -> Place:
-    """Where the objects of `store` are. Raises StorageError when S3 credentials cannot be found."""
-    scheme, _, rest = store.url.rpartition("://")
-    if scheme == "memory":
-        return Place("memory", f"/{rest}".rstrip("/"), {})
-    if scheme != "s3":
-        return Place("file", str(Path(rest).expanduser().absolute()), {})
-    # The usual chain (environment, profile, instance role), asked here so that the reader needs none of it.
-    session = botocore.session.get_session()
-    credentials = session.get_credentials()
-    if credentials is None:
-        raise StorageError(f"{store.url}: no S3 credentials found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.")
-    frozen = credentials.get_frozen_credentials()
-    arguments = {
-        "access_key": frozen.access_key,
-        "secret_key": frozen.secret_key,
-        "session_token": frozen.token,
-        "region": session.get_config_variable("region") or "us-east-1",
-        # pyarrow reads AWS_ENDPOINT_URL itself, but then puts the bucket into the host name.
-        "endpoint_override": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
-    }
-    return Place("s3", rest.strip("/"), {name: value for name, value in arguments.items() if value})

@@ -17,7 +17,8 @@ from asyncopd.errors import StorageError
 from asyncopd.records import Manifest, Rewind
 from asyncopd.types import Evaluation, IndexRange, PolicyVersion, TrainStep
 from storage.catalog.connection import DataFile
-from storage.catalog.decoders import TokenTexts, token_texts_of
+from storage.catalog.decoders import TokenTexts
+from storage.catalog.token_texts import token_texts_of
 from storage.layout import parse
 from storage.learner_log import surviving
 from storage.run_log import StoredRunLog

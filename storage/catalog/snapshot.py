@@ -7,13 +7,16 @@ Every snapshot lists the runs again, so new shards appear by themselves. A shard
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import botocore.session
 import pyarrow as pa
 
 from asyncopd.errors import StorageError
-from storage.catalog.connection import Snapshot, place_of
+from storage.catalog.connection import Place, Snapshot
 from storage.catalog.relations import RECORDS
 from storage.catalog.rows import AsOf, RunRecords
 from storage.runs import list_runs, open_run
@@ -85,3 +88,27 @@ class Catalog:
         if run_id not in self._records:
             self._records[run_id] = RunRecords(open_run(self.store, run_id))
         return self._records[run_id]
+
+
+def place_of(store: ObjectStore) -> Place:
+    """Where the objects of `store` are. Raises StorageError when S3 credentials cannot be found."""
+    scheme, _, rest = store.url.rpartition("://")
+    if scheme == "memory":
+        return Place("memory", f"/{rest}".rstrip("/"), {})
+    if scheme != "s3":
+        return Place("file", str(Path(rest).expanduser().absolute()), {})
+    # The usual chain (environment, profile, instance role), asked here so that the reader needs none of it.
+    session = botocore.session.get_session()
+    credentials = session.get_credentials()
+    if credentials is None:
+        raise StorageError(f"{store.url}: no S3 credentials found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.")
+    frozen = credentials.get_frozen_credentials()
+    arguments = {
+        "access_key": frozen.access_key,
+        "secret_key": frozen.secret_key,
+        "session_token": frozen.token,
+        "region": session.get_config_variable("region") or "us-east-1",
+        # pyarrow reads AWS_ENDPOINT_URL itself, but then puts the bucket into the host name.
+        "endpoint_override": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+    }
+    return Place("s3", rest.strip("/"), {name: value for name, value in arguments.items() if value})
