@@ -100,11 +100,11 @@ def get_staleness(
     steps = [s for s in view.history.steps if from_step <= s.step and (to_step is None or s.step < to_step)]
     bounds = [*stretches(len(steps), max_points).tolist(), len(steps)]
     groups = [steps[start:end] for start, end in pairwise(bounds)]
-    versions = sorted({age for step in steps for age in step.staleness_tokens})
+    versions = sorted({value for step in steps for value in step.staleness_tokens})
     return schemas.Staleness(
         steps=[float(np.mean([step.step for step in group])) for group in groups],
         versions=versions,
-        tokens=[[sum(s.staleness_tokens.get(age, 0) for s in group) for group in groups] for age in versions],
+        tokens=[[sum(s.staleness_tokens.get(value, 0) for s in group) for group in groups] for value in versions],
         max_staleness=view.config.staleness.max_staleness,
     )
 

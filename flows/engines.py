@@ -75,7 +75,7 @@ def rollout_sampler(config: RunConfig, task: Task, log: StoredRunLog) -> HfSampl
     )
     if config.rollout.engine != "vllm":
         return _hf_sampler(config, log, sampling)
-    from asyncopd.vllm.sampler import VllmSampler
+    from asyncopd.vllm.sampler import VllmSampler  # an extra that takes ten seconds to import
 
     settings = config.rollout.vllm
     if not config.staleness.in_flight_updates:
@@ -140,7 +140,7 @@ def _hf_scorer(config: RunConfig, task: Task, store: ObjectStore, teacher: HfTea
 
 def _vllm_scorer(config: RunConfig, task: Task, store: ObjectStore, teacher: VllmTeacher) -> VllmScorer:
     """A teacher in a vLLM engine, which starts at once: the run's first responses are sampled meanwhile."""
-    from asyncopd.vllm.scorer import VllmScorer
+    from asyncopd.vllm.scorer import VllmScorer  # an extra that takes ten seconds to import
 
     folder = None
     if isinstance(teacher.model, TinyModel):

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -261,14 +262,13 @@ class RunView:
 
     def alive_workers(self, role: str = "", now: float | None = None) -> list[str]:
         """Workers, of one role or all, that give signs of life."""
-        config = self.find_config()
-        lease_s = (config.limits if config else Limits()).lease_s
-        moment = time.time() if now is None else now
-        return [
-            worker
-            for worker, beat in self.beats().items()
-            if is_alive(beat, lease_s=lease_s, now=moment) and role_of(beat).startswith(role)
-        ]
+        return self._alive(self.beats().values(), role, time.time() if now is None else now)
+
+    def possibly_alive(self, role: str) -> list[str]:
+        """The same, in `everything`, by the store's clock as well: a worker whose own is behind may be at work."""
+        now, beats = time.time(), self.records["heartbeat"]
+        by_store = [replace(beat, beaten=self.entries[key].modified) for key, beat in sorted(beats.items())]
+        return sorted({*self.alive_workers(role, now), *self._alive(by_store, role, now)})
 
     @property
     def removed_keys(self) -> set[str]:
@@ -277,6 +277,12 @@ class RunView:
         return {key for removal in removals for key in removal.keys}
 
     # -- private --------------------------------------------------------------------------------------------------
+    def _alive(self, beats: Iterable[Heartbeat], role: str, now: float) -> list[str]:
+        config = self.find_config()
+        lease_s = (config.limits if config else Limits()).lease_s
+        alive = (beat for beat in beats if is_alive(beat, lease_s=lease_s, now=now))
+        return [beat.worker for beat in alive if role_of(beat).startswith(role)]
+
     def _look(self, known: History) -> History:
         self.read("state")
         states: list[RunState] = [state for _, state in sorted(self.records["state"].items())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import pytest
 
 from asyncopd.cli import main
 from asyncopd.errors import ObjectMissingError, StorageError
-from asyncopd.records import WorkerStatus
+from asyncopd.records import Heartbeat, WorkerStatus
 from asyncopd.types import IndexRange, PolicyVersion
 from flows.wiring import OpenRun, open_stored_run
 from storage.maintain.audit import audit_run
 from storage.maintain.quarantine import set_aside
+from storage.records import to_json
 from storage.run_log import StoredRunLog
 from storage.stores.base import ObjectStore
 
@@ -184,6 +186,15 @@ def test_steps_are_not_taken_back_from_a_learner_that_is_alive(log: StoredRunLog
     with pytest.raises(StorageError, match=r"the learner learn-host-1 is alive.*Stop the run"):
         set_aside(log.store, log.layout.shard_manifest(log.layout.trajectories, IndexRange(24, 28)))
     assert log.store.list(log.layout.root) == before
+
+
+def test_a_learner_whose_clock_is_an_hour_behind_is_alive_all_the_same(log: StoredRunLog) -> None:
+    # Its own clock alone would count: its steps were then taken back while it went on.
+    set_aside(log.store, log.layout.checkpoint_manifest(4, 2))
+    beat = Heartbeat("learn-host-1", beaten=time.time() - 3600, retired=False, status=WorkerStatus(role="learn"))
+    log.store.put(log.layout.key("heartbeat", worker=beat.worker), to_json(beat))
+    with pytest.raises(StorageError, match="the learner learn-host-1 is alive"):
+        set_aside(log.store, log.layout.shard_manifest(log.layout.trajectories, IndexRange(24, 28)))
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_panel_and_report_count_what_was_left_out_with_its_reason(
 
 def test_where_stale_trajectories_are_trained_no_bound_is_claimed() -> None:
     log, config = run_with("train")
-    assert "max of any age" in plain_line(ProgressWatch(RunView(log), config).look(), config)
+    assert "max of unbounded" in plain_line(ProgressWatch(RunView(log), config).look(), config)
     text = to_markdown(summarise(log, config), "report")
     assert "in arrival order, also what was older than τ = 2." in text
     assert "at most τ" not in text

@@ -266,7 +266,7 @@ def _tokens(progress: Progress) -> str:
 def _policy(progress: Progress, config: RunConfig) -> str:
     mean, oldest = number(progress.staleness.mean_versions, ".2f"), number(progress.staleness.max_versions, "d")
     staleness = config.staleness
-    bound = f"{staleness.max_staleness} allowed" if staleness.on_stale != "train" else "any age"
+    bound = f"{staleness.max_staleness} allowed" if staleness.on_stale != "train" else "unbounded"
     dropped = [reason for step in progress.history.steps for reason in step.dropped.values()]
     held = [reason for step in progress.history.steps for reason in step.held.values()]
     left_out = "".join(

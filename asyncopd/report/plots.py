@@ -184,18 +184,18 @@ def plot_staleness(steps: Sequence[TrainStep], max_staleness: int) -> bytes:
     """Trained tokens by their staleness: over the whole run, and step by step."""
     page = Page(1, 2, width=12, height=4.2, width_ratios=(1, 1.8))
     left, right = page.axes
-    ages = sorted({age for step in steps for age in step.staleness_tokens})
-    if not ages:
+    largest = max((versions for step in steps for versions in step.staleness_tokens), default=None)
+    if largest is None:
         missing(left, "no step was trained")
         missing(right, "")
         return page.png()
-    shares_SA = staleness_shares(steps, ages[-1] + 1)
+    shares_SA = staleness_shares(steps, largest + 1)
     tokens_S = np.array([step.num_tokens for step in steps], np.float64)
     shares_A = (shares_SA * tokens_S[:, None]).sum(0) / tokens_S.sum()
     left.bar(range(len(shares_A)), shares_A, color=ACCENT, width=0.7)
-    for age, share in enumerate(shares_A):
+    for versions, share in enumerate(shares_A):
         if len(shares_A) <= 12:
-            left.annotate(f"{share:.0%}", (age, share), ha="center", va="bottom", fontsize=9, color=INK)
+            left.annotate(f"{share:.0%}", (versions, share), ha="center", va="bottom", fontsize=9, color=INK)
     left.margins(y=0.1)
     left.set_title("Staleness of trained tokens")
     left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -217,12 +217,12 @@ def plot_staleness(steps: Sequence[TrainStep], max_staleness: int) -> bytes:
     return page.png()
 
 
-def staleness_shares(steps: Sequence[TrainStep], num_ages: int) -> FloatArray:
-    """[S, A] share of each step's tokens that had each staleness."""
-    shares_SA = np.zeros((len(steps), num_ages))
+def staleness_shares(steps: Sequence[TrainStep], num_values: int) -> FloatArray:
+    """[S, A] share of each step's tokens that had a staleness of 0, 1, ... versions."""
+    shares_SA = np.zeros((len(steps), num_values))
     for row, step in enumerate(steps):
-        for age, count in step.staleness_tokens.items():
-            shares_SA[row, age] = count / max(1, sum(step.staleness_tokens.values()))
+        for versions, count in step.staleness_tokens.items():
+            shares_SA[row, versions] = count / max(1, sum(step.staleness_tokens.values()))
     return shares_SA
 
 

@@ -190,7 +190,7 @@ def _tokens(summary: Summary) -> str:
         )
     total = sum(staleness.tokens.values())
     if total:
-        shares = ", ".join(f"{age}: {percent(count / total)}" for age, count in staleness.tokens.items())
+        shares = ", ".join(f"{versions}: {percent(count / total)}" for versions, count in staleness.tokens.items())
         lines.append(f"- Share of trained tokens by staleness in versions: {shares}.")
     return "## Tokens\n\n" + "\n".join(lines)
 

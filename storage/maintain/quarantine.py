@@ -243,7 +243,7 @@ def _step(view: RunView, key: str, done: Quarantine) -> None:
 
 def _go_back(view: RunView, to_step: int, done: Quarantine) -> None:
     """Record a rewind, so that the steps from `to_step` on no longer count and a resume trains them again."""
-    learners = view.alive_workers("learn")
+    learners = view.possibly_alive("learn")
     if learners:
         raise StorageError(
             f"{done.key} was trained, and mending it takes steps back, but the learner {learners[0]} is alive and "
