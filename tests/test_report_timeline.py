@@ -129,7 +129,7 @@ def test_pieces_closer_than_a_pixel_are_joined() -> None:
 
 
 def test_staleness_shares_of_a_step_add_up_to_one() -> None:
-    shares_SA = staleness_shares([train_step(0, staleness_tokens={0: 75, 2: 25})], num_ages=3)
+    shares_SA = staleness_shares([train_step(0, staleness_tokens={0: 75, 2: 25})], num_values=3)
     assert shares_SA.tolist() == [[0.75, 0, 0.25]]
 
 
