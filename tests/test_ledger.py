@@ -13,17 +13,11 @@ from asyncopd.errors import LedgerError
 from asyncopd.types import IndexRange
 from storage.maintain.ledger import (
     STATES,
-    Claimed,
     Event,
     IndexState,
-    Judged,
     Ledger,
     Move,
-    Produced,
-    Rewound,
-    Scored,
     State,
-    Trained,
     moved,
 )
 
@@ -79,15 +73,15 @@ def test_an_index_dropped_for_two_reasons_is_refused() -> None:
 
 FIRST, SECOND = IndexRange(0, 4), IndexRange(4, 8)
 SOUND: list[Event] = [
-    Claimed(FIRST),
-    Claimed(SECOND),
-    Claimed(IndexRange(8, 12)),
-    Produced(FIRST, {1: "too long"}),
-    Produced(SECOND),
-    Scored(FIRST, {1: "too long"}),
-    Scored(SECOND),
-    Judged(dropped={5: "stale"}),
-    Trained(0, (0, 2, 3), dropped={1: "too long"}),
+    Event("claim", FIRST.indices),
+    Event("claim", SECOND.indices),
+    Event("claim", range(8, 12)),
+    Event("produce", FIRST.indices, {1: "too long"}),
+    Event("produce", SECOND.indices),
+    Event("score", FIRST.indices, {1: "too long"}),
+    Event("score", SECOND.indices),
+    Event(None, dropped={5: "stale"}),
+    Event("train", (0, 2, 3), step=0, dropped={1: "too long"}),
 ]
 
 
@@ -103,10 +97,10 @@ def test_a_sound_run_has_every_index_in_one_state_and_no_violation() -> None:
 
 
 def test_what_later_steps_trained_is_scored_again_after_a_rewind() -> None:
-    events: list[Event] = [Produced(IndexRange(0, 8)), Scored(IndexRange(0, 8))]
-    events += [Trained(0, range(4)), Trained(1, range(4, 8)), Rewound(1)]
+    events: list[Event] = [Event("produce", range(8)), Event("score", range(8))]
+    events += [Event("train", range(4), step=0), Event("train", range(4, 8), step=1), Event("rewind", step=1)]
     assert Ledger.fold(events).counts()["scored"] == 4
-    again = Ledger.fold([*events, Trained(1, range(4, 8))])
+    again = Ledger.fold([*events, Event("train", range(4, 8), step=1)])
     assert again.violations() == []
     assert again.counts()["trained"] == 8
 
@@ -114,15 +108,15 @@ def test_what_later_steps_trained_is_scored_again_after_a_rewind() -> None:
 @pytest.mark.parametrize(
     ("extra", "index", "problem"),
     [
-        (Trained(1, (0,)), 0, "train by step 1 while trained by step 0"),
-        (Trained(1, (5,)), 5, "train by step 1 while dropped (stale)"),
-        (Trained(1, (9,)), 9, "train by step 1 while claimed"),
-        (Trained(1, (20,)), 20, "train by step 1 while nothing was heard of it"),
-        (Scored(IndexRange(8, 12)), 8, "score while claimed"),
-        (Produced(SECOND), 4, "produce while scored"),
-        (Judged(dropped={2: "stale"}), 2, "drop while trained by step 0"),
-        (Judged(held={2: "stale"}), 2, "hold while trained by step 0"),
-        (Judged(held={5: "stale"}), 5, "hold while dropped (stale)"),
+        (Event("train", (0,), step=1), 0, "train by step 1 while trained by step 0"),
+        (Event("train", (5,), step=1), 5, "train by step 1 while dropped (stale)"),
+        (Event("train", (9,), step=1), 9, "train by step 1 while claimed"),
+        (Event("train", (20,), step=1), 20, "train by step 1 while nothing was heard of it"),
+        (Event("score", range(8, 12)), 8, "score while claimed"),
+        (Event("produce", SECOND.indices), 4, "produce while scored"),
+        (Event(None, dropped={2: "stale"}), 2, "drop while trained by step 0"),
+        (Event(None, held={2: "stale"}), 2, "hold while trained by step 0"),
+        (Event(None, held={5: "stale"}), 5, "hold while dropped (stale)"),
     ],
 )
 def test_what_cannot_be_is_named_and_changes_no_state(extra: Event, index: int, problem: str) -> None:
@@ -132,7 +126,7 @@ def test_what_cannot_be_is_named_and_changes_no_state(extra: Event, index: int, 
 
 
 def test_an_index_without_a_state_breaks_conservation() -> None:
-    ledger = Ledger.fold([Scored(IndexRange(0, 1))])  # nobody produced it
+    ledger = Ledger.fold([Event("score", range(1))])  # nobody produced it
     assert sum(ledger.counts().values()) != len(ledger.admitted)
     assert "index 0: no state holds it" in map(str, ledger.violations())
 
@@ -149,34 +143,35 @@ def crashing_run(seed: int, num_shards: int) -> list[Event]:
     for _ in range(20 * num_shards):
         match rng.choice(["claim", "produce", "score", "train", "judge", "rewind"]):
             case "claim" if next_of["claim"] < num_shards:
-                events += [Claimed(shards[next_of["claim"]])] * rng.choice([1, 1, 2])  # taken over from a dead worker
+                num_claims = rng.choice([1, 1, 2])  # taken over from a dead worker
+                events += [Event("claim", shards[next_of["claim"]].indices)] * num_claims
                 next_of["claim"] += 1
             case "produce" if next_of["produce"] < next_of["claim"]:
                 shard = shards[next_of["produce"]]
                 filtered = {index: "long" for index in shard.indices if rng.random() < 0.2}
                 gone |= filtered
-                events.append(Produced(shard, filtered))
+                events.append(Event("produce", shard.indices, filtered))
                 next_of["produce"] += 1
             case "score" if next_of["score"] < next_of["produce"]:
                 shard = shards[next_of["score"]]
-                events.append(Scored(shard, {i: gone[i] for i in shard.indices if i in gone}))
+                events.append(Event("score", shard.indices, {i: gone[i] for i in shard.indices if i in gone}))
                 ready += [index for index in shard.indices if index not in gone]
                 next_of["score"] += 1
             case "train" if ready:
                 taken = tuple(ready[: rng.randint(1, 4)])
                 del ready[: len(taken)]
-                events.append(Trained(len(trained), taken))
+                events.append(Event("train", taken, step=len(trained)))
                 trained.append(taken)
             case "judge" if ready:
                 index = ready.pop(0)
-                events.append(Judged({index: "stale"}) if rng.random() < 0.5 else Judged(held={index: "stale"}))
+                events.append(Event(None, **{rng.choice(["dropped", "held"]): {index: "stale"}}))
             case "rewind" if trained and rng.random() < 0.3:
                 to_step = rng.randrange(len(trained))
-                events.append(Rewound(to_step))
+                events.append(Event("rewind", step=to_step))
                 again = trained[to_step:]
                 del trained[to_step:]
                 for taken in again:  # the same indices again, from the log
-                    events.append(Trained(len(trained), taken))
+                    events.append(Event("train", taken, step=len(trained)))
                     trained.append(taken)
     return events
 
@@ -199,6 +194,6 @@ def test_training_anything_twice_is_always_found(seed: int, num_shards: int, dat
     trained = ledger.indices("trained")
     if trained:
         index = data.draw(st.sampled_from(trained))
-        twice = Ledger.fold([*events, Trained(10**6, (index,))])
+        twice = Ledger.fold([*events, Event("train", (index,), step=10**6)])
         assert [violation.index for violation in twice.violations()] == [index]
         assert twice.counts() == ledger.counts()

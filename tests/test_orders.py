@@ -156,7 +156,7 @@ async def test_step_records_of_both_orders_come_back_as_they_were_written(tmp_pa
     fields = json.loads(run.log.store.get(key))
     assert fields["index_list"] == list(step.indices.indices)
     assert fields["indices"] == [min(step.indices.indices), max(step.indices.indices) + 1]
-    assert any(type(event).__name__ == "Judged" for event in events_of(RunView(run.log)))
+    assert any(event.move is None and event.held for event in events_of(RunView(run.log)))
 
 
 async def test_without_in_flight_updates_every_response_has_one_version(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ trained without scores, scored without a trajectory, trained and dropped.
 
 Conservation: admitted = claimed + produced + scored + trained + dropped + held, each index in exactly one of them.
 
-    claims/rollout --> Claimed      trajectories/ --> Produced      scores/<teacher>/ --> Scored
-    arrivals/ --> Judged            steps/ and rewinds/ --> Trained and Rewound, by rewind
+    claims/rollout --> claim      trajectories/ --> produce      scores/<teacher>/ --> score
+    arrivals/ --> drop, hold      steps/ and rewinds/ --> train and rewind, by rewind
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from asyncopd.errors import LedgerError
-from asyncopd.types import IndexRange
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
 
@@ -55,60 +54,30 @@ class IndexState:
     """The step that trained it; None otherwise."""
 
 
-# -- events -------------------------------------------------------------------------------------------------------
 Reasons = Mapping[int, str]
 """Index -> why it was dropped or held."""
 
 
 @dataclass(frozen=True)
-class Claimed:
-    """A rollout worker took a shard."""
+class Event:
+    """What one record says: its indices made a move, and some were left out."""
 
-    indices: IndexRange
-
-
-@dataclass(frozen=True)
-class Produced:
-    """A shard of trajectories was published; `dropped` were filtered at rollout."""
-
-    indices: IndexRange
-    dropped: Reasons = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A shard of the run's teacher's scores was published; what was dropped at rollout is dropped here too."""
-
-    indices: IndexRange
-    dropped: Reasons = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The learner decided, in arrival order, not to train these."""
-
+    move: Move | None
+    """None: the record is only about those left out."""
+    indices: Sequence[int] = ()
+    """Those in `dropped` did not make the move."""
     dropped: Reasons = field(default_factory=dict)
     held: Reasons = field(default_factory=dict)
+    step: int | None = None
+    """Of `train`, the step; of `rewind`, the first step that is taken back: what it trained waits to be trained again.
+    """
 
-
-@dataclass(frozen=True)
-class Trained:
-    """An optimizer step, which trained `indices` and left out the others."""
-
-    step: int
-    indices: Sequence[int]
-    dropped: Reasons = field(default_factory=dict)
-    held: Reasons = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Rewound:
-    """The learner went back to the state after `to_step` steps: what later steps trained waits to be trained again."""
-
-    to_step: int
-
-
-Event = Claimed | Produced | Scored | Judged | Trained | Rewound
+    def moves(self) -> Iterator[tuple[int, Move, str]]:
+        """(index, move, reason) of everything it says."""
+        if self.move is not None:
+            yield from ((index, self.move, "") for index in self.indices if index not in self.dropped)
+        yield from ((index, "drop", reason) for index, reason in self.dropped.items())
+        yield from ((index, "hold", reason) for index, reason in self.held.items())
 
 
 # -- one index ----------------------------------------------------------------------------------------------------
@@ -168,13 +137,11 @@ class Ledger:
         admitted: set[int] = set()
         refused: list[Violation] = []
         for event in events:
-            if isinstance(event, Rewound):
-                for index, state in states.items():
-                    if state.step is not None and state.step >= event.to_step:
-                        states[index] = moved(state, "rewind")
-                continue
-            step = event.step if isinstance(event, Trained) else None
-            for index, move, reason in _moves(event):
+            step = event.step
+            if event.move == "rewind" and step is not None:
+                later = [index for index, state in states.items() if state.step is not None and state.step >= step]
+                states |= {index: moved(states[index], "rewind") for index in later}
+            for index, move, reason in event.moves():
                 admitted.add(index)
                 try:
                     states[index] = moved(states.get(index), move, reason=reason, step=step)
@@ -206,23 +173,6 @@ class Ledger:
         return [*self.refused, *homeless]
 
 
-def _moves(event: Claimed | Produced | Scored | Judged | Trained) -> Iterator[tuple[int, Move, str]]:
-    """(index, move, reason) of everything one event says."""
-    dropped: Reasons = {} if isinstance(event, Claimed) else event.dropped
-    held: Reasons = event.held if isinstance(event, Judged | Trained) else {}
-    match event:
-        case Claimed():
-            yield from ((index, "claim", "") for index in event.indices.indices)
-        case Produced():
-            yield from ((index, "produce", "") for index in event.indices.indices if index not in dropped)
-        case Scored():
-            yield from ((index, "score", "") for index in event.indices.indices if index not in dropped)
-        case Trained():
-            yield from ((index, "train", "") for index in event.indices)
-    yield from ((index, "drop", reason) for index, reason in dropped.items())
-    yield from ((index, "hold", reason) for index, reason in held.items())
-
-
 def ledger_of(log: StoredRunLog, teacher: str | None = None) -> Ledger:
     """The state of every index of a run, finished or not.
 
@@ -242,16 +192,17 @@ def events_of(view: RunView, teacher: str | None = None) -> list[Event]:
     """
     view.read("run", "step", "rewind", "arrival", "scores", "trajectories", "claim")
     claimed = sorted({claim.shard for claim in view.claims() if claim.stage == "rollout"})
-    events: list[Event] = [Claimed(shard) for shard in claimed]
-    events += (Produced(shard, manifest.facts.dropped) for shard, manifest in view.trajectories().items())
+    events = [Event("claim", shard.indices) for shard in claimed]
+    events += (Event("produce", s.indices, manifest.facts.dropped) for s, manifest in view.trajectories().items())
     configured = view.records["run"].get(view.layout.key("run"), {}).get("config", {}).get("teacher", {}).get("name")
     scores = view.scores(teacher or configured or next(iter(view.teachers()), ""))
-    events += (Scored(shard, manifest.facts.dropped) for shard, manifest in scores.items())
-    events += (Judged(arrival.dropped, arrival.held) for _, arrival in sorted(view.records["arrival"].items()))
+    events += (Event("score", shard.indices, manifest.facts.dropped) for shard, manifest in scores.items())
+    arrivals = sorted(view.records["arrival"].items())
+    events += (Event(None, dropped=arrival.dropped, held=arrival.held) for _, arrival in arrivals)
     # By rewind: what was trained under it, then the rewind that followed. A superseded learner's late steps too.
     steps = sorted(view.records["step"].values(), key=lambda step: step.step)
     for rewind in range(len(view.rewinds) + 1):
         if rewind:
-            events.append(Rewound(view.rewinds[rewind - 1].to_step))
-        events += (Trained(s.step, s.trained, s.dropped, s.held) for s in steps if s.rewind == rewind)
+            events.append(Event("rewind", step=view.rewinds[rewind - 1].to_step))
+        events += (Event("train", s.trained, s.dropped, s.held, s.step) for s in steps if s.rewind == rewind)
     return events
