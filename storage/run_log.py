@@ -21,6 +21,8 @@ from storage.layout import RunLayout, decode_name, new_nonce, parse_shard
 from storage.learner_log import LearnerLog, Lineage
 from storage.manifests import find_manifest, publish, read_manifest, read_named, read_shard, what_to_do
 from storage.parquet import (
+    SCHEMA_VERSION,
+    TopkPrecision,
     decode_candidates,
     decode_scores,
     decode_trajectories,
@@ -29,7 +31,6 @@ from storage.parquet import (
     encode_trajectories,
 )
 from storage.policies import PolicyLog
-from storage.schema import SCHEMA_VERSION, TopkPrecision
 from storage.stores.base import ObjectStore
 
 Row = TypeVar("Row", Trajectory, TeacherScores)

@@ -12,10 +12,10 @@ from asyncopd.errors import RunMissingError, StorageError
 from asyncopd.records import NO_FACTS, Facts, Manifest
 from storage.layout import RUNS, RunLayout, new_nonce, shared_key
 from storage.manifests import find_manifest, publish, read_named
+from storage.parquet import TopkPrecision
 from storage.records import from_json, to_json
 from storage.replay import ReplayLog
 from storage.run_log import StoredRunLog
-from storage.schema import TopkPrecision
 from storage.stores.base import ObjectStore
 
 

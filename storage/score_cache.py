@@ -20,8 +20,7 @@ from asyncopd.records import Facts
 from asyncopd.types import TeacherScores, Trajectory
 from storage.layout import parse, shared_key
 from storage.manifests import publish, read_manifest, read_objects
-from storage.parquet import decode_scores, encode_scores
-from storage.schema import SCHEMA_VERSION
+from storage.parquet import SCHEMA_VERSION, decode_scores, encode_scores
 from storage.stores.base import ObjectStore
 
 _PACKS_IN_MEMORY = 64

@@ -16,8 +16,14 @@ from storage_builders import assert_same, make_scores, make_trajectory
 
 from asyncopd.errors import ShapeError, ShardCorruptError
 from asyncopd.types import Candidates, TeacherScores, Trajectory, VersionRun
-from storage.parquet import decode_scores, decode_trajectories, encode_scores, encode_trajectories
-from storage.schema import SCORE_COLUMNS, TRAJECTORY_COLUMNS, columns, shard_schema
+from storage.parquet import (
+    COLUMNS,
+    decode_scores,
+    decode_trajectories,
+    encode_scores,
+    encode_trajectories,
+    shard_schema,
+)
 
 IDS = st.integers(0, 2**31 - 1)
 LOGPROBS = st.floats(width=32, allow_nan=True, allow_infinity=True)
@@ -140,7 +146,7 @@ def test_a_file_documents_itself(kind: str) -> None:
     assert file.schema_arrow.metadata == {b"schema_version": b"1", b"kind": kind.encode(), b"run_id": b"run"}
     assert all(field.metadata[b"doc"] for field in file.schema_arrow)
     group = file.metadata.row_group(0)
-    for column, number in zip(columns(kind), range(group.num_columns), strict=True):
+    for column, number in zip(COLUMNS[kind], range(group.num_columns), strict=True):
         chunk = group.column(number)
         assert chunk.path_in_schema == column.parquet_path
         assert chunk.compression == "ZSTD"
@@ -150,7 +156,7 @@ def test_a_file_documents_itself(kind: str) -> None:
 
 def test_the_manual_describes_every_column() -> None:
     manual = (Path(__file__).parent.parent / "docs" / "storage.md").read_text()
-    for column in (*TRAJECTORY_COLUMNS, *SCORE_COLUMNS):
+    for column in (*COLUMNS["trajectories"], *COLUMNS["scores"]):
         kind = f"list<{column.type.value_type}>" if column.is_list else str(column.type)
         assert f"| `{column.name}` | {kind} | {column.doc} |" in manual, column.name
 

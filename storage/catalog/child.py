@@ -59,7 +59,7 @@ _DAMAGE = (
     # A file that Arrow read into columns that do not fit together.
     "failed: Invalid: Column",
 )
-"""What DuckDB and Arrow say of a damaged Parquet file. Pages carry checksums (storage/schema.py); an object's sha256
+"""What DuckDB and Arrow say of a damaged Parquet file. Pages carry checksums (storage/parquet.py); an object's sha256
 covers its footer too, but needs the whole object: `asyncopd maintain audit` checks that."""
 
 

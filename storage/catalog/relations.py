@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from storage import schema
+from storage.parquet import COLUMNS
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ _WORKER = Field("worker", "Name of the process that did it.", _TEXT)
 
 
 def _rows(kind: str, *labels: Field) -> tuple[Field, ...]:
-    return (_RUN, _SHARD, *labels, *(Field(column.name, column.doc, column.type) for column in schema.columns(kind)))
+    return (_RUN, _SHARD, *labels, *(Field(column.name, column.doc, column.type) for column in COLUMNS[kind]))
 
 
 _STEPS = (

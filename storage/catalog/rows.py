@@ -21,9 +21,9 @@ from storage.catalog.decoders import TokenTexts
 from storage.catalog.token_texts import token_texts_of
 from storage.layout import parse
 from storage.learner_log import surviving
+from storage.parquet import SCHEMA_VERSION
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
-from storage.schema import SCHEMA_VERSION
 
 Row = dict[str, Any]
 Shard = tuple[str, IndexRange, Manifest]
