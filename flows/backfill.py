@@ -12,7 +12,6 @@ from rich.console import Console
 from asyncopd.config.replay import CandidateWidths
 from asyncopd.config.requests import BackfillRequest
 from asyncopd.errors import ConfigError
-from asyncopd.learner.restore import find_version
 from asyncopd.local.console import bar
 from asyncopd.models.sampling import CandidateRule
 from asyncopd.ports import ScoreRequest
@@ -22,6 +21,7 @@ from asyncopd.teacher.stage import Backfilled, BackfillStage
 from asyncopd.types import IndexRange, Trajectory
 from flows.engines import make_scorer, student_skeleton
 from flows.preflight import missing_models
+from flows.replay import find_version
 from flows.wiring import OpenRun, open_stored_run, pretrain_model
 from storage.replay import backfill_asked, source_of
 from storage.run_log import StoredRunLog

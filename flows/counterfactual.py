@@ -11,37 +11,38 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 
+import numpy as np
 from rich.console import Console
 
 from asyncopd.config.requests import CounterfactualRequest
-from asyncopd.errors import ConfigError
+from asyncopd.errors import ConfigError, NonFiniteError
 from asyncopd.learner.counterfactual import (
-    Cell,
+    Consumption,
     Log,
     Rollout,
     Setting,
-    StepFigures,
-    arrived_steps,
     check_defined,
     consume,
-    measure,
     settings_of,
-    train_in_order,
     whole_batches,
 )
-from asyncopd.learner.restore import train_to
+from asyncopd.learner.optimize import StepResult
+from asyncopd.learner.statistics import staleness_tokens
+from asyncopd.learner.student import Student
 from asyncopd.local.console import bar, console_table
-from asyncopd.metrics import SECONDS
+from asyncopd.metrics import DRIFT, ESS, GRAD_NORM, LOSS, SECONDS, Metric
 from asyncopd.report.text import number, percent, table
 from asyncopd.schedule import Arrival
 from asyncopd.study.cells import CellStore, parquet
 from asyncopd.types import IndexRange, ScoredTrajectory
-from flows.compare import folder_of
 from flows.engines import student_skeleton
+from flows.replay import folder_of, train_to
 from flows.wiring import OpenRun, open_stored_run, student_of
 from storage.replay import check_counterfactual, read_step, scores_view
 from storage.stores import open_store
@@ -59,6 +60,37 @@ NOTE = (
 )
 MIN_MEASURED = 8
 """Clocks that must be left to measure; fewer would be mostly noise."""
+Figures = Mapping[int, tuple[StepResult, Mapping[int, int]]]
+"""Clock of a trained step -> what it measured, and how many of its tokens had which staleness, in versions."""
+
+
+@dataclass(frozen=True)
+class Cell(Setting):
+    """What a replayed learner measured under one setting, over the measured clocks; means are over trained tokens."""
+
+    num_steps: int
+    """Steps trained."""
+    num_idle: int
+    """Clocks at which there was not enough to train."""
+    is_finite: bool
+    """False when a loss was not finite; the figures are those of the steps before."""
+    staleness_mean: float
+    """Versions."""
+    staleness_max: int
+    loss_nats: float
+    drift_nats: float
+    ess_fraction: float
+    grad_norm: float
+    num_tokens: int
+    """Trained."""
+    num_tokens_wasted: int
+    """Scored, and dropped or held when their turn came."""
+
+    @property
+    def waste(self) -> float:
+        """Share of the tokens whose turn came that were not trained."""
+        total = self.num_tokens + self.num_tokens_wasted
+        return self.num_tokens_wasted / total if total else 0.0
 
 
 async def run_counterfactual(
@@ -110,14 +142,14 @@ def log_of(run: OpenRun) -> Log:
     view.check(shards, vocab_size=run.task.tokenizer.vocab_size)
     scored_at = [manifest.created for shard in shards if (manifest := view.find(shard)) is not None]
     # From the shard logs alone: a step began when its optimizer step did, which its record tells.
-    appeared = arrived_steps(scored_at, [step.finished - step.metrics[SECONDS.key] for step in steps])
+    began = [step.finished - step.metrics[SECONDS.key] for step in steps]
     rollouts = [
         Rollout(
             index=trajectory.index,
-            step=step_of[trajectory.index],
+            step=(step := step_of[trajectory.index]),
             # Clocks tick in milliseconds, but a rollout is never there before the version that ended it, nor later
             # than the step that decided about it.
-            arrived_step=min(step_of[trajectory.index], max(appeared[number], trajectory.version_last)),
+            arrived_step=min(step, max(bisect_left(began, scored_at[number]), trajectory.version_last)),
             # Recorded arrivals are the order itself; learners look at a folder now and then, so times may differ.
             arrival=scored_at[number] if plan.order == "index" else float(number),
             version_oldest=trajectory.version_oldest,
@@ -129,15 +161,9 @@ def log_of(run: OpenRun) -> Log:
         if trajectory.index in step_of
     ]
     indices = {index for _, step_of in decided for index in step_of}
-    return Log(
-        run_id=run.log.run_id,
-        order=plan.order,
-        batch_size=plan.batch_size,
-        num_clocks=len(steps),
-        rollouts=rollouts,
-        num_batches=whole_batches(indices, plan.batch_size),
-        num_filtered=len(indices) - len(rollouts),
-    )
+    num_batches = whole_batches(indices, plan.batch_size)
+    num_filtered = len(indices) - len(rollouts)
+    return Log(run.log.run_id, plan.order, plan.batch_size, len(steps), rollouts, num_batches, num_filtered)
 
 
 def start_version(settings: Sequence[Setting], log: Log, asked: int | None) -> tuple[int, int]:
@@ -171,9 +197,8 @@ async def run_cells(
 ) -> list[Cell]:
     """Train and measure every setting that is not `known` yet; settings that consume alike are trained once.
 
-    `asyncopd.learner.counterfactual.check_defined` tells which settings mean something on this log.
-
     Args:
+        settings: that mean something on this log, see `check_defined`.
         known: finished cells; each new one is put there, so that a stopped call loses at most one.
     """
     names = {s: f"staleness{s.max_staleness}-lag{s.lag}-{s.order}-{s.on_stale}" for s in settings}
@@ -182,19 +207,16 @@ async def run_cells(
     start = student_of(run.config, student_skeleton(run.log))
     if missing:
         await train_to(run.log, start, first, read_step=partial(read_step, run.log, run.config))
-    figures: dict[tuple[tuple[int, ...], ...], list[StepFigures]] = {}
+    trained: dict[tuple[tuple[int, ...], ...], Figures] = {}
     num_clocks = (log.num_clocks - first) * len({consumption.steps[first:] for consumption in missing.values()})
     with bar(console, f"from version {first}", num_clocks, "steps") as advance:
         for setting, consumption in missing.items():
-            trained = consumption.steps[first:]
-            if trained not in figures:
+            if (steps := consumption.steps[first:]) not in trained:
                 student = student_of(run.config, student_skeleton(run.log))
                 student.restore(start.checkpoint())
-                by_clock, on_step = dict(enumerate(trained, first)), partial(advance, 1)
-                figures[trained] = await asyncio.to_thread(
-                    train_in_order, student, by_clock, read=read, on_step=on_step
-                )
-            cell = measure(setting, consumption, figures[trained], log, measured_from=measured_from)
+                by_clock = dict(enumerate(steps, first))
+                trained[steps] = await asyncio.to_thread(_train, student, by_clock, read, partial(advance, 1))
+            cell = measure(setting, consumption, trained[steps], log, measured_from=measured_from)
             known.put(names[setting], asdict(cell))
     return [Cell(**found) for name in names.values() if (found := known.find(name))]
 
@@ -209,6 +231,55 @@ def _reader(run: OpenRun) -> Callable[[int], ScoredTrajectory]:
         return {row.trajectory.index: row for row in scored}
 
     return lambda index: shard(index // size)[index]
+
+
+def _train(
+    student: Student,
+    steps: Mapping[int, Sequence[int]],
+    read: Callable[[int], ScoredTrajectory],
+    on_clock: Callable[[], None],
+) -> Figures:
+    """One optimizer step per clock that has indices to train. Ends early at a step whose loss is not finite."""
+    figures = {}
+    for clock, indices in steps.items():
+        if indices:
+            batch = [read(index) for index in indices]
+            try:
+                result = student.train(clock, batch)
+            except NonFiniteError:
+                break
+            figures[clock] = result, staleness_tokens(batch, learner_version=clock)
+        on_clock()
+    return figures
+
+
+def measure(setting: Setting, consumption: Consumption, figures: Figures, log: Log, *, measured_from: int) -> Cell:
+    """Token means over the measured clocks; waste as a share of the tokens whose turn came."""
+    clocks = range(measured_from, log.num_clocks)
+    expected = [clock for clock in clocks if consumption.steps[clock]]
+    seen = [figures[clock] for clock in expected if clock in figures]
+    weights = np.array([result.num_tokens for result, _ in seen], np.float64)
+    staleness = sum((Counter(tokens) for _, tokens in seen), Counter[int]())
+    tokens = {rollout.index: rollout.num_tokens for rollout in log.rollouts}
+
+    def mean(metric: Metric) -> float:
+        values = [result.metrics[metric.key] for result, _ in seen]
+        return float(np.average(values, weights=weights)) if seen else math.nan
+
+    return Cell(
+        **asdict(setting),
+        num_steps=len(seen),
+        num_idle=len(clocks) - len(expected),
+        is_finite=len(seen) == len(expected),
+        staleness_mean=float(np.average([*staleness], weights=[*staleness.values()])) if staleness else math.nan,
+        staleness_max=max(staleness, default=0),
+        loss_nats=mean(LOSS),
+        drift_nats=mean(DRIFT),
+        ess_fraction=mean(ESS),
+        grad_norm=mean(GRAD_NORM),
+        num_tokens=int(weights.sum()),
+        num_tokens_wasted=sum(tokens[index] for clock in clocks for index in consumption.stale[clock]),
+    )
 
 
 def _row(cell: Cell) -> dict[str, str]:

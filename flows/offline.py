@@ -20,7 +20,6 @@ from asyncopd.errors import AsyncOPDError
 from asyncopd.local.processes import watch_parent
 from asyncopd.worker import until_terminated
 from flows.backfill import run_backfill
-from flows.compare import run_comparison
 from flows.counterfactual import run_counterfactual
 from flows.replay import run_replay
 
@@ -60,10 +59,8 @@ async def work(root: str, run_id: str, asked: Request, *, console: Console, out:
         AsyncOPDError: it cannot be done; the message says why.
     """
     match asked:
-        case ReplayRequest(compare=()):
-            await run_replay(root, run_id, asked, console=console)
         case ReplayRequest():
-            await run_comparison(root, run_id, asked, console=console, out=out)
+            await run_replay(root, run_id, asked, console=console, out=out)
         case BackfillRequest():
             await run_backfill(root, run_id, asked, console=console)
         case CounterfactualRequest():

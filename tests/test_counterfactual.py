@@ -16,11 +16,9 @@ from offline_builders import QUIET, make_run
 from asyncopd.config.requests import CounterfactualRequest
 from asyncopd.errors import ConfigError
 from asyncopd.learner.counterfactual import (
-    Cell,
     Log,
     Rollout,
     Setting,
-    arrived_steps,
     check_defined,
     consume,
     settings_of,
@@ -28,7 +26,7 @@ from asyncopd.learner.counterfactual import (
 )
 from asyncopd.schedule import OnStale, Order
 from asyncopd.study.cells import CellStore
-from flows.counterfactual import log_of, run_cells, run_counterfactual, start_version
+from flows.counterfactual import Cell, log_of, run_cells, run_counterfactual, start_version
 from flows.wiring import OpenRun
 from storage.stores.base import MemoryStore
 
@@ -150,10 +148,6 @@ def test_settings_that_fall_behind_a_log_for_ever_are_refused() -> None:
         check_defined([index], log_with(trained, "arrival", num_filtered=3))
     check_defined([train], log_with(trained, "arrival", num_filtered=3))
     assert log_with(trained + stale, "arrival").recorded_staleness == 0
-
-
-def test_arrivals_are_placed_on_the_learners_clock() -> None:
-    assert arrived_steps([0.5, 1.0, 1.5, 9.0], [0.0, 1.0, 2.0]) == [1, 1, 2, 3]
 
 
 def test_the_lag_makes_the_log_as_stale_as_the_bound_allows() -> None:

@@ -1,4 +1,4 @@
-"""Which rollouts of a log each learner step would have consumed under another staleness, and what it then measures.
+"""Which rollouts of a log each learner step would have consumed under another staleness: pure functions of the log.
 
     parent's clock j --(+ lag)--> deliverable at clock j + lag --order--> step k = clock k takes up to B of them
                                                                   `-- over the bound: train | drop | hold
@@ -12,20 +12,13 @@ Generation cannot be re-ordered: the rollouts are those that the parent's polici
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, count
 
-import numpy as np
-
 from asyncopd.config.requests import CounterfactualRequest
-from asyncopd.errors import ConfigError, NonFiniteError
-from asyncopd.learner.statistics import staleness_tokens
-from asyncopd.learner.student import Student
-from asyncopd.metrics import DRIFT, ESS, GRAD_NORM, LOSS, Metric
+from asyncopd.errors import ConfigError
 from asyncopd.schedule import OnStale, Order
-from asyncopd.types import ScoredTrajectory
 
 
 @dataclass(frozen=True)
@@ -96,48 +89,6 @@ class Consumption:
     """By clock: indices dropped or held when their turn came; empty under `train`."""
 
 
-@dataclass(frozen=True)
-class StepFigures:
-    """One step of a counterfactual."""
-
-    clock: int
-    """Learner version that the step starts from."""
-    num_tokens: int
-    staleness_tokens: Mapping[int, int]
-    """Staleness in versions -> trained tokens that had it."""
-    metrics: Mapping[str, float]
-    """As in a TrainStep."""
-
-
-@dataclass(frozen=True)
-class Cell(Setting):
-    """What a replayed learner measured under one setting, over the measured clocks; means are over trained tokens."""
-
-    num_steps: int
-    """Steps trained."""
-    num_idle: int
-    """Clocks at which there was not enough to train."""
-    is_finite: bool
-    """False when a loss was not finite; the figures are those of the steps before."""
-    staleness_mean: float
-    """Versions."""
-    staleness_max: int
-    loss_nats: float
-    drift_nats: float
-    ess_fraction: float
-    grad_norm: float
-    num_tokens: int
-    """Trained."""
-    num_tokens_wasted: int
-    """Scored, and dropped or held when their turn came."""
-
-    @property
-    def waste(self) -> float:
-        """Share of the tokens whose turn came that were not trained."""
-        total = self.num_tokens + self.num_tokens_wasted
-        return self.num_tokens_wasted / total if total else 0.0
-
-
 def settings_of(asked: CounterfactualRequest, *, recorded_staleness: int) -> list[Setting]:
     """All combinations. The lag makes the log as stale as each bound allows, unless one lag is asked for.
 
@@ -162,14 +113,12 @@ def check_defined(settings: Sequence[Setting], log: Log) -> None:
     Raises:
         ConfigError: names the settings, how much was left untrained, and what can be asked.
     """
-    if log.order == "index":
-        return
     undefined = []
     if log.num_stale + log.num_filtered and any(setting.order == "index" for setting in settings):
         undefined.append("order index")
     if log.num_stale and any(setting.on_stale == "train" for setting in settings):
         undefined.append("on stale train")
-    if undefined:
+    if undefined and log.order == "arrival":
         raise ConfigError(
             f"{' and '.join(undefined)}: run {log.run_id} consumed its log in order arrival and left {log.num_stale} "
             f"stale and {log.num_filtered} filtered rollouts untrained, which later ones made up for. A learner that "
@@ -203,81 +152,14 @@ def consume(log: Log, setting: Setting) -> Consumption:
             batch = [r for r in waiting if r.index // size == waiting[0].index // size]
             trains = all(r.arrived_step + setting.lag <= clock for r in batch)
             turn = batch if trains else []
-        taken = [r.index for r in turn if trains and r.version_oldest >= oldest]
-        refused = [r.index for r in turn if r.version_oldest < oldest]
-        done = {*taken, *refused}
+        steps.append(tuple(r.index for r in turn if trains and r.version_oldest >= oldest))
+        stale.append(tuple(r.index for r in turn if r.version_oldest < oldest))
+        done = {*steps[-1], *stale[-1]}
         waiting = [r for r in waiting if r.index not in done]
-        steps.append(tuple(taken))
-        stale.append(tuple(refused))
     return Consumption(tuple(steps), tuple(stale))
-
-
-def arrived_steps(arrivals: Sequence[float], step_starts: Sequence[float]) -> list[int]:
-    """For each arrival the first step that began at or after it; `step_starts` ascend, in the same unit."""
-    return [bisect_left(step_starts, arrival) for arrival in arrivals]
 
 
 def whole_batches(indices: Collection[int], batch_size: int) -> int:
     """How many batches of consecutive indices, from index 0 on, `indices` holds every index of."""
     known = set(indices)
     return next(k for k in count() if not known.issuperset(range(k * batch_size, (k + 1) * batch_size)))
-
-
-# -- what a learner then measures ---------------------------------------------------------------------------------
-def train_in_order(
-    student: Student,
-    steps: Mapping[int, Sequence[int]],
-    *,
-    read: Callable[[int], ScoredTrajectory],
-    on_step: Callable[[], None],
-) -> list[StepFigures]:
-    """One optimizer step per clock that has something to train. Ends early at a step whose loss is not finite.
-
-    Args:
-        student: in the state of the first clock.
-        steps: clock -> indices to train, by ascending clock.
-        read: index -> its trajectory with scores.
-        on_step: called after every clock.
-    """
-    figures: list[StepFigures] = []
-    for clock, indices in steps.items():
-        if indices:
-            batch = [read(index) for index in indices]
-            try:
-                result = student.train(clock, batch)
-            except NonFiniteError:
-                return figures
-            ages = staleness_tokens(batch, learner_version=clock)
-            figures.append(StepFigures(clock, result.num_tokens, ages, result.metrics))
-        on_step()
-    return figures
-
-
-def measure(
-    setting: Setting, consumption: Consumption, figures: Sequence[StepFigures], log: Log, *, measured_from: int
-) -> Cell:
-    """Token means over the measured clocks; waste as a share of the tokens whose turn came."""
-    seen = [step for step in figures if step.clock >= measured_from]
-    weights = np.array([step.num_tokens for step in seen], np.float64)
-    ages = sum((Counter(step.staleness_tokens) for step in seen), Counter[int]())
-    tokens = {rollout.index: rollout.num_tokens for rollout in log.rollouts}
-
-    def mean(metric: Metric) -> float:
-        return float(np.average([step.metrics[metric.key] for step in seen], weights=weights)) if seen else float("nan")
-
-    clocks = range(measured_from, log.num_clocks)
-    expected = [clock for clock in clocks if consumption.steps[clock]]
-    return Cell(
-        **asdict(setting),
-        num_steps=len(seen),
-        num_idle=len(clocks) - len(expected),
-        is_finite=len(seen) == len(expected),
-        staleness_mean=float(np.average(list(ages), weights=list(ages.values()))) if ages else float("nan"),
-        staleness_max=max(ages, default=0),
-        loss_nats=mean(LOSS),
-        drift_nats=mean(DRIFT),
-        ess_fraction=mean(ESS),
-        grad_norm=mean(GRAD_NORM),
-        num_tokens=int(weights.sum()),
-        num_tokens_wasted=sum(tokens[index] for clock in clocks for index in consumption.stale[clock]),
-    )
