@@ -1,27 +1,21 @@
 from __future__ import annotations
 
-import json
-import os
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncopd.tasks.answers import answers_match, extract_answer, normalised
+from asyncopd.tasks.prompts import read_questions
+from asyncopd.types import Split
 
-GSM8K = Path(os.environ.get("ASYNCOPD_GSM8K", Path(__file__).parents[1] / ".." / "shared" / "data" / "gsm8k"))
 
-
-@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"no GSM8K files in {GSM8K}; set ASYNCOPD_GSM8K to their directory")
-@pytest.mark.parametrize(("name", "num_rows"), [("train", 7473), ("test", 1319)])
-def test_every_gsm8k_reference_is_extracted_and_verifies_against_itself(name: str, num_rows: int) -> None:
-    lines = (GSM8K / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == num_rows
-    for line in lines:
-        reference = json.loads(line)["answer"]
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_every_gsm8k_reference_is_extracted_and_verifies_against_itself(split: Split) -> None:
+    for question in read_questions("gsm8k", split):
+        reference = question.answer
         reasoning, _, final = reference.rpartition("####")
         expected = extract_answer(reference)
         assert expected == final.strip()

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import gzip
 import json
-import os
 import sys
 from collections import Counter
 from importlib.machinery import ModuleSpec
@@ -22,7 +22,6 @@ from asyncopd.tasks.prompts import Question, ShuffledStream, read_questions, spl
 from asyncopd.tasks.text import TextTask
 from asyncopd.tasks.tokenizers import ByteTokenizer
 
-GSM8K = Path(os.environ.get("ASYNCOPD_GSM8K", Path(__file__).parents[1] / ".." / "shared" / "data" / "gsm8k"))
 ROWS = [{"question": f"What is {n} + {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in range(40)]
 
 
@@ -66,6 +65,8 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
         ('{"question": "a", "answer": 5}\n', r"a\.jsonl:1: field 'answer' is int '5'; expected text"),
         ('{"question": null, "answer": "b"}\n', r"field 'question' is NoneType"),
         ('{"question": "  ", "answer": "b"}\n', r"field 'question' is blank"),
+        ("[" * 200_000, r"a\.jsonl:1: not a JSON object in UTF-8: maximum recursion depth"),
+        ('{"question": ' + "9" * 5000 + "}", r"a\.jsonl:1: not a JSON object.*limit"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path: Path, content: str, message: str) -> None:
@@ -84,8 +85,15 @@ def test_a_missing_file_names_what_is_there_instead(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(ConfigError, match=r"no such file\. In .* there is \['train\.jsonl'\]"):
         read_questions(str(tmp_path / "trian.jsonl"))
-    with pytest.raises(ConfigError, match=r"ending in \.jsonl or \.parquet"):
+    (tmp_path / "train.csv").touch()
+    with pytest.raises(ConfigError, match=r"ending in \.jsonl, \.jsonl\.gz or \.parquet"):
         read_questions(str(tmp_path / "train.csv"))
+    with pytest.raises(ConfigError, match=r"a directory; expected one file\. In .* there is \['train\.jsonl'\]"):
+        read_questions(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"cannot be read: .*File name too long"):
+        read_questions("x" * 300 + ".jsonl")
+    with pytest.raises(ConfigError, match=r"cannot be read: .*home directory"):
+        read_questions("~nobody-of-that-name/a.jsonl")
 
 
 def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
@@ -93,8 +101,42 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a\.parquet: not a readable Parquet file"):
         read_questions(str(tmp_path / "a.parquet"))
     pq.write_table(pa.Table.from_pylist([{"question": "a", "text": "b"}]), tmp_path / "b.parquet")
-    with pytest.raises(ConfigError, match=r"b\.parquet:1: no field 'answer'; found \['question', 'text'\]"):
+    with pytest.raises(ConfigError, match=r"b\.parquet: no field 'answer'; found \['question', 'text'\]"):
         read_questions(str(tmp_path / "b.parquet"))
+
+
+def test_columns_that_are_not_asked_for_need_not_be_readable(tmp_path: Path) -> None:
+    # A time in ns is more than Python's datetime holds: reading the whole row was a raw ValueError.
+    table = pa.table({**pa.Table.from_pylist(ROWS).to_pydict(), "made": pa.array([1] * 40, pa.timestamp("ns"))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert len(read_questions(str(tmp_path / "a.parquet"))) == 40
+    with pytest.raises(ConfigError, match=r"a\.parquet:1: columns \('question', 'made'\): .*Expected text"):
+        read_questions(str(tmp_path / "a.parquet"), answer_field="made")
+
+
+def test_half_a_character_is_named_with_its_row(tmp_path: Path) -> None:
+    # Once a raw UnicodeEncodeError in the tokenizer.
+    bad = write_jsonl(tmp_path / "a.jsonl", [ROWS[0], {"question": "a\ud800b", "answer": "b"}])
+    with pytest.raises(ConfigError, match=r"a\.jsonl:2: field 'question' has half .*, \\ud800, at character 2"):
+        read_questions(bad)
+    whole = write_jsonl(tmp_path / "b.jsonl", [{"question": "\U0001f986?", "answer": "b"}])
+    assert "\\ud83e\\udd86" in Path(whole).read_text()
+    assert read_questions(whole)[0].question == "\U0001f986?"
+    binary = pa.array([b"a", b"\xed\xa0\x80"])
+    text = pa.StringArray.from_buffers(2, *binary.buffers()[1:])
+    pq.write_table(pa.table({"question": text, "answer": ["a", "b"]}), tmp_path / "c.parquet")
+    with pytest.raises(ConfigError, match=r"c\.parquet:2: .*can't decode byte 0xed.*Expected text in UTF-8"):
+        read_questions(str(tmp_path / "c.parquet"))
+
+
+def test_a_gz_file_is_read_and_a_cut_one_named(tmp_path: Path) -> None:
+    packed = gzip.compress(Path(write_jsonl(tmp_path / "a.jsonl", ROWS)).read_bytes())
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    assert read_questions(str(tmp_path / "a.jsonl.gz"))[39].where.endswith("a.jsonl.gz:40")
+    for broken in (packed[:-20], packed[:40] + bytes(20) + packed[60:], b"no gzip"):
+        (tmp_path / "b.jsonl.gz").write_bytes(broken)
+        with pytest.raises(ConfigError, match=r"b\.jsonl\.gz.*Expected"):
+            read_questions(str(tmp_path / "b.jsonl.gz"))
 
 
 def test_field_names_can_be_chosen(tmp_path: Path) -> None:
@@ -124,9 +166,15 @@ def test_a_hugging_face_source_names_data_set_configuration_and_split(
 ) -> None:
     calls: list[tuple[str, str | None, str]] = []
 
-    def load(name: str, config: str | None, *, split: str) -> list[dict[str, str]]:
+    class Rows(list[dict[str, Any]]):
+        column_names = ("question", "answer", "image")
+
+        def select_columns(self, names: list[str]) -> Rows:
+            return Rows({name: row[name] for name in names} for row in self)
+
+    def load(name: str, config: str | None, *, split: str) -> Rows:
         calls.append((name, config, split))
-        return ROWS[:3]
+        return Rows(ROWS[:3])
 
     stand_in_for_datasets(monkeypatch, load)
     questions = read_questions(source)
@@ -342,18 +390,16 @@ def test_chat_prompts_go_through_the_tokenizers_template(tmp_path: Path) -> None
     assert text.endswith("?<assistant>{'enable_thinking': False}")
 
 
-# -- the real files ---------------------------------------------------------------------------------------------------
+# -- the real questions ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"no GSM8K files in {GSM8K}; set ASYNCOPD_GSM8K to their directory")
-def test_gsm8k_is_read_whole_and_every_reference_answer_is_right() -> None:
-    config = TextConfig(
-        name="gsm8k",
-        train_path=str(GSM8K / "train.jsonl"),
-        eval_path=str(GSM8K / "test.jsonl"),
-        max_prompt_tokens=1024,
-        max_demo_tokens=0,
-    )
+def test_gsm8k_comes_with_the_package_and_every_reference_answer_is_right() -> None:
+    train, test = read_questions("gsm8k"), read_questions("gsm8k", "eval")
+    assert (len(train), len(test)) == (7473, 1319)
+    assert train[0].question.startswith("Natalia sold clips to 48 of her friends in April, and then she sold half as")
+    assert train[0].answer.endswith("\n#### 72")
+    assert test[0].question.startswith("Janet’s ducks lay 16 eggs per day.")
+    config = TextConfig(name="gsm8k", train_path="gsm8k", eval_path="gsm8k", max_prompt_tokens=1024, max_demo_tokens=0)
     task = build_task(config, seed=0)
     for split, num in (("train", 7473), ("eval", 1319)):
         prompts = {tuple(p.ids): p for p in (task.prompt(index, split) for index in range(num))}

@@ -52,16 +52,17 @@ class WalkConfig(Frozen):
 
 
 class TextConfig(Frozen):
-    """Questions with reference answers, from a local file or a Hugging Face dataset. Field defaults are GSM8K's."""
+    """Questions with reference answers, from GSM8K, a file or a Hugging Face dataset. Field defaults are GSM8K's."""
 
     kind: Literal["text"] = "text"
     name: str = Field("text", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
     """What reports call the task, for example `gsm8k`."""
     train_path: str = Field(min_length=1)
-    """`*.jsonl`, `*.parquet`, or `hf:<dataset>[:config[:split]]` (needs `pip install datasets`)."""
+    """`gsm8k` (its 7,473 training questions come with the package), `*.jsonl`, `*.jsonl.gz`, `*.parquet`, or
+    `hf:<dataset>[:config[:split]]` (needs `pip install datasets`)."""
     eval_path: str = ""
-    """The same for evaluation questions; training questions that occur there are left out. Empty: hold out
-    `eval_fraction` of `train_path` instead."""
+    """The same for evaluation questions, where `gsm8k` is its 1,319 test questions; training questions that occur there
+    are left out. Empty: hold out `eval_fraction` of `train_path` instead."""
     eval_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of distinct training questions held out when `eval_path` is empty."""
     split_seed: int = 0

@@ -44,8 +44,8 @@ def build_task(config: TaskConfig, seed: int, tokenizer: TextTokenizer | None = 
 def _build_text(config: TextConfig, seed: int, tokenizer: TextTokenizer) -> TextTask:
     fields = {"question_field": config.question_field, "answer_field": config.answer_field}
     train, evaluation = split_questions(
-        read_questions(config.train_path, **fields),
-        read_questions(config.eval_path, **fields) if config.eval_path else None,
+        read_questions(config.train_path, "train", **fields),
+        read_questions(config.eval_path, "eval", **fields) if config.eval_path else None,
         eval_fraction=config.eval_fraction,
         split_seed=config.split_seed,
     )

@@ -2,15 +2,18 @@
 
     read_questions --> split_questions --> {train, eval} --> ShuffledStream: index -> question
 
-Everything is read once and kept in memory: the largest sets of questions in use are a few hundred megabytes.
+GSM8K (Cobbe et al. 2021, MIT, openai/grade-school-math) is in the package, unchanged, as `gsm8k/*.parquet`. Everything
+is read once and kept in memory: the largest sets of questions in use are a few hundred megabytes.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib
 import importlib.util
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +27,7 @@ from numpy.typing import NDArray
 
 from asyncopd.errors import ConfigError
 from asyncopd.models.random import derive, permutation, stream_key
+from asyncopd.types import Split
 
 
 @dataclass(frozen=True)
@@ -39,37 +43,33 @@ class Question:
     @property
     def question_id(self) -> str:
         """Hash of the question text: equal questions have equal ids."""
-        return hashlib.sha256(self.question.encode("utf-8", errors="replace")).hexdigest()[:16]
+        return hashlib.sha256(self.question.encode()).hexdigest()[:16]
 
 
-def read_questions(source: str, *, question_field: str = "question", answer_field: str = "answer") -> list[Question]:
+def read_questions(
+    source: str, split: Split = "train", *, question_field: str = "question", answer_field: str = "answer"
+) -> list[Question]:
     """All questions of a source, in its order.
 
     Args:
-        source: `*.jsonl`, `*.parquet`, or `hf:<dataset>[:config[:split]]`, split `train` unless named; a data set
-            without configurations takes `hf:<dataset>::<split>`.
-        question_field, answer_field: keys of the two texts.
+        source: `gsm8k`, which comes with the package; `*.jsonl` (also `.gz`) in UTF-8; `*.parquet`; or
+            `hf:<dataset>[:config[:split]]`, split `train` unless named; a data set without configurations takes
+            `hf:<dataset>::<split>`.
+        split: which file of `gsm8k`: `train` has 7,473 questions, `eval`, its test set, 1,319.
+        question_field, answer_field: keys of the two texts. Other columns are not read.
     Raises:
         ConfigError: the source is missing, empty or unreadable, or a row lacks a field or holds something other than
-            text there. The message names file and line.
+            text there. The message names file and line, or row.
     """
-    if source.startswith("hf:"):
-        rows = _hugging_face_rows(source)
-    else:
-        path = Path(source).expanduser()
-        readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".parquet": _parquet_rows}
-        if path.suffix not in readers:
-            raise ConfigError(f"{source}: expected a path ending in .jsonl or .parquet, or hf:<dataset>.")
-        if not path.is_file():
-            near = sorted(p.name for p in path.parent.glob("*") if p.suffix in readers) if path.parent.is_dir() else []
-            raise ConfigError(
-                f"{path}: no such file. In {path.parent.absolute()} there is {near or 'no data file'}. Set "
-                "task.train_path and task.eval_path to where the questions are."
-            )
-        rows = readers[path.suffix](path)
-    questions = [
-        Question(_text(row, question_field, where), _text(row, answer_field, where), where) for where, row in rows
-    ]
+    fields = (question_field, answer_field)
+    try:
+        rows = _hugging_face_rows(source, fields) if source.startswith("hf:") else _file_rows(source, split, fields)
+        questions = [
+            Question(_text(row, question_field, where), _text(row, answer_field, where), where) for where, row in rows
+        ]
+    except (OSError, EOFError, zlib.error, RuntimeError) as error:
+        # No permission, a name that is too long, a broken disk, a cut or broken .gz, the home of no user.
+        raise ConfigError(f"{source}: cannot be read: {error}. Expected a whole, readable file.") from None
     if not questions:
         raise ConfigError(f"{source}: the data set is empty; expected one question per line or row.")
     return questions
@@ -122,14 +122,28 @@ def _epoch_order(key: int, count: int, epoch: int) -> NDArray[np.int64]:
     return permutation(derive(key, epoch), count)
 
 
+def _file_rows(source: str, split: Split, fields: tuple[str, str]) -> Iterator[tuple[str, Any]]:
+    path = Path(source).expanduser()
+    if source == "gsm8k":
+        path = Path(__file__).parent / "gsm8k" / ("train.parquet" if split == "train" else "test.parquet")
+    endings = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".parquet")
+    if not path.is_file():
+        folder = path if path.is_dir() else path.parent
+        near = sorted(p.name for p in folder.glob("*") if p.name.endswith(endings)) or "no data file"
+        found = "a directory; expected one file" if path.is_dir() else "no such file"
+        raise ConfigError(
+            f"{path}: {found}. In {folder.absolute()} there is {near}. Set task.train_path and task.eval_path to where "
+            "the questions are."
+        )
+    if not path.name.endswith(endings):
+        raise ConfigError(f"{source}: expected gsm8k, hf:<dataset>, or a path ending in .jsonl, .jsonl.gz or .parquet.")
+    return _parquet_rows(path, fields) if path.suffix == ".parquet" else _jsonl_rows(path)
+
+
 def _text(row: Any, field: str, where: str) -> str:
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: expected an object with fields, found {type(row).__name__}.")
-    if field not in row:
-        raise ConfigError(
-            f"{where}: no field {field!r}; found {sorted(map(str, row))}. "
-            f"Set task.question_field and task.answer_field to the names your data uses."
-        )
+    _check_field(field, list(row), where)
     value = row[field]
     if not isinstance(value, str):
         raise ConfigError(
@@ -138,32 +152,55 @@ def _text(row: Any, field: str, where: str) -> str:
         )
     if not value.strip():
         raise ConfigError(f"{where}: field {field!r} is blank; expected text. Fill or remove the row.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{where}: field {field!r} has half a character, \\u{ord(value[error.start]):04x}, at character "
+            f"{error.start + 1}; expected text that UTF-8 can hold. Write the whole character, or remove the row."
+        ) from None
     return value
 
 
+def _check_field(field: str, names: Sequence[str], where: str) -> None:
+    if (count := names.count(field)) != 1:
+        raise ConfigError(
+            f"{where}: {f'{count} columns are called' if count else 'no field'} {field!r}; found "
+            f"{sorted(map(str, names))}. Set task.question_field and task.answer_field to the names your data uses."
+        )
+
+
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as lines:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 yield f"{path}:{number}", json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
-                # Also UnicodeDecodeError.
+            except (ValueError, RecursionError) as error:
+                # UnicodeDecodeError is a ValueError; thousands of brackets in each other end in a RecursionError.
                 raise ConfigError(
                     f"{path}:{number}: not a JSON object in UTF-8: {error}. Expected one object per line."
                 ) from None
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path, fields: tuple[str, str]) -> Iterator[tuple[str, Any]]:
+    number = 0
     try:
-        rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"{path}: not a readable Parquet file: {error}") from None
-    return ((f"{path}:{number}", row) for number, row in enumerate(rows, start=1))
+        # Only the two columns: what others hold (images, times in ns) need not even be readable.
+        file = pq.ParquetFile(path)
+        for field in fields:
+            _check_field(field, file.schema_arrow.names, str(path))
+        table = file.read(columns=list(dict.fromkeys(fields)))
+        for number, values in enumerate(zip(*(table[field] for field in fields), strict=True), start=1):
+            yield f"{path}:{number}", {field: value.as_py() for field, value in zip(fields, values, strict=True)}
+    except (pa.ArrowException, OSError, ValueError) as error:
+        # A ValueError is bytes that are no UTF-8, or a value that Python cannot hold.
+        reason = f"{path}:{number}: columns {fields}: {error}. Expected text in UTF-8; write the row again"
+        raise ConfigError(reason if number else f"{path}: not a readable Parquet file: {error}") from None
 
 
-def _hugging_face_rows(source: str) -> Iterator[tuple[str, Any]]:
+def _hugging_face_rows(source: str, fields: tuple[str, str]) -> Iterator[tuple[str, Any]]:
     dataset, _, rest = source.removeprefix("hf:").partition(":")
     config, _, split = rest.partition(":")
     if importlib.util.find_spec("datasets") is None:
@@ -183,4 +220,7 @@ def _hugging_face_rows(source: str) -> Iterator[tuple[str, Any]]:
             f"hf:<dataset>[:config[:split]] that is in the local cache or that this machine can download; offline, "
             f"export it to JSONL elsewhere and give its path."
         ) from error
+    for field in fields:
+        _check_field(field, rows.column_names, source)
+    rows = rows.select_columns(list(dict.fromkeys(fields)))
     return ((f"{source}:{number}", dict(row)) for number, row in enumerate(rows, start=1))
