@@ -26,7 +26,8 @@ from storage_builders import (
 from asyncopd.errors import ObjectMissingError, StorageError
 from asyncopd.records import Facts
 from asyncopd.types import IndexRange, VersionRun
-from storage.catalog.relations import RELATIONS, closure, mentioned
+from storage.catalog import relations
+from storage.catalog.relations import RECORDS, RELATIONS, closure, mentioned
 from storage.catalog.rows import AsOf
 from storage.catalog.snapshot import Catalog
 from storage.manifests import publish, quarantine
@@ -50,6 +51,15 @@ def test_every_column_of_every_relation_is_documented(relation) -> None:
     comments = ask(catalog, f"SELECT \"column\", meaning FROM documentation WHERE relation = '{relation.name}'")
     assert comments == [(field.name, field.doc) for field in relation.fields]
     assert all(len(doc) > 3 for _, doc in comments)
+
+
+def test_every_line_of_the_records_file_is_read() -> None:
+    # It is taken apart by its layout; a line of another layout would be a column that is silently not there.
+    lines = (Path(relations.__file__).parent / "records.sql").read_text().splitlines()
+    columns = [line.split()[0] for line in lines if line.startswith(" ")]
+    own = [relation for relation in RECORDS if relation.name != "superseded_steps"]
+    assert columns == [field.name for relation in own for field in relation.fields]
+    assert sum(line.startswith("CREATE") for line in lines) == len(RECORDS)
 
 
 def test_tokens_are_the_trajectories_taken_apart() -> None:

@@ -23,10 +23,10 @@ from asyncopd.cli import main
 from asyncopd.cli.query import parse_time
 from asyncopd.errors import ObjectMissingError, QueryError, StorageError
 from asyncopd.types import IndexRange
-from storage.catalog.decoders import Decoder, TokenTexts, token_class
+from storage.catalog.connection import Decoder, TokenTexts, token_class
+from storage.catalog.rows import token_texts_of
 from storage.catalog.sandbox import Sandbox
 from storage.catalog.snapshot import Catalog
-from storage.catalog.token_texts import token_texts_of
 from storage.layout import split_run_path
 
 ROOT = Path(__file__).parent.parent

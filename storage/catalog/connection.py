@@ -1,5 +1,7 @@
-"""A DuckDB connection with the relations of a snapshot. Whoever opens one in-process has all of DuckDB; SQL of other
-people goes through sandbox.py, whose child process opens it with `locked=True`.
+"""A DuckDB connection with the relations of a snapshot, and token ids as text. No torch, no transformers.
+
+Whoever opens one in-process has all of DuckDB; SQL of other people goes through sandbox.py, whose child process opens
+it with `locked=True`.
 
 A Place says where the Parquet objects of shards are, in terms that a process without our stores can be given; for S3
 that takes the credentials this process would use itself.
@@ -7,6 +9,7 @@ that takes the credentials this process would use itself.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, reduce
@@ -15,11 +18,12 @@ from typing import Any, Literal
 
 import duckdb
 import fsspec
-import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
+from tokenizers import Tokenizer as TokenizersTokenizer
 
-from storage.catalog.decoders import Decoder, TokenTexts
+from asyncopd.errors import StorageError
+from asyncopd.tasks.tokenizers import ByteTokenizer, VocabTokenizer, unknown_text
 from storage.catalog.relations import BY_NAME, DERIVED, RECORDS, RELATIONS, ROWS, TEXT_FUNCTION, Relation
 
 
@@ -49,6 +53,21 @@ class Place:
         if self.kind == "memory":
             return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem("memory")))
         return pafs.LocalFileSystem()
+
+
+@dataclass(frozen=True)
+class TokenTexts:
+    """How the token ids of one run read."""
+
+    kind: Literal["words", "bytes", "file", "unknown"]
+    words: tuple[str, ...] = ()
+    """`words`: the word of every id."""
+    classes: tuple[str, ...] = ()
+    """`words`: the class of every id."""
+    path: str = ""
+    """`file`: a tokenizer.json."""
+    reason: str = ""
+    """`unknown`: why nothing can be decoded, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -140,17 +159,62 @@ def _dataset(relation: Relation, files: Sequence[DataFile], place: Place) -> Any
 
 def _vocabulary(token_texts: Mapping[str, TokenTexts], decoder_of: Callable[[str], Decoder]) -> Any:
     """Tokens of every run whose tokenizer can be had; the others have none."""
-    columns: dict[str, list[Any]] = {"run": [], "token_id": [], "text": [], "class": []}
-    for run, texts in token_texts.items():
-        if texts.kind == "unknown":
-            continue
-        words = decoder_of(run).vocabulary()
-        columns["run"] += [run] * len(words)
-        columns["token_id"] += range(len(words))
-        columns["text"] += [text for text, _ in words]
-        columns["class"] += [kind for _, kind in words]
-    return pa.table(columns, schema=BY_NAME["vocabulary"].schema)
+    return BY_NAME["vocabulary"].table(
+        [
+            {"run": run, "token_id": token_id, "text": text, "class": kind}
+            for run, texts in token_texts.items()
+            if texts.kind != "unknown"
+            for token_id, (text, kind) in enumerate(decoder_of(run).vocabulary())
+        ]
+    )
 
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
+
+
+# -- token ids as text -------------------------------------------------------------------------------------------------
+_CLASSES = (
+    ("special", re.compile(r"<.+>|\[[A-Z]+\]")),
+    ("blank", re.compile(r"\s*")),
+    ("number", re.compile(r"\s*[0-9][0-9.,]*")),
+    ("word", re.compile(r"\s*[^\W\d_]+")),
+    ("symbol", re.compile(r"\s*[^\w\s]+|\s*_+")),
+)
+
+
+class Decoder:
+    """Decodes the ids of one run. Raises StorageError where the run's tokenizer cannot be had."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        if texts.kind == "unknown":
+            raise StorageError(texts.reason)
+        self._texts = texts
+        self._words = VocabTokenizer(texts.words) if texts.kind == "words" else ByteTokenizer()
+        self._file = TokenizersTokenizer.from_file(texts.path) if texts.kind == "file" else None
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of a sequence, specials shown."""
+        if self._file is None:
+            return self._words.decode(ids)
+        size = self._file.get_vocab_size(with_added_tokens=True)
+        if all(0 <= token_id < size for token_id in ids):
+            return str(self._file.decode(list(ids), skip_special_tokens=False))
+        return "".join(self.text([i]) if 0 <= i < size else unknown_text(i) for i in ids)
+
+    def vocabulary(self) -> list[tuple[str, str]]:
+        """(text, class) of every id, in order."""
+        if self._texts.kind == "words":
+            return list(zip(self._texts.words, self._texts.classes, strict=True))
+        if self._file is None:
+            texts = [self._words.token_text(token_id) for token_id in range(self._words.vocab_size)]
+            return [(text, token_class(text)) for text in texts]
+        size = self._file.get_vocab_size(with_added_tokens=True)
+        texts = self._file.decode_batch([[token_id] for token_id in range(size)], skip_special_tokens=False)
+        special = {token_id for token_id, added in self._file.get_added_tokens_decoder().items() if added.special}
+        return [(text, "special" if i in special else token_class(text)) for i, text in enumerate(texts)]
+
+
+def token_class(text: str) -> str:
+    """`special`, `blank`, `number`, `word`, `symbol`, or `mixed` for anything else."""
+    return next((name for name, pattern in _CLASSES if pattern.fullmatch(text)), "mixed")

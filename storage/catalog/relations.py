@@ -1,8 +1,8 @@
 """Every relation a query can name: its meaning, its documented columns, and where its rows come from.
 
-    records    runs, policies, steps, evals, claims, shards, ...    Arrow tables built from JSON objects and manifests
-    rows       trajectory_rows, score_rows                          Arrow datasets over the Parquet shards
-    derived    trajectories, scores, tokens, candidates, ...        views over the two: views/*.sql
+    records    runs, policies, steps, evals, claims, ...    Arrow tables of JSON objects and manifests: records.sql
+    rows       trajectory_rows, score_rows                  Arrow datasets over the Parquet shards
+    derived    trajectories, scores, tokens, ...            views over the two: views/*.sql
 
 List columns are expanded side by side: several `unnest` in one SELECT go through their lists together, and a shorter
 list (or NULL) is filled up with NULL. A flat list of T·K numbers has entry i at position i // K and rank i % K. Times
@@ -12,8 +12,9 @@ are TIMESTAMP WITH TIME ZONE in UTC; indices and positions count from 0.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any
 
@@ -50,200 +51,68 @@ class Relation:
         """Arrow schema of records and rows; every column may be null, for files of older schemas."""
         return pa.schema([pa.field(field.name, field.type) for field in self.fields])
 
+    def table(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """The Arrow table of records. Moments are given in Unix seconds; what is no column is left out."""
 
-_TEXT, _BIG, _INT, _REAL = pa.string(), pa.int64(), pa.int32(), pa.float64()
-_TIME = pa.timestamp("us", tz="UTC")
+        def column(field: Field) -> list[Any]:
+            values = [row.get(field.name) for row in rows]
+            if field.type != _MOMENT:
+                return values
+            return [None if value is None else datetime.fromtimestamp(value, UTC) for value in values]
 
-_RUN = Field("run", "Run id.", _TEXT)
-_SHARD = Field("shard", "Name of the shard the row is stored in: first and last index, both inclusive.", _TEXT)
-_START = Field("index_start", "First index.", _BIG)
-_STOP = Field("index_stop", "One beyond the last index.", _BIG)
-_WORKER = Field("worker", "Name of the process that did it.", _TEXT)
-
-
-def _rows(kind: str, *labels: Field) -> tuple[Field, ...]:
-    return (_RUN, _SHARD, *labels, *(Field(column.name, column.doc, column.type) for column in COLUMNS[kind]))
+        return pa.table([column(field) for field in self.fields], schema=self.schema)
 
 
-_STEPS = (
-    _RUN,
-    Field("step", "Optimizer step, from 0. It starts from policy version `step`.", _BIG),
-    Field("rewind", "How often the learner had gone back to a checkpoint before; 0 in an undisturbed run.", _INT),
-    Field("version", "Policy version published after the step.", _BIG),
-    Field("index_start", "Lowest trajectory index of the step.", _BIG),
-    Field("index_stop", "One beyond its highest index.", _BIG),
-    Field("indices", "The indices it decided about, ascending; in index order all of the range.", pa.list_(_BIG)),
-    Field("num_tokens", "Response tokens trained.", _BIG),
-    Field("num_dropped", "Indices of the step that were not trained (relation `dropped` says why).", _BIG),
-    Field("finished", "When the step was recorded.", _TIME),
-    Field(
-        "metrics",
-        "Name -> value; docs/metrics.md has meaning and unit. metrics['train/kl_nats'] is one.",
-        pa.map_(_TEXT, _REAL),
-    ),
-    Field("staleness_tokens", "Staleness in versions -> trained tokens that had it.", pa.map_(_INT, _BIG)),
-)
+_MOMENT = pa.timestamp("us", tz="UTC")
+_TEXT, _BIG = pa.string(), pa.int64()
+_TYPES = {
+    "VARCHAR": _TEXT,
+    "BIGINT": _BIG,
+    "BIGINT[]": pa.list_(_BIG),
+    "INTEGER": pa.int32(),
+    "DOUBLE": pa.float64(),
+    "TIMESTAMPTZ": _MOMENT,
+    "MAP(VARCHAR, DOUBLE)": pa.map_(_TEXT, pa.float64()),
+    "MAP(INTEGER, BIGINT)": pa.map_(pa.int32(), _BIG),
+}
+_TABLE = re.compile(r"-- (.+)\nCREATE TABLE (\w+) \((?:LIKE (\w+)|\n((?:    .+\n)+))\);")
+_COLUMN = re.compile(r"^    (\w+) ([^-]+?),? -- (.+)$", re.MULTILINE)
 
-RECORDS = (
-    Relation(
-        "runs",
-        "One row per run.",
-        (
-            _RUN,
-            Field("created", "When the run was created.", _TIME),
-            Field("name", "The configuration's name.", _TEXT),
-            Field("task", "Kind of task: walk or text.", _TEXT),
-            Field("teacher", "Name of the run's own teacher, whose scores `tokens` shows.", _TEXT),
-            Field("loss", "Estimator the learner minimises.", _TEXT),
-            Field("seed", "Seed of prompts and sampling.", _BIG),
-            Field("batch_size", "B, trajectory indices per optimizer step.", _BIG),
-            Field("shard_size", "Consecutive indices per shard.", _BIG),
-            Field("max_staleness", "τ, oldest admissible weights, versions.", _BIG),
-            Field("num_steps", "Planned optimizer steps.", _BIG),
-            Field("config_hash", "Digest of the configuration.", _TEXT),
-            Field("code_version", "Version of the code that created the run.", _TEXT),
-            Field("parent", "Run it was derived from; empty for none.", _TEXT),
-            Field("config", "The whole configuration as JSON: config->>'$.learner.lr'.", _TEXT),
-        ),
-    ),
-    Relation(
-        "policies",
-        "One row per policy version of the surviving lineage.",
-        (
-            _RUN,
-            Field("version", "Learner steps behind the weights; 0 is the initial student.", _BIG),
-            Field("rewind", "How often the learner had gone back to a checkpoint before.", _INT),
-            Field("created", "When the version was published.", _TIME),
-            _WORKER,
-            Field("size_bytes", "Size of the weights, bytes.", _BIG),
-            Field("sha256", "Digest of the weights.", _TEXT),
-        ),
-    ),
-    Relation("steps", "One row per optimizer step of the surviving lineage.", _STEPS),
-    Relation("superseded_steps", "Steps that no longer count, because the learner went back before them.", _STEPS),
-    Relation(
-        "evals",
-        "One row per evaluated policy version of the surviving lineage.",
-        (
-            _RUN,
-            Field("version", "Policy version evaluated.", _BIG),
-            Field("rewind", "Rewind it was published under.", _INT),
-            Field("num_prompts", "Held-out prompts asked.", _BIG),
-            Field("accuracy", "Fraction of responses the verifier accepts; null without a verifier.", _REAL),
-            Field("accuracy_by_group", "Prompt group -> accuracy, fraction.", pa.map_(_TEXT, _REAL)),
-            Field("kl_nats", "KL(p‖q) student to teacher on the student's own responses, nats per token.", _REAL),
-            Field("kl_standard_error_nats", "Standard error of kl_nats, nats.", _REAL),
-            Field("mean_response_tokens", "Mean response length, tokens, EOS included.", _REAL),
-            Field("finished", "When the evaluation was done.", _TIME),
-        ),
-    ),
-    Relation(
-        "claims",
-        "One row per claim of a shard; a second attempt means that the first holder died.",
-        (
-            _RUN,
-            Field("stage", "`rollout` or `score-<teacher>`.", _TEXT),
-            _SHARD,
-            _START,
-            _STOP,
-            Field("attempt", "1 for the first claim of the shard; one more each time it was taken over.", _INT),
-            _WORKER,
-            Field("claimed", "When; null where a power cut lost the record.", _TIME),
-        ),
-    ),
-    Relation(
-        "shards",
-        "One row per complete shard of trajectories or scores.",
-        (
-            _RUN,
-            Field("stage", "`rollout` or `score`.", _TEXT),
-            Field("teacher", "Whose scores; empty for trajectories.", _TEXT),
-            _SHARD,
-            _START,
-            _STOP,
-            Field("num_rows", "Trajectories in it; dropped indices have none.", _BIG),
-            Field("num_tokens", "Response tokens in it.", _BIG),
-            Field("num_dropped", "Indices without a row.", _BIG),
-            Field("seconds", "Wall time from start to publication, s; shards of one engine overlap.", _REAL),
-            _WORKER,
-            Field("published", "When its manifest was written.", _TIME),
-            Field("size_bytes", "Size of its Parquet file, bytes.", _BIG),
-        ),
-    ),
-    Relation(
-        "dropped",
-        "One row per index that was left out, and the stage that recorded it.",
-        (
-            _RUN,
-            Field("index", "Trajectory index.", _BIG),
-            Field("stage", "`rollout`, `score` or `learn`.", _TEXT),
-            Field("teacher", "Whose scores left it out; empty for other stages.", _TEXT),
-            Field("reason", "Why.", _TEXT),
-        ),
-    ),
-    Relation(
-        "rewinds",
-        "One row each time the learner went back to a checkpoint.",
-        (
-            _RUN,
-            Field("rewind", "1 for the first.", _INT),
-            Field("to_step", "Steps behind the state it went back to.", _BIG),
-            _WORKER,
-            Field("recorded", "When.", _TIME),
-        ),
-    ),
-    Relation(
-        "spans",
-        "One row per stretch of wall time a worker spent on one activity.",
-        (
-            _RUN,
-            Field("role", "rollout, score, learn, evaluate or pretrain.", _TEXT),
-            _WORKER,
-            Field("activity", "docs/metrics.md; `wait:` and `orchestrate:` prefix what is not work.", _TEXT),
-            Field("started", "When it began.", _TIME),
-            Field("ended", "When it ended.", _TIME),
-            Field("seconds", "Its length, s.", _REAL),
-            Field("detail", "For example the shard or the step.", _TEXT),
-        ),
-    ),
-    Relation(
-        "failures",
-        "One row per recorded failure of a role.",
-        (
-            _RUN,
-            Field("role", "Which role failed.", _TEXT),
-            _WORKER,
-            Field("reason", "Its own words.", _TEXT),
-            Field("failed", "When.", _TIME),
-        ),
-    ),
-    Relation(
-        "vocabulary",
-        "One row per token of each run's tokenizer.",
-        (
-            _RUN,
-            Field("token_id", "Token id.", _INT),
-            Field("text", "The token's own text.", _TEXT),
-            Field(
-                "class",
-                "Walk: special, noise, operation or state. Text: special, number, word, blank, symbol, mixed.",
-                _TEXT,
-            ),
-        ),
-    ),
-)
 
-_LABELS = (
-    Field("folder", "Folder of the scores: the teacher's name, then after an @ what a back-fill asked for.", _TEXT),
-    Field("origin", "`run`: what the run itself asked its teacher, which `tokens` shows; or `backfill`.", _TEXT),
-    Field("candidates_from", "Which candidates were scored: `trajectories`, or the name of a back-filled set.", _TEXT),
-)
+def _sql(name: str) -> str:
+    return (files("storage.catalog") / f"{name}.sql").read_text("utf-8")
 
+
+def _records() -> tuple[Relation, ...]:
+    found: dict[str, Relation] = {}
+    for doc, name, like, columns in _TABLE.findall(_sql("records")):
+        own = tuple(Field(column, about, _TYPES[kind]) for column, kind, about in _COLUMN.findall(columns))
+        found[name] = Relation(name, doc, found[like].fields if like else own)
+    return tuple(found.values())
+
+
+def _rows(name: str, doc: str, kind: str, **labels: str) -> Relation:
+    """A relation over the shards of `kind`; `labels` are the columns that say what the shard's place says."""
+    labelled = tuple(Field(label, about, _TEXT) for label, about in labels.items())
+    stored = tuple(Field(column.name, column.doc, column.type) for column in COLUMNS[kind])
+    return Relation(name, doc, (*labelled, *stored))
+
+
+_PLACE = {"run": "Run id.", "shard": "Name of the shard the row is stored in: first and last index, both inclusive."}
+RECORDS = _records()
 ROWS = (
-    Relation(
-        "trajectory_rows", "Trajectories exactly as stored, flat candidate lists included.", _rows("trajectories")
+    _rows(
+        "trajectory_rows", "Trajectories exactly as stored, flat candidate lists included.", "trajectories", **_PLACE
     ),
-    Relation("score_rows", "Teacher scores exactly as stored, flat lists included.", _rows("scores", *_LABELS)),
+    _rows(
+        "score_rows",
+        "Teacher scores exactly as stored, flat lists included.",
+        "scores",
+        **_PLACE,
+        folder="Folder of the scores: the teacher's name, then after an @ what a back-fill asked for.",
+        origin="`run`: what the run itself asked its teacher, which `tokens` shows; or `backfill`.",
+        candidates_from="Which candidates were scored: `trajectories`, or the name of a back-filled set.",
+    ),
 )
 
 
@@ -254,7 +123,7 @@ def documented(sql: str) -> dict[str, str]:
 
 def _derived(name: str) -> Relation:
     """What views/NAME.sql says: `-- relation: meaning`, `-- reads a, b`, its columns, and its SELECT."""
-    sql = (files("storage.catalog") / "views" / f"{name}.sql").read_text("utf-8")
+    sql = _sql(f"views/{name}")
     (doc,) = re.findall(r"-- relation: (.+)", sql)
     reads = tuple(found for line in re.findall(r"-- reads (.+)", sql) for found in line.split(", "))
     return Relation(name, doc, tuple(Field(column, about) for column, about in documented(sql).items()), sql, reads)

@@ -1,4 +1,4 @@
-"""The rows of the record relations for one run, as of when: what its RunView has read, in columns.
+"""The rows of the record relations for one run, as of when; and how its token ids read, from its task settings.
 
 RunView --Cut (a time, or a policy version)--> what was published by then --> rows, by relation
 """
@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from bisect import bisect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from pydantic import TypeAdapter, ValidationError
+
+from asyncopd.config.tasks import TaskConfig, WalkConfig
 from asyncopd.errors import StorageError
 from asyncopd.records import Manifest, Rewind
+from asyncopd.tasks.walk_rules import FIRST_NOISE_ID, WalkRules
 from asyncopd.types import Evaluation, IndexRange, PolicyVersion, TrainStep
-from storage.catalog.connection import DataFile
-from storage.catalog.decoders import TokenTexts
-from storage.catalog.token_texts import token_texts_of
+from storage.catalog.connection import DataFile, TokenTexts
 from storage.layout import parse
 from storage.learner_log import surviving
 from storage.parquet import SCHEMA_VERSION
@@ -28,6 +32,7 @@ from storage.run_view import RunView
 Row = dict[str, Any]
 Shard = tuple[str, IndexRange, Manifest]
 """(teacher, shard, manifest); the teacher is empty for trajectories."""
+_TASK: TypeAdapter[Any] = TypeAdapter(TaskConfig)
 
 
 @dataclass(frozen=True)
@@ -84,31 +89,33 @@ class RunRecords:
         return Cut(time=manifest.created, version=version)
 
     def read(self, relations: Collection[str], cut: Cut) -> dict[str, Sequence[Any]]:
-        """Relation -> rows of the records in `relations`, and DataFiles of `trajectory_rows` and `score_rows`."""
+        """Relation -> rows for Relation.table, of `relations`; and the DataFiles of trajectory_rows and score_rows."""
         shards = self._shards(cut) if {"shards", "dropped", "trajectory_rows", "score_rows"} & {*relations} else []
         steps = self._steps(cut) if {"steps", "superseded_steps", "dropped"} & {*relations} else ([], [])
+        view = self._view
         makers: dict[str, Callable[[], Iterable[Any]]] = {
             "runs": lambda: [self._run()],
             "policies": lambda: self._policies(cut),
             "steps": lambda: map(_step, steps[0]),
             "superseded_steps": lambda: map(_step, steps[1]),
             "evals": lambda: self._evaluations(cut),
-            "claims": lambda: self._claims(cut),
+            "claims": lambda: [
+                {**vars(claim), **_range(claim.shard), "claimed": claim.claimed or None}
+                for claim in view.read("claim").claims()
+                if claim.claimed <= cut.time
+            ],
             "shards": lambda: [_shard(*shard) for shard in shards],
             "dropped": lambda: _dropped(shards, steps[0]),
-            "rewinds": lambda: [
-                {"rewind": r.number, "to_step": r.to_step, "worker": r.worker, "recorded": _time(r.recorded)}
-                for r in self._rewinds(cut)
+            "rewinds": lambda: [{**vars(rewind), "rewind": rewind.number} for rewind in self._rewinds(cut)],
+            "spans": lambda: [
+                {**vars(span), "started": span.start, "ended": span.end, "seconds": span.end - span.start}
+                for span in view.read("spans").spans()
+                if span.end <= cut.time
             ],
-            "spans": lambda: self._spans(cut),
-            "failures": lambda: [
-                {"role": f.role, "worker": f.worker, "reason": f.reason, "failed": _time(f.failed)}
-                for f in self._view.read("failure").failures()
-                if f.failed <= cut.time
-            ],
+            "failures": lambda: [vars(f) for f in view.read("failure").failures() if f.failed <= cut.time],
         }
         rows: dict[str, Sequence[Any]] = {
-            name: [{"run": self.run_id, **row} for row in make()] for name, make in makers.items() if name in relations
+            name: [{**row, "run": self.run_id} for row in make()] for name, make in makers.items() if name in relations
         }
         rows["trajectory_rows"] = self._files([shard for shard in shards if not shard[0]])
         rows["score_rows"] = self._files([shard for shard in shards if shard[0]])
@@ -125,7 +132,7 @@ class RunRecords:
         config = record.get("config") or {}
         learner, rollout = config.get("learner") or {}, config.get("rollout") or {}
         return {
-            "created": _time(record.get("created")),
+            **record,
             "name": config.get("name"),
             "task": (config.get("task") or {}).get("kind"),
             "teacher": self._teacher(),
@@ -135,8 +142,6 @@ class RunRecords:
             "shard_size": rollout.get("shard_size"),
             "max_staleness": (config.get("staleness") or {}).get("max_staleness"),
             "num_steps": learner.get("num_steps"),
-            "config_hash": record.get("config_hash"),
-            "code_version": record.get("code_version"),
             "parent": (record.get("parent") or {}).get("run_id", ""),
             "config": json.dumps(config),
         }
@@ -171,34 +176,6 @@ class RunRecords:
         by_version = {e.version: e for e in found if cut.has_version(e.version, e.finished)}
         return [_evaluation(by_version[version]) for version in surviving(by_version, self._rewinds(cut))]
 
-    def _claims(self, cut: Cut) -> list[Row]:
-        return [
-            {
-                **_range(claim.shard),
-                "stage": claim.stage,
-                "attempt": claim.attempt,
-                "worker": claim.worker,
-                "claimed": _time(claim.claimed or None),
-            }
-            for claim in self._view.read("claim").claims()
-            if claim.claimed <= cut.time
-        ]
-
-    def _spans(self, cut: Cut) -> list[Row]:
-        return [
-            {
-                "role": span.role,
-                "worker": span.worker,
-                "activity": span.activity,
-                "detail": span.detail,
-                "started": _time(span.start),
-                "ended": _time(span.end),
-                "seconds": span.end - span.start,
-            }
-            for span in self._view.read("spans").spans()
-            if span.end <= cut.time
-        ]
-
     def _shards(self, cut: Cut) -> list[Shard]:
         """Every complete shard. Raises StorageError where newer code wrote one."""
         view = self._view.read("trajectories", "scores")
@@ -225,70 +202,48 @@ class RunRecords:
         return files
 
 
-def _time(seconds: float | None) -> datetime | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
-
-
 def _range(shard: IndexRange) -> Row:
     return {"shard": shard.name, "index_start": shard.start, "index_stop": shard.stop}
 
 
 def _policy(version: PolicyVersion, manifest: Manifest) -> Row:
     (promise,) = manifest.objects.values()
-    return {
-        "version": version.number,
-        "rewind": version.rewind,
-        "created": _time(manifest.created),
-        "worker": manifest.worker,
-        "size_bytes": promise["size_bytes"],
-        "sha256": promise["sha256"],
-    }
+    return {**vars(manifest), **promise, "version": version.number, "rewind": version.rewind}
 
 
 def _step(step: TrainStep) -> Row:
     indices = sorted(step.indices.indices)
     return {
-        "step": step.step,
-        "rewind": step.rewind,
+        **vars(step),
         "version": step.version.number,
         "index_start": indices[0],
         "index_stop": indices[-1] + 1,
         "indices": indices,
-        "num_tokens": step.num_tokens,
         "num_dropped": len(step.dropped),
-        "finished": _time(step.finished),
-        "metrics": [(name, None if value is None else float(value)) for name, value in step.metrics.items()],
+        "metrics": list(step.metrics.items()),
         "staleness_tokens": list(step.staleness_tokens.items()),
     }
 
 
 def _evaluation(evaluation: Evaluation) -> Row:
-    accuracy = evaluation.accuracy
     return {
+        **vars(evaluation),
         "version": evaluation.version.number,
         "rewind": evaluation.version.rewind,
-        "num_prompts": evaluation.num_prompts,
-        "accuracy": None if accuracy != accuracy else accuracy,
+        "accuracy": None if math.isnan(evaluation.accuracy) else evaluation.accuracy,
         "accuracy_by_group": list(evaluation.accuracy_by_group.items()),
-        "kl_nats": evaluation.kl_nats,
-        "kl_standard_error_nats": evaluation.kl_standard_error_nats,
-        "mean_response_tokens": evaluation.mean_response_tokens,
-        "finished": _time(evaluation.finished),
     }
 
 
 def _shard(teacher: str, shard: IndexRange, manifest: Manifest) -> Row:
-    facts = manifest.facts
     return {
+        **vars(manifest.facts),
+        **_range(shard),
         "stage": "score" if teacher else "rollout",
         "teacher": teacher,
-        **_range(shard),
-        "num_rows": facts.num_rows,
-        "num_tokens": facts.num_tokens,
-        "num_dropped": len(facts.dropped),
-        "seconds": facts.seconds,
+        "num_dropped": len(manifest.facts.dropped),
         "worker": manifest.worker,
-        "published": _time(manifest.created),
+        "published": manifest.created,
         "size_bytes": sum(promise["size_bytes"] for promise in manifest.objects.values()),
     }
 
@@ -309,3 +264,37 @@ def _dropped(shards: Iterable[Shard], steps: Iterable[TrainStep]) -> list[Row]:
         {"index": index, "stage": stage, "teacher": teacher, "reason": reason}
         for (index, stage, teacher), reason in reasons.items()
     ]
+
+
+# -- how token ids read: here, so that the process that answers a query loads neither configuration nor hub -----------
+def token_texts_of(record: Mapping[str, Any]) -> TokenTexts:
+    """How the ids of the run with this record read; kind `unknown`, with a reason, where that cannot be told here."""
+    try:
+        config = _TASK.validate_python((record.get("config") or {}).get("task"))
+    except ValidationError as error:
+        return _unknown(f"its stored task settings are not readable ({error.error_count()} problems)")
+    if isinstance(config, WalkConfig):
+        return _walk_texts(config)
+    if config.tokenizer == "bytes":
+        return TokenTexts("bytes")
+    named = Path(config.tokenizer)
+    found = named / "tokenizer.json" if named.is_dir() else try_to_load_from_cache(config.tokenizer, "tokenizer.json")
+    if not isinstance(found, str | Path) or not Path(found).is_file():
+        return _unknown(f"tokenizer {config.tokenizer!r} is neither a directory with tokenizer.json nor in the cache")
+    return TokenTexts("file", path=str(Path(found).absolute()))
+
+
+def _walk_texts(config: WalkConfig) -> TokenTexts:
+    rules = WalkRules(config.p, config.noise_levels)
+    classes = ("special", "noise", "operation", "state")
+    firsts = (FIRST_NOISE_ID, rules.first_operation_id, rules.first_state_id)
+    ids = range(rules.vocab_size)
+    words = tuple(rules.tokenizer.token_text(token_id) for token_id in ids)
+    return TokenTexts("words", words, tuple(classes[bisect(firsts, token_id)] for token_id in ids))
+
+
+def _unknown(why: str) -> TokenTexts:
+    return TokenTexts(
+        "unknown",
+        reason=f"token ids of this run cannot be shown as text: {why}. Ask for ids, or make the tokenizer available.",
+    )

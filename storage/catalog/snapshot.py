@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import botocore.session
-import pyarrow as pa
 
 from asyncopd.errors import StorageError
 from storage.catalog.connection import Place, Snapshot
@@ -65,9 +64,7 @@ class Catalog:
             read = list(pool.map(lambda pair: pair[0].read(relations, pair[1]), present))
         return Snapshot(
             tables={
-                relation.name: pa.Table.from_pylist(
-                    [row for rows in read for row in rows[relation.name]], schema=relation.schema
-                )
+                relation.name: relation.table([row for rows in read for row in rows[relation.name]])
                 for relation in RECORDS
                 if relation.name in relations and relation.name != "vocabulary"
             },
