@@ -15,9 +15,8 @@ import itertools
 from rich.console import Console
 from rich.table import Table
 
-from asyncopd.plan.costs import Costs, DecodeCurve, Fleet
-from asyncopd.plan.forecast import Workload, forecast
-from asyncopd.plan.lengths import Lognormal
+from asyncopd.plan.forecast import forecast
+from asyncopd.plan.workload import Costs, DecodeCurve, Fleet, Lognormal, Workload
 
 LIMIT = 16_384
 LENGTHS = {

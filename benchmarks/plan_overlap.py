@@ -18,9 +18,8 @@ from rich.table import Table
 
 from asyncopd.cli.plan import costs_of_run
 from asyncopd.config import RunConfig
-from asyncopd.plan.costs import DecodeCurve, Fleet
 from asyncopd.plan.forecast import assumptions, forecast
-from asyncopd.plan.lengths import Observed
+from asyncopd.plan.workload import DecodeCurve, Fleet, Observed
 from storage.run_log import StoredRunLog
 from storage.runs import open_run
 from storage.stores import open_store

@@ -20,11 +20,9 @@ from asyncopd.cli import main
 from asyncopd.cli.plan import costs_of_run
 from asyncopd.config import RunConfig, load_config
 from asyncopd.errors import ConfigError, DeadlineError
-from asyncopd.plan.calibrate import calibrate, wall_s
-from asyncopd.plan.costs import Costs, DecodeCurve, Fleet, splits
-from asyncopd.plan.forecast import Workload, best_split, forecast
-from asyncopd.plan.lengths import Lognormal, Observed
+from asyncopd.plan.forecast import best_split, calibrate, forecast, wall_s
 from asyncopd.plan.pipeline import Outcome, run
+from asyncopd.plan.workload import Costs, DecodeCurve, Fleet, Lognormal, Observed, Workload, splits
 from asyncopd.schedule import Plan
 from asyncopd.types import Span
 from storage.run_log import StoredRunLog

@@ -21,10 +21,8 @@ from asyncopd.cli import STOPPED_BY_USER
 from asyncopd.config import RunConfig
 from asyncopd.errors import ConfigError
 from asyncopd.local.console import console_table
-from asyncopd.plan.calibrate import calibrate
-from asyncopd.plan.costs import Costs, DecodeCurve, Fleet
-from asyncopd.plan.forecast import Forecast, Workload, assumptions, best_split, forecast
-from asyncopd.plan.lengths import Lengths, Lognormal, Observed
+from asyncopd.plan.forecast import Forecast, assumptions, best_split, calibrate, forecast
+from asyncopd.plan.workload import Costs, DecodeCurve, Fleet, Lengths, Lognormal, Observed, Workload
 from asyncopd.study import study_command
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
@@ -112,11 +110,9 @@ class Given:
         asked = self.lengths or ""
         if asked.startswith("lognormal:"):
             return Lognormal.parse(asked)
-        log = open_run(open_store(self.root), asked)
-        lengths = tuple(len(t.response_ids) for shard in log.trajectory_shards() for t in log.read_trajectories(shard))
-        if not lengths:
-            raise ConfigError(f"run {asked} has produced no responses yet.")
-        return Observed(lengths, asked)
+        if lengths := _lengths_of(open_run(open_store(self.root), asked)):
+            return Observed(lengths, asked)
+        raise ConfigError(f"run {asked} has produced no responses yet.")
 
 
 NEEDED = {
@@ -204,33 +200,23 @@ def _table(title: str, forecasts: Sequence[Forecast], baseline: Forecast) -> Tab
     header = ("GPUs", "τ", "tokens/s", "ratio to time-shared", "overlap", "busy R/T/L", "mean staleness")
     rows = []
     for row in forecasts:
-        gpus, busy = row.fleet, (row.rollout_busy, row.teacher_busy, row.learner_busy)
+        gpus, ratio = row.fleet, row.tokens_per_s / baseline.tokens_per_s
         apart = f"{gpus.rollout}R + {gpus.teacher}T + {gpus.learner}L"
-        cells = (
-            f"{gpus.rollout}RL + {gpus.teacher}T" if gpus.time_shared else apart,
-            str(row.max_staleness),
-            f"{row.tokens_per_s:,.0f}",
-            f"{row.tokens_per_s / baseline.tokens_per_s:.2f}",
-            f"{row.overlap:.2f}",
-            "/".join(f"{100 * share:.0f}" for share in busy) + " %",
-            f"{row.mean_staleness:.2f}",
-        )
-        rows.append(cells)
+        split = f"{gpus.rollout}RL + {gpus.teacher}T" if gpus.time_shared else apart
+        busy = "/".join(f"{100 * share:.0f}" for share in (row.rollout_busy, row.teacher_busy, row.learner_busy))
+        speed = (f"{row.tokens_per_s:,.0f}", f"{ratio:.2f}", f"{row.overlap:.2f}")
+        rows.append((split, str(row.max_staleness), *speed, f"{busy} %", f"{row.mean_staleness:.2f}"))
     return console_table(f"{title} (R rollout, T teacher, L learner)", header, rows)
 
 
 def costs_of_run(log: StoredRunLog, config: RunConfig, shape: DecodeCurve) -> tuple[Workload, Costs]:
     """What `calibrate` reads from a stored run."""
-    view = RunView(log).read("step", "rewind", "trajectories", "spans")
-    responses = [log.read_trajectories(shard) for shard in view.trajectories()]
-    return calibrate(
-        view.run_id,
-        config,
-        shape,
-        steps=view.steps(),
-        spans=view.spans(),
-        lengths=[len(response.response_ids) for shard in responses for response in shard],
-    )
+    view = RunView(log).read("step", "rewind", "spans")
+    return calibrate(log.run_id, config, shape, steps=view.steps(), spans=view.spans(), lengths=_lengths_of(log))
+
+
+def _lengths_of(log: StoredRunLog) -> tuple[int, ...]:
+    return tuple(len(t.response_ids) for shard in log.trajectory_shards() for t in log.read_trajectories(shard))
 
 
 def _speeds(text: str) -> tuple[float, ...]:

@@ -1,8 +1,6 @@
 """The capacity planner: what a fleet of GPUs will do, before it is paid for. A simulation of the run's own scheduling.
 
-lengths.py    how long responses are: lognormal, or those of a run
-costs.py      what work costs per GPU, and the fleet that does it
+workload.py   how long responses are, what work costs per GPU, and the fleet that does it
 pipeline.py   the discrete-event simulation; admission is asyncopd/schedule.py's
-forecast.py   throughput, overlap and staleness of fleets and staleness bounds; the best split
-calibrate.py  costs and lengths from the timeline of a run
+forecast.py   throughput, overlap and staleness of fleets and staleness bounds; costs from the timeline of a run
 """

@@ -1,30 +1,25 @@
-"""Forecasts for fleets and staleness bounds: throughput, overlap, staleness, and the best split of the same GPUs."""
+"""Forecasts for fleets and staleness bounds, the best split of the same GPUs, and the costs of a run to forecast from.
+
+Costs are read from a synchronous run only (τ = 0, one process a role): there nothing overlaps, so wall time minus the
+work of every role is what handing shards and versions over took. The shape of the decode curve must be given, because
+the spans do not say how many slots were active; its height comes from the run.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from asyncopd.config import RunConfig
 from asyncopd.errors import ConfigError
+from asyncopd.metrics import SECONDS
 from asyncopd.plan import pipeline
-from asyncopd.plan.costs import Costs, Fleet, splits
-from asyncopd.plan.lengths import Lengths
+from asyncopd.plan.workload import Costs, DecodeCurve, Fleet, Observed, Workload, splits
 from asyncopd.schedule import Plan
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is to be trained."""
-
-    lengths: Lengths
-    batch_size: int
-    shard_size: int
-    num_steps: int
-    num_slots: int
-    """Responses that one engine generates at once."""
-    seed: int = 0
+from asyncopd.types import Span, TrainStep
 
 
 @dataclass(frozen=True)
@@ -80,18 +75,13 @@ def best_split(work: Workload, costs: Costs, num_gpus: int, max_staleness: int) 
 
 def assumptions(work: Workload, costs: Costs) -> Sequence[str]:
     """What the forecast takes for granted, in sentences."""
-    unknown = [
-        name
-        for name in ("train_step_s", "publish_s", "fetch_s", "refresh_s", "shard_s", "handover_s", "score_shard_s")
-        if getattr(costs, name) == 0
-    ]
+    names = ("train_step_s", "publish_s", "fetch_s", "refresh_s", "shard_s", "handover_s", "score_shard_s")
+    unknown = [name for name in names if getattr(costs, name) == 0]
+    points = zip(costs.decode.active, costs.decode.step_s, strict=True)
+    steps = ", ".join(f"{1000 * seconds:.2f} ms with {active} active" for active, seconds in points)
     said = [
         f"Response lengths: {work.lengths.describe()}; they do not change while the student learns.",
-        "A decode step takes "
-        + ", ".join(
-            f"{1000 * s:.2f} ms with {a} active" for a, s in zip(costs.decode.active, costs.decode.step_s, strict=True)
-        )
-        + "; straight lines between, whatever the context length. Prompts cost nothing.",
+        f"A decode step takes {steps}; straight lines between, whatever the context length. Prompts cost nothing.",
         f"A teacher GPU scores {costs.score_tokens_per_s:,.0f} tokens/s, a learner GPU trains "
         f"{costs.train_tokens_per_s:,.0f} tokens/s; learner GPUs scale without loss.",
         f"{work.num_steps} steps of {work.batch_size} in shards of {work.shard_size}; {work.num_slots} slots an "
@@ -103,3 +93,77 @@ def assumptions(work: Workload, costs: Costs) -> Sequence[str]:
     if unknown:
         said.append(f"Taken as free: {', '.join(unknown)}.")
     return said
+
+
+def calibrate(
+    run_id: str,
+    config: RunConfig,
+    shape: DecodeCurve,
+    *,
+    steps: Sequence[TrainStep],
+    spans: Sequence[Span],
+    lengths: Sequence[int],
+) -> tuple[Workload, Costs]:
+    """What a finished run trained and what its work cost.
+
+    Args:
+        shape: seconds of a decode step by active slots; only the ratios count.
+        steps, spans: all of the run.
+        lengths: of all its responses, tokens, in index order.
+    Raises:
+        ConfigError: the run is not synchronous, has several workers, or is not finished.
+    """
+    if config.staleness.max_staleness or config.rollout.workers != 1 or config.score.workers != 1:
+        raise ConfigError(
+            f"run {run_id} has max_staleness {config.staleness.max_staleness}, {config.rollout.workers} rollout "
+            f"and {config.score.workers} score workers; costs are read where nothing overlaps: 0, 1 and 1."
+        )
+    if len(steps) < max(2, config.learner.num_steps):
+        raise ConfigError(f"run {run_id} trained {len(steps)} of {config.learner.num_steps} steps; let it finish.")
+    plan = config.plan
+    sizes = (plan.batch_size, plan.shard_size, plan.num_steps, config.rollout.slots)
+    work = Workload(Observed(tuple(lengths), run_id), *sizes, config.seed)
+    tokens_per_s, step_s = _train_rate(steps)
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    for span in spans:
+        seconds[span.role, span.activity] += span.end - span.start
+    refresh_s = seconds["rollout", "orchestrate:refresh"] / len(steps)
+    known = Costs(
+        decode=shape,
+        score_tokens_per_s=sum(lengths) / seconds["score", "score"],
+        score_shard_s=seconds["score", "orchestrate:parquet"] / plan.num_shards,
+        train_tokens_per_s=tokens_per_s,
+        train_step_s=step_s + seconds["learn", "orchestrate:parquet"] / len(steps),
+        publish_s=seconds["learn", "orchestrate:publish"] / len(steps),
+        refresh_s=refresh_s,
+        shard_s=seconds["rollout", "orchestrate:parquet"] / plan.num_shards,
+    )
+    fleet = Fleet(1, 1, 1)
+    # In a synchronous run the occupancy does not depend on how fast a step is, so its height follows from one ratio.
+    unscaled = pipeline.run(plan, lengths, known, fleet, num_slots=work.num_slots)
+    standing_s = len(steps) * refresh_s + plan.num_shards * known.shard_s
+    scale = seconds["rollout", "sample"] / (unscaled.rollout_busy_s - standing_s)
+    scaled = replace(known, decode=shape.scaled(scale))
+    busy_only = pipeline.run(plan, lengths, scaled, fleet, num_slots=work.num_slots)
+    delay_s = max(0.0, wall_s(spans) - busy_only.wall_s) / len(steps)
+    return work, replace(scaled, handover_s=delay_s)
+
+
+def wall_s(spans: Sequence[Span]) -> float:
+    """Seconds from the first work of any role to the last, as reports count it."""
+    roles, idle = ("rollout", "score", "learn"), ("wait:", "orchestrate:")
+    busy = [span for span in spans if span.role in roles and not span.activity.startswith(idle)]
+    if not busy:
+        raise ConfigError("the run has no timeline, so nothing can be read from it; was it stopped before it worked?")
+    return max(s.end for s in busy) - min(s.start for s in busy)
+
+
+def _train_rate(steps: Sequence[TrainStep]) -> tuple[float, float]:
+    """(tokens/s, seconds of a step without tokens) by least squares; proportional where the fit makes no sense."""
+    tokens = np.array([step.num_tokens for step in steps], float)
+    seconds = np.array([step.metrics[SECONDS.key] for step in steps])
+    if tokens.std() > 0:
+        slope, intercept = np.polyfit(tokens, seconds, 1)
+        if slope > 0 and intercept >= 0:
+            return float(1 / slope), float(intercept)
+    return float(tokens.sum() / seconds.sum()), 0.0

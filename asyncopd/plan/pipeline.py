@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from asyncopd.errors import DeadlineError
-from asyncopd.plan.costs import Costs, Fleet
+from asyncopd.plan.workload import Costs, Fleet
 from asyncopd.schedule import Plan, step_of
 
 _END = 1e-9
