@@ -19,7 +19,7 @@ from api.reader import TERMINAL, RunReader
 from api.schemas import Run, RunCreate
 from asyncopd.config import RunConfig, load_config
 from asyncopd.errors import ConfigError, ServerAwayError
-from asyncopd.local.prefect_api import FlowRun, create_flow_run
+from asyncopd.local.stack import FlowRun, create_flow_run
 from storage.launches import RequestedState
 
 TRAIN = "asyncopd/train"

@@ -15,7 +15,7 @@ from api.problems import ProblemError, responses
 from api.reader import RunReader
 from api.schemas import Work
 from asyncopd.config.requests import BackfillRequest, ReplayRequest, Request
-from asyncopd.local.prefect_api import create_flow_run
+from asyncopd.local.stack import create_flow_run
 from storage.replay import check
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["replays"], dependencies=[Launcher])

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from synthetic_run import START, config_of, evaluation, new_log, publish_run, train_step, weights_of
 
-from asyncopd.cli.follow import follow, show_report, show_status
-from asyncopd.cli.progress import ProgressWatch
+from asyncopd.cli.progress import ProgressWatch, panel
+from asyncopd.cli.train import follow, show_report
 from asyncopd.config import RunConfig
 from asyncopd.errors import StorageError
 from asyncopd.records import WorkerStatus
@@ -213,7 +213,7 @@ def test_storage_that_does_not_answer_for_a_moment_does_not_end_the_following(
 def test_what_a_name_contains_is_not_taken_for_markup(log: StoredRunLog) -> None:
     log.heartbeat(ROLLOUT, WorkerStatus(role="rollout", waiting_for="version [/bold] 3"))
     console = terminal(is_terminal=True)
-    show_status(RunView(log), config_of(), console=console)
+    console.print(panel(watch_of(log).look(), "run", config_of()))
     assert "version [/bold] 3" in text_of(console)
 
 

@@ -21,7 +21,7 @@ from service_world import DONE, LIVE, Prefect, client_of, make_root, prefect_sta
 from synthetic_run import config_of, new_log, weights_of
 
 from api.reader import FRESH_S
-from asyncopd.local import prefect_api as flow_runs
+from asyncopd.local import stack
 from asyncopd.records import WorkerStatus
 from flows.train import _requested_end
 from storage.launches import LaunchLog
@@ -280,7 +280,7 @@ def test_a_prefect_that_is_busy_for_a_moment_is_asked_again(
     client: TestClient, prefect: Prefect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Under load its SQLite is locked now and then, and every third launch was refused.
-    monkeypatch.setattr(flow_runs, "BUSY_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(stack, "BUSY_PAUSES_S", (0.0, 0.0))
     prefect.num_busy = 2
     assert launch(client, run_id="patient").status_code == 201
     prefect.num_busy = 9

@@ -4,12 +4,14 @@
                                                   Ctrl-C --cancel--> stopped; nothing stored is lost
 
 A mistake in the configuration is refused here, although the flow checks the same: it should not have to wait for a
-server to start.
+server to start. Following changes nothing: several people may follow one run, and `asyncopd train --run-id` does again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -20,15 +22,21 @@ from typing import Annotated, Any
 import yaml
 from cyclopts import Parameter
 from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.padding import Padding
 
 from asyncopd.cli import STOPPED_BY_USER, Overrides, Root
-from asyncopd.cli.follow import follow, show_report, show_status
+from asyncopd.cli.progress import ProgressWatch, panel, plain_line
 from asyncopd.config import RunConfig, load_config, parse_override
 from asyncopd.config.resume import differences, safe_changes
-from asyncopd.errors import ConfigError, ServerAwayError
+from asyncopd.errors import ConfigError, ServerAwayError, StorageError
 from asyncopd.local import stack
-from asyncopd.local.prefect_api import FlowRun, create_flow_run
+from asyncopd.local.console import PLAIN_EVERY_S, console_table
 from asyncopd.local.processes import home
+from asyncopd.local.stack import FlowRun, create_flow_run
+from asyncopd.report.summary import Summary
+from asyncopd.report.text import duration, headline, tables
 from flows.preflight import preflight
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
@@ -89,7 +97,8 @@ def status(run_id: str | None = None, /, *, root: Root = "runs") -> int:
     console = Console(highlight=False)
     if run_id is not None:
         config = stored_config(root, run_id)
-        show_status(RunView(_log_of(config, run_id)), config, console=Console())
+        progress = ProgressWatch(RunView(_log_of(config, run_id)), config).look()
+        Console().print(panel(progress, f"[bold]{escape(run_id)}[/]", config))
         return 0
     found = stack.status()
     console.print(f"server: {found['server'] or 'none'}")
@@ -121,6 +130,72 @@ def stored_config(root: str, run_id: str) -> RunConfig:
     return RunConfig.model_validate(open_run(open_store(root), run_id).config())
 
 
+def follow(
+    view: RunView,
+    config: RunConfig,
+    *,
+    console: Console,
+    is_over: Callable[[], str | None],
+    poll_s: float = 0.5,
+    plain_every_s: float = PLAIN_EVERY_S,
+) -> str:
+    """Show the progress of a run until its flow is over. The run need not exist in storage yet.
+
+    Args:
+        is_over: the flow's terminal state, for example `COMPLETED`; None while it is scheduled or runs. Asked once
+            per look; what it raises travels to the caller.
+        plain_every_s: between lines where the console is not a terminal; the first and the last are always printed.
+    Returns:
+        What `is_over` answered.
+    """
+    watch = ProgressWatch(view, config)
+    printed_s, num_failures = -math.inf, 0
+    with Live(console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
+        while True:
+            # Asked before looking, so that the last look sees everything the flow did.
+            state = is_over()
+            try:
+                progress = watch.look()
+            except StorageError as error:
+                _print(console, f"storage does not answer, trying again: {error}")
+            else:
+                if live is None:
+                    for failure in progress.failures[num_failures:]:
+                        _print(console, f"failure: {failure}")
+                    num_failures = len(progress.failures)
+                    if state is not None or time.monotonic() - printed_s >= plain_every_s:
+                        printed_s = time.monotonic()
+                        _print(console, plain_line(progress, config))
+                else:
+                    title = f"[bold]{escape(view.run_id)}[/]  [dim]followed for {duration(progress.elapsed_s)}[/]"
+                    live.update(panel(progress, title, config), refresh=True)
+            if state is not None:
+                return state
+            time.sleep(poll_s)
+
+
+def show_report(folder: Path, *, console: Console) -> None:
+    """Print the report of a finished run from the folder that `write_report` wrote."""
+    path = folder / "summary.json"
+    if not path.exists():
+        console.print(f"There is no report in {folder}: the flow ended before it wrote one.", markup=False)
+        return
+    summary = Summary.from_json(path.read_bytes())
+    console.print()
+    console.rule(f"[bold]{escape(summary.run_id)}", align="left")
+    console.print(escape(headline(summary).replace("**", "")), highlight=False)
+    for note in summary.notes:
+        console.print(f"[yellow]Note.[/] {escape(note)}", highlight=False)
+    for shown in tables(summary):
+        console.print(Padding(console_table(*shown), (1, 0, 0, 0)))
+    for failure in summary.incidents.failures:
+        console.print(f"[red]failure[/] {escape(failure)}", highlight=False)
+    files = ("report.md", "quality.png", "timeline.png", "training.png", "staleness.png", "lengths.png", "trace.json")
+    found = ", ".join(name for name in files if (folder / name).exists())
+    _print(console, f"\nreport    {folder / 'report.md'}")
+    _print(console, f"files     {found} (trace.json opens at https://ui.perfetto.dev)")
+
+
 def _to_resume(
     source: str | None, overrides: dict[str, Any], run_id: str, root: str
 ) -> tuple[RunConfig, dict[str, Any]]:
@@ -146,22 +221,22 @@ def _see_through(config: RunConfig, run_id: str, parameters: dict[str, Any], con
     """Start the flow and follow it to its end. Returns the exit status."""
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in parameters.items()}
     shown = " ".join(f"-p {repr(f'{n}={text}') if ' ' in text else f'{n}={text}'}" for n, text in texts.items())
-    console.print(f"$ prefect deployment run asyncopd/train {shown}", markup=False, highlight=False, soft_wrap=True)
+    _print(console, f"$ prefect deployment run asyncopd/train {shown}")
     flow_run = create_flow_run("asyncopd/train", parameters, name=run_id)
     try:
         state = follow(RunView(_log_of(config, run_id)), config, console=console, is_over=_patiently(flow_run))
     except KeyboardInterrupt:
         console.print("\nstopping every role …", highlight=False)
-        console.print(_cancel(flow_run), highlight=False, soft_wrap=True)
-        console.print(_how_to_go_on(config, run_id), highlight=False, soft_wrap=True)
+        _print(console, _cancel(flow_run))
+        _print(console, _how_to_go_on(config, run_id))
         return STOPPED_BY_USER
     if state == "COMPLETED":
         show_report(home() / "reports" / run_id, console=console)
         return 0
     console.print(f"[bold red]{state}[/]: ", end="")
-    console.print(flow_run.message(), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Logs of its roles: {home() / 'logs' / run_id}/", highlight=False, soft_wrap=True)
-    console.print(_how_to_go_on(config, run_id), highlight=False, soft_wrap=True)
+    _print(console, flow_run.message())
+    _print(console, f"Logs of its roles: {home() / 'logs' / run_id}/")
+    _print(console, _how_to_go_on(config, run_id))
     return FAILED
 
 
@@ -209,3 +284,7 @@ def _how_to_go_on(config: RunConfig, run_id: str) -> str:
 
 def _log_of(config: RunConfig, run_id: str) -> StoredRunLog:
     return StoredRunLog(open_store(config.storage.root), run_id)
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

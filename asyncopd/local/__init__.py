@@ -1,1 +1,1 @@
-"""What belongs to this machine: child processes, the local stack, Prefect's API, the terminal."""
+"""What belongs to this machine: child processes, the local stack, the terminal."""

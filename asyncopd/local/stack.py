@@ -1,7 +1,9 @@
-"""The local stack: one Prefect server on SQLite, one process worker, and the deployments of prefect.yaml.
+"""The local stack (a Prefect server on SQLite, a process worker, prefect.yaml's deployments), and flow runs in it.
 
 asyncopd up     server (if none answers) -> worker (if none runs) -> prefect deploy --all; and the service
 asyncopd down   ends them all, every flow they run, and every role those started
+
+A flow run is started, watched and cancelled through Prefect's REST API. Imports no Prefect.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-from asyncopd.errors import StackError
+from asyncopd.errors import ServerAwayError, StackError
 from asyncopd.local.processes import (
     STACK_HOME,
     end_processes,
@@ -34,6 +38,9 @@ from asyncopd.local.processes import (
 POOL = "local"
 SERVER_START_S = 240.0
 """A fresh home runs every database migration: 30–50 s on two cores, more when they are busy."""
+BUSY_PAUSES_S = (0.5, 2.0)
+"""Prefect answers 503 when its SQLite is locked for too long, having done nothing; its own client repeats, too."""
+TERMINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
 
 
 def api_url() -> str:
@@ -79,11 +86,8 @@ def up_service(say: Callable[[str], None]) -> None:
     if not _runs("service"):
         address = urlsplit(service_url())
         host, port = address.hostname or "127.0.0.1", address.port or 80
-        if _is_taken(host, port):
-            raise StackError(
-                f"port {port} of {host} is in use, so the service cannot start there; server and worker run. Stop "
-                f"what uses it, or choose another: ASYNCOPD_SERVICE_URL=http://{host}:{port + 1} asyncopd up."
-            )
+        taken = "in use, so the service cannot start there; server and worker run. Stop what uses it"
+        _refuse_taken(host, port, taken, f"ASYNCOPD_SERVICE_URL=http://{host}:{port + 1}")
         say(f"starting the service at {service_url()}")
         options = {"--host": host, "--port": str(port), "--root": "runs", "--configs": "configs"}
         _spawn("service", [sys.executable, "-m", "api", *(part for option in options.items() for part in option)])
@@ -157,6 +161,63 @@ def prefect_environment() -> dict[str, str]:
     } | {key: value for key, value in os.environ.items() if key.startswith(("PREFECT_", "OMP_"))}
 
 
+@dataclass(frozen=True)
+class FlowRun:
+    """A flow run by its id."""
+
+    id: str
+
+    def state(self) -> dict[str, Any]:
+        """Prefect's state object: `type`, `name`, `message`."""
+        state: dict[str, Any] = _request("GET", f"/flow_runs/{self.id}")["state"] or {"type": "PENDING"}
+        return state
+
+    def terminal_state(self) -> str | None:
+        """COMPLETED, FAILED, CRASHED or CANCELLED; None while it goes on."""
+        kind = self.state()["type"]
+        return kind if kind in TERMINAL else None
+
+    def message(self) -> str:
+        return str(self.state().get("message") or "no message")
+
+    def cancel(self) -> None:
+        """Ask Prefect to cancel it; the flow stops its roles within seconds."""
+        body = {"state": {"type": "CANCELLING", "name": "Cancelling"}, "force": False}
+        _request("POST", f"/flow_runs/{self.id}/set_state", body)
+
+
+def create_flow_run(
+    deployment: str, parameters: Mapping[str, Any], *, name: str, idempotency_key: str | None = None
+) -> FlowRun:
+    """Start a deployment by name, for example `asyncopd/train`; a second call with one key finds the first's run.
+
+    Raises:
+        ServerAwayError: no server answers.
+        StackError: there is no such deployment.
+    """
+    found = _request("GET", f"/deployments/name/{deployment}")
+    body = {"parameters": dict(parameters), "name": name, "idempotency_key": idempotency_key}
+    return FlowRun(_request("POST", f"/deployments/{found['id']}/create_flow_run", body)["id"])
+
+
+def _request(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    try:
+        for pause_s in (*BUSY_PAUSES_S, None):
+            response = httpx.request(method, f"{api_url()}{path}", json=body, timeout=30)
+            if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE or pause_s is None:
+                break
+            time.sleep(pause_s)
+    except httpx.TransportError as error:
+        raise ServerAwayError(
+            f"no Prefect server answers at {shown_url()} ({error}). Start it again with `asyncopd up`; runs that go on "
+            "find it, or are ended with `asyncopd down`."
+        ) from error
+    if response.is_error:
+        kind = ServerAwayError if response.is_server_error else StackError
+        raise kind(f"Prefect answered {response.status_code} to {method} {path}: {response.text[:300]}")
+    return response.json()
+
+
 def _answer(url: str) -> str:
     """Text of a successful answer; empty without one."""
     try:
@@ -166,9 +227,10 @@ def _answer(url: str) -> str:
     return response.text if response.is_success else ""
 
 
-def _is_taken(host: str, port: int) -> bool:
+def _refuse_taken(host: str, port: int, taken: str, other: str) -> None:
     with socket.socket() as probe:
-        return probe.connect_ex((host, port)) == 0
+        if probe.connect_ex((host, port)) == 0:
+            raise StackError(f"port {port} of {host} is {taken}, or choose another: {other} asyncopd up.")
 
 
 def _runs(name: str) -> bool:
@@ -186,11 +248,8 @@ def _ensure_server(say: Callable[[str], None]) -> None:
     if address.hostname not in ("127.0.0.1", "localhost", "::1"):
         raise StackError(f"no Prefect server answers at {api_url()}, and only a local one can be started here.")
     port = address.port or 80
-    if _is_taken(address.hostname, port):
-        raise StackError(
-            f"port {port} of {address.hostname} is in use by something that is not a Prefect server. Stop it, or "
-            f"choose another: PREFECT_API_URL=http://127.0.0.1:{port + 1}/api asyncopd up."
-        )
+    taken = "in use by something that is not a Prefect server. Stop it"
+    _refuse_taken(address.hostname, port, taken, f"PREFECT_API_URL=http://127.0.0.1:{port + 1}/api")
     say(f"starting a Prefect server at {api_url()} (a fresh one takes 30–50 s)")
     _spawn("server", _prefect("server", "start", "--host", address.hostname, "--port", str(port)))
     _wait(server_answers, SERVER_START_S, f"the Prefect server at {api_url()}", "server")

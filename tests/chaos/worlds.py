@@ -18,8 +18,8 @@ import psutil
 from asyncopd.config import RunConfig
 from asyncopd.errors import RoleFailedError
 from asyncopd.local import stack
-from asyncopd.local.prefect_api import create_flow_run
 from asyncopd.local.processes import TERMINATE_GRACE_S, Child, RoleSpec, end_processes, home, recorded_processes
+from asyncopd.local.stack import create_flow_run
 from chaos.runs import run_role
 from storage.run_log import StoredRunLog
 from storage.runs import create_run, new_record
