@@ -36,7 +36,7 @@ from asyncopd.config import load_config
 from asyncopd.config.losses import HeadTailConfig
 from asyncopd.config.schema import Learner
 from asyncopd.learner.student import Student
-from asyncopd.losses.build import build_estimator
+from asyncopd.losses import build_estimator
 from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
 from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest, Scorer, ScoreRequest

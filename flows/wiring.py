@@ -16,7 +16,7 @@ from asyncopd.config import RunConfig, TinyModel
 from asyncopd.evaluate import EvaluateStage
 from asyncopd.learner.stage import LearnStage
 from asyncopd.learner.student import Student
-from asyncopd.losses.build import build_estimator
+from asyncopd.losses import build_estimator
 from asyncopd.ports import Sampler, ScoreRequest, Task
 from asyncopd.rollout.stage import RolloutStage
 from asyncopd.tasks.build import build_task

@@ -102,5 +102,5 @@ def estimator_of(settings: LossSettings) -> Estimator:
     """
     raise ConfigError(
         f"loss.name {settings.name!r} has settings ({type(settings).__name__}) but no function. Register one with "
-        "@estimator_of.register in a module that asyncopd/losses/build.py imports (CONTRIBUTING.md)."
+        "@estimator_of.register in a module that asyncopd/losses/__init__.py imports (CONTRIBUTING.md)."
     )

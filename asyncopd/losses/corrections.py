@@ -1,4 +1,4 @@
-"""Corrections of the importance ratio: each a function of (log ρ, A) that says what takes the place of ρ·A.
+"""The importance ratio and its corrections: each a function of (log ρ, A) that says what takes the place of ρ·A.
 
 All trade bias for variance: outside their region they are the identity, inside it they remove or bound the gradient.
 None changes the normalisation: a masked draw still counts in N and its token in the step's token count.
@@ -23,8 +23,15 @@ from torch import Tensor
 from asyncopd.config.losses import Clip, CorrectionSettings, Decoupled, M2po, Mask, NoCorrection, Truncate
 from asyncopd.errors import ConfigError
 from asyncopd.losses.contract import StepContext
-from asyncopd.losses.logspace import MAX_LOG_RATIO
 from asyncopd.metrics import CLIPPED, MASKED, TRUNCATED, Metric
+
+MAX_LOG_RATIO = 20.0
+"""|log ρ| is clamped to this before exp: e^20 = 4.9e8 is far beyond use and far from float32's overflow."""
+
+
+def importance_log_ratio(student_logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
+    """log ρ = log p_θ − log p_old, clamped to ±MAX_LOG_RATIO; gradient flows to the student inside the clamp."""
+    return (student_logprobs - behaviour_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 @dataclass(frozen=True)
@@ -193,33 +200,25 @@ class Correction:
 
 def correction_of(settings: CorrectionSettings) -> Correction:
     """The correction that `settings` describe. Raises ConfigError when there is none for them."""
+    options = settings.model_dump(exclude={"name"})
     match settings:
         case NoCorrection():
-            return Correction(lambda log_ratio, advantage, _: no_correction(log_ratio, advantage), CLIPPED)
+            return Correction(lambda log_ratio, a, _: no_correction(log_ratio, a), CLIPPED)
         case Clip():
-            dual_clip = math.inf if settings.dual_clip is None else settings.dual_clip
-            bounds = {"epsilon_low": settings.epsilon_low, "epsilon_high": settings.epsilon_high}
-            return Correction(
-                lambda log_ratio, advantage, _: clip(log_ratio, advantage, **bounds, dual_clip=dual_clip), CLIPPED
-            )
+            options["dual_clip"] = settings.dual_clip or math.inf
+            return Correction(lambda log_ratio, a, _: clip(log_ratio, a, **options), CLIPPED)
         case Decoupled():
-            options = settings.model_dump(exclude={"name"})
-            return Correction(
-                # One optimizer step per learner step: the snapshot at its start is the student itself.
-                lambda log_ratio, advantage, _: decoupled(log_ratio, advantage, log_ratio.detach(), **options),
-                MASKED,
-            )
+            # One optimizer step per learner step: the snapshot at its start is the student itself.
+            return Correction(lambda log_ratio, a, _: decoupled(log_ratio, a, log_ratio.detach(), **options), MASKED)
         case M2po():
 
-            def correct(log_ratio_TN: Tensor, advantage_TN: Tensor, context: StepContext) -> Corrected:
-                threshold = second_moment_threshold(context.required_shifts_H(), budget=settings.budget)
+            def bounded(log_ratio_TN: Tensor, advantage_TN: Tensor, context: StepContext) -> Corrected:
+                threshold = second_moment_threshold(context.required_shifts_H(), **options)
                 return m2po(log_ratio_TN, advantage_TN, threshold=threshold)
 
-            return Correction(correct, CLIPPED, needs_step_pass=True)
-        case Truncate(max_ratio=limit):
-            return Correction(
-                lambda log_ratio, advantage, _: truncate(log_ratio, advantage, max_ratio=limit), TRUNCATED
-            )
-        case Mask(max_ratio=limit):
-            return Correction(lambda log_ratio, advantage, _: mask(log_ratio, advantage, max_ratio=limit), MASKED)
+            return Correction(bounded, CLIPPED, needs_step_pass=True)
+        case Truncate():
+            return Correction(lambda log_ratio, a, _: truncate(log_ratio, a, **options), TRUNCATED)
+        case Mask():
+            return Correction(lambda log_ratio, a, _: mask(log_ratio, a, **options), MASKED)
     raise ConfigError(f"loss.correction {settings.name!r} has settings but no function (CONTRIBUTING.md).")

@@ -17,20 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from asyncopd.config.losses import (
-    CrossEntropyConfig,
-    DenseForwardKLConfig,
-    DenseReverseKLConfig,
-    ForwardKLConfig,
-    ForwardKLDrawsConfig,
-    GeneralisedJSDConfig,
-    NPDConfig,
-    ReverseKLConfig,
-    SkewKLConfig,
-    TailName,
-)
+from asyncopd.config import losses as c
 from asyncopd.losses.contract import Estimator, RowLosses, StepContext, estimator_of
-from asyncopd.losses.logspace import log1mexp
 from asyncopd.losses.rows import Support, TokenRows, first_columns, full_support, student_support, teacher_support
 from asyncopd.metrics import CROSS_ENTROPY, SUPPORT_MASS_STUDENT, SUPPORT_MASS_TEACHER, TOPK_KL, Metric
 
@@ -89,28 +77,19 @@ def generalised_jsd(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor, *,
     return beta * from_teacher_T + (1 - beta) * from_student_T
 
 
-def skew_forward_kl(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor, *, alpha: float) -> Tensor:
-    """ℓ = KL(q ‖ α q + (1−α) p_θ) over the given outcomes; the mixture is inside the log, ℓ <= −ln α.
+def skew_kl(own_logprobs_TK: Tensor, other_logprobs_TK: Tensor, *, alpha: float) -> Tensor:
+    """ℓ = KL(own ‖ α own + (1−α) other) over the given outcomes; the mixture is inside the log, ℓ <= −ln α.
 
-    α→0 is forward KL. The gradient of a token that the student all but excludes is bounded by (1−α)/α, where forward
-    KL's grows without limit in log p.
+    With the teacher's as own, α→0 is forward KL, and the gradient of a token that the student all but excludes is
+    bounded by (1−α)/α, where forward KL's grows without limit in log p. With the student's as own, α→0 is reverse KL,
+    gradient flows through both places of p_θ, and it is finite also where the teacher excludes a token.
 
     Args:
-        alpha: weight of the teacher in the mixture, in (0, 1).
+        alpha: weight of own in the mixture, in (0, 1).
     Source:
-        DistiLLM, arXiv 2402.03898, SKL.
+        DistiLLM, arXiv 2402.03898, SKL and SRKL.
     """
-    return forward_kl(_mixture(teacher_logprobs_TK, student_logprobs_TK, alpha), teacher_logprobs_TK)
-
-
-def skew_reverse_kl(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor, *, alpha: float) -> Tensor:
-    """ℓ = KL(p_θ ‖ α p_θ + (1−α) q) over the given outcomes; gradient flows through both places of p_θ.
-
-    α→0 is reverse KL. Finite also where the teacher excludes a token.
-
-    Args, Source: as `skew_forward_kl`, with alpha the weight of the student; DistiLLM's SRKL.
-    """
-    return forward_kl(_mixture(student_logprobs_TK, teacher_logprobs_TK, alpha), student_logprobs_TK)
+    return forward_kl(_mixture(own_logprobs_TK, other_logprobs_TK, alpha), own_logprobs_TK)
 
 
 def _mixture(own_logprobs_TK: Tensor, other_logprobs_TK: Tensor, alpha: float) -> Tensor:
@@ -145,14 +124,26 @@ def _with_tail(logprobs_TK: Tensor) -> Tensor:
     return torch.cat([logprobs_TK, log1mexp(logprobs_TK.logsumexp(-1, keepdim=True))], -1)
 
 
-def forward_kl_draws(student_logprobs_TM: Tensor, teacher_logprobs_TM: Tensor) -> Tensor:
-    """ℓ = (1/M) Σ_j (log q(v_j) − log p_θ(v_j)), v_j i.i.d. from q.
+def log1mexp(logprobs: Tensor) -> Tensor:
+    """log(1 − e^x) for x <= 0: the log-probability of the complement.
 
-    Value unbiased for D_F, gradient −(1/M) Σ_j ∇log p_θ(v_j) unbiased for ∇D_F; the variance of both falls as 1/M.
-    M = 1 is supervised training on tokens that the teacher would have written at the student's prefixes. A single
-    realisation is not zero at p = q in gradient, only its expectation is. docs/estimators.md.
+    Near 0 it is log(−expm1(x)), below −ln 2 log1p(−e^x) (each loses all digits on the other's side). A probability
+    that rounds to 1, or by rounding exceeds it (the log of a sum over the full vocabulary), counts as 1 − eps, so
+    that the result is at least log(eps) and the gradient at most 1/eps, finite.
+
+    Args:
+        logprobs: any shape, nats; values above −eps are taken as −eps, with zero gradient.
+    Returns:
+        Same shape, nats, in [log eps, 0].
+    Source:
+        Mächler, "Accurately computing log(1 − exp(−|a|))", 2012.
     """
-    return (teacher_logprobs_TM - student_logprobs_TM).mean(-1)
+    x = logprobs.clamp(max=-torch.finfo(logprobs.dtype).eps)
+    near_zero = x > -math.log(2.0)
+    # Both branches of `where` get a gradient: each must see an argument at which its own is finite.
+    by_expm1 = torch.log(-torch.expm1(torch.where(near_zero, x, -math.log(2.0))))
+    by_log1p = torch.log1p(-torch.exp(torch.where(near_zero, -math.log(2.0), x)))
+    return torch.where(near_zero, by_expm1, by_log1p)
 
 
 def cross_entropy(student_logprobs_T: Tensor) -> Tensor:
@@ -183,7 +174,12 @@ class SupportDivergence(Estimator):
 
 @dataclass(frozen=True)
 class TeacherDraws(Estimator):
-    """Forward KL from the first `num_draws` ids that the teacher drew."""
+    """Forward KL from ids that the teacher drew: ℓ = (1/M) Σ_j (log q(v_j) − log p_θ(v_j)), v_j i.i.d. from q.
+
+    Value unbiased for D_F, gradient −(1/M) Σ_j ∇log p_θ(v_j) unbiased for ∇D_F; the variance of both falls as 1/M.
+    M = 1 is supervised training on tokens that the teacher would have written at the student's prefixes. A single
+    realisation is not zero at p = q in gradient, only its expectation is. docs/estimators.md.
+    """
 
     num_draws: int
 
@@ -191,7 +187,7 @@ class TeacherDraws(Estimator):
         return first_columns("teacher_draw_ids", rows.teacher_draw_ids_TM, self.num_draws)
 
     def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
-        return RowLosses(forward_kl_draws(student_logprobs_TJ, rows.teacher_draw_logprobs_TM[:, : self.num_draws]))
+        return RowLosses((rows.teacher_draw_logprobs_TM[:, : self.num_draws] - student_logprobs_TJ).mean(-1))
 
 
 @dataclass(frozen=True)
@@ -240,54 +236,52 @@ def support_masses(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor) -> 
     }
 
 
-_TAILS: dict[TailName, Outcomes] = {"bucket": bucket, "drop": drop, "renormalise": renormalise}
+_TAILS: dict[c.TailName, Outcomes] = {"bucket": bucket, "drop": drop, "renormalise": renormalise}
 
 
 @estimator_of.register
-def _(settings: DenseForwardKLConfig) -> Estimator:
+def _(settings: c.DenseForwardKLConfig | c.DenseReverseKLConfig) -> Estimator:
+    divergence = forward_kl if isinstance(settings, c.DenseForwardKLConfig) else reverse_kl
     # A full support has no tail to bucket: `drop` is exact there.
-    return SupportDivergence(full_support, drop, forward_kl)
+    return SupportDivergence(full_support, drop, divergence)
 
 
 @estimator_of.register
-def _(settings: DenseReverseKLConfig) -> Estimator:
-    return SupportDivergence(full_support, drop, reverse_kl)
-
-
-@estimator_of.register
-def _(settings: ForwardKLConfig) -> Estimator:
+def _(settings: c.ForwardKLConfig) -> Estimator:
     return SupportDivergence(partial(teacher_support, top_k=settings.top_k), _TAILS[settings.tail], forward_kl)
 
 
 @estimator_of.register
-def _(settings: ReverseKLConfig) -> Estimator:
+def _(settings: c.ReverseKLConfig) -> Estimator:
     support = {"teacher": teacher_support, "student": student_support}[settings.support]
     return SupportDivergence(partial(support, top_k=settings.top_k), _TAILS[settings.tail], reverse_kl)
 
 
 @estimator_of.register
-def _(settings: GeneralisedJSDConfig) -> Estimator:
+def _(settings: c.GeneralisedJSDConfig) -> Estimator:
     divergence = partial(generalised_jsd, beta=settings.beta)
     return SupportDivergence(partial(teacher_support, top_k=settings.top_k), bucket, divergence)
 
 
 @estimator_of.register
-def _(settings: SkewKLConfig) -> Estimator:
-    skew = {"forward": skew_forward_kl, "reverse": skew_reverse_kl}[settings.direction]
-    divergence = partial(skew, alpha=settings.alpha)
+def _(settings: c.SkewKLConfig) -> Estimator:
+    def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+        own, other = (teacher, student) if settings.direction == "forward" else (student, teacher)
+        return skew_kl(own, other, alpha=settings.alpha)
+
     return SupportDivergence(partial(teacher_support, top_k=settings.top_k), bucket, divergence)
 
 
 @estimator_of.register
-def _(settings: ForwardKLDrawsConfig) -> Estimator:
+def _(settings: c.ForwardKLDrawsConfig) -> Estimator:
     return TeacherDraws(settings.num_teacher_draws)
 
 
 @estimator_of.register
-def _(settings: NPDConfig) -> Estimator:
+def _(settings: c.NPDConfig) -> Estimator:
     return NearPolicy(settings.top_k, _TAILS[settings.tail], settings.kl_weight)
 
 
 @estimator_of.register
-def _(settings: CrossEntropyConfig) -> Estimator:
+def _(settings: c.CrossEntropyConfig) -> Estimator:
     return CrossEntropy()

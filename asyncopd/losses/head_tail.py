@@ -10,8 +10,8 @@ from torch import Tensor
 from asyncopd.config.losses import HeadTailConfig
 from asyncopd.errors import ShapeError
 from asyncopd.losses.contract import Estimator, RowLosses, StepContext, estimator_of
+from asyncopd.losses.corrections import importance_log_ratio
 from asyncopd.losses.divergences import support_masses
-from asyncopd.losses.logspace import importance_log_ratio
 from asyncopd.losses.rows import TokenRows, first_draws, teacher_support
 from asyncopd.metrics import MAX_RATIO
 

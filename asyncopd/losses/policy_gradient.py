@@ -1,4 +1,5 @@
 """Reverse KL by policy gradient over N tokens that a stale student drew: advantages, baselines and the surrogate.
+And the weight of prefixes, which any on-policy estimator may have around it.
 
 Log-probs are [T, N] nats at the drawn ids, the student's with gradient; advantages and baselines are detached.
 """
@@ -13,35 +14,23 @@ from torch import Tensor
 
 from asyncopd.config.losses import PolicyGradientConfig
 from asyncopd.losses.contract import Estimator, RowLosses, StepContext, estimator_of
-from asyncopd.losses.corrections import Corrected, Correction, correction_of, harmful_shifts
-from asyncopd.losses.logspace import importance_log_ratio, unit_log_ratio
+from asyncopd.losses.corrections import Corrected, Correction, correction_of, harmful_shifts, importance_log_ratio
 from asyncopd.losses.rows import Draws, TokenRows, first_draws, full_support, sampled_token
-from asyncopd.metrics import MAX_RATIO
+from asyncopd.metrics import MAX_RATIO, PREFIX_TRUNCATED, PREFIX_WEIGHT
 
 
-def current_advantage(student_logprobs_TN: Tensor, teacher_logprobs_TN: Tensor) -> Tensor:
-    """A_cur = log q − sg[log p_θ], recomputed under the student being trained.
+def advantage(own_logprobs_TN: Tensor, teacher_logprobs_TN: Tensor) -> Tensor:
+    """A = log q − sg[log p]: positive where the teacher likes the token more than the student does.
 
-    With the importance ratio it gives exactly ∇D_R in expectation, at any drift.
-
-    Positive where the teacher likes the token more than the student does.
-
-    Source:
-        AsyncOPD, arXiv 2606.24143, the recomputed reverse-KL signal.
-    """
-    return (teacher_logprobs_TN - student_logprobs_TN).detach()
-
-
-def behaviour_advantage(behaviour_logprobs_TN: Tensor, teacher_logprobs_TN: Tensor) -> Tensor:
-    """A_old = log q − log p_old, frozen at sampling time. A baseline for comparison, named as such.
-
-    With the ratio it descends D_R − KL(p_θ‖p_old), linear in p_θ and without an entropy term: on a frozen cache it
-    collapses onto argmax q/p_old.
+    Under the student being trained, p = p_θ, it is A_cur: with the importance ratio exactly ∇D_R in expectation, at any
+    drift. Under the sampler, p = p_old, it is A_old, frozen at sampling time; a baseline for comparison. With the ratio
+    that descends D_R − KL(p_θ‖p_old), linear in p_θ and without an entropy term: on a frozen cache it collapses onto
+    argmax q/p_old.
 
     Source:
-        AsyncOPD, arXiv 2606.24143; docs/estimators.md.
+        AsyncOPD, arXiv 2606.24143, the recomputed reverse-KL signal; docs/estimators.md.
     """
-    return (teacher_logprobs_TN - behaviour_logprobs_TN).detach()
+    return (teacher_logprobs_TN - own_logprobs_TN).detach()
 
 
 def leave_one_out_baseline(log_ratio_TN: Tensor, advantage_TN: Tensor) -> Tensor:
@@ -121,13 +110,12 @@ class PolicyGradient(Estimator):
         """log ρ, advantage and baseline."""
         draws, num_draws = self._draws(rows), self.settings.num_draws
         student_TN, all_student_TV = student_logprobs_TJ[:, :num_draws], student_logprobs_TJ[:, num_draws:]
-        log_ratio = importance_log_ratio if self.settings.ratio == "importance" else unit_log_ratio
-        log_ratio_TN = log_ratio(student_TN, draws.behaviour_logprobs_TN)
-        match self.settings.advantage:
-            case "current":
-                advantage_TN = current_advantage(student_TN, draws.teacher_logprobs_TN)
-            case "behaviour":
-                advantage_TN = behaviour_advantage(draws.behaviour_logprobs_TN, draws.teacher_logprobs_TN)
+        if self.settings.ratio == "importance":
+            log_ratio_TN = importance_log_ratio(student_TN, draws.behaviour_logprobs_TN)
+        else:  # A ratio of 1 with ∇log p_θ as gradient: on-policy arithmetic on stale draws, biased.
+            log_ratio_TN = student_TN - student_TN.detach()
+        own_TN = student_TN if self.settings.advantage == "current" else draws.behaviour_logprobs_TN
+        advantage_TN = advantage(own_TN, draws.teacher_logprobs_TN)
         match self.settings.baseline:
             case "none":
                 baseline_TN = torch.zeros_like(advantage_TN)
@@ -141,3 +129,57 @@ class PolicyGradient(Estimator):
 @estimator_of.register
 def _(settings: PolicyGradientConfig) -> Estimator:
     return PolicyGradient(settings, correction_of(settings.correction))
+
+
+# -- weights of prefixes ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class PrefixWeighted(Estimator):
+    """Another estimator, each row weighted by how much likelier the current student is to reach its prefix."""
+
+    inner: Estimator
+    max_weight: float
+
+    @property
+    def needs_step_pass(self) -> bool:
+        return self.inner.needs_step_pass
+
+    def student_ids(self, rows: TokenRows) -> Tensor:
+        return torch.cat([rows.response_ids_T[:, None], self.inner.student_ids(rows)], -1)
+
+    def step_context(self, rows: TokenRows, student_logprobs_TJ: Tensor) -> StepContext:
+        return self.inner.step_context(rows, student_logprobs_TJ[:, 1:])
+
+    def __call__(self, rows: TokenRows, student_logprobs_TJ: Tensor, context: StepContext) -> RowLosses:
+        losses = self.inner(rows, student_logprobs_TJ[:, 1:], context)
+        weight_T, truncated_T = prefix_weights(
+            student_logprobs_TJ[:, 0], rows.behaviour_logprobs_T, rows.trajectory_T, max_weight=self.max_weight
+        )
+        own = {PREFIX_WEIGHT: weight_T, PREFIX_TRUNCATED: truncated_T.to(weight_T.dtype)}
+        return RowLosses(losses.loss_T * weight_T, {**losses.statistics_T, **own})
+
+
+def prefix_weights(
+    student_logprobs_T: Tensor, behaviour_logprobs_T: Tensor, trajectory_T: Tensor, *, max_weight: float
+) -> tuple[Tensor, Tensor]:
+    """w_t = min(Π_{s<t} ρ(y_s), c): how much more often the current student would have reached prefix s_t.
+
+    The product runs over the previous tokens of the same response only; the first token has weight 1. Untruncated it
+    makes E_{p_old} over prefixes an E_{p_θ}; its variance grows exponentially with t, hence the cap, and hence off by
+    default. Rows must be whole trajectories in response order. The summed log is exact to float64.
+
+    Args:
+        student_logprobs_T: [T] log p_θ of the sampled tokens, nats; not differentiated.
+        behaviour_logprobs_T: [T] log p_old of them, nats.
+        trajectory_T: [T] int64, constant over the consecutive rows of a trajectory.
+        max_weight: c >= 1.
+    Returns:
+        Weights [T] in (0, max_weight], detached; and [T] bool, where the product exceeded the cap.
+    """
+    log_ratio_T = importance_log_ratio(student_logprobs_T.detach(), behaviour_logprobs_T).double()
+    before_T = log_ratio_T.cumsum(0) - log_ratio_T
+    _, lengths = torch.unique_consecutive(trajectory_T, return_counts=True)
+    first_rows = lengths.cumsum(0) - lengths
+    log_product_T = before_T - before_T[first_rows].repeat_interleave(lengths)
+    log_cap = torch.tensor(max_weight, dtype=torch.float64).log()
+    weight_T = log_product_T.clamp(max=log_cap.item()).exp().to(student_logprobs_T.dtype)
+    return weight_T, log_product_T > log_cap

@@ -94,7 +94,14 @@ class TokenRows:
         scores = [member.scores for member in batch]
 
         def ids(name: str, arrays: Sequence[NDArray[np.generic]], dtype: type[np.generic] = np.int64) -> Tensor:
-            return torch.from_numpy(_concatenated(name, arrays, batch).astype(dtype)).to(device)
+            width = arrays[0].shape[1:]
+            for array, member in zip(arrays, batch, strict=True):
+                if array.shape[1:] != width:
+                    raise ShapeError(
+                        f"{name}: index {member.trajectory.index} was cached {array.shape[1:]} wide, index "
+                        f"{batch[0].trajectory.index} {width}. One batch needs one width; back-fill the narrower ones."
+                    )
+            return torch.from_numpy(np.concatenate(arrays).astype(dtype)).to(device)
 
         logprobs = partial(ids, dtype=np.float32)
 
@@ -168,16 +175,3 @@ def first_draws(rows: TokenRows, num_draws: int) -> Draws:
         rows.draw_behaviour_logprobs_TN[:, :num_draws],
         rows.draw_teacher_logprobs_TN[:, :num_draws],
     )
-
-
-def _concatenated(
-    name: str, arrays: Sequence[NDArray[np.generic]], batch: Sequence[ScoredTrajectory]
-) -> NDArray[np.generic]:
-    width = arrays[0].shape[1:]
-    for array, member in zip(arrays, batch, strict=True):
-        if array.shape[1:] != width:
-            raise ShapeError(
-                f"{name}: index {member.trajectory.index} was cached {array.shape[1:]} wide, index "
-                f"{batch[0].trajectory.index} {width}. One batch needs one width; back-fill the narrower ones."
-            )
-    return np.concatenate(arrays)
