@@ -96,11 +96,40 @@ def test_one_key_of_a_section_with_variants_can_be_overridden_alone(key: str, va
 
 
 def test_what_is_not_yaml_is_refused_in_words(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not a YAML value"):
+    with pytest.raises(ConfigError, match=r"--set learner\.lr: not valid YAML"):
         parse_override("learner.lr=[")
     (tmp_path / "a.yaml").write_text("base: [b.yaml]")
     with pytest.raises(ConfigError, match="expected the name of one YAML file"):
         load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            b"learner: {lr: 1}\nname: x\nlearner: {num_steps: 3}\n",
+            "`learner:` stands in line 1 and again in line 3; expected it once",
+        ),
+        (b"learner:\n  lr: 1\n  lr: 2\n", "`lr:` stands in line 2 and again in line 3"),
+        ("name: x\n".encode("utf-16"), "line 1: byte 0xff is no text in UTF-8; expected YAML in it"),
+        (b"name: x\nseed: 1 # \xe9\n", "line 2: byte 0xe9 is no text in UTF-8"),
+        (b"[" * 200_000, "not valid YAML: maximum recursion depth"),
+        (b"name: 2026-13-45\n", "not valid YAML: month must be in 1..12"),
+        (b"seed: " + b"9" * 5000, "not valid YAML: Exceeds the limit"),
+        (b'name: "a\\ud800"\n', "name: expected text that UTF-8 can hold (found 'a\\ud800')"),
+        (b'base: "a\\0"\n', "no such configuration file (embedded null byte)"),
+        (b"base: " + b"x" * 300 + b"\n", "no such configuration file ([Errno 36] File name too long"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_in_words(tmp_path: Path, content: bytes, expected: str) -> None:
+    # Each was a raw traceback; of two equal sections the first was dropped without a word.
+    path = tmp_path / "a.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    assert expected in str(refused.value)
+    with pytest.raises(ConfigError, match="stands in line 1 and again in line 1"):
+        parse_override("learner={lr: 1, lr: 2}")
 
 
 def test_base_files_merge_deeply_and_a_new_variant_replaces_its_section(tmp_path: Path) -> None:

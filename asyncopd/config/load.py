@@ -40,36 +40,66 @@ def parse_override(text: str) -> tuple[str, Any]:
     """`learner.lr=1e-4` -> ("learner.lr", 0.0001); the value is YAML, and pydantic makes 1e-4 a number.
 
     Raises:
-        ConfigError: there is no `=`.
+        ConfigError: there is no `=`, or what follows it is no YAML.
     """
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {text!r}: expected KEY=VALUE, for example --set staleness.max_staleness=0.")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text!r}: {value!r} is not a YAML value: {error}") from None
+    return key.strip(), _yaml(value, f"--set {key}")
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    try:
+        raw = _yaml(path.read_bytes(), str(path))
+    except IsADirectoryError:
+        near = sorted(p.name for p in path.glob("*.yaml"))
+        raise ConfigError(f"{path} is a directory; expected one YAML file. It holds {near or 'none'}.") from None
+    except (OSError, ValueError) as error:
+        # Not there, not ours to read, or a name that no file can have.
+        near = sorted(p.name for p in path.parent.glob("*.yaml"))
+        raise ConfigError(
+            f"{path}: no such configuration file ({error}). In {path.parent.absolute()} there is {near or 'none'}."
+        ) from None
     if path.resolve() in seen:
         raise ConfigError(f"{path}: its `base:` chain comes back to itself: {[str(p) for p in seen]}.")
-    if path.is_dir():
-        near = sorted(p.name for p in path.glob("*.yaml"))
-        raise ConfigError(f"{path} is a directory; expected one YAML file. It holds {near or 'none'}.")
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such configuration file. In {path.parent.absolute()} there is {near or 'none'}.")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(raw).__name__}.")
     base = raw.pop("base", None)
     if not isinstance(base, str | None):
         raise ConfigError(f"{path}: base: expected the name of one YAML file, found {base!r}.")
     return _merged(_read(path.parent / base, (*seen, path.resolve())), raw) if base else raw
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which keeps the last of two equal keys; this one refuses them."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(
+                    f"`{key.value}:` stands in line {lines[key.value]} and again in line {line}; expected it once. "
+                    "Make one of the two."
+                )
+            lines[key.value] = line
+        return node
+
+
+def _yaml(source: bytes | str, where: str) -> Any:
+    try:
+        text = source if isinstance(source, str) else source.decode("utf-8-sig")
+        return yaml.load(text, _Loader)  # a safe loader
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{where}: line {line}: byte 0x{error.object[error.start]:02x} is no text in UTF-8; expected YAML in it. "
+            "Save the file in UTF-8."
+        ) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # A date such as 2026-13-45 is a ValueError, a thousand brackets in each other a RecursionError.
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
 def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,6 +175,7 @@ _PLAIN_WORDS = {
     "float_type": "expected a number",
     "bool_parsing": "expected true or false",
     "string_type": "expected text",
+    "string_unicode": "expected text that UTF-8 can hold",
     "model_type": "expected a section with keys",
     "model_attributes_type": "expected a section with keys",
     "greater_than": "must be greater than {gt}",
