@@ -15,7 +15,6 @@ from prefect.states import Failed
 
 from storage.maintain.audit import GRACE_S, audit_run
 from storage.maintain.collect import collect_run
-from storage.maintain.findings import to_text
 from storage.runs import find_run
 from storage.stores import open_store
 
@@ -50,5 +49,5 @@ async def maintain(
 def _act(action: str, store: Any, run_id: str, grace_s: float, dry_run: bool) -> tuple[str, bool]:
     if action == "audit":
         report = audit_run(store, run_id, grace_s=grace_s)
-        return to_text(report), report.is_clean
+        return report.to_text(), report.is_clean
     return collect_run(store, run_id, grace_s=grace_s, dry_run=dry_run).to_text(), True

@@ -14,7 +14,7 @@ from asyncopd.errors import ShardCorruptError
 from flows.wiring import OpenRun
 from storage.layout import parse, run_of
 from storage.maintain.audit import audit_run
-from storage.maintain.findings import Finding
+from storage.maintain.checks import Finding
 from storage.maintain.quarantine import set_aside
 from storage.parquet import decode_scores, decode_trajectories
 from storage.records import from_json, to_json

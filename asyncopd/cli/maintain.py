@@ -13,7 +13,6 @@ from asyncopd.cli import Root
 from storage.layout import run_of
 from storage.maintain.audit import GRACE_S, audit_run
 from storage.maintain.collect import collect_run
-from storage.maintain.findings import to_text
 from storage.maintain.quarantine import set_aside
 from storage.runs import find_run
 from storage.stores import open_store
@@ -43,7 +42,7 @@ def audit(run_id: str, /, *, root: Root = "runs", json_: Json = False, grace_s: 
             grace_s=grace_s,
             on_progress=lambda done, total, key: bar.update(task, completed=done, total=total, description=key),
         )
-    _print(report.to_dict() if json_ else to_text(report))
+    _print(report.to_dict() if json_ else report.to_text())
     return 0 if report.is_clean else FOUND_PROBLEMS
 
 

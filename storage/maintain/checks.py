@@ -1,120 +1,65 @@
-"""What an audit checks.
+"""What an audit finds in the records of a run, and the command that mends each.
 
-objects       data against the manifests that promise it: presence, size, sha256, rows, indices, tokens
 lineage       rewinds, versions, steps, checkpoints and evaluations agree with each other
 conservation  every index is in exactly one state (storage/maintain/ledger.py), and the records of it agree
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 from asyncopd.config import RunConfig
-from asyncopd.errors import AsyncOPDError, StorageError
 from asyncopd.records import Manifest
 from asyncopd.types import IndexRange, PolicyVersion, TrainStep
 from storage.layout import parse, parse_shard
 from storage.learner_log import possible_rewinds
-from storage.maintain.findings import Finding, Mend
 from storage.maintain.ledger import Ledger, events_of
-from storage.manifests import find_manifest, sha256
-from storage.parquet import decode_scores, decode_trajectories
-from storage.run_log import check_rows
 from storage.run_view import RunView
-from storage.stores.base import ObjectStore
-
-if TYPE_CHECKING:
-    from storage.maintain.audit import Progress
 
 
-_READERS = 4
-"""Objects read and hashed at once; hashlib lets go of the interpreter lock."""
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong."""
+
+    problem: str
+    """`corrupt`, `missing`, `mismatch`, `overlap`, `ledger`, `orphan` or `temporary`."""
+    key: str
+    """The object it is about; of something missing, the key it should have."""
+    expected: str
+    found: str
+    mend: str
+    """The exact command, or what to do when there is none."""
 
 
-class DataChecks:
-    """Verifies data objects, each once however often the run is looked at."""
+@dataclass(frozen=True)
+class Mend:
+    """The commands that mend a run, spelled out for its storage root."""
 
-    def __init__(self, store: ObjectStore, mend: Mend, on_progress: Progress) -> None:
-        self._store, self._mend, self._on_progress = store, mend, on_progress
-        self.verified: dict[tuple[Any, ...], list[Finding]] = {}
-        """(key, its entry, what promises it) -> what was found, of every data object that was read."""
+    root: str
+    run_id: str
 
-    def check(self, view: RunView) -> list[Finding]:
-        """Everything that a manifest of the run promises."""
-        findings = [finding for key, m in view.manifests.items() for finding in self._check_promises(key, m)]
-        promised = sorted(view.references.items())
-        with ThreadPoolExecutor(_READERS) as readers:
-            results = readers.map(lambda item: self._check_data(view, *item), promised)
-            for done, ((key, _), found) in enumerate(zip(promised, results, strict=True), start=1):
-                self._on_progress(done, len(promised), key)
-                findings += found
-        return findings
+    def finding(self, problem: str, key: str, expected: str, found: str) -> Finding:
+        """A finding that setting `key` aside mends."""
+        return Finding(problem, key, expected, found, self.quarantine(key))
 
-    def check_manifest(self, manifest_key: str) -> list[Finding]:
-        """What one manifest outside the run promises, if there is such a manifest."""
-        try:
-            manifest = find_manifest(self._store, manifest_key)
-        except StorageError as error:
-            return [self._mend.finding("corrupt", manifest_key, "a manifest that can be read", str(error))]
-        promises = manifest.objects if manifest else {}
-        return [
-            finding
-            for key, promise in promises.items()
-            for finding in self._check_body(key, self._store.find(key), manifest_key, promise)
-        ]
+    def quarantine(self, key: str) -> str:
+        return self._command("asyncopd maintain quarantine", key)
 
-    def _check_promises(self, key: str, manifest: Manifest) -> Iterator[Finding]:
-        """Does the manifest name as many objects as its kind has?"""
-        if manifest.kind in ("trajectories", "scores"):
-            expected = 0 if manifest.facts.removed else 1
-            if (found := len(manifest.objects)) != expected:
-                yield self._mend.finding("mismatch", key, f"{expected} data objects", f"{found} data objects")
-        elif not manifest.objects:
-            yield self._mend.finding("mismatch", key, "at least one data object", "none")
+    def collect(self) -> str:
+        return self._command("asyncopd maintain collect", self.run_id)
 
-    def _check_data(self, view: RunView, key: str, manifest_keys: list[str]) -> list[Finding]:
-        manifests = {name: m for name in manifest_keys if (m := view.manifests.get(name)) is not None}
-        entry = view.entries.get(key)
-        seen = (key, entry, tuple((name, m.objects[key]["sha256"]) for name, m in manifests.items()))
-        if seen in self.verified:
-            return self.verified[seen]
-        body = self._store.find(key)
-        findings: list[Finding] = []
-        for manifest_key, manifest in manifests.items():
-            bad = self._check_body(key, body, manifest_key, manifest.objects[key])
-            findings += bad
-            if body is not None and not bad and manifest.kind in ("trajectories", "scores"):
-                findings += self._check_rows(key, body, manifest_key, manifest)
-        if entry is not None:  # else it came after the listing, or is gone: nothing to remember
-            self.verified[seen] = findings
-        return findings
+    def deployment(self, name: str) -> str:
+        """Start one more role process, which does what is missing."""
+        return f"prefect deployment run {name}/worker -p run_id={self.run_id} -p root={shlex.quote(self.root)}"
 
-    def _check_body(self, key: str, body: bytes | None, manifest_key: str, promise: Mapping[str, Any]) -> list[Finding]:
-        mend = self._mend.quarantine(manifest_key)
-        expected = f"{promise['size_bytes']} bytes with sha256 {promise['sha256'][:12]} (promised by {manifest_key})"
-        if body is None:
-            return [Finding("missing", key, expected, "no such object", mend)]
-        digest = sha256(body)
-        if len(body) == promise["size_bytes"] and digest == promise["sha256"]:
-            return []
-        return [Finding("corrupt", key, expected, f"{len(body)} bytes with sha256 {digest[:12]}", mend)]
+    def resume(self) -> str:
+        return self._command("asyncopd train --run-id", self.run_id)
 
-    def _check_rows(self, key: str, body: bytes, manifest_key: str, manifest: Manifest) -> Iterator[Finding]:
-        """Rows, indices and tokens of a shard whose bytes are the promised ones."""
-        shard: IndexRange = parse(manifest_key).fields["shard"]
-        decode = decode_trajectories if manifest.kind == "trajectories" else decode_scores
-        try:
-            rows: list[Any] = list(decode(body, key))
-            check_rows(manifest_key, manifest, shard, [row.index for row in rows])
-        except AsyncOPDError as error:
-            yield self._mend.finding("corrupt", manifest_key, f"the rows of {shard.name}", str(error))
-            return
-        lengths = [len(row.response_ids if manifest.kind == "trajectories" else row.sampled_logprobs_T) for row in rows]
-        promised = manifest.facts.num_tokens
-        if promised is not None and sum(lengths) != promised:
-            yield self._mend.finding("mismatch", manifest_key, f"{promised} response tokens", f"{sum(lengths)}")
+    def _command(self, command: str, argument: str) -> str:
+        option = "" if self.root == "runs" else f" --root {shlex.quote(self.root)}"
+        return f"{command} {shlex.quote(argument)}{option}"
 
 
 def check_lineage(view: RunView, config: RunConfig | None, mend: Mend) -> list[Finding]:

@@ -22,8 +22,8 @@ from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights
 from storage import manifests
 from storage.layout import MODELS, parse, parse_version, quarantined, run_of
 from storage.learner_log import survives, surviving
+from storage.maintain.checks import Mend
 from storage.maintain.collect import empty_shard
-from storage.maintain.findings import Mend
 from storage.records import to_json
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
