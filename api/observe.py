@@ -21,8 +21,8 @@ from api.events import Cursor
 from api.problems import responses
 from asyncopd.metrics import LOSS
 from asyncopd.types import Span
+from storage.events import surviving
 from storage.history import FINISHED, NUM_TOKENS, STEP
-from storage.learner_log import surviving
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["observations"], dependencies=[Reader])
 EVENT_ID = "e0-0.f0.r0.s0-41.t1"

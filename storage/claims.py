@@ -15,7 +15,7 @@ from collections.abc import Callable
 from asyncopd.errors import ShardCorruptError
 from asyncopd.records import Claim, Heartbeat, WorkerStatus
 from asyncopd.types import IndexRange
-from storage.layout import RunLayout, parse
+from storage.layout import RunLayout
 from storage.records import from_json, to_json
 from storage.stores.base import ObjectStore
 
@@ -102,11 +102,6 @@ class ClaimLog:
         for worker in workers:
             self.retire(worker)
         return workers
-
-    def claims(self) -> list[Claim]:
-        """Every claim ever made, by stage, shard and attempt."""
-        parsed = [tuple(parse(key).fields.values()) for key in self.store.list(self.layout.folder("claim"))]
-        return [self._read_claim(*claim) for claim in sorted(parsed)]
 
     def heartbeats(self) -> dict[str, Heartbeat]:
         """The last heartbeat of every worker, by worker."""

@@ -1,52 +1,53 @@
-"""What happens to a run besides its steps: decisions about it, arrivals, evaluations, spans, failures.
+"""What happens to a run: steps, checkpoints and rewinds, and what counts after those; states, arrivals, failures, ...
 
-states/0001.json      running | stopped | failed | completed, written by the flow; workers elsewhere read it
-changes/0001.json     settings that a resume changed; the configuration in force is run.json with these applied
-arrivals/000017.json  order `arrival`: what the learner decided about a shard; no rewind supersedes it
+    number n of rewind r survives  iff  no later rewind r' > r went back to a state before n  (to_step < n)
+
+`n` counts learner steps behind a state: a policy version, a checkpoint, or step s as the state s + 1 it made.
+No rewind supersedes an arrival, what the learner decided about a shard in order `arrival`.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from asyncopd.records import Failure, RunChange, RunState, RunStateName
+from asyncopd.errors import StorageError
+from asyncopd.records import Facts, Failure, Rewind, RunChange, RunState, RunStateName
 from asyncopd.schedule import Arrival
-from asyncopd.types import Evaluation, Span
-from storage.layout import RunLayout
-from storage.learner_log import Lineage
+from asyncopd.types import Evaluation, PolicyVersion, Span, TrainStep
+from storage.layout import RunLayout, new_nonce, parse_version
+from storage.manifests import publish, read_named
 from storage.records import NumberedRecords, from_json, to_json
 from storage.stores.base import ObjectStore
 
+logger = logging.getLogger(__name__)
+
 
 class EventLog:
-    """What happened to one run besides its steps; and what it is."""
+    """What happened to one run besides its shards and weights; and what it is."""
 
-    store: ObjectStore
-    layout: RunLayout
-    lineage: Lineage
-
-    def __init__(self) -> None:
-        self._record: Mapping[str, Any] | None = None
-        self._states = NumberedRecords(self.store, self.layout, "state", RunState)
-        self._changes = NumberedRecords(self.store, self.layout, "change", RunChange)
-        self._arrivals = NumberedRecords(self.store, self.layout, "arrival", Arrival, first=0)
+    def __init__(self, store: ObjectStore, run_id: str) -> None:
+        self.store, self.run_id = store, run_id
+        self.layout = layout = RunLayout(run_id)
+        self._states = NumberedRecords(store, layout, "state", RunState)
+        self._changes = NumberedRecords(store, layout, "change", RunChange)
+        self._arrivals = NumberedRecords(store, layout, "arrival", Arrival, first=0)
+        self._rewinds = NumberedRecords(store, layout, "rewind", Rewind)
 
     # -- states and settings --------------------------------------------------------------------------------------
-    @property
+    @cached_property
     def record(self) -> Mapping[str, Any]:
         """What `create_run` stored: config, config_hash, code_version, created, parent. Read once, then remembered."""
-        if self._record is None:
-            key = self.layout.key("run")
-            self._record = from_json(self.store.get(key), key, dict)
-        return self._record
+        key = self.layout.key("run")
+        return from_json(self.store.get(key), key, dict)
 
     def run_state(self) -> RunState | None:
         """The latest state; None while nobody recorded one. One request when nothing changed, so it can be polled."""
-        states = self._states.read()
-        return states[-1] if states else None
+        return next(reversed(self._states.read()), None)
 
     def record_state(self, state: RunStateName, *, by: str, reason: str = "") -> int:
         """Append a state. `by` names the flow run, so that a flow ends only what it began itself."""
@@ -54,10 +55,7 @@ class EventLog:
 
     def config(self) -> dict[str, Any]:
         """The configuration in force: the recorded one, with every change since, in the root it is read from."""
-        config = with_changes(self.record["config"], (change.settings for change in self.changes()))
-        # A run that was copied elsewhere goes on there.
-        config.setdefault("storage", {})["root"] = self.store.url
-        return config
+        return config_in_force(self.record["config"], self.changes(), root=self.store.url)
 
     def changes(self) -> list[RunChange]:
         """Every change of settings, oldest first."""
@@ -67,6 +65,89 @@ class EventLog:
         """Append a change: dotted key -> (old value, new value). In force for every process started afterwards."""
         return self._changes.append(lambda _: RunChange(settings, time.time()))
 
+    # -- the learner's ---------------------------------------------------------------------------------------------
+    def publish_step(self, step: TrainStep) -> None:
+        """Record a step. Publishing the same record again is harmless.
+
+        Raises StorageError when another record of this step and rewind exists: two learners are writing one run.
+        """
+        key, body = self.layout.step(step.step, step.rewind), to_json(step)
+        if self.store.put_if_absent(key, body):
+            return
+        if from_json(self.store.get(key), key, dict) != from_json(body, key, dict):
+            raise StorageError(
+                f"{key} exists with another content. A step is trained once per rewind: stop the second learner, or "
+                "let it record a rewind before it trains."
+            )
+
+    def find_step(self, number: int) -> TrainStep | None:
+        """Step `number` of the surviving lineage."""
+        # Step s made state s + 1, and counts exactly when that state does.
+        for rewind in possible_rewinds(number + 1, self.rewinds()):
+            key = self.layout.step(number, rewind)
+            body = self.store.find(key)
+            if body is not None:
+                return from_json(body, key, TrainStep)
+        return None
+
+    def steps(self) -> list[TrainStep]:
+        """All steps of the surviving lineage, in order; reads every one of them."""
+        made = [PolicyVersion(step.number + 1, step.rewind) for step in self._stored("step")]
+        states = surviving(made, self.rewinds())
+        keys = [self.layout.step(state.number - 1, state.rewind) for state in states]
+        return [from_json(self.store.get(key), key, TrainStep) for key in keys]
+
+    def publish_checkpoint(self, step: int, rewind: int, objects: Mapping[str, bytes], *, worker: str) -> None:
+        """Make the state after `step` steps visible, as named bodies. A second one is discarded."""
+        fields = {"state": PolicyVersion(step, rewind), "nonce": new_nonce()}
+        named = {self.layout.key("checkpoint.data", **fields, object=name): body for name, body in objects.items()}
+        key = self.layout.checkpoint_manifest(step, rewind)
+        if not publish(self.store, key, named, kind="checkpoint", worker=worker, facts=Facts(step=step, rewind=rewind)):
+            logger.info("%s exists already; the first one is kept", key)
+
+    def latest_checkpoint(self) -> tuple[int, int] | None:
+        """(step, rewind) of the newest complete checkpoint of the surviving lineage."""
+        return next(reversed(self.checkpoints()), None)
+
+    def checkpoints(self) -> list[tuple[int, int]]:
+        """(step, rewind) of all complete checkpoints of the surviving lineage, oldest first."""
+        return [(state.number, state.rewind) for state in self.surviving_states("checkpoint")]
+
+    def read_checkpoint(self, step: int, rewind: int) -> Mapping[str, bytes]:
+        """The bodies of a checkpoint, by name.
+
+        Raises:
+            ObjectMissingError: there is no such checkpoint, or a body is gone.
+            ShardCorruptError: a body is not the published one.
+        """
+        return read_named(self.store, self.layout.checkpoint_manifest(step, rewind))
+
+    def record_rewind(self, to_step: int, *, worker: str) -> int:
+        """The learner went back to `to_step`: later steps and versions are superseded. Returns the rewind's number.
+
+        Several writers get different numbers. Raises StorageError when `to_step` is negative.
+        """
+        if to_step < 0:
+            raise StorageError(f"cannot rewind {self.layout.run_id} to step {to_step}; expected 0 or more.")
+        return self._rewinds.append(lambda number: Rewind(number, to_step, worker, time.time()))
+
+    def current_rewind(self) -> int:
+        """Number of the last recorded rewind, under which a learner publishes; 0 before the first."""
+        return len(self.rewinds())
+
+    def rewinds(self) -> list[Rewind]:
+        """All rewinds, oldest first. One request when there is no new one."""
+        return self._rewinds.read()
+
+    def surviving_states(self, kind: str) -> list[PolicyVersion]:
+        """The states with a policy, checkpoint or evaluation that count, oldest first."""
+        return surviving(self._stored(kind), self.rewinds())
+
+    def _stored(self, kind: str) -> list[PolicyVersion]:
+        """The states of all policies, checkpoints, steps or evaluations, superseded ones too."""
+        keys = self.store.folder(self.layout.folder(kind)).keys
+        return [state for key in keys if (state := parse_version(key)) is not None]
+
     # -- observations ---------------------------------------------------------------------------------------------
     def publish_evaluation(self, evaluation: Evaluation) -> None:
         """Record the quality of one version; the first evaluation of a version is kept."""
@@ -74,18 +155,12 @@ class EventLog:
 
     def evaluations(self) -> list[Evaluation]:
         """Evaluations of the surviving lineage, by version. Raises ShardCorruptError."""
-        keys = [self.layout.key("evaluation", state=version) for version in self.lineage.surviving("evaluation")]
+        keys = [self.layout.key("evaluation", state=version) for version in self.surviving_states("evaluation")]
         return [from_json(self.store.get(key), key, Evaluation) for key in keys]
 
     def publish_spans(self, worker: str, sequence: int, spans: Sequence[Span]) -> None:
         """Write the `sequence`-th batch of a worker's spans; writing it again replaces it."""
         self.store.put(self.layout.key("spans", worker=worker, sequence=sequence), to_json(list(spans)))
-
-    def spans(self) -> list[Span]:
-        """All spans of all workers, by start. Raises ShardCorruptError."""
-        keys = self.store.list(self.layout.folder("spans"))
-        spans = [span for key in keys for span in from_json(self.store.get(key), key, list[Span])]
-        return sorted(spans, key=lambda span: span.start)
 
     def publish_failure(self, role: str, worker: str, reason: str) -> None:
         """Record why a role failed; every call adds a record."""
@@ -108,14 +183,36 @@ class EventLog:
         return self._arrivals.write(arrival.number, arrival)
 
 
-def with_changes(config: Mapping[str, Any], changes: Iterable[Mapping[str, Sequence[Any]]]) -> dict[str, Any]:
-    """`config` after `changes`, oldest first, each dotted key -> (old value, new value)."""
-    changed: dict[str, Any] = copy.deepcopy(dict(config))
-    for settings in changes:
-        for dotted, (_, new) in settings.items():
-            *sections, name = dotted.split(".")
-            section = changed
-            for part in sections:
-                section = section[part]
-            section[name] = new
-    return changed
+def survives(number: int, rewind: int, rewinds: Iterable[Rewind]) -> bool:
+    """Does the state after `number` steps, published under `rewind`, count in the surviving lineage?"""
+    return all(later.to_step >= number for later in rewinds if later.number > rewind)
+
+
+def surviving(versions: Iterable[PolicyVersion], rewinds: list[Rewind]) -> list[PolicyVersion]:
+    """The versions that count, oldest first; of a number published under several rewinds, the latest rewind's."""
+    newest = {
+        version.number: version for version in sorted(versions) if survives(version.number, version.rewind, rewinds)
+    }
+    return list(newest.values())
+
+
+def possible_rewinds(number: int, rewinds: list[Rewind]) -> Iterator[int]:
+    """The rewinds under which state `number` may have been published and count, latest first."""
+    for rewind in range(len(rewinds), -1, -1):
+        yield rewind
+        if rewind and rewinds[rewind - 1].to_step < number:
+            return
+
+
+def config_in_force(recorded: Mapping[str, Any], changes: Iterable[RunChange], *, root: str) -> dict[str, Any]:
+    """The configuration after `changes`, oldest first, in the storage root that it is read from."""
+    config: dict[str, Any] = copy.deepcopy(dict(recorded))
+    for dotted, (_, new) in (item for change in changes for item in change.settings.items()):
+        *sections, name = dotted.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[name] = new
+    # A run that was copied elsewhere goes on there.
+    config.setdefault("storage", {})["root"] = root
+    return config

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
 from asyncopd.records import NO_FACTS, ChainBase, Facts, Manifest, WeightChain
 from asyncopd.types import PolicyVersion, PolicyWeights
+from storage.events import EventLog, possible_rewinds
 from storage.layout import RunLayout
-from storage.learner_log import Lineage, possible_rewinds
 from storage.manifests import find_manifest, publish, read_manifest, read_object, sha256
 from storage.stores.base import ObjectStore
 from storage.weight_delta import apply_delta, encode_delta
@@ -31,14 +31,11 @@ RELIST_S = 5.0
 """How often a poll lists all versions. Between listings it probes for the next number only, which a gap would stop."""
 
 
-class PolicyLog:
-    """The published weights of one run."""
+class PolicyLog(EventLog):
+    """The published weights of one run, beside what happened to it."""
 
-    store: ObjectStore
-    layout: RunLayout
-    lineage: Lineage
-
-    def __init__(self) -> None:
+    def __init__(self, store: ObjectStore, run_id: str) -> None:
+        super().__init__(store, run_id)
         self._policy_lock = threading.Lock()
         self._latest: PolicyVersion | None = None
         self._num_rewinds = 0
@@ -99,7 +96,7 @@ class PolicyLog:
 
     def latest_policy(self) -> PolicyVersion | None:
         """The newest version of the surviving lineage. Two requests when nothing changed, so it can be polled."""
-        rewinds = self.lineage.read()
+        rewinds = self.rewinds()
         with self._policy_lock:
             now_s = time.monotonic()
             if len(rewinds) != self._num_rewinds or now_s - self._listed_s >= RELIST_S:
@@ -112,7 +109,7 @@ class PolicyLog:
 
     def find_policy(self, number: int) -> PolicyVersion | None:
         """Version `number` of the surviving lineage."""
-        for rewind in possible_rewinds(number, self.lineage.read()):
+        for rewind in possible_rewinds(number, self.rewinds()):
             version = PolicyVersion(number, rewind)
             if self.store.exists(self.layout.key("policy", state=version)):
                 return version
@@ -132,7 +129,7 @@ class PolicyLog:
 
     def policies(self) -> list[PolicyVersion]:
         """All versions of the surviving lineage, oldest first."""
-        return self.lineage.surviving("policy")
+        return self.surviving_states("policy")
 
     def _advance(self) -> None:
         """Follow the numbers from the last known version on, under the newest rewind."""

@@ -16,9 +16,7 @@ from asyncopd.errors import ShapeError, ShardCorruptError
 from asyncopd.records import NO_FACTS, Facts, Manifest
 from asyncopd.types import Candidates, IndexRange, TeacherScores, Trajectory
 from storage.claims import ClaimLog
-from storage.events import EventLog
-from storage.layout import RunLayout, decode_name, new_nonce, parse_shard
-from storage.learner_log import LearnerLog, Lineage
+from storage.layout import decode_name, new_nonce, parse_shard
 from storage.manifests import find_manifest, publish, read_manifest, read_named, read_shard, what_to_do
 from storage.parquet import (
     SCHEMA_VERSION,
@@ -36,7 +34,7 @@ from storage.stores.base import ObjectStore
 Row = TypeVar("Row", Trajectory, TeacherScores)
 
 
-class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, EventLog):
+class StoredRunLog(PolicyLog, ClaimLog):
     """`asyncopd.ports.RunLog` on an object store. Safe to share between threads."""
 
     def __init__(
@@ -48,14 +46,9 @@ class StoredRunLog(PolicyLog, LearnerLog, ClaimLog, EventLog):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`clock` measures leases, in seconds. Use `create_run` or `open_run` rather than this constructor."""
-        self.store = store
-        self.layout = RunLayout(run_id)
-        self.lineage = Lineage(store, self.layout)
-        self.run_id = run_id
-        self._topk_precision: TopkPrecision = topk_precision
-        PolicyLog.__init__(self)
+        PolicyLog.__init__(self, store, run_id)
         ClaimLog.__init__(self, clock)
-        EventLog.__init__(self)
+        self._topk_precision: TopkPrecision = topk_precision
 
     # -- rollouts -------------------------------------------------------------------------------------------------
     def find_trajectories(self, shard: IndexRange) -> Manifest | None:

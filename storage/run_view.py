@@ -1,6 +1,6 @@
 """Everything a run has stored, read once and extended: page, terminal, report, SQL rows and audit look through this.
 
-numbered records --probed-->  records by kind and key,  --learner_log.surviving--> steps, evaluations, versions, ...
+numbered records --probed-->  records by kind and key,  --events.surviving-> steps, evaluations, versions, ...
 folders ----------listed--->  each read once            --refresh--> History (storage/history.py)
 the whole run ----listed, with sizes and damage--> `everything`, which maintenance reasons about
 """
@@ -22,10 +22,9 @@ from asyncopd.errors import ShardCorruptError, StorageError
 from asyncopd.records import Claim, Failure, Heartbeat, Manifest, Removal, Rewind, RunChange, RunState
 from asyncopd.schedule import Arrival
 from asyncopd.types import Evaluation, IndexRange, PolicyVersion, Span, TrainStep
-from storage.events import with_changes
+from storage.events import config_in_force, possible_rewinds, surviving
 from storage.history import History, is_alive, role_of
 from storage.layout import RunLayout, parse, parse_shard, parse_version
-from storage.learner_log import possible_rewinds, surviving
 from storage.records import from_json
 from storage.replay import source_of
 from storage.run_log import StoredRunLog
@@ -179,10 +178,8 @@ class RunView:
             self.read("change")
         num_changes = len(self.records["change"])
         if self._config is None or self._config[0] != num_changes:
-            changes = [change.settings for _, change in sorted(self.records["change"].items())]
-            fields = with_changes(self.record["config"], changes)
-            # A run that was copied elsewhere goes on there.
-            fields.setdefault("storage", {})["root"] = self.store.url
+            changes = [change for _, change in sorted(self.records["change"].items())]
+            fields = config_in_force(self.record["config"], changes, root=self.store.url)
             self._config = (num_changes, RunConfig.model_validate(fields))
         return self._config[1]
 

@@ -26,6 +26,7 @@ from asyncopd.plan.workload import Costs, DecodeCurve, Fleet, Lognormal, Observe
 from asyncopd.schedule import Plan
 from asyncopd.types import Span
 from storage.run_log import StoredRunLog
+from storage.run_view import RunView
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CURVE = DecodeCurve((1, 8, 64), (0.004, 0.006, 0.02))
@@ -272,7 +273,9 @@ def test_costs_are_read_back_from_the_timeline_they_left(tmp_path: Path) -> None
     # The run ends with the last step, before its publication and without another refresh: one in forty is missing.
     for name in ("publish_s", "refresh_s", "handover_s"):
         assert getattr(read, name) == pytest.approx(getattr(true, name), rel=0.05), name
-    assert forecast(work, read, Fleet(1, 1, 1), 0).wall_s == pytest.approx(wall_s(log.spans()), rel=0.01)
+    assert forecast(work, read, Fleet(1, 1, 1), 0).wall_s == pytest.approx(
+        wall_s(RunView(log).read("spans").spans()), rel=0.01
+    )
     with pytest.raises(ConfigError, match="read where nothing overlaps"):
         calibrate("r", stages.small_config(tmp_path, staleness__max_staleness=1), CURVE, steps=[], spans=[], lengths=[])
 

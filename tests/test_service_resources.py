@@ -14,6 +14,7 @@ from synthetic_run import config_of, evaluation, new_log, publish_run, train_ste
 from api import pages
 from asyncopd.config import RunConfig, load_config
 from asyncopd.types import Span
+from storage.run_view import RunView
 from storage.runs import create_run
 from storage.stores import open_store
 
@@ -182,7 +183,7 @@ def test_the_timeline_has_a_lane_per_worker_and_grows_with_the_run(tmp_path: Pat
     for lane in found["lanes"]:
         assert len(lane["starts"]) == len(lane["ends"]) == len(lane["activities"]) == len(lane["details"]) > 0
         assert all(start <= end for start, end in zip(lane["starts"], lane["ends"], strict=True))
-    spans = log.spans()
+    spans = RunView(log).read("spans").spans()
     late = Span("learn", "learn-host-1-aaaa", "train", spans[-1].end, spans[-1].end + 100, "late")
     log.publish_spans("learn-host-1-aaaa", 2, [late])
     assert got(client, "/v1/runs/timed/timeline")["duration_s"] > found["duration_s"] + 50

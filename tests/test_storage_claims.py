@@ -13,6 +13,7 @@ from asyncopd.records import WorkerStatus
 from asyncopd.types import IndexRange
 from storage.records import to_json
 from storage.run_log import StoredRunLog
+from storage.run_view import RunView
 from storage.stores.base import ObjectStore
 
 SHARD = IndexRange(0, 8)
@@ -57,7 +58,7 @@ def test_a_heartbeat_that_stands_still_for_a_lease_frees_the_shard(store: Object
     assert not theirs.claim("rollout", SHARD, worker="b", lease_s=10)
     clock.now_s += 0.2
     assert theirs.claim("rollout", SHARD, worker="b", lease_s=10)
-    assert [(claim.attempt, claim.worker) for claim in theirs.claims()] == [(1, "a"), (2, "b")]
+    assert [(claim.attempt, claim.worker) for claim in RunView(theirs).read("claim").claims()] == [(1, "a"), (2, "b")]
 
 
 def test_a_beating_holder_keeps_its_shard(store: ObjectStore) -> None:
@@ -213,8 +214,9 @@ def test_of_eight_claimants_one_wins(kind: str, dead_holder: bool, tmp_path: Pat
     with ThreadPoolExecutor(8) as threads:
         won = list(threads.map(claim, range(8)))
     assert won.count(True) == 1
-    assert log.claims()[-1].worker == f"w{won.index(True)}"
-    assert log.claims()[-1].attempt == 1 + dead_holder
+    claims = RunView(log).read("claim").claims()
+    assert claims[-1].worker == f"w{won.index(True)}"
+    assert claims[-1].attempt == 1 + dead_holder
 
 
 def test_heartbeats_tell_what_workers_do(store: ObjectStore) -> None:

@@ -14,7 +14,7 @@ import storage.policies
 from asyncopd.errors import ObjectMissingError, StorageError
 from asyncopd.records import Facts, Rewind
 from asyncopd.types import PolicyVersion
-from storage.learner_log import possible_rewinds, survives, surviving
+from storage.events import possible_rewinds, survives, surviving
 from storage.manifests import find_manifest
 from storage.run_log import StoredRunLog
 from storage.stores.base import MemoryStore

@@ -14,6 +14,7 @@ from asyncopd.records import Facts, WorkerStatus
 from asyncopd.types import Evaluation, IndexRange, PolicyVersion, Span
 from storage.layout import RunLayout, decode_name, encode_name, parse, parse_shard, parse_version
 from storage.records import from_json, to_json
+from storage.run_view import RunView
 from storage.runs import create_run, find_model, list_runs, open_run, publish_model, read_model
 from storage.stores.base import ObjectStore
 
@@ -104,8 +105,9 @@ def test_spans_of_all_workers_are_read_by_start() -> None:
     log.publish_spans("w.1/x", 0, spans)
     log.publish_spans("w2", 0, [Span("score", "w2", "wait:shard", 2.0, 2.5)])
     log.publish_spans("w2", 0, [Span("score", "w2", "wait:shard", 2.0, 2.5)])
-    assert [span.start for span in log.spans()] == [1.0, 2.0, 3.0]
-    assert log.spans()[2] == spans[0]
+    stored = RunView(log).read("spans").spans()
+    assert [span.start for span in stored] == [1.0, 2.0, 3.0]
+    assert stored[2] == spans[0]
 
 
 def test_failures_are_read_oldest_first() -> None:

@@ -110,7 +110,7 @@ class LearnStage:
         return step
 
     def _check_not_superseded(self) -> None:
-        """Saves work and says why; what a superseded learner publishes counts for nothing (storage/learner_log.py)."""
+        """Saves work and says why; what a superseded learner publishes counts for nothing (storage/events.py)."""
         newest = self._log.current_rewind()
         if newest != self._rewind:
             raise SupersededError(

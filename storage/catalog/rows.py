@@ -23,8 +23,8 @@ from asyncopd.records import Manifest, Rewind
 from asyncopd.tasks.walk_rules import FIRST_NOISE_ID, WalkRules
 from asyncopd.types import Evaluation, IndexRange, PolicyVersion, TrainStep
 from storage.catalog.connection import DataFile, TokenTexts
+from storage.events import surviving
 from storage.layout import parse
-from storage.learner_log import surviving
 from storage.parquet import SCHEMA_VERSION
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from asyncopd.config import RunConfig
 from asyncopd.records import Manifest
 from asyncopd.types import IndexRange, PolicyVersion, TrainStep
+from storage.events import possible_rewinds
 from storage.layout import parse, parse_shard
-from storage.learner_log import possible_rewinds
 from storage.maintain.ledger import Ledger, events_of
 from storage.run_view import RunView
 

@@ -25,8 +25,8 @@ from asyncopd.config.schema import Retention
 from asyncopd.errors import StorageError
 from asyncopd.records import Manifest, Removal, Removed
 from asyncopd.types import PolicyVersion
+from storage.events import survives
 from storage.layout import parse
-from storage.learner_log import survives
 from storage.manifests import find_manifest, read_objects
 from storage.records import to_json
 from storage.run_view import MANIFESTS, RunView

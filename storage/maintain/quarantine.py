@@ -20,8 +20,8 @@ from asyncopd.errors import ObjectMissingError, StorageError
 from asyncopd.records import Facts, Manifest, Removal, Rewind
 from asyncopd.types import IndexRange, PolicyVersion, PolicyWeights
 from storage import manifests
+from storage.events import survives, surviving
 from storage.layout import MODELS, parse, parse_version, quarantined, run_of
-from storage.learner_log import survives, surviving
 from storage.maintain.checks import Mend
 from storage.maintain.collect import empty_shard
 from storage.records import to_json

@@ -15,6 +15,7 @@ from typing import Any
 from asyncopd.records import Manifest
 from asyncopd.types import IndexRange
 from storage.run_log import StoredRunLog
+from storage.run_view import RunView
 
 LOOK_EVERY_S = 0.05
 
@@ -78,7 +79,7 @@ class Observer:
         """Claims that were made on a shard after it had been seen complete: each stands for work done twice."""
         return [
             claim
-            for claim in self.log.claims()
+            for claim in RunView(self.log).read("claim").claims()
             if (seen := self.durable.get(claim.stage, {}).get(claim.shard)) is not None and claim.claimed > seen.seen
         ]
 

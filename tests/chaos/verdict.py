@@ -11,6 +11,7 @@ from asyncopd.types import IndexRange, IndexSet, Trajectory
 from chaos.observer import Observer
 from chaos.strikes import Disturbance
 from storage.run_log import StoredRunLog
+from storage.run_view import RunView
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ def checks(observer: Observer, config: RunConfig, *, replayed: bytes, twin: Stor
 def costs(observer: Observer, disturbances: Sequence[Disturbance]) -> list[Cost]:
     """What each disturbance cost, from claims and from what was seen durable."""
     changed = {shard for stage, shard in _changed(observer) if stage == "rollout"}
-    taken_over = [claim for claim in observer.log.claims() if claim.stage == "rollout" and claim.attempt > 1]
+    taken_over = [
+        claim
+        for claim in RunView(observer.log).read("claim").claims()
+        if claim.stage == "rollout" and claim.attempt > 1
+    ]
     ends = [later.struck for later in disturbances[1:]] + [float("inf")]
     found = []
     for disturbance, end in zip(disturbances, ends, strict=True):
@@ -106,7 +111,9 @@ def _durable_stays(observer: Observer) -> Check:
 
 def _not_claimed_again(observer: Observer, stage: str) -> Check:
     again = [claim for claim in observer.claims_after_durable() if claim.stage == stage]
-    taken_over = sum(claim.stage == stage and claim.attempt > 1 for claim in observer.log.claims())
+    taken_over = sum(
+        claim.stage == stage and claim.attempt > 1 for claim in RunView(observer.log).read("claim").claims()
+    )
     return Check(
         f"{stage}: no shard is claimed after it was durable",
         not again,
