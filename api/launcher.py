@@ -20,7 +20,7 @@ from api.schemas import Run, RunCreate
 from asyncopd.config import RunConfig, load_config
 from asyncopd.errors import ConfigError, ServerAwayError
 from asyncopd.local.stack import FlowRun, create_flow_run
-from storage.launches import RequestedState
+from storage.runs import RequestedState
 
 TRAIN = "asyncopd/train"
 

@@ -17,11 +17,10 @@ from asyncopd.errors import StorageError
 from asyncopd.metrics import DRIFT, KL, LOSS
 from asyncopd.report.measure import RECENT_STEPS, staleness_of, trained_per_s
 from storage.history import NUM_TOKENS, History, RunStatus, is_silent, role_of, status_of
-from storage.launches import LaunchLog
 from storage.layout import RunLayout
 from storage.records import from_json
 from storage.run_view import RunView
-from storage.runs import list_runs, open_run
+from storage.runs import LaunchLog, list_runs, open_run
 from storage.stores.base import ObjectStore
 
 MAX_STEPS = 100_000

@@ -40,10 +40,9 @@ from asyncopd.records import RunStateName
 from asyncopd.schedule import LEARNER_PLACE
 from flows.preflight import missing_models, preflight
 from flows.report import report_run
-from storage.launches import LaunchLog
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
-from storage.runs import create_run, list_runs, new_record, open_run
+from storage.runs import LaunchLog, create_run, list_runs, new_record, open_run
 from storage.stores import open_store
 
 PROGRESS_S = 10.0

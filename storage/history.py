@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from asyncopd.records import Failure, Heartbeat, Rewind, RunState
 from asyncopd.types import Evaluation, TrainStep
-from storage.launches import StateRequest
+from storage.runs import StateRequest
 
 RunStatus = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
 SILENT_S, STARTING_S = 30.0, 120.0

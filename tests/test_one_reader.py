@@ -19,12 +19,12 @@ from asyncopd.types import PolicyVersion
 from flows.report import observe, summarise
 from storage.catalog.notebook import open_run as open_to_query
 from storage.history import STARTING_S, status_of
-from storage.launches import LaunchLog
 from storage.maintain.ledger import ledger_of
 from storage.maintain.quarantine import set_aside
 from storage.records import to_json
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
+from storage.runs import LaunchLog
 from storage.stores import open_store
 
 CONFIG = config_of()

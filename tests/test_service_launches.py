@@ -24,8 +24,7 @@ from api.reader import FRESH_S
 from asyncopd.local import stack
 from asyncopd.records import WorkerStatus
 from flows.train import _requested_end
-from storage.launches import LaunchLog
-from storage.runs import open_run
+from storage.runs import LaunchLog, open_run
 from storage.stores import open_store
 
 BODY = {"config_name": "quickstart", "overrides": {"learner.num_steps": 3}}

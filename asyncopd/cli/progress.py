@@ -29,8 +29,8 @@ from asyncopd.report.summary import StalenessFigures
 from asyncopd.report.text import duration, number, percent
 from asyncopd.types import Evaluation, TrainStep
 from storage.history import History, RunStatus, is_alive, role_of, status_of
-from storage.launches import LaunchLog
 from storage.run_view import RunView
+from storage.runs import LaunchLog
 
 WINDOW_S = 5.0
 """Over which rates of heartbeats are averaged; several shards of the quickstart."""
