@@ -21,8 +21,8 @@ from asyncopd.config import RunConfig, TinyModel
 from asyncopd.errors import AsyncOPDError
 from asyncopd.local.processes import watch_parent
 from asyncopd.study import estimators, staleness
+from asyncopd.study.loop import WarmStart
 from asyncopd.study.report import write
-from asyncopd.study.worlds import WarmStart
 from flows.engines import make_model
 from flows.wiring import task_of
 from storage.runs import find_model, read_model

@@ -8,9 +8,8 @@ from losses_world import make_world
 
 from asyncopd.config import losses as c
 from asyncopd.losses import StepContext, build_estimator
-from asyncopd.study.estimators import contestants
-from asyncopd.study.gradients import exact_gradient, measure
-from asyncopd.study.worlds import World, scale_for_drift, token_rows
+from asyncopd.study.estimators import contestants, scale_for_drift
+from asyncopd.study.gradients import World, exact_gradient, measure, token_rows
 
 
 def small_world(drift: float = 0.15, vocab_size: int = 9) -> World:

@@ -10,21 +10,26 @@ prefixes is the wanted drift, in one of two directions:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from asyncopd.config import losses as c
 from asyncopd.config.losses import LossConfig
-from asyncopd.models.causal_lm import to_safetensors
+from asyncopd.models.causal_lm import output_embedding, packed_hidden, to_safetensors
+from asyncopd.models.packing import pack
 from asyncopd.ports import NamedBytes
 from asyncopd.study.cells import CellStore, digest
-from asyncopd.study.gradients import Target, measure
-from asyncopd.study.loop import LoopSettings, sample_prompts, train_lagged
-from asyncopd.study.worlds import Prefixes, WarmStart, World, mean_kl, scale_for_drift
+from asyncopd.study.gradients import Target, World, measure
+from asyncopd.study.loop import LoopSettings, WarmStart, sample_prompts, train_lagged
 from asyncopd.tasks.walk_rules import WalkOracle
+from asyncopd.types import Trajectory
 
 STUDY_CODE = 1
 """Raised whenever what a cell measures changes."""
@@ -35,6 +40,8 @@ DRIFTS = (0.0, 0.02, 0.05, 0.15, 0.5)
 DIRECTIONS = ("trained", "random")
 LOOP = LoopSettings(num_steps=80, batch_size=32, max_new_tokens=96, num_prompts=0)
 """Of the training run whose weights the snapshots are."""
+DRIFT_TOLERANCE = 0.005
+"""Relative; of the mean drift of a world."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,10 @@ class Contestant:
     target: Target
     teacher_ids: int
     """Ids per prefix whose log q it needs; 42 stands for the full row."""
+
+    def columns(self) -> dict[str, Any]:
+        """Of a row of the study's tables."""
+        return {"estimator": self.name, "target": self.target, "teacher_ids": self.teacher_ids}
 
 
 @dataclass(frozen=True)
@@ -109,11 +120,6 @@ def contestants(cost: int, vocab_size: int) -> Iterator[Contestant]:
     yield Contestant("dense forward KL", c.DenseForwardKLConfig(), "D_F", vocab_size)
 
 
-def all_contestants(warm: WarmStart) -> list[Contestant]:
-    vocab_size = warm.task(0).tokenizer.vocab_size
-    return [contestant for cost in COSTS for contestant in contestants(cost, vocab_size)]
-
-
 async def run_cells(
     warm: WarmStart, store: NamedBytes, scale: Scale, on_done: Callable[[str, int, int], None]
 ) -> list[dict[str, Any]]:
@@ -123,7 +129,9 @@ async def run_cells(
         store: at the output directory.
         on_done: called with (what was done, units done, units planned).
     """
-    estimators = [asdict(e) | {"config": e.config.model_dump(mode="json")} for e in all_contestants(warm)]
+    vocab_size = warm.task(0).tokenizer.vocab_size
+    everyone = [each for cost in COSTS for each in contestants(cost, vocab_size)]
+    estimators = [asdict(each) | {"config": each.config.model_dump(mode="json")} for each in everyone]
     settings = {"code": STUDY_CODE, "scale": asdict(scale), "estimators": estimators, **warm.identity()}
     cells = CellStore(store, "estimators", settings)
     places = [
@@ -147,21 +155,13 @@ async def run_cells(
                 prefixes[stage] = Prefixes.choose(trajectories, scale.num_prefixes, seed=0)
             world, s = _world(warm, prefixes[stage], weights[stage], weights[stage + scale.further], direction, drift)
             place = {"stage_steps": stage, "direction": direction, "drift_target_nats": drift}
-            place |= {"drift_nats": world.drift_nats(), "scale": s}
-            cell = {"rows": [place | _row(contestant, world) for contestant in all_contestants(warm)]}
+            place |= {"drift_nats": mean_kl(world.behaviour_TV, world.student_TV), "scale": s}
+            measured = [(each, measure(each.config, world, each.target)) for each in everyone]
+            cell = {"rows": [place | each.columns() | asdict(figures) for each, figures in measured]}
             cells.put(name, cell)
         rows += cell["rows"]
         on_done(name, number, total)
     return rows
-
-
-def _row(contestant: Contestant, world: World) -> dict[str, Any]:
-    return {
-        "estimator": contestant.name,
-        "target": contestant.target,
-        "teacher_ids": contestant.teacher_ids,
-        **asdict(measure(contestant.config, world, contestant.target)),
-    }
 
 
 async def _stages(
@@ -199,7 +199,7 @@ def _world(
         steps = [torch.randn(p.shape, generator=generator) * p.square().mean().sqrt() for p in starts]
     behaviour_TV = prefixes.student_logprobs(origin)
 
-    def student_at(scale: float) -> torch.Tensor:
+    def student_at(scale: float) -> Tensor:
         with torch.no_grad():
             for target, start, step in zip(moved.parameters(), starts, steps, strict=True):
                 target.copy_(start + scale * step)
@@ -209,3 +209,52 @@ def _world(
     smoothing = warm.config.teacher.smoothing  # type: ignore[union-attr]
     teacher_TV = prefixes.teacher_logprobs(WalkOracle(warm.task(0).rules, smoothing))
     return World(student_at(scale), behaviour_TV, teacher_TV), scale
+
+
+# -- worlds -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Prefixes:
+    """Chosen positions of sampled responses."""
+
+    trajectories: Sequence[Trajectory]
+    rows_T: NDArray[np.int64]
+    """[T] which response tokens, counted over all trajectories."""
+
+    @classmethod
+    def choose(cls, trajectories: Sequence[Trajectory], count: int, seed: int) -> Prefixes:
+        """`count` positions of the sampler's own distribution over prefixes, in a seeded random choice."""
+        total = sum(len(t.response_ids) for t in trajectories)
+        rows_T = np.sort(np.random.default_rng(seed).permutation(total)[:count])
+        return cls(trajectories, rows_T)
+
+    @torch.no_grad()
+    def student_logprobs(self, model: PreTrainedModel) -> Tensor:
+        """[T, V] of a student."""
+        packed = pack([(t.prompt_ids, t.response_ids) for t in self.trajectories], 256)
+        hidden_TD = packed_hidden(model, packed)[torch.from_numpy(self.rows_T)]
+        weight_VD, bias_V = output_embedding(model)
+        logits_TV = torch.nn.functional.linear(hidden_TD, weight_VD, bias_V)
+        return torch.log_softmax(logits_TV.double(), -1)
+
+    def teacher_logprobs(self, oracle: WalkOracle) -> Tensor:
+        """[T, V] of the closed form."""
+        rows = np.concatenate([oracle.logprobs_TV(t.prompt_ids, t.response_ids) for t in self.trajectories])
+        return torch.from_numpy(rows[self.rows_T])
+
+
+def mean_kl(first_TV: Tensor, second_TV: Tensor) -> float:
+    """KL(first‖second), nats, mean over the prefixes."""
+    return float((first_TV.exp() * (first_TV - second_TV)).sum(-1).mean())
+
+
+def scale_for_drift(drift_at: Callable[[float], float], target: float) -> float:
+    """s > 0 with drift_at(s) ≈ target; drift_at(0) is 0 and grows, at least to the first crossing."""
+    low, high = 0.0, 0.25
+    while drift_at(high) < target:
+        low, high = high, 2 * high
+    while True:
+        middle = (low + high) / 2
+        found = drift_at(middle)
+        if abs(found - target) <= DRIFT_TOLERANCE * target or high - low < 1e-9 * high:
+            return middle
+        low, high = (middle, high) if found < target else (low, middle)

@@ -1,9 +1,10 @@
 """Bias and variance of an estimator's gradient with respect to the logits, prefix by prefix, against the exact one.
 
-All of it by enumeration, no sampling. Where a prefix's gradient is a mean over independent draws, every id that one
-draw can be is a row, weighed by its probability, and the variance of N draws is that of one over N. With the
-leave-one-out baseline it is a mean over pairs of draws, whose variance is Hoeffding's for U-statistics. The threshold
-of m2po is that of an optimizer step with many draws at every prefix.
+A world is frozen prefixes with three full distributions each; all of it is enumerated, nothing sampled. Where a
+prefix's gradient is a mean over independent draws, every id that one draw can be is a row, weighed by its probability,
+and the variance of N draws is that of one over N. With the leave-one-out baseline it is a mean over pairs of draws,
+whose variance is Hoeffding's for U-statistics. The threshold of m2po is that of an optimizer step with many draws at
+every prefix.
 """
 
 from __future__ import annotations
@@ -16,12 +17,20 @@ from torch import Tensor
 
 from asyncopd.config.losses import ForwardKLDrawsConfig, HeadTailConfig, LossConfig, PolicyGradientConfig
 from asyncopd.config.recorded import CacheRequirements
-from asyncopd.losses import Estimator, StepContext, build_estimator
-from asyncopd.study.worlds import World, outside_head, token_rows
+from asyncopd.losses import Estimator, StepContext, TokenRows, build_estimator
 
 _CONTEXT_DRAWS = 64
 """Draws at every prefix of the step that m2po's threshold is taken from."""
 Target = Literal["D_R", "D_F"]
+
+
+@dataclass(frozen=True)
+class World:
+    """log-probs [T, V] at T prefixes, float64, nats."""
+
+    student_TV: Tensor
+    behaviour_TV: Tensor
+    teacher_TV: Tensor
 
 
 @dataclass(frozen=True)
@@ -158,3 +167,46 @@ def _context(estimator: Estimator, world: World) -> StepContext:
     ids_R1 = ids_TN.reshape(-1, 1)
     rows = token_rows(world, prefix_R, ids_R1, ids_R1[:, :0], head=0)
     return estimator.step_context(rows, world.student_TV[prefix_R].gather(-1, estimator.student_ids(rows)))
+
+
+# -- rows of a world ----------------------------------------------------------------------------------------------
+def token_rows(
+    world: World, prefix_R: Tensor, draw_ids_RN: Tensor, teacher_draw_ids_RM: Tensor, *, head: int
+) -> TokenRows:
+    """R rows at prefixes `prefix_R`, as a log would hold them; the teacher's top-k is its full row.
+
+    Args:
+        draw_ids_RN: under p_old, or p_old outside the head. The first draw is the emitted token.
+    """
+    behaviour_RV, teacher_RV = world.behaviour_TV[prefix_R], world.teacher_TV[prefix_R]
+    has_draws = draw_ids_RN.shape[1] > 0
+    responses_R = draw_ids_RN[:, 0] if has_draws else torch.zeros_like(prefix_R)
+    topk_RK = world.teacher_TV.argsort(-1, descending=True)[prefix_R]
+    head_RK = heads(world, head)[prefix_R]
+    return TokenRows(
+        response_ids_T=responses_R,
+        behaviour_logprobs_T=behaviour_RV.gather(-1, responses_R[:, None])[:, 0],
+        teacher_logprobs_T=teacher_RV.gather(-1, responses_R[:, None])[:, 0],
+        topk_ids_TK=topk_RK,
+        topk_logprobs_TK=teacher_RV.gather(-1, topk_RK),
+        head_ids_TK=head_RK,
+        head_behaviour_logprobs_TK=behaviour_RV.gather(-1, head_RK),
+        head_teacher_logprobs_TK=teacher_RV.gather(-1, head_RK),
+        tail_logmass_T=outside_head(world, head).sum(-1).log()[prefix_R],
+        draw_ids_TN=draw_ids_RN,
+        draw_behaviour_logprobs_TN=behaviour_RV.gather(-1, draw_ids_RN),
+        draw_teacher_logprobs_TN=teacher_RV.gather(-1, draw_ids_RN),
+        teacher_draw_ids_TM=teacher_draw_ids_RM,
+        teacher_draw_logprobs_TM=teacher_RV.gather(-1, teacher_draw_ids_RM),
+        trajectory_T=torch.arange(len(prefix_R)),
+    )
+
+
+def heads(world: World, head: int) -> Tensor:
+    """[T, K] p_old's most likely ids."""
+    return world.behaviour_TV.argsort(-1, descending=True)[:, :head]
+
+
+def outside_head(world: World, head: int) -> Tensor:
+    """[T, V] p_old with the head's entries 0."""
+    return world.behaviour_TV.exp().scatter(-1, heads(world, head), 0.0)

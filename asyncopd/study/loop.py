@@ -7,28 +7,68 @@ step v: train the batch of step v, sampled under version max(0, v − lag)
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
+from asyncopd.config import OracleTeacher, RunConfig
 from asyncopd.config.losses import LossConfig
-from asyncopd.config.schema import Learner
 from asyncopd.errors import NonFiniteError
 from asyncopd.evaluate import kl_to_teacher
 from asyncopd.learner.student import Student
 from asyncopd.losses import build_estimator
+from asyncopd.models.causal_lm import build_causal_lm, load_safetensors
 from asyncopd.models.sampling import SamplerSettings
-from asyncopd.ports import SampleRequest, Scorer, ScoreRequest
+from asyncopd.ports import SampleRequest, ScoreRequest
 from asyncopd.rollout.hf import HfSampler
-from asyncopd.study.worlds import WarmStart
+from asyncopd.tasks.build import build_task
+from asyncopd.tasks.walk import WalkTask
+from asyncopd.teacher.oracle import OracleScorer
 from asyncopd.types import DrawLaw, PolicyVersion, PolicyWeights, Prompt, ScoredTrajectory, Trajectory
 
 SLOTS = 128
 EVALUATION_SEED = 1_000_003
 """Held-out prompts and their draws are the same for every cell, so differences are paired."""
+
+Respond = Callable[[int, bytes, Sequence[Prompt]], Awaitable[list[Trajectory]]]
+"""(version, its weights, prompts) -> one response to each, all at once."""
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A configuration with the initial student it stands for."""
+
+    config: RunConfig
+    architecture: str
+    """JSON of the transformers configuration."""
+    safetensors: bytes
+
+    def model(self, safetensors: bytes | None = None) -> PreTrainedModel:
+        """A fresh copy of the student, with other weights if given."""
+        causal_lm = build_causal_lm(json.loads(self.architecture), seed=0)
+        load_safetensors(causal_lm, self.safetensors if safetensors is None else safetensors)
+        return causal_lm
+
+    def identity(self) -> dict[str, Any]:
+        """Of student and teacher, for the settings of a study's cells."""
+        teacher = self.config.teacher.model_dump(mode="json")
+        return {"student": self.config.model_digest(self.config.student), "teacher": teacher}
+
+    def task(self, seed: int) -> WalkTask:
+        task = build_task(self.config.task, seed=seed)
+        assert isinstance(task, WalkTask)
+        return task
+
+    def scorer(self) -> OracleScorer:
+        assert isinstance(self.config.teacher, OracleTeacher)
+        return OracleScorer(self.task(0).rules, smoothing=self.config.teacher.smoothing)
 
 
 @dataclass(frozen=True)
@@ -40,16 +80,6 @@ class LoopSettings:
     max_new_tokens: int
     num_prompts: int
     """Held-out prompts of an evaluation."""
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Of one student on held-out prompts."""
-
-    accuracy: float
-    kl_nats: float
-    kl_standard_error_nats: float
-    mean_response_tokens: float
 
 
 @dataclass(frozen=True)
@@ -82,25 +112,24 @@ async def train_lagged(
         on_step: called with (steps done, weights) after every step.
     """
     needs, task, scorer, size = loss.requirements(), warm.task(seed), warm.scorer(), settings.batch_size
-    student = _student(warm, loss, settings, lr)
-    sampler = _sampler(warm, settings, seed=seed, head=needs.head, num_draws=needs.num_draws, law=needs.law or "policy")
-    request = ScoreRequest(
-        top_k=task.tokenizer.vocab_size if needs.full_vocabulary else needs.top_k,
-        num_teacher_draws=needs.num_teacher_draws,
-        temperature=warm.config.rollout.temperature,
-        seed=seed,
-    )
+    learner, temperature = warm.config.learner, warm.config.rollout.temperature
+    own = learner.model_copy(update={"lr": lr, "num_steps": settings.num_steps})
+    student = Student(warm.model(), build_estimator(loss), Accelerator(cpu=True), own, temperature=temperature)
+    top_k = task.tokenizer.vocab_size if needs.full_vocabulary else needs.top_k
+    request = ScoreRequest(top_k, needs.num_teacher_draws, temperature, seed)
     pending: deque[ScoredTrajectory] = deque()
     metrics: list[dict[str, float]] = []
     weights = student.weights()
-    try:
+    law = needs.law or "policy"
+    async with _sampler(warm, settings, seed=seed, head=needs.head, num_draws=needs.num_draws, law=law) as respond:
         for step in range(settings.num_steps):
             # All batches of one version at once, so that the engine's batch stays full.
             first = 0 if step == 0 else step + lag
             indices = range(first * size, min(step + lag + 1, settings.num_steps) * size)
-            prompts = [task.prompt(index, "train") for index in indices]
-            trajectories = await _respond(sampler, step, weights, prompts, settings)
-            pending += await _scored(scorer, trajectories, request)
+            if prompts := [task.prompt(index, "train") for index in indices]:
+                trajectories = await respond(step, weights, prompts)
+                scores = await scorer.score(trajectories, request)
+                pending += [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)]
             batch = [pending.popleft() for _ in range(size)]
             try:
                 result = await asyncio.to_thread(student.train, step, batch)
@@ -109,25 +138,25 @@ async def train_lagged(
             metrics.append(dict(result.metrics))
             weights = student.weights()
             on_step(step + 1, weights)
-    finally:
-        await sampler.close()
     return Trained(weights, settings.num_steps, metrics)
 
 
-async def evaluate(warm: WarmStart, safetensors: bytes, settings: LoopSettings) -> Quality:
-    """Accuracy and KL to the teacher of given weights on held-out prompts."""
+async def evaluate(warm: WarmStart, safetensors: bytes, settings: LoopSettings) -> dict[str, float]:
+    """What a cell's row says of given weights on held-out prompts: accuracy, KL to the teacher, length."""
     task = warm.task(0)
-    sampler = _sampler(warm, settings, seed=EVALUATION_SEED, head=8, num_draws=4, law="tail")
     prompts = [task.prompt(index, "eval") for index in range(settings.num_prompts)]
-    try:
-        trajectories = await _respond(sampler, 0, safetensors, prompts, settings)
-    finally:
-        await sampler.close()
-    scored = await _scored(warm.scorer(), trajectories, ScoreRequest(0, 0, warm.config.rollout.temperature, 0))
+    async with _sampler(warm, settings, seed=EVALUATION_SEED, head=8, num_draws=4, law="tail") as respond:
+        trajectories = await respond(0, safetensors, prompts)
+    scores = await warm.scorer().score(trajectories, ScoreRequest(0, 0, warm.config.rollout.temperature, 0))
+    scored = [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)]
     kl_nats, standard_error = kl_to_teacher(scored)
     correct = [task.verify(p, t.response_ids.tolist()) for p, t in zip(prompts, trajectories, strict=True)]
-    lengths = [len(t.response_ids) for t in trajectories]
-    return Quality(float(np.mean(correct)), kl_nats, standard_error, float(np.mean(lengths)))
+    return {
+        "accuracy": float(np.mean(correct)),
+        "kl_nats": kl_nats,
+        "kl_standard_error_nats": standard_error,
+        "mean_response_tokens": float(np.mean([len(t.response_ids) for t in trajectories])),
+    }
 
 
 async def sample_prompts(
@@ -135,33 +164,15 @@ async def sample_prompts(
 ) -> list[Trajectory]:
     """One training response to each of the first prompts, without candidates."""
     task = warm.task(seed)
-    sampler = _sampler(warm, settings, seed=seed, head=0, num_draws=0, law="policy")
-    try:
-        prompts = [task.prompt(index, "train") for index in range(num_prompts)]
-        return await _respond(sampler, 0, safetensors, prompts, settings)
-    finally:
-        await sampler.close()
+    async with _sampler(warm, settings, seed=seed, head=0, num_draws=0, law="policy") as respond:
+        return await respond(0, safetensors, [task.prompt(index, "train") for index in range(num_prompts)])
 
 
-async def _respond(
-    sampler: HfSampler, version: int, weights: bytes, prompts: Sequence[Prompt], settings: LoopSettings
-) -> list[Trajectory]:
-    """One response to each prompt, all at once under these weights."""
-    if not prompts:
-        return []
-    await sampler.refresh(PolicyWeights(PolicyVersion(version), weights))
-    requests = [SampleRequest(prompt.index, prompt.ids, settings.max_new_tokens) for prompt in prompts]
-    return await asyncio.gather(*map(sampler.sample, requests))
-
-
-async def _scored(scorer: Scorer, trajectories: Sequence[Trajectory], request: ScoreRequest) -> list[ScoredTrajectory]:
-    scores = await scorer.score(trajectories, request) if trajectories else []
-    return [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)]
-
-
-def _sampler(
+@contextlib.asynccontextmanager
+async def _sampler(
     warm: WarmStart, settings: LoopSettings, *, seed: int, head: int, num_draws: int, law: DrawLaw
-) -> HfSampler:
+) -> AsyncIterator[Respond]:
+    """The study's sampler, closed at the end."""
     task = warm.task(0)
     sampling = SamplerSettings(
         slots=SLOTS,
@@ -173,17 +184,14 @@ def _sampler(
         num_draws=num_draws,
         law=law,
     )
-    return HfSampler(warm.model(), sampling)
+    sampler = HfSampler(warm.model(), sampling)
 
+    async def respond(version: int, weights: bytes, prompts: Sequence[Prompt]) -> list[Trajectory]:
+        await sampler.refresh(PolicyWeights(PolicyVersion(version), weights))
+        requests = [SampleRequest(prompt.index, prompt.ids, settings.max_new_tokens) for prompt in prompts]
+        return await asyncio.gather(*map(sampler.sample, requests))
 
-def _student(warm: WarmStart, loss: LossConfig, settings: LoopSettings, lr: float) -> Student:
-    learner, temperature = warm.config.learner, warm.config.rollout.temperature
-    own = Learner(
-        lr=lr,
-        warmup_steps=learner.warmup_steps,
-        num_steps=settings.num_steps,
-        grad_clip=learner.grad_clip,
-        row_capacity=learner.row_capacity,
-        rows_per_micro_batch=learner.rows_per_micro_batch,
-    )
-    return Student(warm.model(), build_estimator(loss), Accelerator(cpu=True), own, temperature=temperature)
+    try:
+        yield respond
+    finally:
+        await sampler.close()

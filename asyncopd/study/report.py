@@ -93,17 +93,19 @@ def plot_estimators(rows: Sequence[Row]) -> bytes:
     page = Page(2, 2, width=12, height=8.4, sharey="row", sharex=True)
     drifts = sorted({row["drift_target_nats"] for row in rows})
     for column, direction in enumerate(("trained", "random")):
-        for line, name in enumerate(_PLOTTED_BIAS):
-            _line(page.axes[column], rows, direction, drifts, name, "relative_bias", line)
-        for line, name in enumerate(_PLOTTED_VARIANCE):
-            _line(page.axes[2 + column], rows, direction, drifts, name, "relative_variance", line)
-        page.axes[column].set_title(f"Relative bias, {direction} drift")
-        page.axes[2 + column].set_title(f"Relative variance, {direction} drift")
-        page.axes[2 + column].set_xlabel("drift KL(p_old‖p_θ), nats")
-        page.axes[2 + column].set_yscale("log")
-        page.axes[column].set_xscale("symlog", linthresh=min(d for d in drifts if d > 0))
-        page.axes[column].set_xticks(drifts, [f"{drift:g}" for drift in drifts])
-        page.axes[column].minorticks_off()
+        bias, variance = page.axes[column], page.axes[2 + column]
+        panels = ((bias, "relative_bias", _PLOTTED_BIAS), (variance, "relative_variance", _PLOTTED_VARIANCE))
+        for axes, key, names in panels:
+            for number, name in enumerate(names):
+                chosen = [row for row in rows if row["estimator"] == name]
+                chosen = [row for row in chosen if row["teacher_ids"] == min(r["teacher_ids"] for r in chosen)]
+                _line(axes, name, number, drifts, [_at(chosen, direction, drift, key) for drift in drifts])
+            axes.set_title(f"{key.capitalize().replace('_', ' ')}, {direction} drift")
+        variance.set_xlabel("drift KL(p_old‖p_θ), nats")
+        variance.set_yscale("log")
+        bias.set_xscale("symlog", linthresh=min(d for d in drifts if d > 0))
+        bias.set_xticks(drifts, [f"{drift:g}" for drift in drifts])
+        bias.minorticks_off()
     for row in (1, 3):
         page.axes[row].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     page.axes[0].set_ylabel("‖E[ĝ] − g‖ / ‖g‖")
@@ -112,13 +114,17 @@ def plot_estimators(rows: Sequence[Row]) -> bytes:
 
 
 def _line(
-    axes: Axes, rows: Sequence[Row], direction: str, drifts: Sequence[float], name: str, key: str, number: int
+    axes: Axes,
+    name: str,
+    number: int,
+    x: Sequence[float],
+    y: Sequence[float],
+    errors: Sequence[float] | None = None,
 ) -> None:
-    chosen = [row for row in rows if row["estimator"] == name]
-    chosen = [row for row in chosen if row["teacher_ids"] == min(r["teacher_ids"] for r in chosen)]
     colour, marker = _LINES[number % len(_LINES)]
-    values = [_at(chosen, direction, drift, key) for drift in drifts]
-    axes.plot(drifts, values, color=colour, marker=marker, markersize=5, label=name)
+    style = "-" if number < len(_LINES) else "--"
+    bars = None if errors is None else np.nan_to_num(errors)
+    axes.errorbar(x, y, yerr=bars, color=colour, marker=marker, markersize=5, linestyle=style, capsize=2.5, label=name)
 
 
 # -- study staleness ----------------------------------------------------------------------------------------------
@@ -160,8 +166,9 @@ def plot_staleness(rows: Sequence[Row]) -> bytes:
             axes = page.axes[panel * len(lrs) + column]
             for number, name in enumerate(names):
                 chosen = [row for row in rows if row["estimator"] == name and row["lr"] == lr]
-                of_lag = {lag: [row[key] for row in chosen if row["lag"] == lag] for lag in lags}
-                _with_errors(axes, {lag: values for lag, values in of_lag.items() if values}, name, number)
+                measured = [lag for lag in lags if any(row["lag"] == lag for row in chosen)]
+                found = [mean_and_error([row[key] for row in chosen if row["lag"] == lag]) for lag in measured]
+                _line(axes, name, number, measured, [mean for mean, _ in found], [error for _, error in found])
             axes.set_title(f"{title}, lr {lr:g}")
             axes.set_xscale("symlog", linthresh=1)
             axes.set_xticks(lags, [str(lag) for lag in lags])
@@ -170,20 +177,3 @@ def plot_staleness(rows: Sequence[Row]) -> bytes:
                 axes.set_xlabel("lag, versions")
     page.axes[len(lrs) - 1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return page.png()
-
-
-def _with_errors(axes: Axes, values_by_lag: Mapping[int, Sequence[float]], name: str, number: int) -> None:
-    found = [(lag, *mean_and_error(values)) for lag, values in values_by_lag.items()]
-    colour, marker = _LINES[number % len(_LINES)]
-    style = "-" if number < len(_LINES) else "--"
-    axes.errorbar(
-        [lag for lag, _, _ in found],
-        [mean for _, mean, _ in found],
-        yerr=[0.0 if math.isnan(error) else error for _, _, error in found],
-        color=colour,
-        marker=marker,
-        markersize=5,
-        linestyle=style,
-        capsize=2.5,
-        label=name,
-    )

@@ -28,8 +28,7 @@ from asyncopd.errors import RoleFailedError
 from asyncopd.metrics import DRIFT, ENTROPY, ESS, RATIO_MAX, Metric
 from asyncopd.ports import NamedBytes
 from asyncopd.study.cells import CellStore, digest
-from asyncopd.study.loop import LoopSettings, evaluate, train_lagged
-from asyncopd.study.worlds import WarmStart
+from asyncopd.study.loop import LoopSettings, WarmStart, evaluate, train_lagged
 
 STUDY_CODE = 1
 """Raised whenever what a cell measures changes."""
@@ -153,7 +152,7 @@ def measure_cell(warm: WarmStart, cell: Cell, loss: LossConfig, loop: LoopSettin
         **asdict(cell),
         "loss": json.dumps(loss.model_dump(mode="json"), sort_keys=True),
         "num_steps": trained.num_steps,
-        **asdict(quality),
+        **quality,
         "drift_nats": over_recent(DRIFT),
         "ess_fraction": over_recent(ESS),
         "ratio_max": over_recent(RATIO_MAX),
