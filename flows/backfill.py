@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from asyncopd.config.replay import CandidateWidths
-from asyncopd.config.requests import BackfillRequest
+from asyncopd.config.requests import BackfillRequest, CandidateWidths
 from asyncopd.errors import ConfigError
 from asyncopd.local.console import bar
 from asyncopd.models.sampling import CandidateRule

@@ -21,8 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from asyncopd.config.replay import Replay, first_step, parent_version
-from asyncopd.config.requests import ReplayRequest, arm_name
+from asyncopd.config.requests import Replay, ReplayRequest, arm_name, first_step
 from asyncopd.errors import ConfigError
 from asyncopd.evaluate import Difference, Outcome, accuracy_difference, kl_difference, outcome_of, versions_to_evaluate
 from asyncopd.learner.stage import LearnStage
@@ -117,7 +116,9 @@ async def train_replay(parent: OpenRun, child: OpenRun, replay: Replay, *, conso
             student=student,
             teacher=child.log.view.name,
             vocab_size=child.task.tokenizer.vocab_size,
-            learner_version=partial(parent_version, parent_batch_size=parent_size, batch_size=learner.batch_size),
+            # On the parent's clock, whose version numbers tokens carry, and of the last index: a larger batch reaches
+            # rollouts of versions that its first index came before.
+            learner_version=lambda step: ((step + 1) * learner.batch_size - 1) // parent_size,
         )
         with bar(console, child.log.run_id, learner.num_steps - step, "steps") as advance:
             await stage.run(on_step=lambda step: advance(1))

@@ -19,8 +19,17 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 from asyncopd.config import RunConfig
-from asyncopd.config.replay import Backfill, Replay, backfill_of, first_step, replay_config, replays_of
-from asyncopd.config.requests import BackfillRequest, ReplayRequest, Request
+from asyncopd.config.requests import (
+    Backfill,
+    BackfillRequest,
+    Replay,
+    ReplayRequest,
+    Request,
+    backfill_of,
+    first_step,
+    replay_config,
+    replays_of,
+)
 from asyncopd.errors import ConfigError, StorageError
 from asyncopd.records import Manifest
 from asyncopd.schedule import Arrival, Plan, arrivals_of_step, num_taken

@@ -10,8 +10,7 @@ from typing import Any
 import pipeline
 from rich.console import Console
 
-from asyncopd.config.replay import Replay, replays_of
-from asyncopd.config.requests import ReplayRequest
+from asyncopd.config.requests import Replay, ReplayRequest, replays_of
 from flows.replay import open_replay, train_replay
 from flows.wiring import OpenRun, open_stored_run
 

@@ -11,8 +11,7 @@ from offline_builders import NUM_STEPS, make_run, objects, opened, replayed, wei
 from service_world import client_of, prefect_stand_in, settings_of
 
 from asyncopd import cli
-from asyncopd.config.replay import Replay, replays_of
-from asyncopd.config.requests import ReplayRequest
+from asyncopd.config.requests import Replay, ReplayRequest, replays_of
 from asyncopd.errors import ConfigError, StorageError
 from asyncopd.schedule import Arrival
 from asyncopd.types import IndexRange, TrainStep
