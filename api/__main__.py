@@ -10,8 +10,8 @@ from pathlib import Path
 
 import uvicorn
 
+from api.limits import ServiceSettings
 from api.main import UVICORN, create_app
-from api.settings import ServiceSettings
 from asyncopd.errors import AsyncOPDError, StackError
 from asyncopd.local.processes import tokens_path
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.deps import Reader, Runs
 from api.problems import responses
@@ -91,33 +89,3 @@ class RunCollector(Collector):
                 if (value := value_of(run)) is not None:
                     gauge.add_metric([run.id], value)
             yield gauge
-
-
-class RequestMeter:
-    """ASGI middleware that counts and times requests by route, never by path: paths hold ids."""
-
-    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
-        self._app = app
-        labels, name = ("route", "method", "code"), "asyncopd_http_request_duration_seconds"
-        self._count = Counter("asyncopd_http_requests", "Requests answered.", labels, registry=registry)
-        self._seconds = Histogram(name, "Time to the last byte.", labels, registry=registry)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began, code = time.perf_counter(), 500
-
-        async def send_counted(message: Message) -> None:
-            nonlocal code
-            if message["type"] == "http.response.start":
-                code = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_counted)
-        finally:
-            route = getattr(scope.get("route"), "path", "none")
-            self._count.labels(route, scope["method"], code).inc()
-            if not route.endswith("/stream"):
-                self._seconds.labels(route, scope["method"], code).observe(time.perf_counter() - began)

@@ -1,20 +1,59 @@
-"""What every request must pass before a route sees it, and the headers every answer gets. Pure ASGI: streams stay so.
+"""How the service runs, and what every request must pass before a route sees it.
 
 size --> 413     rate --> 429     another site's page, or a foreign Host on loopback --> 403
+
+Every answer gets its headers here and is counted and timed, a refusal too. Pure ASGI: streams stay so.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from urllib.parse import urlsplit
 
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.problems import problem_response
-from api.settings import ServiceSettings
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """Settings of one service process."""
+
+    root: str = "runs"
+    """Storage root whose runs are shown; every run launched here lives in it."""
+    configs: Path = Path("configs")
+    """Folder whose `*.yaml` files may be launched by name."""
+    tokens: Path = Path(".asyncopd/tokens.json")
+    """Where hashed tokens are kept."""
+    host: str = "127.0.0.1"
+    port: int = 8321
+    niceness: int = 5
+    """Training goes first where both want a core."""
+    max_body_bytes: int = 1_000_000
+    """A configuration is a few kilobytes."""
+    requests_per_s: float = 100.0
+    """Sustained rate of one client; twice as many may come at once. A page asks for five things a second."""
+    poll_s: float = 0.5
+    """Between looks at a run that somebody watches; one look serves every watcher."""
+
+    @cached_property
+    def is_loopback(self) -> bool:
+        """Can only this machine reach the service?"""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
 
 _HEADERS = {
     "Content-Security-Policy": (
@@ -35,28 +74,37 @@ _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 class Limits:
     """The middleware."""
 
-    def __init__(self, app: ASGIApp, settings: ServiceSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: ServiceSettings, registry: CollectorRegistry) -> None:
         self._app, self._settings = app, settings
         self._too_large = f"A body may have {settings.max_body_bytes:,} bytes."
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        labels, name = ("route", "method", "code"), "asyncopd_http_request_duration_seconds"
+        self._count = Counter("asyncopd_http_requests", "Requests answered.", labels, registry=registry)
+        self._seconds = Histogram(name, "Time to the last byte.", labels, registry=registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        began, code = time.perf_counter(), 500
 
         async def send_with_headers(message: Message) -> None:
+            nonlocal code
             if message["type"] == "http.response.start":
+                code = message["status"]
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
-        refusal = self._refusal(scope)
-        if refusal is not None:
-            await refusal(scope, receive, send_with_headers)
-            return
-        await self._app(scope, self._counted(receive), send_with_headers)
+        try:
+            await (self._refusal(scope) or self._app)(scope, self._counted(receive), send_with_headers)
+        finally:
+            # By route, never by path: paths hold ids.
+            route = getattr(scope.get("route"), "path", "none")
+            self._count.labels(route, scope["method"], code).inc()
+            if not route.endswith("/stream"):
+                self._seconds.labels(route, scope["method"], code).observe(time.perf_counter() - began)
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         headers = Headers(scope=scope)

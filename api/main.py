@@ -7,14 +7,13 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
 
-from api import health, observe, pages, problems, replay, runs, sql, trajectories
+from api import health, observe, pages, problems, runs, sql, trajectories
 from api.deps import TokenStore, known_query
 from api.events import Hub
-from api.health import RequestMeter, RunCollector
+from api.health import RunCollector
 from api.launcher import RunLauncher
-from api.limits import Limits
+from api.limits import Limits, ServiceSettings
 from api.reader import RunReader
-from api.settings import ServiceSettings
 from api.sql import QueryQueue
 from asyncopd import __version__
 from asyncopd.errors import ConfigError
@@ -54,11 +53,9 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.launcher = RunLauncher(reader, root=settings.root, configs=settings.configs)
     app.state.hub = Hub(reader, settings.poll_s)
     app.state.queries = QueryQueue(reader.store)
-    for module in (runs, observe, trajectories, replay, sql, pages, health):
+    for module in (runs, observe, trajectories, sql, pages, health):
         app.include_router(module.router, dependencies=[Depends(known_query)])
     pages.install(app)
     problems.install(app)
-    # The last added is the outermost: what Limits refuses is metered too.
-    app.add_middleware(Limits, settings=settings)
-    app.add_middleware(RequestMeter, registry=registry)
+    app.add_middleware(Limits, settings=settings, registry=registry)
     return app

@@ -23,8 +23,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from synthetic_run import config_of, new_log, publish_run
 
+from api.limits import ServiceSettings
 from api.main import UVICORN, create_app
-from api.settings import ServiceSettings
 from storage.stores import open_store
 
 CONFIGS = Path(__file__).parent.parent / "configs"

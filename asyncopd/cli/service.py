@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from api.deps import Scope, TokenStore
-from api.settings import ServiceSettings
+from api.limits import ServiceSettings
 from asyncopd.cli import Root
 from asyncopd.local import stack
 from asyncopd.local.processes import tokens_path
