@@ -22,7 +22,7 @@ from flows.engines import make_scorer, student_skeleton
 from flows.preflight import missing_models
 from flows.replay import find_version
 from flows.wiring import OpenRun, open_stored_run, pretrain_model
-from storage.replay import backfill_asked, source_of
+from storage.replay import backfill_asked
 from storage.run_log import StoredRunLog
 from storage.score_cache import StoredScoreCache
 
@@ -35,7 +35,7 @@ async def run_backfill(root: str, run_id: str, asked: BackfillRequest, *, consol
         EngineError: the teacher or the student that sampled cannot serve a shard.
     """
     run = open_stored_run(root, run_id)
-    if (source := source_of(run.log)) is not run.log:
+    if (source := run.log.source) is not run.log:
         run = open_stored_run(root, source.run_id)
     config = run.config
     wanted = backfill_asked(run.log, config, asked, vocab_size=run.task.tokenizer.vocab_size)

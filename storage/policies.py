@@ -20,7 +20,6 @@ from asyncopd.errors import ObjectMissingError, ShardCorruptError, StorageError
 from asyncopd.records import NO_FACTS, ChainBase, Facts, Manifest, WeightChain
 from asyncopd.types import PolicyVersion, PolicyWeights
 from storage.events import EventLog, possible_rewinds
-from storage.layout import RunLayout
 from storage.manifests import find_manifest, publish, read_manifest, read_object, sha256
 from storage.stores.base import ObjectStore
 from storage.weight_delta import apply_delta, encode_delta
@@ -40,10 +39,12 @@ class PolicyLog(EventLog):
         self._latest: PolicyVersion | None = None
         self._num_rewinds = 0
         self._listed_s = float("-inf")
-        self._reader = PolicyReader(self.store, self.layout)
         self._full_every: int | None = None
         self._published: tuple[PolicyWeights, str] | None = None
         """What this log published last, with its sha256: the base of the next delta."""
+        self._held: _Held | None = None
+        """The last chained weights that were read. Always replaced as a whole: threads that read at once need no lock.
+        """
 
     def publish_deltas(self, *, full_every: int) -> None:
         """From here on, publish what changed since the version before, and full weights every `full_every` versions.
@@ -125,7 +126,27 @@ class PolicyLog(EventLog):
             ObjectMissingError: the version was never published, or its weights are gone.
             ShardCorruptError: the weights are not the published ones.
         """
-        return self._reader.read(version)
+        key = self.layout.key("policy", state=version)
+        target = StoredPolicy.of(version, key, read_manifest(self.store, key))
+        held = self._held
+        broken: dict[str, StorageError] = {}
+        while True:
+            route = self._route(target, held, broken)
+            if route is None:
+                first = next(iter(broken.values()))
+                if not target.is_chained:
+                    raise first
+                raise type(first)(
+                    f"version {version.number} cannot be read, whatever the way. {first} "
+                    "The next full version can be read again (learner.publish.full_every)."
+                )
+            if (body := self._follow(route, target, broken)) is not None:
+                break
+        if broken:
+            logger.warning("version %d: read another way, %d bytes", version.number, route.size_bytes)
+        if target.is_chained:
+            self._held = (version, target.chain.weights_sha256), body
+        return PolicyWeights(version=version, safetensors=body)
 
     def policies(self) -> list[PolicyVersion]:
         """All versions of the surviving lineage, oldest first."""
@@ -139,6 +160,76 @@ class PolicyLog(EventLog):
             if not self.store.exists(self.layout.key("policy", state=version)):
                 return
             self._latest, number = version, version.number
+
+    # -- routes ---------------------------------------------------------------------------------------------------
+    def _route(self, target: StoredPolicy, held: _Held | None, broken: dict[str, StorageError]) -> _Route | None:
+        """The way to `target` with the fewest bytes that uses no key of `broken`; adds to `broken` what it finds."""
+        best: _Route | None = None
+        deltas: list[StoredPolicy] = []
+        size = 0
+        at = target
+        while best is None or size < best.size_bytes:
+            if held is not None and held[0] == (at.version, at.chain.weights_sha256):
+                return _Route(at, held[1], deltas, size)
+            if at.chain.full is not None and at.chain.full not in broken:
+                found = _Route(at, None, deltas, size + at.size_bytes(at.chain.full))
+                best = found if best is None or found.size_bytes < best.size_bytes else best
+            base = self._base(at, broken)
+            if base is None or at.chain.delta is None:
+                break
+            deltas = [at, *deltas]
+            size += at.size_bytes(at.chain.delta)
+            at = base
+        return best
+
+    def _base(self, at: StoredPolicy, broken: dict[str, StorageError]) -> StoredPolicy | None:
+        """The version before `at` in its chain; None when there is none, or none that fits."""
+        delta, against = at.chain.delta, at.chain.base
+        if delta is None or against is None or delta in broken:
+            return None
+        found = "does not exist"
+        version = PolicyVersion(against.number, against.rewind)
+        key = self.layout.key("policy", state=version)
+        if version.number < at.version.number and (manifest := find_manifest(self.store, key)) is not None:
+            base = StoredPolicy.of(version, key, manifest)
+            if base.chain.weights_sha256 == against.weights_sha256:
+                return base
+            found = f"has weights {base.chain.weights_sha256[:12]}"
+        broken[delta] = ShardCorruptError(
+            f"{delta} is against version {against.number} of rewind {against.rewind} with weights "
+            f"{against.weights_sha256[:12]}, which {found}; a delta fits its own base only."
+        )
+        return None
+
+    def _follow(self, route: _Route, target: StoredPolicy, broken: dict[str, StorageError]) -> bytes | None:
+        """The weights at the end of `route`; None when something on the way is not as promised, now in `broken`."""
+        reading, body = "", route.held
+        try:
+            if body is None:
+                reading = route.start.chain.full or ""
+                body = read_object(self.store, route.start.manifest_key, route.start.manifest, reading)
+            if not route.deltas:
+                return body
+            changed = bytearray(body)
+            for step in route.deltas:
+                reading = step.chain.delta or ""
+                apply_delta(changed, read_object(self.store, step.manifest_key, step.manifest, reading))
+        except (ObjectMissingError, ShardCorruptError) as error:
+            if target.is_chained:
+                logger.warning("%s", error)
+            broken[reading] = error
+            return None
+        body = bytes(changed)
+        if (found := sha256(body)) == target.chain.weights_sha256:
+            return body
+        # Every delta has its promised bytes, so they cannot be told apart: none of this chain is used again.
+        wrong = ShardCorruptError(
+            f"version {target.version.number}: the chain of {len(route.deltas)} deltas ends in weights {found[:12]}, "
+            f"the manifest expects {target.chain.weights_sha256[:12]}."
+        )
+        logger.warning("%s Looking for another way.", wrong)
+        broken |= {step.chain.delta: wrong for step in route.deltas if step.chain.delta is not None}
+        return None
 
 
 @dataclass(frozen=True)
@@ -181,106 +272,3 @@ class _Route:
 
 _Held = tuple[tuple[PolicyVersion, str], bytes]
 """(version, sha256) and the weights themselves."""
-
-
-class PolicyReader:
-    """Reads the versions of one run and holds the last chained one, so that the next costs one delta."""
-
-    def __init__(self, store: ObjectStore, layout: RunLayout) -> None:
-        self._store, self._layout = store, layout
-        self._held: _Held | None = None
-        """Always replaced as a whole: threads that read at once need no lock."""
-
-    def read(self, version: PolicyVersion) -> PolicyWeights:
-        """The weights of a version; see `PolicyLog.read_policy`."""
-        key = self._layout.key("policy", state=version)
-        target = StoredPolicy.of(version, key, read_manifest(self._store, key))
-        held = self._held
-        broken: dict[str, StorageError] = {}
-        while True:
-            route = self._route(target, held, broken)
-            if route is None:
-                first = next(iter(broken.values()))
-                if not target.is_chained:
-                    raise first
-                raise type(first)(
-                    f"version {version.number} cannot be read, whatever the way. {first} "
-                    "The next full version can be read again (learner.publish.full_every)."
-                )
-            if (body := self._follow(route, target, broken)) is not None:
-                break
-        if broken:
-            logger.warning("version %d: read another way, %d bytes", version.number, route.size_bytes)
-        if target.is_chained:
-            self._held = (version, target.chain.weights_sha256), body
-        return PolicyWeights(version=version, safetensors=body)
-
-    # -- routes ---------------------------------------------------------------------------------------------------
-    def _route(self, target: StoredPolicy, held: _Held | None, broken: dict[str, StorageError]) -> _Route | None:
-        """The way to `target` with the fewest bytes that uses no key of `broken`; adds to `broken` what it finds."""
-        best: _Route | None = None
-        deltas: list[StoredPolicy] = []
-        size = 0
-        at = target
-        while best is None or size < best.size_bytes:
-            if held is not None and held[0] == (at.version, at.chain.weights_sha256):
-                return _Route(at, held[1], deltas, size)
-            if at.chain.full is not None and at.chain.full not in broken:
-                found = _Route(at, None, deltas, size + at.size_bytes(at.chain.full))
-                best = found if best is None or found.size_bytes < best.size_bytes else best
-            base = self._base(at, broken)
-            if base is None or at.chain.delta is None:
-                break
-            deltas = [at, *deltas]
-            size += at.size_bytes(at.chain.delta)
-            at = base
-        return best
-
-    def _base(self, at: StoredPolicy, broken: dict[str, StorageError]) -> StoredPolicy | None:
-        """The version before `at` in its chain; None when there is none, or none that fits."""
-        delta, against = at.chain.delta, at.chain.base
-        if delta is None or against is None or delta in broken:
-            return None
-        found = "does not exist"
-        version = PolicyVersion(against.number, against.rewind)
-        key = self._layout.key("policy", state=version)
-        if version.number < at.version.number and (manifest := find_manifest(self._store, key)) is not None:
-            base = StoredPolicy.of(version, key, manifest)
-            if base.chain.weights_sha256 == against.weights_sha256:
-                return base
-            found = f"has weights {base.chain.weights_sha256[:12]}"
-        broken[delta] = ShardCorruptError(
-            f"{delta} is against version {against.number} of rewind {against.rewind} with weights "
-            f"{against.weights_sha256[:12]}, which {found}; a delta fits its own base only."
-        )
-        return None
-
-    def _follow(self, route: _Route, target: StoredPolicy, broken: dict[str, StorageError]) -> bytes | None:
-        """The weights at the end of `route`; None when something on the way is not as promised, now in `broken`."""
-        reading, body = "", route.held
-        try:
-            if body is None:
-                reading = route.start.chain.full or ""
-                body = read_object(self._store, route.start.manifest_key, route.start.manifest, reading)
-            if not route.deltas:
-                return body
-            changed = bytearray(body)
-            for step in route.deltas:
-                reading = step.chain.delta or ""
-                apply_delta(changed, read_object(self._store, step.manifest_key, step.manifest, reading))
-        except (ObjectMissingError, ShardCorruptError) as error:
-            if target.is_chained:
-                logger.warning("%s", error)
-            broken[reading] = error
-            return None
-        body = bytes(changed)
-        if (found := sha256(body)) == target.chain.weights_sha256:
-            return body
-        # Every delta has its promised bytes, so they cannot be told apart: none of this chain is used again.
-        wrong = ShardCorruptError(
-            f"version {target.version.number}: the chain of {len(route.deltas)} deltas ends in weights {found[:12]}, "
-            f"the manifest expects {target.chain.weights_sha256[:12]}."
-        )
-        logger.warning("%s Looking for another way.", wrong)
-        broken |= {step.chain.delta: wrong for step in route.deltas if step.chain.delta is not None}
-        return None

@@ -37,24 +37,15 @@ from asyncopd.tasks.build import build_task
 from asyncopd.types import IndexRange, ScoredTrajectory, TeacherScores, Trajectory
 from storage.mixture import ScoresView
 from storage.run_log import StoredRunLog
-from storage.stores.base import ObjectStore
 
 
 class ReplayLog(StoredRunLog):
     """`asyncopd.ports.RunLog` of a replay. Its shards are read through the source's log and cannot be written."""
 
-    def __init__(self, store: ObjectStore, run_id: str, source: StoredRunLog, **options: Any) -> None:
-        """Use `open_run` rather than this constructor."""
-        super().__init__(store, run_id, **options)
-        self.source = source
-
     @cached_property
     def replay(self) -> Replay:
         """What is replayed, as run.json says."""
         return Replay.model_validate(self.record["parent"])
-
-    def find_trajectories(self, shard: IndexRange) -> Manifest | None:
-        return self.source.find_trajectories(shard)
 
     def read_trajectories(self, shard: IndexRange) -> list[Trajectory]:
         """The source's trajectories, with the candidates that the replay trains on."""
@@ -70,21 +61,12 @@ class ReplayLog(StoredRunLog):
             f"to {arrival.number} shards only. Train {self.source.run_id} further, or replay fewer steps."
         )
 
-    def trajectory_shards(self) -> list[IndexRange]:
-        return self.source.trajectory_shards()
-
     def find_scores(self, teacher: str, shard: IndexRange) -> Manifest | None:
-        return self.view.find(shard) if teacher == self.view.name else self.source.find_scores(teacher, shard)
+        return self.view.find(shard) if teacher == self.view.name else super().find_scores(teacher, shard)
 
     def read_scores(self, teacher: str, shard: IndexRange) -> list[TeacherScores]:
         """Of one of the source's folders, or, under the view's name, what the replay trains on."""
-        return self.view.read_scores(shard) if teacher == self.view.name else self.source.read_scores(teacher, shard)
-
-    def score_shards(self, teacher: str) -> list[IndexRange]:
-        return self.source.score_shards(teacher)
-
-    def teachers(self) -> list[str]:
-        return self.source.teachers()
+        return self.view.read_scores(shard) if teacher == self.view.name else super().read_scores(teacher, shard)
 
     @cached_property
     def view(self) -> ScoresView:
@@ -156,7 +138,7 @@ def resolved_replay(
     """
     child = replay_config(config, asked)
     shards = shards_of_plan(log, child.plan, first_step(config, child, asked))
-    source, required = source_of(log), child.loss.requirements()
+    source, required = log.source, child.loss.requirements()
     _check_named(source, asked.scores)
     own = scores_view(log, config).weights
     # Not of a mixture, whose back-fills would be several.
@@ -179,7 +161,7 @@ def backfill_asked(log: StoredRunLog, config: RunConfig, asked: BackfillRequest,
     Raises:
         ConfigError: settings that cannot work, nothing to do, or no trajectories.
     """
-    source = source_of(log)
+    source = log.source
     config = config if source is log else RunConfig.model_validate(source.config())
     backfill = backfill_of(config, asked, vocab_size=vocab_size)
     if not source.trajectory_shards():
@@ -204,11 +186,6 @@ def num_trained(log: StoredRunLog) -> int:
 
 
 # -- what the work reads ------------------------------------------------------------------------------------------
-def source_of(log: StoredRunLog) -> StoredRunLog:
-    """The log with the shards of a run: its own, or that of the run it replays."""
-    return log.source if isinstance(log, ReplayLog) else log
-
-
 def scores_view(log: StoredRunLog, config: RunConfig) -> ScoresView:
     """What the run itself trained on."""
     if isinstance(log, ReplayLog):

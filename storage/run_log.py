@@ -42,18 +42,32 @@ class StoredRunLog(PolicyLog, ClaimLog):
         store: ObjectStore,
         run_id: str,
         *,
+        source: StoredRunLog | None = None,
         topk_precision: TopkPrecision = "float32",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock` measures leases, in seconds. Use `create_run` or `open_run` rather than this constructor."""
+        """Use `create_run` or `open_run` rather than this constructor.
+
+        Args:
+            source: the run whose shards are read; None for this one.
+            clock: measures leases, in seconds.
+        """
         PolicyLog.__init__(self, store, run_id)
         ClaimLog.__init__(self, clock)
+        self._source = source
+        self.shards = self.source.layout
+        """Keys of the shards that are read."""
         self._topk_precision: TopkPrecision = topk_precision
+
+    @property
+    def source(self) -> StoredRunLog:
+        """The log with the shards of this run: itself, or that of the run it replays."""
+        return self._source or self
 
     # -- rollouts -------------------------------------------------------------------------------------------------
     def find_trajectories(self, shard: IndexRange) -> Manifest | None:
         """The manifest of a shard; None when it was not published yet."""
-        return find_manifest(self.store, self.layout.shard_manifest(self.layout.trajectories, shard))
+        return find_manifest(self.store, self.shards.shard_manifest(self.shards.trajectories, shard))
 
     def read_trajectories(self, shard: IndexRange) -> list[Trajectory]:
         """The trajectories of a shard in index order, without the dropped ones; their arrays are read-only.
@@ -62,7 +76,7 @@ class StoredRunLog(PolicyLog, ClaimLog):
             ObjectMissingError: the shard was not published, or its data is gone.
             ShardCorruptError: the data is not what the manifest promises.
         """
-        return self._read_rows(self.layout.trajectories, shard, decode_trajectories)
+        return self._read_rows(self.shards.trajectories, shard, decode_trajectories)
 
     def publish_trajectories(
         self, shard: IndexRange, trajectories: Sequence[Trajectory], *, worker: str, facts: Facts = NO_FACTS
@@ -90,7 +104,7 @@ class StoredRunLog(PolicyLog, ClaimLog):
 
     def trajectory_shards(self) -> list[IndexRange]:
         """All published shards of trajectories, in index order."""
-        return self._shards(self.layout.trajectories)
+        return self._shards(self.shards.trajectories)
 
     def shard_of(self, index: int) -> IndexRange | None:
         """The published shard of trajectories with this index; a stage may have dropped the index all the same."""
@@ -99,14 +113,14 @@ class StoredRunLog(PolicyLog, ClaimLog):
     # -- scores ---------------------------------------------------------------------------------------------------
     def find_scores(self, teacher: str, shard: IndexRange) -> Manifest | None:
         """The manifest of a teacher's scores of a shard; None when they were not published yet."""
-        return find_manifest(self.store, self.layout.shard_manifest(self.layout.scores(teacher), shard))
+        return find_manifest(self.store, self.shards.shard_manifest(self.shards.scores(teacher), shard))
 
     def read_scores(self, teacher: str, shard: IndexRange) -> list[TeacherScores]:
         """The scores of a shard in index order, without the dropped ones; their arrays are read-only.
 
         Raises as `read_trajectories` does.
         """
-        return self._read_rows(self.layout.scores(teacher), shard, decode_scores)
+        return self._read_rows(self.shards.scores(teacher), shard, decode_scores)
 
     def publish_scores(
         self, teacher: str, shard: IndexRange, scores: Sequence[TeacherScores], *, worker: str, facts: Facts = NO_FACTS
@@ -134,16 +148,16 @@ class StoredRunLog(PolicyLog, ClaimLog):
 
     def score_shards(self, teacher: str) -> list[IndexRange]:
         """All published shards of a teacher's scores, in index order."""
-        return self._shards(self.layout.scores(teacher))
+        return self._shards(self.shards.scores(teacher))
 
     def teachers(self) -> list[str]:
         """The teachers that have scored something."""
-        return [decode_name(name) for name in self.store.folder(self.layout.folder("scores")).folders]
+        return [decode_name(name) for name in self.store.folder(self.shards.folder("scores")).folders]
 
     # -- candidates -----------------------------------------------------------------------------------------------
     def find_candidates(self, name: str, shard: IndexRange) -> Manifest | None:
         """The manifest of a shard of back-filled candidates; `name` says what they are: `head8-draws8-tail`."""
-        return find_manifest(self.store, self.layout.shard_manifest(self.layout.candidates(name), shard))
+        return find_manifest(self.store, self.shards.shard_manifest(self.shards.candidates(name), shard))
 
     def publish_candidates(
         self, name: str, shard: IndexRange, candidates: Mapping[int, Candidates], *, worker: str
@@ -158,7 +172,7 @@ class StoredRunLog(PolicyLog, ClaimLog):
 
     def read_candidates(self, name: str, shard: IndexRange) -> dict[int, Candidates]:
         """The candidates of a shard by index. Raises as `read_trajectories` does."""
-        key = self.layout.shard_manifest(self.layout.candidates(name), shard)
+        key = self.shards.shard_manifest(self.shards.candidates(name), shard)
         data_key, body = read_shard(self.store, key, read_manifest(self.store, key))
         return decode_candidates(body, data_key)
 
@@ -169,7 +183,7 @@ class StoredRunLog(PolicyLog, ClaimLog):
         """
         candidates, indices = self.read_candidates(name, shard), [trajectory.index for trajectory in trajectories]
         if sorted(candidates) != indices:
-            key = self.layout.shard_manifest(self.layout.candidates(name), shard)
+            key = self.shards.shard_manifest(self.shards.candidates(name), shard)
             raise ShardCorruptError(
                 f"{key}: candidates of indices {sorted(candidates)}, the trajectories are {indices}. "
                 f"{what_to_do(key, 'candidates')}"

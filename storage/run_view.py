@@ -24,9 +24,8 @@ from asyncopd.schedule import Arrival
 from asyncopd.types import Evaluation, IndexRange, PolicyVersion, Span, TrainStep
 from storage.events import config_in_force, possible_rewinds, surviving
 from storage.history import History, is_alive, role_of
-from storage.layout import RunLayout, parse, parse_shard, parse_version
+from storage.layout import parse, parse_shard, parse_version
 from storage.records import from_json
-from storage.replay import source_of
 from storage.run_log import StoredRunLog
 from storage.stores.base import Entry, ObjectStore
 
@@ -80,7 +79,7 @@ class RunView:
         self.set_aside: dict[str, str] = {}
         """Data key -> key of the quarantined manifest that promises it."""
         self.history = History()
-        self._shards: RunLayout = source_of(log).layout
+        self._shards = log.shards
         self._config: tuple[int, RunConfig] | None = None
         self._is_complete = False
         self._fresh_s, self._refreshed = fresh_s, -math.inf

@@ -67,7 +67,7 @@ def open_run(store: ObjectStore, run_id: str, *, topk_precision: TopkPrecision =
     source = log
     while source.record.get("parent"):
         source = StoredRunLog(store, source.record["parent"]["run_id"], topk_precision=topk_precision)
-    return log if source is log else ReplayLog(store, run_id, source, topk_precision=topk_precision)
+    return log if source is log else ReplayLog(store, run_id, source=source, topk_precision=topk_precision)
 
 
 def missing_run(store: ObjectStore, run_id: str) -> RunMissingError:

@@ -36,7 +36,6 @@ class Delta:
     body: bytes
     num_changed: int
     """Elements whose bits differ."""
-    num_elements: int
 
 
 def encode_delta(base: bytes, new: bytes) -> Delta | None:
@@ -46,10 +45,8 @@ def encode_delta(base: bytes, new: bytes) -> Delta | None:
         return None
     blocks: list[list[Any]] = []
     arrays: dict[str, NDArray[np.uint8]] = {}
-    num_elements = 0
     old_words, new_words = dict(_tensors(base)), dict(_tensors(new))
     for name, old in old_words.items():
-        num_elements += len(old)
         for first in range(0, len(old), BLOCK):
             found = _encode_block(old[first : first + BLOCK], new_words[name][first : first + BLOCK])
             if found is not None:
@@ -58,7 +55,7 @@ def encode_delta(base: bytes, new: bytes) -> Delta | None:
                 arrays[f"{len(blocks)}.differences"] = _compressed(differences)
                 blocks.append([name, first, len(gaps), gaps.itemsize])
     metadata = {"format": FORMAT, "blocks": json.dumps(blocks)}
-    return Delta(safetensors.numpy.save(arrays, metadata), sum(block[2] for block in blocks), num_elements)
+    return Delta(safetensors.numpy.save(arrays, metadata), sum(block[2] for block in blocks))
 
 
 def apply_delta(body: bytearray, delta: bytes) -> None:

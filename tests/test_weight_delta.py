@@ -55,7 +55,6 @@ class Pair:
     old: bytes
     new: bytes
     num_changed: int
-    num_elements: int
 
 
 @st.composite
@@ -76,9 +75,7 @@ def pairs(draw: st.DrawFn) -> Pair:
         num_changed += int((before != after).any(axis=1).sum())
         for tensors, words in ((old, before), (new, after)):
             tensors[f"layer.{number}"] = from_bits(words, dtype).reshape(shape)
-    return Pair(
-        safetensors.torch.save(old), safetensors.torch.save(new), num_changed, sum(t.numel() for t in old.values())
-    )
+    return Pair(safetensors.torch.save(old), safetensors.torch.save(new), num_changed)
 
 
 @settings(max_examples=300, deadline=None)
@@ -87,7 +84,7 @@ def test_weights_of_any_bits_come_back(pair: Pair) -> None:
     delta = encode_delta(pair.old, pair.new)
     assert delta is not None
     assert applied(pair.old, delta.body) == pair.new
-    assert (delta.num_changed, delta.num_elements) == (pair.num_changed, pair.num_elements)
+    assert delta.num_changed == pair.num_changed
 
 
 @pytest.mark.parametrize("old_bits", NAN_PAYLOADS)
@@ -110,7 +107,7 @@ def test_gaps_and_tensors_beyond_one_block_come_back(monkeypatch: pytest.MonkeyP
     base, changed = safetensors.numpy.save({"w": old}), safetensors.numpy.save({"w": new})
     delta = encode_delta(base, changed)
     assert delta is not None
-    assert (delta.num_changed, delta.num_elements) == (7, 200_001)
+    assert delta.num_changed == 7
     assert applied(base, delta.body) == changed
 
 
@@ -150,7 +147,7 @@ def test_tied_bfloat16_weights_reach_a_sampler_through_a_delta() -> None:
     after = to_safetensors(learner, torch.bfloat16)
     delta = encode_delta(before, after)
     assert delta is not None
-    assert 0 < delta.num_changed < delta.num_elements
+    assert 0 < delta.num_changed < sum(parameter.numel() for parameter in learner.parameters())
     load_safetensors(sampler, applied(before, delta.body))
     assert sampler.lm_head.weight is sampler.transformer.wte.weight
     for name, weights in learner.named_parameters():
