@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from synthetic_run import START, train_step
 
-from asyncopd.report.intervals import difference, length_s, packed, union
+from asyncopd.report.measure import difference, length_s, packed, union
 from asyncopd.report.plots import running_mean, staleness_shares
 from asyncopd.report.timeline import MAX_WORKERS, lanes_of, middle_window
 from asyncopd.report.write import to_trace

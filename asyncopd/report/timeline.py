@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from asyncopd.report.intervals import (
+from asyncopd.report.measure import (
+    PIPELINE,
     Interval,
+    Observations,
     by_worker,
     covered_by,
     difference,
@@ -25,7 +27,6 @@ from asyncopd.report.intervals import (
     kind,
     union,
 )
-from asyncopd.report.measure import PIPELINE, Observations
 from asyncopd.report.plots import INK, Page, missing, role_colour, styled, tint
 from asyncopd.types import Span, TrainStep
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncopd.config import RunConfig
-from asyncopd.report.intervals import by_worker, is_busy, is_orchestration, is_wait, packed
-from asyncopd.report.measure import Observations, measure
+from asyncopd.report.measure import Observations, by_worker, is_busy, is_orchestration, is_wait, measure, packed
 from asyncopd.report.plots import plot_lengths, plot_quality, plot_staleness, plot_training
 from asyncopd.report.summary import Summary
 from asyncopd.report.text import to_markdown, with_plots
