@@ -108,6 +108,11 @@ KL = _mean_nats(
     "log p_old − log q at the sampled token: unbiased for KL(p_old‖q) on the sampler's own responses; a single "
     "step can be negative",
 )
+TEACHER_FLOOR = _token_fraction(
+    "train/teacher_floor_fraction",
+    "share of the teacher's stored log-probs at the floor of −100 nats, to which lower ones and −inf are raised; a "
+    "teacher that fits and works has next to none",
+)
 ENTROPY = _mean_nats("train/entropy_nats", "entropy of p_θ over the whole vocabulary")
 DRIFT = _mean_nats(
     "train/drift_nats",

@@ -24,6 +24,8 @@ DrawLaw = Literal["policy", "tail"]
 """What draws are i.i.d. samples of: `policy` p_old itself, the emitted token being draw 0; `tail` p_old restricted
 to the complement of the head and renormalised there."""
 Split = Literal["train", "eval"]
+LOGPROB_FLOOR = -100.0
+"""Nats; stored where a log-prob is lower or −inf. exp(−100) is 0 in any loss, and unlike −inf it can be subtracted."""
 
 
 @dataclass(frozen=True, order=True)
@@ -184,7 +186,8 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class TeacherScores:
-    """One teacher's log-probs on one Trajectory, nats, full-vocabulary softmax at `temperature`."""
+    """One teacher's log-probs on one Trajectory, nats, full-vocabulary softmax at `temperature`, at least
+    `LOGPROB_FLOOR`."""
 
     index: int
     teacher: str

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import subprocess
 import sys
@@ -352,10 +353,16 @@ async def test_a_server_that_does_not_fit_is_refused_with_what_to_change(
 
     reversed_folder = tmp_path / "other-tokenizer"
     byte_tokenizer(sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)).save_pretrained(reversed_folder)
+    swapped_folder = tmp_path / "other-special-ids"
+    shutil.copytree(teacher_folder, swapped_folder)
+    saved = (swapped_folder / "tokenizer.json").read_text()
+    swapped = saved.replace("<pad>", "<x>").replace("<bos>", "<pad>").replace("<x>", "<bos>")
+    (swapped_folder / "tokenizer.json").write_text(swapped)
     for changes, complaint in (
         ({"model": "qwen"}, r"serves \['bytes'\], not 'qwen'"),
         ({"max_context": 500}, r"context of 97 tokens; this run needs 500"),
         ({"tokenizer": HfTokenizer(str(reversed_folder))}, r"splits 'Natalia .* the student's tokenizer into"),
+        ({"tokenizer": HfTokenizer(str(swapped_folder))}, r"the ids \[\d+\] are '<pad>', for the student's .* '<bos>'"),
         ({"vocab_size": 300}, r"refuses ids up to 299"),
     ):
         scorer = openai_scorer([server], teacher_folder, **changes)

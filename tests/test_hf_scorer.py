@@ -12,7 +12,7 @@ from hf_models import FAMILIES, VOCAB_SIZE, law_rows, tiny_model, trajectory_of
 from asyncopd.errors import EngineError
 from asyncopd.ports import Scorer, ScoreRequest
 from asyncopd.teacher.hf import HfScorer
-from asyncopd.types import ScoredTrajectory, TeacherScores
+from asyncopd.types import LOGPROB_FLOOR, ScoredTrajectory, TeacherScores
 
 
 def scorer(family: str = "llama", **changes: Any) -> HfScorer:
@@ -73,6 +73,24 @@ async def test_candidates_of_different_widths_can_be_scored_together() -> None:
     for trajectory, scores in zip(trajectories, await scorer().score(trajectories, request()), strict=True):
         ScoredTrajectory(trajectory, scores)
     assert await scorer().score([], request()) == []
+
+
+async def test_what_the_teacher_rules_out_is_stored_at_the_floor() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+        model.lm_head.weight[3] = torch.inf  # hidden states of both signs: −inf or NaN
+    trajectory = trajectory_of(3, 6)
+    with pytest.raises(EngineError, match="produced NaN for indices 3 to 3"):
+        await HfScorer(model, name="teacher", tokenizer_digest="t").score([trajectory], request(top_k=VOCAB_SIZE))
+    with torch.no_grad():
+        model.lm_head.weight[3] = 0.0
+    scorer = HfScorer(model, name="teacher", tokenizer_digest="t")
+    (scores,) = await scorer.score([trajectory], request(top_k=VOCAB_SIZE))
+    rows_TV = law_rows(model, trajectory.prompt_ids, trajectory.response_ids)
+    assert rows_TV.min() < 2 * LOGPROB_FLOOR
+    assert scores.topk_logprobs_TK.min() == LOGPROB_FLOOR
+    assert scores.head_logprobs_TK.min() == LOGPROB_FLOOR
 
 
 async def test_full_vocabulary_and_nothing_extra() -> None:

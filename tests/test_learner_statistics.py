@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from learner_builders import scored_batch
+from learner_builders import accelerator, scored_batch
 
 from asyncopd.config import losses as c
-from asyncopd.learner.statistics import drawn_masses, ratio_metrics
+from asyncopd.learner.statistics import StepStatistics, drawn_masses, ratio_metrics
 from asyncopd.losses import TokenRows, build_estimator
-from asyncopd.metrics import DRIFT, ESS, SUPPORT_MASS_STUDENT, SUPPORT_MASS_TEACHER
+from asyncopd.losses.contract import RowLosses
+from asyncopd.metrics import DRIFT, ESS, SUPPORT_MASS_STUDENT, SUPPORT_MASS_TEACHER, TEACHER_FLOOR
+from asyncopd.types import LOGPROB_FLOOR
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,20 @@ def test_support_coverage_of_draws_counts_every_distinct_id_once(config: c.LossC
         assert float(found[SUPPORT_MASS_STUDENT][row]) == pytest.approx(student, rel=1e-5)
         expected = sum(np.exp(teacher[i]) for i in set(ids))
         assert float(found[SUPPORT_MASS_TEACHER][row]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_share_of_teacher_logprobs_at_the_floor_is_reported() -> None:
+    batch = scored_batch()
+    scores = batch[0].scores
+    scores.sampled_logprobs_T[0] = scores.topk_logprobs_TK[0, -1] = LOGPROB_FLOOR
+    rows = TokenRows.from_scored(batch)
+    zeros_T = torch.zeros(len(rows))
+    statistics = StepStatistics()
+    statistics.add(rows, rows.response_ids_T[:, None], zeros_T[:, None], zeros_T, RowLosses(zeros_T))
+    width = sum(a.shape[1] for a in (scores.topk_ids_TK, scores.head_logprobs_TK, scores.draw_logprobs_TN))
+    with accelerator() as one:
+        found = statistics.reduced(one)[TEACHER_FLOOR]
+    assert found == pytest.approx(2 / (1 + width + scores.teacher_draw_ids_TM.shape[1]) / len(rows))
 
 
 def test_ratio_metrics_are_neutral_without_drift_and_k3_is_never_negative() -> None:

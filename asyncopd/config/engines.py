@@ -141,7 +141,8 @@ class OpenAITeacher(Teacher):
     model: str
     """The name they serve the model under."""
     compare_text: bool = True
-    """Refuse a server that splits text otherwise than the student. Off for tasks whose ids no text tokenizer makes."""
+    """Refuse a server whose tokenizer makes other ids of texts, or other texts of ids, than the student's. Off for
+    tasks whose ids no text tokenizer makes."""
     concurrency: int = Field(32, ge=1)
     """Requests under way at once, over all servers, from each score worker."""
     timeout_s: float = Field(120.0, gt=0)

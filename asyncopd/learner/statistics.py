@@ -20,7 +20,7 @@ from asyncopd import metrics as m
 from asyncopd.learner.intake import Batch
 from asyncopd.losses.contract import RowLosses
 from asyncopd.losses.rows import TokenRows
-from asyncopd.types import ScoredTrajectory
+from asyncopd.types import LOGPROB_FLOOR, ScoredTrajectory
 
 T = TypeVar("T")
 
@@ -44,11 +44,14 @@ class StepStatistics:
             entropy_T: [T] entropy of p_θ, nats.
         """
         self._log_ratios.append(_on_cpu(logprobs_TJ[:, 0] - rows.behaviour_logprobs_T))
+        stored = (rows.topk_logprobs_TK, rows.head_teacher_logprobs_TK, rows.draw_teacher_logprobs_TN)
+        teacher_TL = torch.cat([rows.teacher_logprobs_T[:, None], *stored, rows.teacher_draw_logprobs_TM], dim=1)
         own = {
             m.LOSS: losses.loss_T,
             # One draw per prefix from the sampling policy: unbiased for m.KL(p_old‖q) on its own responses.
             m.KL: rows.behaviour_logprobs_T - rows.teacher_logprobs_T,
             m.ENTROPY: entropy_T,
+            m.TEACHER_FLOOR: (teacher_TL <= LOGPROB_FLOOR).float().mean(-1),
         }
         masses = {} if m.SUPPORT_MASS_STUDENT in losses.statistics_T else drawn_masses(rows, ids_TJ, logprobs_TJ)
         for metric, values_T in {**own, **losses.statistics_T, **masses}.items():

@@ -17,10 +17,7 @@ from torch import Tensor
 
 from asyncopd.errors import ConfigError
 from asyncopd.models.random import derive, stream_key, uniforms
-from asyncopd.types import Candidates, DrawLaw, FinishReason, IntArray, Trajectory, VersionRun
-
-LOGPROB_FLOOR = -100.0
-"""Nats; stored where a log-prob is lower or −inf. exp(−100) is 0 in any loss, and unlike −inf it can be subtracted."""
+from asyncopd.types import LOGPROB_FLOOR, Candidates, DrawLaw, FinishReason, IntArray, Trajectory, VersionRun
 
 # Counters of one lane; responses are shorter.
 _LANE_STRIDE = 1 << 32

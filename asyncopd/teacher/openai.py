@@ -4,6 +4,7 @@
                      bounded concurrency; a transient failure goes to the next server after a growing pause
 
 Before the first score every server is asked for its model, context, tokenizer, vocabulary and number of log-probs.
+What is no log-prob in an answer (null, a word, an id left out) is an error that names URL, request and index.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ logger = logging.getLogger(__name__)
 _PROBES = ("Natalia sold 48/2 = 24 clips.\n", "naïve café, 東京 🙂", "  def f(x):\n\treturn x\n")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 30.0
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+_NUM_FIRST, _NUM_LAST, _NUM_SPREAD = 128, 288, 256
+"""Ids whose text is compared: special tokens are the first ids (Gemma) or the last ones (256 of Llama 3)."""
+_ROUNDING = 0.01
+"""Nats; log-probs in float16 may be this much above 0."""
+_EXPECTED = "expected a row of ids with a log-prob each, a number of at most 0"
 
 
 class OpenAIScorer:
@@ -57,12 +63,13 @@ class OpenAIScorer:
             tokenizer: the student's; the servers must split text as it does.
             vocab_size: ids the teacher must know: the student's.
             max_context: most tokens of prompt and response together.
-            compare_text: compare tokenizers by text. Off for tasks whose ids no tokenizer makes from text.
+            compare_text: compare tokenizers by texts and ids. Off for tasks whose ids no tokenizer makes from text.
             concurrency: requests under way at once, over all servers.
             timeout_s: of one request.
             max_retries: further tries of one request after transient failures.
         """
         self.name = name
+        # Servers tell no digest. It is the student's because `check` compares what both do with texts and ids.
         self.tokenizer_digest = tokenizer.digest
         self.digest = hashlib.sha256(f"openai/{model}/{name}".encode()).hexdigest()
         self._urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
@@ -109,7 +116,9 @@ class OpenAIScorer:
 
     # -- start-up checks --------------------------------------------------------------------------------------------
     async def _check_server(self, url: str, number: int) -> None:
-        models = {model["id"]: model for model in (await self._ask(url, "GET", "/v1/models", None))["data"]}
+        _, answer = await self._ask(url, "GET", "/v1/models", None)
+        listed = answer.get("data")
+        models = {str(m.get("id")): m for m in listed if isinstance(m, dict)} if isinstance(listed, list) else {}
         if self._model not in models:
             raise EngineError(
                 f"teacher {self.name}: {url} serves {sorted(models)}, not {self._model!r}. Correct teacher.model or "
@@ -125,20 +134,16 @@ class OpenAIScorer:
             await self._check_tokenizer(url)
         try:
             # The student's last id: an id the teacher does not know is refused.
-            answer = await self._ask(url, "POST", "/v1/completions", self._body([0, self._vocab_size - 1], number))
+            body = self._body([0, self._vocab_size - 1], number)
+            address, answer = await self._ask(url, "POST", "/v1/completions", body)
         except _RefusedError as error:
             raise EngineError(
                 f"teacher {self.name}: {url} refuses ids up to {self._vocab_size - 1} (the student's vocabulary) with "
                 f"prompt_logprobs {number}: {error}. Serve a model with the student's tokenizer, with --max-logprobs "
                 f"{'-1' if number == FULL else number} or more."
             ) from error
-        rows = answer["choices"][0].get("prompt_logprobs")
-        if rows is None:
-            raise EngineError(
-                f"teacher {self.name}: {url} answers completions without prompt_logprobs. Expected a server that "
-                "extends OpenAI's completions by them, as vLLM does."
-            )
-        found = len(rows[1])
+        row = _rows(answer, 2, f"teacher {self.name}: {address}")[1]
+        found = len(row) if isinstance(row, dict) else 0
         if number == FULL and found != self._vocab_size:
             raise EngineError(
                 f"teacher {self.name}: {url} has a vocabulary of {found} ids, the student {self._vocab_size}. Scores "
@@ -147,20 +152,45 @@ class OpenAIScorer:
 
     async def _check_tokenizer(self, url: str) -> None:
         for text in _PROBES:
-            body = {"model": self._model, "prompt": text, "add_special_tokens": False}
-            try:
-                found = (await self._ask(url, "POST", "/tokenize", body))["tokens"]
-            except _RefusedError as error:
-                raise EngineError(
-                    f"teacher {self.name}: {url} does not tell how it splits text ({error}), so its tokenizer cannot "
-                    "be compared with the student's. Use a server with POST /tokenize, or set teacher.compare_text to "
-                    "false if you know that they are the same."
-                ) from error
+            found = await self._ask_tokenizer(url, "/tokenize", "tokens", prompt=text, add_special_tokens=False)
             if found != (expected := self._tokenizer.encode(text)):
                 raise EngineError(
                     f"teacher {self.name}: {url} splits {text!r} into {found}, the student's tokenizer into "
                     f"{expected}. Distillation compares log-probs of the same ids; serve a model of the same family."
                 )
+
+        # Texts hardly ever become special tokens. These stand first or last, so all ids there, and a spread between.
+        num_ids = self._tokenizer.vocab_size
+        first, last = range(min(_NUM_FIRST, num_ids)), range(max(0, num_ids - _NUM_LAST), num_ids)
+        named = {self._tokenizer.eos_id, self._tokenizer.pad_id}
+        await self._compare_ids(url, sorted(named.union(first, last, range(0, num_ids, 1 + num_ids // _NUM_SPREAD))))
+
+    async def _compare_ids(self, url: str, ids: list[int]) -> None:
+        """Find an id that is another token for the server than for the student, by halves."""
+        found = await self._ask_tokenizer(url, "/detokenize", "prompt", tokens=ids)
+        expected = self._tokenizer.decode(ids)
+        # Blanks aside: servers may drop those before punctuation.
+        if "".join(str(found).split()) == "".join(expected.split()):
+            return
+        if len(ids) > 1:
+            await self._compare_ids(url, ids[: len(ids) // 2])
+            await self._compare_ids(url, ids[len(ids) // 2 :])
+        raise EngineError(
+            f"teacher {self.name}: for {url} the ids {ids[:8]} are {str(found)[:80]!r}, for the student's tokenizer "
+            f"{expected[:80]!r}. Distillation compares log-probs of the same ids; serve a model with the student's "
+            "tokenizer, special tokens included."
+        )
+
+    async def _ask_tokenizer(self, url: str, path: str, field: str, **asked: Any) -> Any:
+        try:
+            _, answer = await self._ask(url, "POST", path, {"model": self._model, **asked})
+            return answer.get(field)
+        except _RefusedError as error:
+            raise EngineError(
+                f"teacher {self.name}: {url} does not tell how it splits text ({error}), so its tokenizer cannot be "
+                f"compared with the student's. Use a server with POST {path}, or set teacher.compare_text to false if "
+                "you know that they are the same."
+            ) from error
 
     # -- requests ---------------------------------------------------------------------------------------------------
     def _body(self, ids: list[int], number: int) -> dict[str, Any]:
@@ -170,22 +200,20 @@ class OpenAIScorer:
         ids = np.concatenate([trajectory.prompt_ids, trajectory.response_ids]).tolist()
         async with self._turns:
             try:
-                answer = await self._ask(None, "POST", "/v1/completions", self._body(ids, number))
+                address, answer = await self._ask(None, "POST", "/v1/completions", self._body(ids, number))
             except _RefusedError as error:
                 raise EngineError(
                     f"index {trajectory.index}: teacher {self.name} refused {len(ids)} tokens with prompt_logprobs "
                     f"{number}: {error}"
                 ) from error
-        rows = answer["choices"][0].get("prompt_logprobs")
-        if rows is None or len(rows) != len(ids):
-            raise EngineError(
-                f"index {trajectory.index}: teacher {self.name} answered {len(rows or ())} rows of prompt_logprobs for "
-                f"{len(ids)} tokens. Expected a server that extends completions by prompt_logprobs, as vLLM does."
-            )
-        return _parsed(rows[len(trajectory.prompt_ids) :], trajectory, number, self._vocab_size)
+        where = f"index {trajectory.index}: teacher {self.name}: {address} (prompt_logprobs {number})"
+        rows = _rows(answer, len(ids), where)[len(trajectory.prompt_ids) :]
+        return _parsed(rows, trajectory.response_ids.tolist(), number, self._vocab_size, where)
 
-    async def _ask(self, url: str | None, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
-        """One answer, of `url` or of any server; tries again after transient failures."""
+    async def _ask(
+        self, url: str | None, method: str, path: str, body: Mapping[str, Any] | None
+    ) -> tuple[str, dict[str, Any]]:
+        """Address and answer of `url` or of any server; tries again after transient failures."""
         problem = ""
         pause_s = _FIRST_PAUSE_S
         first = next(self._turn)
@@ -201,7 +229,7 @@ class OpenAIScorer:
                 problem = f"{base}{path}: {type(error).__name__}: {error}"
             else:
                 if response.is_success:
-                    return response.json()
+                    return base + path, _json_object(response)
                 problem = f"{base}{path}: status {response.status_code}: {response.text[:300]}"
                 if response.status_code not in _TRANSIENT:
                     raise _RefusedError(problem)
@@ -212,22 +240,61 @@ class OpenAIScorer:
         )
 
 
-class _RefusedError(Exception):
+class _RefusedError(EngineError):
     """A server answered that it will never do this."""
 
 
-def _parsed(
-    rows: Sequence[Mapping[str, Mapping[str, Any]]], trajectory: Trajectory, number: int, vocab_size: int
-) -> PromptAnswer:
-    """Rows of {id: {logprob, rank}}; the prompt token's own entry is among them, in or beside the top k."""
+def _json_object(response: httpx.Response) -> dict[str, Any]:
+    try:
+        answer = response.json()
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict):
+        raise _RefusedError(f"{response.url}: expected a JSON object, found {response.text[:100]!r}")
+    return answer
+
+
+def _rows(answer: Mapping[str, Any], num_tokens: int, where: str) -> list[Any]:
+    """The rows of prompt_logprobs, one for each token."""
+    try:
+        rows = answer["choices"][0]["prompt_logprobs"]
+    except (KeyError, IndexError, TypeError):
+        rows = None
+    if not isinstance(rows, list) or len(rows) != num_tokens:
+        found = f"{len(rows)} rows of prompt_logprobs" if isinstance(rows, list) else "no prompt_logprobs"
+        raise EngineError(
+            f"{where} answers {found} for {num_tokens} tokens. Expected a server that extends OpenAI's completions by "
+            "one row for each token, as vLLM does."
+        )
+    return rows
+
+
+def _parsed(rows: Sequence[Any], response_ids: Sequence[int], number: int, vocab_size: int, where: str) -> PromptAnswer:
+    """Rows of {id: {logprob, rank}}; the prompt token's own entry is among them, in or beside the top k.
+
+    Raises:
+        EngineError: a row is none, misses its token or entries, or holds what is no log-prob of a token that exists.
+    """
     width = vocab_size if number == FULL else number
-    num_tokens = len(rows)
-    ids_TJ = np.zeros((num_tokens, width), np.int32)
-    logprobs_TJ = np.full((num_tokens, width), np.nan, np.float32)
-    sampled_T = np.full(num_tokens, np.nan, np.float32)
-    for t, (row, token_id) in enumerate(zip(rows, trajectory.response_ids.tolist(), strict=True)):
-        sampled_T[t] = row[str(token_id)]["logprob"]
-        ranked = sorted(row.items(), key=lambda entry: -entry[1]["logprob"])[:width]
-        ids_TJ[t, : len(ranked)] = [int(entry[0]) for entry in ranked]
-        logprobs_TJ[t, : len(ranked)] = [entry[1]["logprob"] for entry in ranked]
+    ids_TJ = np.zeros((len(rows), width), np.int32)
+    logprobs_TJ = np.zeros((len(rows), width), np.float32)
+    sampled_T = np.zeros(len(rows), np.float32)
+    for t, (row, token_id) in enumerate(zip(rows, response_ids, strict=True)):
+        try:
+            logprobs = {int(key): entry["logprob"] for key, entry in row.items()}
+            wrong = next((k for k, v in logprobs.items() if type(v) not in (float, int) or not v <= _ROUNDING), None)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise EngineError(f"{where}: response token {t}: {_EXPECTED}, found {str(row)[:200]}.") from None
+        if wrong is not None:
+            raise EngineError(f"{where}: response token {t}: id {wrong}: {_EXPECTED}, found {logprobs[wrong]!r}.")
+        ranked = sorted(logprobs, key=lambda key: -logprobs[key])[:width]
+        if token_id not in logprobs or len(ranked) < width or not 0 <= min(logprobs) <= max(logprobs) < vocab_size:
+            raise EngineError(
+                f"{where}: response token {t}: found {len(logprobs)} ids from {min(logprobs, default=None)} to "
+                f"{max(logprobs, default=None)}; expected the token's own, {token_id}, and {width} in all, each below "
+                f"{vocab_size}. Does it serve a model with the student's tokenizer?"
+            )
+        sampled_T[t] = logprobs[token_id]
+        ids_TJ[t] = ranked
+        logprobs_TJ[t] = [logprobs[key] for key in ranked]
     return PromptAnswer(sampled_logprobs_T=sampled_T, ids_TJ=ids_TJ, logprobs_TJ=logprobs_TJ)

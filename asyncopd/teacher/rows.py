@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from asyncopd.errors import EngineError
 from asyncopd.models.random import derive, stream_key, uniforms
 from asyncopd.ports import ScoreRequest
-from asyncopd.types import FloatArray, IntArray, TeacherScores, Trajectory
+from asyncopd.types import LOGPROB_FLOOR, FloatArray, IntArray, TeacherScores, Trajectory
 
 
 def asked_ids(trajectory: Trajectory) -> IntArray:
@@ -61,14 +61,16 @@ def assembled(
     teacher: str,
     teacher_digest: str,
 ) -> list[TeacherScores]:
-    """One TeacherScores for every trajectory; the values are views.
+    """One TeacherScores for every trajectory; log-probs below `LOGPROB_FLOOR`, −inf included, become it.
 
     Args:
         asked: of each trajectory the log-probs at its `asked_ids`, [T, J].
         topk_ids_TK, topk_logprobs_TK, draw_ids_TM, draw_logprobs_TM: of all trajectories, one after the other.
     """
+    topk_logprobs_TK, draw_logprobs_TM = (np.maximum(x, LOGPROB_FLOOR) for x in (topk_logprobs_TK, draw_logprobs_TM))
     scores, stop = [], 0
-    for trajectory, logprobs_TJ in zip(trajectories, asked, strict=True):
+    for trajectory, unbounded_TJ in zip(trajectories, asked, strict=True):
+        logprobs_TJ = np.maximum(unbounded_TJ, LOGPROB_FLOOR)
         start, stop = stop, stop + len(logprobs_TJ)
         head_end = 1 + trajectory.candidates.head_ids_TK.shape[1]
         scores.append(
