@@ -6,25 +6,11 @@ class AsyncOPDError(Exception):
 
     ::
 
-        AsyncOPDError
-        ├── ConfigError          a configuration value, or a combination of values, that cannot work
-        ├── ShapeError           arrays of one value disagree in shape, dtype or id range
-        ├── StorageError         the object store refused or lost something
-        │   ├── StoreUnusableError   the root cannot be written, or lacks put-if-absent
-        │   ├── ObjectMissingError   a key that a manifest promises does not exist
-        │   │   └── RunMissingError      no run of that id is in the storage root
-        │   └── ShardCorruptError    bytes differ from what the manifest promises
-        ├── QueryError           SQL that is wrong, or not allowed
-        │   └── QueryLimitError      a query needs more time, memory or room for its result than it may use
-        ├── EngineError          a sampler or scorer could not serve a request
-        ├── NonFiniteError       a loss or gradient became NaN or infinite; nothing was published
-        ├── DeadlineError        a wait ran out; the message names what it waited for
-        ├── RunStoppedError      the run was stopped while a worker was busy with it; the worker ends too
-        ├── SupersededError      another learner took the run over; this one must not publish any more
-        ├── LedgerError          an index cannot make this move from the state it is in
-        ├── RoleFailedError      a role process ended with an error; carries the role's own reason
-        └── StackError           the local Prefect server or worker could not be started or reached
-            └── ServerAwayError      a Prefect server that was there does not answer now
+        AsyncOPDError -- ConfigError, ShapeError, EngineError, NonFiniteError, DeadlineError, RunStoppedError,
+          |              SupersededError, LedgerError, RoleFailedError
+          +-- StorageError -- StoreUnusableError, ShardCorruptError, ObjectMissingError -- RunMissingError
+          +-- QueryError -- QueryLimitError
+          `-- StackError -- ServerAwayError
 
     All of them are picklable: the message is the only argument.
     """

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from asyncopd.errors import ShapeError
 from asyncopd.ports import RunLog, Sampler, SampleRequest, Scorer, ScoreRequest, Task
-from asyncopd.types import Evaluation, PolicyVersion, PolicyWeights, Prompt, ScoredTrajectory, Trajectory
+from asyncopd.types import Evaluation, PolicyVersion, PolicyWeights, ScoredTrajectory
 from asyncopd.worker import Worker
 
 
@@ -78,16 +78,15 @@ class EvaluateStage:
     async def evaluate(self, version: PolicyVersion) -> Evaluation:
         """Sample every held-out prompt once under `version`, verify and score the responses."""
         scored, correct = await self.respond(await asyncio.to_thread(self._log.read_policy, version))
-        kl_nats, standard_error = kl_to_teacher(scored)
+        by_group: dict[str, list[bool]] = defaultdict(list)
+        for prompt, right in zip(self._prompts, correct, strict=True):
+            by_group[prompt.group].append(right)
         return Evaluation(
             version=version,
             num_prompts=len(self._prompts),
-            accuracy=float(np.mean(correct)),
-            accuracy_by_group=_accuracy_by_group(self._prompts, correct),
-            kl_nats=kl_nats,
-            kl_standard_error_nats=standard_error,
-            mean_response_tokens=float(np.mean([len(s.trajectory.response_ids) for s in scored])),
+            accuracy_by_group={group: float(np.mean(rights)) for group, rights in sorted(by_group.items()) if group},
             finished=time.time(),
+            **outcome_of(scored, correct).figures(),
         )
 
     async def respond(self, weights: PolicyWeights) -> tuple[list[ScoredTrajectory], list[bool]]:
@@ -96,53 +95,30 @@ class EvaluateStage:
         Random numbers depend on the prompt alone: other weights answer the same prompts with the same numbers.
         """
         await self._sampler.refresh(weights)
-        trajectories = await asyncio.gather(*(self._sample(prompt) for prompt in self._prompts))
+        requests = [SampleRequest(prompt.index, prompt.ids, self._max_new_tokens) for prompt in self._prompts]
+        trajectories = await asyncio.gather(*map(self._sampler.sample, requests))
         scores = await self._scorer.score(trajectories, self._request)
         correct = [
             self._task.verify(p, t.response_ids.tolist()) for p, t in zip(self._prompts, trajectories, strict=True)
         ]
         return [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)], correct
 
-    async def _sample(self, prompt: Prompt) -> Trajectory:
-        return await self._sampler.sample(
-            SampleRequest(index=prompt.index, prompt_ids=prompt.ids, max_new_tokens=self._max_new_tokens)
-        )
-
-
-def kl_to_teacher(batch: Sequence[ScoredTrajectory]) -> tuple[float, float]:
-    """KL(p‖q) per response token on the student's own responses, nats, with its standard error.
-
-    Per prefix the head is summed exactly and the rest is estimated by draws from the tail, so the estimate is unbiased
-    with far less variance than the sampled token alone. The standard error treats responses as independent and is
-    that of the ratio (sum of KL) / (number of tokens).
-
-    Args:
-        batch: trajectories with a head and at least one draw per position, drawn by law `tail`.
-    """
-    sums, lengths = [], []
-    for scored in batch:
-        sums.append(float(kl_per_token(scored).sum(dtype=np.float64)))
-        lengths.append(len(scored.trajectory.response_ids))
-    sums_B, lengths_B = np.array(sums), np.array(lengths)
-    kl = sums_B.sum() / lengths_B.sum()
-    return float(kl), float(math.sqrt(((sums_B - kl * lengths_B) ** 2).sum()) / lengths_B.sum())
-
 
 def kl_per_token(scored: ScoredTrajectory) -> NDArray[np.float64]:
-    """[T] unbiased estimate of KL(p‖q) at each position of one trajectory, nats; see `kl_to_teacher`."""
+    """[T] unbiased estimate of KL(p‖q) at each position of one trajectory, nats.
+
+    Per prefix the head is summed exactly and the rest is estimated by draws from the tail, with far less variance than
+    the sampled token alone has.
+
+    Args:
+        scored: with a head and at least one draw per position, drawn by law `tail`.
+    """
     candidates, scores = scored.trajectory.candidates, scored.scores
     head = candidates.head_logprobs_TK.astype(np.float64)
     draws = candidates.draw_logprobs_TN.astype(np.float64)
     on_head_T = (np.exp(head) * (head - scores.head_logprobs_TK)).sum(axis=1)
     on_tail_T = np.exp(candidates.tail_logmass_T) * (draws - scores.draw_logprobs_TN).mean(axis=1)
     return np.asarray(on_head_T + on_tail_T)
-
-
-def _accuracy_by_group(prompts: Sequence[Prompt], correct: Sequence[bool]) -> dict[str, float]:
-    by_group: dict[str, list[bool]] = defaultdict(list)
-    for prompt, right in zip(prompts, correct, strict=True):
-        by_group[prompt.group].append(right)
-    return {group: float(np.mean(rights)) for group, rights in sorted(by_group.items()) if group}
 
 
 @dataclass(frozen=True)
@@ -169,6 +145,15 @@ class Outcome:
     def kl_influence_B(self) -> NDArray[np.float64]:
         """[B] what each prompt adds to the ratio `kl_nats`, to first order (delta method); mean 0, nats."""
         return np.asarray((self.kl_sum_B - self.kl_nats * self.num_tokens_B) / self.num_tokens_B.mean())
+
+    def figures(self) -> dict[str, float]:
+        """What an Evaluation says of it, by field. The standard error treats responses as independent."""
+        return {
+            "accuracy": self.accuracy,
+            "kl_nats": self.kl_nats,
+            "kl_standard_error_nats": math.sqrt((self.kl_influence_B**2).sum()) / len(self.correct_B),
+            "mean_response_tokens": float(self.num_tokens_B.mean()),
+        }
 
 
 @dataclass(frozen=True)

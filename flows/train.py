@@ -32,7 +32,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled
 
 from asyncopd.config import RunConfig, load_config
-from asyncopd.config.resume import safe_changes
+from asyncopd.config.load import safe_changes
 from asyncopd.errors import ConfigError
 from asyncopd.local.processes import TERMINATE_GRACE_S, RoleProcesses, RoleSpec, home, record_process
 from asyncopd.local.stack import prefect_environment

@@ -10,7 +10,7 @@ import pipeline
 import pytest
 
 from asyncopd.config import RunConfig
-from asyncopd.config.resume import SAFE_CHANGES, safe_changes
+from asyncopd.config.load import SAFE_CHANGES, safe_changes
 from asyncopd.errors import ConfigError
 from flows.train import _open_or_create
 from flows.wiring import open_stored_run

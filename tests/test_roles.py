@@ -32,7 +32,7 @@ class Sleepers(RoleProcesses):
 
     @property
     def pid(self) -> int | None:
-        return next((role.child.record.pid for role in self._roles.values()), None)
+        return next((child.record.pid for child in self._children.values()), None)
 
 
 @pytest.fixture(autouse=True)

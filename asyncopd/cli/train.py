@@ -29,7 +29,7 @@ from rich.padding import Padding
 from asyncopd.cli import STOPPED_BY_USER, Overrides, Root
 from asyncopd.cli.progress import ProgressWatch, panel, plain_line
 from asyncopd.config import RunConfig, load_config, parse_override
-from asyncopd.config.resume import differences, safe_changes
+from asyncopd.config.load import differences, safe_changes
 from asyncopd.errors import ConfigError, ServerAwayError, StorageError
 from asyncopd.local import stack
 from asyncopd.local.console import PLAIN_EVERY_S, console_table

@@ -129,6 +129,8 @@ class Child:
     def __init__(self, name: str, argv: Sequence[str], *, log_path: Path, env: Mapping[str, str] | None = None) -> None:
         self.log_path = log_path
         self._popen = spawn(argv, log_path, env or {}, stdin=subprocess.PIPE)
+        self.started = time.monotonic()
+        """Seconds."""
         self.record = record_process(name, self._popen.pid)
 
     def exit_status(self) -> int | None:
@@ -201,18 +203,6 @@ class RoleSpec:
 
 
 @dataclass
-class _Role:
-    """A role process that was started, and what was last seen of it."""
-
-    child: Child
-    started: float
-    """Monotonic seconds, as `seen`."""
-    beat: object = None
-    seen: float = 0.0
-    """When `beat` was seen first."""
-
-
-@dataclass
 class RoleProcesses:
     """The role processes of one run on this machine."""
 
@@ -234,7 +224,9 @@ class RoleProcesses:
 
     def __post_init__(self) -> None:
         self._restarts_left = dict.fromkeys(self.specs, self.max_restarts)
-        self._roles: dict[RoleSpec, _Role] = {}
+        self._children: dict[RoleSpec, Child] = {}
+        self._seen: dict[Child, tuple[object, float]] = {}
+        """Its last heartbeat, and the monotonic time at which that was seen first."""
 
     async def run(self) -> None:
         """Run every role to its end.
@@ -246,22 +238,21 @@ class RoleProcesses:
             for spec in self.specs:
                 self._start(spec)
             checked = time.monotonic()
-            while self._roles:
+            while self._children:
                 await asyncio.sleep(0.2)
                 if time.monotonic() - checked > self.hang_s / 5:
                     await self._kill_hung()
                     checked = time.monotonic()
-                for spec, role in list(self._roles.items()):
-                    status = role.child.exit_status()
-                    if status is not None:
+                for spec, child in list(self._children.items()):
+                    if (status := child.exit_status()) is not None:
                         self._ended(spec, status)
         finally:
             self.stop()
 
     def stop(self) -> None:
         """End every role still running, within about TERMINATE_GRACE_S seconds."""
-        children = [role.child for role in self._roles.values()]
-        self._roles.clear()
+        children = list(self._children.values())
+        self._children.clear()
         end_processes([process for child in children if (process := child.record.process()) is not None])
         for child in children:
             child.exit_status()
@@ -274,43 +265,41 @@ class RoleProcesses:
         except StorageError:
             return  # storage that does not answer says nothing about the roles
         now = time.monotonic()
-        for spec, role in self._roles.items():
-            beat = beats.get(role.child.record.pid)
-            if beat is None or beat != role.beat:
-                role.beat, role.seen = beat, now
-            elif now - role.seen > self.hang_s:
-                self.say(f"{spec.name} gave no sign of life for {now - role.seen:.0f} s and is killed")
-                role.child.kill()
-                role.seen = now
+        for spec, child in self._children.items():
+            beat = beats.get(child.record.pid)
+            last, seen = self._seen.get(child, (None, now))
+            if beat is None or beat != last:
+                self._seen[child] = (beat, now)
+            elif now - seen > self.hang_s:
+                self.say(f"{spec.name} gave no sign of life for {now - seen:.0f} s and is killed")
+                child.kill()
+                self._seen[child] = (beat, now)
 
     def _start(self, spec: RoleSpec) -> None:
-        child = Child(
-            spec.name,
-            self._command(spec),
-            log_path=self.log_dir / f"{spec.name}.log",
-            # Which of several workers this is, so that each takes a GPU of its own (rollout.vllm.devices).
-            env={**self.env, "ASYNCOPD_ROLE_NUMBER": str(spec.number)},
+        # Which of several workers this is, so that each takes a GPU of its own (rollout.vllm.devices).
+        env = {**self.env, "ASYNCOPD_ROLE_NUMBER": str(spec.number)}
+        self._children[spec] = Child(
+            spec.name, self._command(spec), log_path=self.log_dir / f"{spec.name}.log", env=env
         )
-        self._roles[spec] = _Role(child, time.monotonic())
 
     def _command(self, spec: RoleSpec) -> list[str]:
         run = ("--run-id", self.run_id, "--root", self.root)
         return [sys.executable, "-m", "flows.roles", spec.role, *run, "--flow", "--watch-parent"]
 
     def _ended(self, spec: RoleSpec, status: int) -> None:
-        role = self._roles.pop(spec)
-        role.child.close()
+        child = self._children.pop(spec)
+        child.close()
         if status == 0:
             self.say(f"{spec.name} finished")
             return
-        reason = self.failure_of(spec.role) or tail(role.child.log_path)
+        reason = self.failure_of(spec.role) or tail(child.log_path)
         cause = f"exit status {status}" if status > 0 else f"signal {-status}"
         with contextlib.suppress(StorageError):  # its leases then run out by themselves
-            self.retire(role.child.record.pid)
-        if time.monotonic() - role.started > STEADY_S:
+            self.retire(child.record.pid)
+        if time.monotonic() - child.started > STEADY_S:
             self._restarts_left[spec] = self.max_restarts
         if self._restarts_left[spec] == 0:
-            raise RoleFailedError(f"{spec.name} ended with {cause}: {reason}\nIts output is in {role.child.log_path}.")
+            raise RoleFailedError(f"{spec.name} ended with {cause}: {reason}\nIts output is in {child.log_path}.")
         self._restarts_left[spec] -= 1
         self.say(f"{spec.name} ended with {cause} and is started again ({self._restarts_left[spec]} left): {reason}")
         self._start(spec)

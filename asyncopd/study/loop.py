@@ -14,14 +14,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from asyncopd.config import OracleTeacher, RunConfig
 from asyncopd.config.losses import LossConfig
 from asyncopd.errors import NonFiniteError
-from asyncopd.evaluate import kl_to_teacher
+from asyncopd.evaluate import outcome_of
 from asyncopd.learner.student import Student
 from asyncopd.losses import build_estimator
 from asyncopd.models.causal_lm import build_causal_lm, load_safetensors
@@ -149,14 +148,8 @@ async def evaluate(warm: WarmStart, safetensors: bytes, settings: LoopSettings) 
         trajectories = await respond(0, safetensors, prompts)
     scores = await warm.scorer().score(trajectories, ScoreRequest(0, 0, warm.config.rollout.temperature, 0))
     scored = [ScoredTrajectory(t, s) for t, s in zip(trajectories, scores, strict=True)]
-    kl_nats, standard_error = kl_to_teacher(scored)
     correct = [task.verify(p, t.response_ids.tolist()) for p, t in zip(prompts, trajectories, strict=True)]
-    return {
-        "accuracy": float(np.mean(correct)),
-        "kl_nats": kl_nats,
-        "kl_standard_error_nats": standard_error,
-        "mean_response_tokens": float(np.mean([len(t.response_ids) for t in trajectories])),
-    }
+    return outcome_of(scored, correct).figures()
 
 
 async def sample_prompts(
