@@ -113,7 +113,7 @@ def test_the_flow_fails_when_an_audit_finds_something(log: StoredRunLog, tmp_pat
     script = """
 import asyncio, sys
 from prefect.testing.utilities import prefect_test_harness
-from flows.maintain import maintain
+from flows.requests import maintain
 with prefect_test_harness():
     state = asyncio.run(maintain("audit", "run", sys.argv[1], return_state=True))
     print(state.type.value, state.message)

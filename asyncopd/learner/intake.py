@@ -10,7 +10,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 
 from asyncopd.errors import StorageError
 from asyncopd.ports import RunLog
@@ -75,7 +75,7 @@ class ArrivalIntake(Intake):
         """Shards that no arrival has taken up, and how many arrivals were taken out of them so far."""
         self._scored_at: dict[IndexRange, float] = {}
         """Those of them seen with scores -> when their scores were published, Unix seconds."""
-        self._last_read: tuple[IndexRange, dict[int, ScoredTrajectory]] | None = None
+        self._rows_of = lru_cache(maxsize=1)(self._read)
         """A shard whose rows go to two steps is read once."""
 
     async def batch(self, step: int) -> Batch:
@@ -101,22 +101,13 @@ class ArrivalIntake(Intake):
 
     def _come_to(self, shard: IndexRange) -> None:
         """Decide about the indices of a shard and record it."""
-        rows = self._rows_of(shard)
         manifest = self._find(shard)
-        arrival = judge(
-            self._plan,
-            shard,
-            earlier=self._log.arrivals(),
-            oldest_version={index: row.trajectory.version_oldest for index, row in rows.items()},
-            dropped=manifest.facts.dropped if manifest else {},
-        )
+        oldest = {index: row.trajectory.version_oldest for index, row in self._rows_of(shard).items()}
+        dropped = manifest.facts.dropped if manifest else {}
+        earlier = self._log.arrivals()
+        arrival = judge(self._plan, shard, earlier=earlier, oldest_version=oldest, dropped=dropped)
         # Recorded before anything trains on it. False: another learner was first, and what it decided counts.
         self._log.record_arrival(arrival)
-
-    def _rows_of(self, shard: IndexRange) -> dict[int, ScoredTrajectory]:
-        if self._last_read is None or self._last_read[0] != shard:
-            self._last_read = shard, self._read(shard)
-        return self._last_read[1]
 
     def _assemble(self, step: int, arrivals: Sequence[Arrival]) -> Batch:
         size = self._plan.batch_size

@@ -145,4 +145,4 @@ def _step_context(
         [estimator.step_context(b.rows, model(b.packed, estimator.student_ids(b.rows))[0]) for b in batches]
     )
     shifts_H = None if mine.harmful_shifts_H is None else mine.harmful_shifts_H.cpu()
-    return StepContext.join(of_all_ranks(StepContext(shifts_H), accelerator)) if accelerator.num_processes > 1 else mine
+    return StepContext.join(of_all_ranks(StepContext(shifts_H), accelerator))
