@@ -61,7 +61,9 @@ class ClaimLog:
                 mine = Claim(stage=stage, shard=shard, attempt=attempt, worker=worker, claimed=time.time())
                 key, body = self.layout.key("claim", stage=stage, shard=shard, attempt=attempt), to_json(mine)
                 won = self.store.put_if_absent(key, body, durable=False)
-                claim = self._newest[stage, shard] = mine if won else self._read_claim(stage, shard, attempt)
+                claim = mine if won else self._find_claim(stage, shard, attempt)
+                if claim is not None:
+                    self._newest[stage, shard] = claim
 
     def holder(self, stage: str, shard: IndexRange, *, lease_s: float) -> str | None:
         """Who holds the shard now; None when nobody claimed it, or the last holder retired or stood still.
@@ -133,13 +135,10 @@ class ClaimLog:
         return (beat is not None and beat.retired) or now_s - sighting[1] >= lease_s
 
     def _find_claim(self, stage: str, shard: IndexRange, attempt: int) -> Claim | None:
-        exists = self.store.exists(self.layout.key("claim", stage=stage, shard=shard, attempt=attempt))
-        return self._read_claim(stage, shard, attempt) if exists else None
-
-    def _read_claim(self, stage: str, shard: IndexRange, attempt: int) -> Claim:
         key = self.layout.key("claim", stage=stage, shard=shard, attempt=attempt)
+        body = self.store.find(key)
         try:
-            return from_json(self.store.get(key), key, Claim)
+            return from_json(body, key, Claim) if body is not None else None
         except ShardCorruptError:
             # Claims are not flushed, so a power cut can leave an empty one: held by nobody, and free after a lease.
             return Claim(stage=stage, shard=shard, attempt=attempt, worker="?", claimed=0.0)

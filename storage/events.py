@@ -83,12 +83,9 @@ class EventLog:
     def find_step(self, number: int) -> TrainStep | None:
         """Step `number` of the surviving lineage."""
         # Step s made state s + 1, and counts exactly when that state does.
-        for rewind in possible_rewinds(number + 1, self.rewinds()):
-            key = self.layout.step(number, rewind)
-            body = self.store.find(key)
-            if body is not None:
-                return from_json(body, key, TrainStep)
-        return None
+        keys = (self.layout.step(number, rewind) for rewind in possible_rewinds(number + 1, self.rewinds()))
+        found = ((key, self.store.find(key)) for key in keys)
+        return next((from_json(body, key, TrainStep) for key, body in found if body is not None), None)
 
     def steps(self) -> list[TrainStep]:
         """All steps of the surviving lineage, in order; reads every one of them."""

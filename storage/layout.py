@@ -78,11 +78,6 @@ def encode_name(name: str) -> str:
     return quote(name, safe="").replace(".", "%2E")
 
 
-def decode_name(part: str) -> str:
-    """The inverse of `encode_name`."""
-    return unquote(part)
-
-
 def check_run_id(run_id: str) -> str:
     """`run_id` itself. Raises StorageError when it cannot be a folder and part of a URL as it stands."""
     if not _RUN_ID.fullmatch(run_id):
@@ -124,15 +119,14 @@ class _Part(NamedTuple):
     read: Callable[[str], Any] = str
 
 
-def _read_state(text: str) -> PolicyVersion:
-    number, rewind = text.split(".r")
-    return PolicyVersion(int(number), int(rewind))
-
-
-_NAME = _Part(r"[^/.]+", encode_name, decode_name)
+_NAME = _Part(r"[^/.]+", encode_name, unquote)
 _PARTS = {
     "shard": _Part(r"\d{6,}-\d{6,}", lambda shard: shard.name, IndexRange.parse),
-    "state": _Part(r"\d{6,}\.r\d+", lambda state: f"{state.number:06d}.r{state.rewind}", _read_state),
+    "state": _Part(
+        r"\d{6,}\.r\d+",
+        lambda state: f"{state.number:06d}.r{state.rewind}",
+        lambda text: PolicyVersion(*map(int, text.split(".r"))),
+    ),
     **dict.fromkeys(("object", "digest", "question", "pack"), _Part(_OBJECT_NAME.pattern, check_object_name)),
     "run_id": _Part(_RUN_ID.pattern, check_run_id),
     "coding": _Part("safetensors|delta"),

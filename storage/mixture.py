@@ -136,11 +136,8 @@ def _mixed_top_k(
     parts: Sequence[tuple[float, TeacherScores]], *, needs_top_k: bool
 ) -> tuple[NDArray[np.int32], FloatArray]:
     """Ids in the mixture's own order with its log-probs; none where the teachers' ids differ."""
-    orders = [np.argsort(scores.topk_ids_TK, axis=1) for _, scores in parts]
-    by_id = [
-        np.take_along_axis(scores.topk_ids_TK, order, axis=1) for order, (_, scores) in zip(orders, parts, strict=True)
-    ]
-    if not all(np.array_equal(by_id[0], ids) for ids in by_id[1:]):
+    ids_TK = np.sort(parts[0][1].topk_ids_TK, axis=1)
+    if not all(np.array_equal(ids_TK, np.sort(scores.topk_ids_TK, axis=1)) for _, scores in parts[1:]):
         if needs_top_k:
             first = parts[0][1]
             raise ConfigError(
@@ -149,14 +146,12 @@ def _mixed_top_k(
                 "is exact only at ids that all of them scored: back-fill each with --top-k all, or choose a loss that "
                 "needs no top-k (head_tail, policy_gradient)."
             )
-        none = len(orders[0]), 0
+        none = len(ids_TK), 0
         return np.zeros(none, np.int32), np.zeros(none, np.float32)
-    logprobs = [
-        np.take_along_axis(s.topk_logprobs_TK, order, axis=1) for order, (_, s) in zip(orders, parts, strict=True)
-    ]
-    mixed_TK = _log_mean(parts, logprobs)
+    by_id = [np.take_along_axis(s.topk_logprobs_TK, np.argsort(s.topk_ids_TK, axis=1), axis=1) for _, s in parts]
+    mixed_TK = _log_mean(parts, by_id)
     ranking = np.argsort(-mixed_TK, axis=1, kind="stable")
-    return np.take_along_axis(by_id[0], ranking, axis=1), np.take_along_axis(mixed_TK, ranking, axis=1)
+    return np.take_along_axis(ids_TK, ranking, axis=1), np.take_along_axis(mixed_TK, ranking, axis=1)
 
 
 def _log_mean(parts: Sequence[tuple[float, TeacherScores]], logprobs: Sequence[FloatArray]) -> FloatArray:

@@ -101,8 +101,7 @@ class PolicyLog(EventLog):
         with self._policy_lock:
             now_s = time.monotonic()
             if len(rewinds) != self._num_rewinds or now_s - self._listed_s >= RELIST_S:
-                versions = self.policies()
-                self._latest = versions[-1] if versions else None
+                self._latest = next(reversed(self.policies()), None)
                 self._num_rewinds, self._listed_s = len(rewinds), now_s
             else:
                 self._advance()
@@ -110,11 +109,8 @@ class PolicyLog(EventLog):
 
     def find_policy(self, number: int) -> PolicyVersion | None:
         """Version `number` of the surviving lineage."""
-        for rewind in possible_rewinds(number, self.rewinds()):
-            version = PolicyVersion(number, rewind)
-            if self.store.exists(self.layout.key("policy", state=version)):
-                return version
-        return None
+        versions = (PolicyVersion(number, rewind) for rewind in possible_rewinds(number, self.rewinds()))
+        return next((v for v in versions if self.store.exists(self.layout.key("policy", state=v))), None)
 
     def read_policy(self, version: PolicyVersion) -> PolicyWeights:
         """The weights of any published version, also a superseded one, however they were published.

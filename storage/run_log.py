@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
+from urllib.parse import unquote
 
 from asyncopd.errors import ShapeError, ShardCorruptError
 from asyncopd.records import NO_FACTS, Facts, Manifest
 from asyncopd.types import Candidates, IndexRange, TeacherScores, Trajectory
 from storage.claims import ClaimLog
-from storage.layout import decode_name, new_nonce, parse_shard
+from storage.layout import new_nonce, parse_shard
 from storage.manifests import find_manifest, publish, read_manifest, read_named, read_shard, what_to_do
 from storage.parquet import (
     SCHEMA_VERSION,
@@ -152,7 +153,7 @@ class StoredRunLog(PolicyLog, ClaimLog):
 
     def teachers(self) -> list[str]:
         """The teachers that have scored something."""
-        return [decode_name(name) for name in self.store.folder(self.shards.folder("scores")).folders]
+        return [unquote(name) for name in self.store.folder(self.shards.folder("scores")).folders]
 
     # -- candidates -----------------------------------------------------------------------------------------------
     def find_candidates(self, name: str, shard: IndexRange) -> Manifest | None:

@@ -91,8 +91,8 @@ def test_a_sound_run_has_every_index_in_one_state_and_no_violation() -> None:
     assert ledger.counts() == {"claimed": 4, "produced": 0, "scored": 3, "trained": 3, "dropped": 2, "held": 0}
     assert sum(ledger.counts().values()) == len(ledger.admitted) == 12
     assert ledger.reasons("dropped") == {"too long": 1, "stale": 1}
-    assert ledger.state_of(2) == IndexState("trained", step=0)
-    assert ledger.state_of(12) is None
+    assert ledger.states.get(2) == IndexState("trained", step=0)
+    assert ledger.states.get(12) is None
     assert ledger.indices("trained") == [0, 2, 3]
 
 
@@ -122,7 +122,7 @@ def test_what_later_steps_trained_is_scored_again_after_a_rewind() -> None:
 def test_what_cannot_be_is_named_and_changes_no_state(extra: Event, index: int, problem: str) -> None:
     before, after = Ledger.fold(SOUND), Ledger.fold([*SOUND, extra])
     assert f"index {index}: {problem}" in [str(violation) for violation in after.violations()]
-    assert after.state_of(index) == before.state_of(index)
+    assert after.states.get(index) == before.states.get(index)
 
 
 def test_an_index_without_a_state_breaks_conservation() -> None:

@@ -150,10 +150,6 @@ class Ledger:
                     refused.append(Violation(index, f"{str(error).replace(move, move + at, 1)}"))
         return cls(states, frozenset(admitted), tuple(refused))
 
-    def state_of(self, index: int) -> IndexState | None:
-        """None when nothing was heard of the index."""
-        return self.states.get(index)
-
     def counts(self) -> dict[State, int]:
         """State -> indices in it; every state is named."""
         found = Counter(state.state for state in self.states.values())

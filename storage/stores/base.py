@@ -186,15 +186,13 @@ class MemoryStore(ObjectStore):
     def put_if_absent(self, key: str, body: bytes, *, durable: bool = True) -> bool:
         path = self._path(key)
         with self._lock:
-            if self._fs.isfile(path):
-                return False
-            self._fs.pipe_file(path, bytes(body))
-            return True
+            if is_new := not self._fs.isfile(path):
+                self._fs.pipe_file(path, bytes(body))
+            return is_new
 
     def put(self, key: str, body: bytes, *, durable: bool = True) -> None:
-        path = self._path(key)
         with self._lock:
-            self._fs.pipe_file(path, bytes(body))
+            self._fs.pipe_file(self._path(key), bytes(body))
 
     def find(self, key: str) -> bytes | None:
         path = self._path(key)
@@ -202,9 +200,8 @@ class MemoryStore(ObjectStore):
             return bytes(self._fs.cat_file(path)) if self._fs.isfile(path) else None
 
     def exists(self, key: str) -> bool:
-        path = self._path(key)
         with self._lock:
-            return bool(self._fs.isfile(path))
+            return bool(self._fs.isfile(self._path(key)))
 
     def entries(self, prefix: str) -> Entries:
         folder = self._path(prefix.rstrip("/")) + "/"
@@ -215,11 +212,9 @@ class MemoryStore(ObjectStore):
 
     def folder(self, prefix: str) -> Folder:
         prefix = prefix.rstrip("/") + "/"
-        names = [key.removeprefix(prefix).split("/") for key in self.list(prefix)]
-        return Folder(
-            keys=[prefix + parts[0] for parts in names if len(parts) == 1],
-            folders=sorted({parts[0] for parts in names if len(parts) > 1}),
-        )
+        names = [key.removeprefix(prefix).partition("/") for key in self.list(prefix)]
+        folders = {name for name, slash, _ in names if slash}
+        return Folder([prefix + name for name, slash, _ in names if not slash], sorted(folders))
 
     def delete(self, key: str) -> None:
         path = self._path(key)

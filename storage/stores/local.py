@@ -151,11 +151,8 @@ class LocalStore(ObjectStore):
 
     def _write_temporary(self, body: bytes, *, durable: bool) -> Path:
         path = self._temporary / f"{os.getpid()}-{uuid.uuid4().hex}"
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileNotFoundError:
-            _make_directories(self._temporary)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        _make_directories(self._temporary)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(descriptor, "wb", buffering=0) as file:
                 view = memoryview(body)
