@@ -1,6 +1,8 @@
 """What a run has on record besides what its stages exchange: manifests, and what happened to it and its workers.
 
-storage/records.py writes these values as JSON and reads them back; nothing here knows how they are stored.
+storage/records.py writes these values as JSON and reads them back; nothing here knows how they are stored. Every moment
+(`claimed`, `beaten`, `recorded`, `failed`, `removed`, `at`, `created`) is Unix time in seconds; states and rewinds are
+numbered from 1.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ class Claim:
     """1 for the first claim; one more each time a dead worker's claim was taken over."""
     worker: str
     claimed: float
-    """Unix time, seconds."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Heartbeat:
 
     worker: str
     beaten: float
-    """Unix time, seconds, of the worker's clock."""
+    """By the worker's own clock."""
     retired: bool
     """The worker stopped in good order."""
     status: WorkerStatus
@@ -78,12 +79,10 @@ class Rewind:
     """The learner went back: versions and checkpoints above `to_step` of earlier rewinds are superseded."""
 
     number: int
-    """1 for the first."""
     to_step: int
     """State after this many steps."""
     worker: str
     recorded: float
-    """Unix time, seconds."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,12 @@ class RunState:
     """What the flow of a run last said about it."""
 
     number: int
-    """1 for the first."""
     state: RunStateName
     reason: str
     """Why it stopped or failed; may be empty."""
     by: str
     """The flow run that said so."""
     recorded: float
-    """Unix time, seconds."""
 
     @property
     def ended(self) -> bool:
@@ -113,7 +110,6 @@ class RunChange:
     settings: Mapping[str, tuple[Any, Any]]
     """Dotted key -> (old value, new value)."""
     recorded: float
-    """Unix time, seconds."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,6 @@ class Failure:
     worker: str
     reason: str
     failed: float
-    """Unix time, seconds."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,6 @@ class Removal:
     keys: Mapping[str, int]
     """Key -> bytes. Written before the first key is deleted."""
     removed: float
-    """Unix time, seconds."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +140,6 @@ class Removed:
     reason: str
     """`retention` or `quarantine`."""
     at: float
-    """Unix time, seconds."""
     advice: str = ""
 
 
@@ -233,7 +226,6 @@ class Manifest:
     objects: Mapping[str, Mapping[str, Any]]
     """Key -> {`size_bytes`, `sha256`}."""
     created: float
-    """Unix time, seconds."""
     worker: str
     """Who wrote it."""
     facts: Facts = NO_FACTS

@@ -37,7 +37,7 @@ WINDOW_S = 5.0
 SATURATED = 0.75
 """A role busy for less of the time waits itself, so no single one holds the others up. The workers' shares are of the
 last ten seconds (asyncopd/worker.py)."""
-_ROLES = ("pretrain", "rollout", "score", "learn", "evaluate")
+_PLACES = {"pretrain": 0, "rollout": 1, "score": 2, "learn": 3, "evaluate": 4}
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ class ProgressWatch:
         """Read what is new and say where the run is. Raises StorageError when storage does not answer."""
         history = self._view.refresh().history
         steps, recent, now = history.steps, history.steps[-RECENT_STEPS:], self._wall_clock()
-        workers = sorted((b for b in history.beats.values() if b.status.role and not b.retired), key=_place)
+        workers = [beat for beat in history.beats.values() if beat.status.role and not beat.retired]
+        workers.sort(key=lambda beat: (_PLACES.get(role_of(beat), len(_PLACES)), beat.worker))
         silent_s = {b.worker: now - b.beaten for b in workers if not is_alive(b, lease_s=self._lease_s, now=now)}
         alive = [beat for beat in workers if beat.worker not in silent_s]
         tokens = self._count(history.beats.values())
@@ -120,6 +121,7 @@ class ProgressWatch:
             # From the steps, not the heartbeats: exact also when the learner went back to a checkpoint.
             tokens["learn"] = sum(step.num_tokens for step in steps)
             rates["learn"] = trained_per_s(steps[-RECENT_STEPS - 1 :])
+        shares = {r: [b.status.busy for b in alive if role_of(b) == r and b.status.busy is not None] for r in PIPELINE}
         request = LaunchLog(self._view.store).find_request(self._view.run_id)
         status = status_of(history, self._num_steps, request, now)
         stopped = self._stopped(history, status, {role_of(beat) for beat in alive})
@@ -134,7 +136,7 @@ class ProgressWatch:
             staleness=staleness_of(recent),
             eta_s=None if stopped else self._eta_s(recent),
             stopped=stopped,
-            bottleneck=None if stopped else bottleneck(_shares(alive)),
+            bottleneck=None if stopped else bottleneck(shares),
             workers=workers,
             silent_s=silent_s,
         )
@@ -267,13 +269,10 @@ def _policy(progress: Progress, config: RunConfig) -> str:
     mean, oldest = number(progress.staleness.mean_versions, ".2f"), number(progress.staleness.max_versions, "d")
     staleness = config.staleness
     bound = f"{staleness.max_staleness} allowed" if staleness.on_stale != "train" else "unbounded"
-    dropped = [reason for step in progress.history.steps for reason in step.dropped.values()]
-    held = [reason for step in progress.history.steps for reason in step.held.values()]
-    left_out = "".join(
-        f", {len(reasons):,} {what} ({', '.join(sorted(set(reasons)))})"
-        for what, reasons in (("dropped", dropped), ("held", held))
-        if reasons
-    )
+    left_out = ""
+    for what in ("dropped", "held"):
+        if reasons := [reason for step in progress.history.steps for reason in getattr(step, what).values()]:
+            left_out += f", {len(reasons):,} {what} ({', '.join(sorted(set(reasons)))})"
     return f"version {number(progress.version, 'd')}, staleness {mean} mean, {oldest} max of {bound}{left_out}"
 
 
@@ -284,13 +283,11 @@ def _losses(progress: Progress) -> str:
 
 
 def _quality(evaluations: Sequence[Evaluation]) -> str:
-    first_and_last = [*evaluations[:1], *evaluations[1:][-1:]]
-    return " -> ".join(map(_evaluated, first_and_last)) or "not evaluated yet"
-
-
-def _evaluated(evaluation: Evaluation) -> str:
-    accuracy = "" if math.isnan(evaluation.accuracy) else f"accuracy {percent(evaluation.accuracy)}, "
-    return f"{accuracy}KL {_nats(evaluation.kl_nats)} at version {evaluation.version.number}"
+    told = []
+    for evaluation in (*evaluations[:1], *evaluations[1:][-1:]):
+        accuracy = "" if math.isnan(evaluation.accuracy) else f"accuracy {percent(evaluation.accuracy)}, "
+        told.append(f"{accuracy}KL {_nats(evaluation.kl_nats)} at version {evaluation.version.number}")
+    return " -> ".join(told) or "not evaluated yet"
 
 
 def _doing(beat: Heartbeat) -> str:
@@ -300,15 +297,6 @@ def _doing(beat: Heartbeat) -> str:
 
 def _nats(value: float | None, form: str = ".4f") -> str:
     return f"{number(value, form)} nats"
-
-
-def _place(beat: Heartbeat) -> tuple[int, str]:
-    """Sorts workers in the order of the pipeline."""
-    return (_ROLES.index(role_of(beat)) if role_of(beat) in _ROLES else len(_ROLES), beat.worker)
-
-
-def _shares(alive: Sequence[Heartbeat]) -> Mapping[str, Sequence[float]]:
-    return {r: [b.status.busy for b in alive if role_of(b) == r and b.status.busy is not None] for r in PIPELINE}
 
 
 def bottleneck(shares: Mapping[str, Sequence[float]]) -> str | None:

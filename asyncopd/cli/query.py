@@ -119,11 +119,11 @@ def sql(
     result = sandbox.query(text, given, as_of=as_of)
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     if output is not None or style == "parquet":
-        write_result(result.table, style, output)
+        _write(result.table, style, output)
         if output is not None:
             notes.print(f"{_num_rows(result.table)} written to {output} ({style})")
     else:
-        print(text_of_result(result.table, style, width=console.width if console.is_terminal else None), end="")
+        print(_text(result.table, style, width=console.width if console.is_terminal else None), end="")
     if result.truncated:
         notes.print(f"only the first {limit} rows; --limit 0 gives all.")
     return 0
@@ -176,15 +176,9 @@ def _stored() -> Table:
     return table
 
 
-# -- rows as text and files ------------------------------------------------------------------------------------------
-
-
-def text_of_result(rows: Any, style: str, *, width: int | None = None) -> str:
-    """A pyarrow.Table as text: `table`, `csv`, or `json` (one object per line).
-
-    Args:
-        width: of the screen in characters; None for as wide as it takes.
-    """
+# -- rows as text and files -----------------------------------------------------------------------------------------
+def _text(rows: Any, style: str, *, width: int | None = None) -> str:
+    """A pyarrow.Table as text; a `table` is as wide as it takes, or as the screen with `width` characters."""
     if style == "csv":
         return _csv(rows)
     if style == "json":
@@ -192,13 +186,13 @@ def text_of_result(rows: Any, style: str, *, width: int | None = None) -> str:
     return _table(rows, width)
 
 
-def write_result(rows: Any, style: str, output: Path | None) -> None:
+def _write(rows: Any, style: str, output: Path | None) -> None:
     """Write a pyarrow.Table to `output`, which must not exist; to stdout for None. Raises QueryError."""
     body = io.BytesIO()
     if style == "parquet":
         pq.write_table(rows, body, compression="zstd")
     else:
-        body.write(text_of_result(rows, style).encode())
+        body.write(_text(rows, style).encode())
     if output is None:
         if sys.stdout.isatty():
             raise QueryError("Parquet is not for the screen. Name a file with --output rows.parquet, or redirect it.")

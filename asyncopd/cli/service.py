@@ -17,7 +17,7 @@ from api.limits import ServiceSettings
 from asyncopd.cli import Root
 from asyncopd.local import stack
 from asyncopd.local.processes import tokens_path
-from storage.runs import list_runs, missing_run
+from storage.runs import open_run
 from storage.stores import open_store
 
 _DEFAULT = ServiceSettings()
@@ -66,9 +66,7 @@ def worker(role: Literal["rollout", "score", "learn", "evaluate"], run_id: str, 
         role: What it does.
         run_id: The run.
     """
-    store = open_store(root)
-    if run_id not in list_runs(store):
-        raise missing_run(store, run_id)
+    open_run(open_store(root), run_id)  # refuses: there is no such run
     # Replaces this process: signals reach the worker itself, and nothing is left to look after.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "flows.roles", role, "--run-id", run_id, "--root", root]

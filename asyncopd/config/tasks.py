@@ -95,14 +95,10 @@ class TextConfig(Frozen):
     short context need. 0 keeps all."""
 
     @model_validator(mode="after")
-    def _templates_have_their_place_holders(self) -> Self:
+    def _texts_can_be_made(self) -> Self:
         for field, place_holder in (("template", "{question}"), ("answer_template", "{answer}")):
             if place_holder not in getattr(self, field):
                 raise ValueError(f"{field} {getattr(self, field)!r} lacks {place_holder}, where the text is put in.")
-        return self
-
-    @model_validator(mode="after")
-    def _chat_needs_a_chat_tokenizer(self) -> Self:
         if self.prompt_format == "chat" and self.tokenizer == "bytes":
             raise ValueError("prompt_format chat needs a tokenizer with a chat template; tokenizer bytes has none.")
         if self.chat_options and self.prompt_format != "chat":
