@@ -1,9 +1,9 @@
 """The service: launch, watch and inspect runs over REST and in the browser.
 
-main      create_app: settings -> FastAPI                    deps      the parts that routes share; who may ask
+main      create_app: settings -> FastAPI; the process       deps      the parts that routes share; who may ask
 schemas   every request and answer, with examples            limits    settings; sizes, rates, origins, headers
 problems  errors as RFC 9457 problem details                 launcher  runs start and stop through Prefect
-runs, observe, trajectories, sql, health, pages      the routes
+runs, observe, trajectories, sql, health      the routes
 
     storage --RunView: one look serves all--> reader, observe --> JSON
                                          --> Feed, once an event: Hub --> every stream

@@ -1,4 +1,4 @@
-"""`/v1/runs`: launch, list, look at, stop and resume; and work on a log that exists.
+"""`/v1/runs`: launch, list, look at, stop and resume; work on a log that exists. `/v1/configs`: what can be launched.
 
 The body of a replay or back-fill is the request itself (asyncopd/config/requests.py), as the command line and Prefect
 have it. What can be refused without a model is refused here: a mistake should not have to wait for a worker.
@@ -7,8 +7,10 @@ have it. What can be refused without a model is refused here: a mistake should n
 from __future__ import annotations
 
 import hashlib
-from functools import partial
-from itertools import islice
+import threading
+from functools import lru_cache, partial
+from itertools import islice, takewhile
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Response
@@ -16,19 +18,23 @@ from fastapi import APIRouter, Response
 from api.deps import IdempotencyKey, Launcher, Launches, Reader, RunId, Runs, View, query
 from api.problems import ProblemError, responses
 from api.reader import RunReader
-from api.schemas import RUN_ID_PATTERN, Run, RunConfigOut, RunCreate, RunPage, Work
+from api.schemas import RUN_ID_PATTERN, Config, ConfigList, Run, RunConfigOut, RunCreate, RunPage, Work
+from asyncopd.config import RunConfig, load_config
 from asyncopd.config.requests import BackfillRequest, ReplayRequest, Request
 from asyncopd.local.stack import create_flow_run
 from storage.history import RunStatus
 from storage.replay import check
 
-router = APIRouter(prefix="/v1/runs", tags=["runs"])
+router = APIRouter(prefix="/v1")
+_RUN = "/runs/{run_id}"
+_read = partial(router.get, tags=["runs"], dependencies=[Reader])
+_order = partial(router.post, tags=["runs"], dependencies=[Launcher], status_code=202, responses=responses(404, 409))
+_work = partial(_order, tags=["replays"], responses=responses(404, 409, 413))
 
 
-@router.post(
-    "",
+@_order(
+    "/runs",
     status_code=201,
-    dependencies=[Launcher],
     operation_id="create_run",
     responses={**responses(404, 409, 413), 200: {"model": Run, "description": "A repeat: the run launched before"}},
 )
@@ -42,7 +48,7 @@ def create_run(asked: RunCreate, response: Response, launches: Launches, idempot
     return run
 
 
-@router.get("", dependencies=[Reader], operation_id="list_runs", responses=responses())
+@_read("/runs", operation_id="list_runs", responses=responses())
 def list_runs(
     runs: Runs,
     status: Annotated[list[RunStatus] | None, query("Only runs in one of these states.", ["running"])] = None,
@@ -61,42 +67,39 @@ def list_runs(
     return RunPage(data=page[:limit], next_cursor=page[limit - 1].id if len(page) > limit else None)
 
 
-@router.get("/{run_id}", dependencies=[Reader], operation_id="get_run", responses=responses(404))
+@_read(_RUN, operation_id="get_run", responses=responses(404))
 def get_run(run_id: RunId, runs: Runs) -> Run:
     """One run."""
     return runs.run(run_id)
 
 
-@router.get("/{run_id}/config", dependencies=[Reader], operation_id="get_run_config", responses=responses(404))
+@_read(f"{_RUN}/config", operation_id="get_run_config", responses=responses(404))
 def get_run_config(view: View) -> RunConfigOut:
     """The configuration in force, and what resumes changed."""
     changes = [{"settings": dict(c.settings), "recorded": c.recorded} for c in view.log.changes()]
     return RunConfigOut(config=view.config.model_dump(mode="json"), changes=changes)
 
 
-_order = partial(router.post, status_code=202, dependencies=[Launcher], responses=responses(404, 409))
-
-
-@_order("/{run_id}/cancel", operation_id="cancel_run")
+@_order(f"{_RUN}/cancel", operation_id="cancel_run")
 def cancel_run(run_id: RunId, launches: Launches) -> Run:
     """Stop every role within ten seconds. Nothing stored is lost; `resume` goes on."""
     return launches.stop(run_id, "cancelled")
 
 
-@_order("/{run_id}/pause", operation_id="pause_run")
+@_order(f"{_RUN}/pause", operation_id="pause_run")
 def pause_run(run_id: RunId, launches: Launches) -> Run:
     """As cancel, and says that somebody means to go on."""
     return launches.stop(run_id, "paused")
 
 
-@_order("/{run_id}/resume", operation_id="resume_run")
+@_order(f"{_RUN}/resume", operation_id="resume_run")
 def resume_run(run_id: RunId, launches: Launches) -> Run:
     """Go on with a paused, cancelled or failed run, from its newest checkpoint."""
     return launches.resume(run_id)
 
 
 # -- work on a log that exists, through deployments `replay/run` and `backfill/run` ---------------------------------
-@_order("/{run_id}/replay", operation_id="replay_run", responses=responses(404, 409, 413))
+@_work(f"{_RUN}/replay", operation_id="replay_run")
 def replay_run(asked: ReplayRequest, view: View, runs: Runs, idempotency_key: IdempotencyKey = None) -> Work:
     """Train again from this run's log, with no sampler and no teacher, into a run of its own."""
     run_id = view.log.run_id
@@ -112,7 +115,7 @@ def replay_run(asked: ReplayRequest, view: View, runs: Runs, idempotency_key: Id
     return Work(parent=run_id, run_id=child, flow_run_id=flow_run_id)
 
 
-@_order("/{run_id}/backfill", operation_id="backfill_run", responses=responses(404, 409, 413))
+@_work(f"{_RUN}/backfill", operation_id="backfill_run")
 def backfill_run(asked: BackfillRequest, view: View, runs: Runs, idempotency_key: IdempotencyKey = None) -> Work:
     """Score this run's trajectories again, beside what exists."""
     run_id = view.log.run_id
@@ -130,3 +133,30 @@ def _start(asked: Request, run_id: str, runs: RunReader, name: str, key: str | N
         idempotency_key=key and hashlib.sha256(f"{asked.verb} {run_id} {key}".encode()).hexdigest(),
     )
     return flow_run.id
+
+
+# -- what can be launched --------------------------------------------------------------------------------------------
+@_read("/configs", tags=["configs"], operation_id="list_configs", responses=responses())
+def list_configs(launches: Launches) -> ConfigList:
+    """Configurations of this service, every value resolved, and the schema a form can be made from."""
+    with _turn:
+        return _listed(launches.files())
+
+
+# One at a time, and once for each state of the files: it takes a second of CPU.
+_turn = threading.Lock()
+
+
+@lru_cache(maxsize=4)
+def _listed(files: tuple[tuple[Path, int], ...]) -> ConfigList:
+    found = [
+        Config(name=path.stem, about=_about(path), config=load_config(path).model_dump(mode="json"))
+        for path, _ in files
+    ]
+    return ConfigList(data=found, json_schema=RunConfig.model_json_schema())
+
+
+def _about(path: Path) -> str:
+    """The comment a file opens with, as one line."""
+    comments = takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    return " ".join(line.lstrip("# ").strip() for line in comments)

@@ -35,9 +35,8 @@ import pipeline
 from role_processes import RoleStarter, roles_of
 from service_load import Clients, Load
 
-from api.__main__ import give_way
 from api.limits import ServiceSettings
-from api.main import UVICORN, create_app
+from api.main import UVICORN, create_app, give_way
 from asyncopd.config import load_config
 from flows.wiring import OpenRun
 

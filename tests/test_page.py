@@ -104,7 +104,7 @@ def origin(stack: Stack) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["-m", "api", "--host", "127.0.0.1", "--port", str(port), "--root", str(stack.root), "--configs"]
+    command = ["-m", "api.main", "--host", "127.0.0.1", "--port", str(port), "--root", str(stack.root), "--configs"]
     with subprocess.Popen([sys.executable, *command, str(configs)], env=stack.environment, cwd=ROOT) as service:
         try:
             until(lambda: _answers(f"http://127.0.0.1:{port}/healthz"), 60, "the service to answer")

@@ -161,7 +161,7 @@ def test_a_service_killed_between_storing_and_starting_goes_on_with_the_repeat(
             [
                 sys.executable,
                 "-m",
-                "api",
+                "api.main",
                 "--host",
                 "127.0.0.1",
                 "--port",

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from role_processes import until
 
-from api.__main__ import AUTOGROUP
+from api.main import AUTOGROUP
 
 
 @pytest.mark.parametrize("owns_session", [True, False])

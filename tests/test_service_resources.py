@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from service_world import DONE, LIVE, RUNS, client_of, make_root, settings_of
 from synthetic_run import config_of, evaluation, new_log, publish_run, train_step
 
-from api import pages
+from api import runs
 from asyncopd.config import RunConfig, load_config
 from asyncopd.types import Span
 from storage.run_view import RunView
@@ -237,7 +237,7 @@ def test_configurations_are_resolved_again_only_when_a_file_changed(
         resolved.append(path)
         return load_config(path)
 
-    monkeypatch.setattr(pages, "load_config", counted)
+    monkeypatch.setattr(runs, "load_config", counted)
 
     def steps() -> list[int]:
         return [found["config"]["learner"]["num_steps"] for found in got(client, "/v1/configs")["data"]]

@@ -55,7 +55,7 @@ def serve(
         nice: Niceness from 0 to 19: training goes first where both want a core.
     """
     options = {"--host": host, "--port": port, "--root": root, "--configs": configs, "--nice": nice}
-    command = [sys.executable, "-m", "api", *(str(part) for option in options.items() for part in option)]
+    command = [sys.executable, "-m", "api.main", *(str(part) for option in options.items() for part in option)]
     os.execve(sys.executable, command, dict(os.environ))
 
 

@@ -90,7 +90,7 @@ def up_service(say: Callable[[str], None]) -> None:
         _refuse_taken(host, port, taken, f"ASYNCOPD_SERVICE_URL=http://{host}:{port + 1}")
         say(f"starting the service at {service_url()}")
         options = {"--host": host, "--port": str(port), "--root": "runs", "--configs": "configs"}
-        _spawn("service", [sys.executable, "-m", "api", *(part for option in options.items() for part in option)])
+        _spawn("service", [sys.executable, "-m", "api.main", *(part for option in options.items() for part in option)])
     _wait(lambda: service_answers() or not _runs("service"), 120, f"the service at {service_url()}", "service")
     if not service_answers():
         raise StackError(f"the service ended; the reason is at the end of {_log_path('service')}.")
