@@ -31,7 +31,10 @@ class Tokenizer(Protocol):
     """Text to ids and back. Student and teacher must have equal `digest`s."""
 
     vocab_size: int
+    """Ids that exist: 0 ... vocab_size − 1. A model may have more rows than that."""
     eos_id: int
+    stop_ids: frozenset[int]
+    """Ids that end a response, `eos_id` among them."""
     pad_id: int
     digest: str
     """Hash of everything that decides the mapping."""

@@ -20,7 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.causal_lm import to_safetensors
+from asyncopd.models.load import architecture_of_size, build_causal_lm
 from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.decoding import Decoder
@@ -29,7 +30,6 @@ from asyncopd.types import PolicyVersion, PolicyWeights
 
 ACTIVE = (1, 8, 16, 32, 64, 96, 128)
 NUM_STEPS = 90
-NO_EOS = -1
 CORUN_S = 8.0
 
 
@@ -50,7 +50,7 @@ def decoder(num_slots: int) -> tuple[Decoder, PolicyWeights]:
     weights = PolicyWeights(PolicyVersion(0), to_safetensors(model))
     made = Decoder(
         model,
-        SamplerSettings(slots=num_slots, max_context=224, eos_id=NO_EOS, seed=0, head=4, num_draws=4, law="tail"),
+        SamplerSettings(slots=num_slots, max_context=224, stop_ids=(), seed=0, head=4, num_draws=4, law="tail"),
     )
     made.refresh(weights)
     for index in range(num_slots):

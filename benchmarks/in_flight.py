@@ -20,14 +20,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.causal_lm import to_safetensors
+from asyncopd.models.load import architecture_of_size, build_causal_lm
 from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.tasks.walk import WalkTask
 from asyncopd.types import PolicyVersion, PolicyWeights
-
-NO_EOS = -1
 
 
 async def tokens_per_cpu_s(*, in_flight_updates: bool, num_prompts: int, tokens: int, slots: int) -> tuple[float, int]:
@@ -47,7 +46,7 @@ async def tokens_per_cpu_s(*, in_flight_updates: bool, num_prompts: int, tokens:
     body = to_safetensors(model)
     sampler = HfSampler(
         model,
-        SamplerSettings(slots=slots, max_context=256, eos_id=NO_EOS, seed=0, head=4, num_draws=4, law="tail"),
+        SamplerSettings(slots=slots, max_context=256, stop_ids=(), seed=0, head=4, num_draws=4, law="tail"),
         in_flight_updates=in_flight_updates,
     )
     await sampler.refresh(PolicyWeights(PolicyVersion(0), body))

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from asyncopd.config.losses import HeadTailConfig
 from asyncopd.learner.optimize import LogprobModel, MicroBatch, micro_batches, optimizer_step
 from asyncopd.losses import TokenRows, build_estimator
-from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm
+from asyncopd.models.load import architecture_of_size, build_causal_lm
 from asyncopd.models.packing import pad
 from asyncopd.tasks.walk import WalkTask
 from asyncopd.types import Candidates, ScoredTrajectory, TeacherScores, Trajectory, VersionRun

@@ -26,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, StoppingCriteria
 
-from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.causal_lm import to_safetensors
+from asyncopd.models.load import architecture_of_size, build_causal_lm
 from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.hf import HfSampler
@@ -35,7 +36,6 @@ from asyncopd.types import PolicyVersion, PolicyWeights
 
 BATCH_SIZE = 64
 MAX_NEW_TOKENS = 192
-NO_EOS = -1
 
 
 class LengthsReached(StoppingCriteria):  # type: ignore[misc]
@@ -120,9 +120,7 @@ async def seconds_of_sampler(
 ) -> float:
     """All prompts at once through the engine; loading the weights is not timed."""
     weights = PolicyWeights(PolicyVersion(0), to_safetensors(model))
-    sampling = SamplerSettings(
-        slots=BATCH_SIZE, max_context=256, eos_id=NO_EOS, seed=0, head=4, num_draws=4, law="tail"
-    )
+    sampling = SamplerSettings(slots=BATCH_SIZE, max_context=256, stop_ids=(), seed=0, head=4, num_draws=4, law="tail")
     sampler = HfSampler(model, sampling)
     await sampler.refresh(weights)
     requests = [

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from asyncopd.config.engines import VllmEngine, VllmSampling
-from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.causal_lm import to_safetensors
+from asyncopd.models.load import architecture_of_size, build_causal_lm
 from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import Sampler, SampleRequest, Scorer, ScoreRequest
 from asyncopd.rollout.hf import HfSampler
@@ -39,7 +40,7 @@ EOS_ID, MAX_CONTEXT = 1, 200
 HEAD, NUM_DRAWS = 4, 4
 CPU: dict[str, Any] = {"dtype": "float32", "kv_cache_bytes": 1 << 28, "compile": False}
 SHAPES = {"2 × 64": (2, 64), "4 × 256": (4, 256)}
-SHARED: dict[str, Any] = {"slots": 64, "max_context": MAX_CONTEXT, "eos_id": -1, "seed": 1}
+SHARED: dict[str, Any] = {"slots": 64, "max_context": MAX_CONTEXT, "stop_ids": (), "seed": 1}
 
 
 def show(name: str, value: Any) -> None:

@@ -37,7 +37,8 @@ from asyncopd.config.losses import HeadTailConfig
 from asyncopd.config.schema import Learner
 from asyncopd.learner.student import Student
 from asyncopd.losses import build_estimator
-from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.causal_lm import to_safetensors
+from asyncopd.models.load import architecture_of_size, build_causal_lm
 from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest, Scorer, ScoreRequest
 from asyncopd.rollout.hf import HfSampler

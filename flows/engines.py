@@ -6,17 +6,21 @@ Imports vLLM only in the functions that make such an engine: it is an extra, and
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from asyncopd.config import HfTeacher, ModelConfig, OpenAITeacher, OracleTeacher, RunConfig, TinyModel, VllmTeacher
+from asyncopd.config.engines import EngineDtype, PretrainedModel, VllmEngine
 from asyncopd.errors import ConfigError
 from asyncopd.learner.pretrain import make_tiny_model
-from asyncopd.models.causal_lm import build_causal_lm, load_causal_lm, load_safetensors
+from asyncopd.models.causal_lm import load_safetensors, to_safetensors
+from asyncopd.models.files import ModelFiles
+from asyncopd.models.load import build_causal_lm, load_pretrained, resolved_dtype
 from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import Scorer, Task
 from asyncopd.rollout.hf import HfSampler
@@ -34,17 +38,24 @@ if TYPE_CHECKING:
     from asyncopd.vllm.sampler import VllmSampler
     from asyncopd.vllm.scorer import VllmScorer
 
+logger = logging.getLogger(__name__)
+
+VllmSettings = TypeVar("VllmSettings", bound=VllmEngine)
+
 EVALUATION_HEAD = 8
 """Ids per position on which an evaluation sums KL(p‖q) exactly; four draws estimate the rest."""
 
 
 # -- models -------------------------------------------------------------------------------------------------------
-def load_model(config: RunConfig, store: ObjectStore, model: ModelConfig) -> PreTrainedModel:
-    """A model with its weights, float32: from the cache of pre-trained ones, or from its own directory."""
+def load_model(
+    config: RunConfig, store: ObjectStore, role: str, *, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model of a role (RunConfig.models) with its weights: from the cache of pre-trained ones, or its own files."""
+    model = config.models()[role]
     if not isinstance(model, TinyModel):
-        return load_causal_lm(model.path)
+        return load_pretrained(ModelFiles(model, role), dtype=dtype)
     objects = read_model(store, config.model_digest(model))
-    causal_lm = build_causal_lm(json.loads(objects["config.json"]), seed=0)
+    causal_lm = build_causal_lm(json.loads(objects["config.json"]), seed=0, dtype=dtype)
     load_safetensors(causal_lm, objects["model.safetensors"])
     return causal_lm
 
@@ -61,9 +72,9 @@ def make_model(
     publish_model(store, config.model_digest(model), objects, facts)
 
 
-def student_skeleton(log: StoredRunLog) -> PreTrainedModel:
+def student_skeleton(log: StoredRunLog, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The student's architecture without its weights, as the learner stored it: samplers fetch weights by version."""
-    return build_causal_lm(json.loads(log.read_architecture()["config.json"]), seed=0)
+    return build_causal_lm(json.loads(log.read_architecture()["config.json"]), seed=0, dtype=dtype)
 
 
 # -- samplers -----------------------------------------------------------------------------------------------------
@@ -74,10 +85,10 @@ def rollout_sampler(config: RunConfig, task: Task, log: StoredRunLog) -> HfSampl
         config, task, head=cached.head, num_draws=cached.num_draws, law=cached.law or "policy", seed=config.seed
     )
     if config.rollout.engine != "vllm":
-        return _hf_sampler(config, log, sampling)
+        return _hf_sampler(config, log, sampling, config.rollout.dtype)
     from asyncopd.vllm.sampler import VllmSampler  # an extra that takes ten seconds to import
 
-    settings = config.rollout.vllm
+    settings = _vllm_settings(config.rollout.vllm, config.student)
     if not config.staleness.in_flight_updates:
         settings = settings.model_copy(update={"in_flight": "finish"})
     return VllmSampler(json.loads(log.read_architecture()["config.json"]), sampling, settings=settings)
@@ -86,19 +97,20 @@ def rollout_sampler(config: RunConfig, task: Task, log: StoredRunLog) -> HfSampl
 def evaluation_sampler(config: RunConfig, task: Task, log: StoredRunLog) -> HfSampler:
     """The evaluator's sampler. Another seed than training: held-out prompts carry the same indices."""
     sampling = _sampling(config, task, head=EVALUATION_HEAD, num_draws=4, law="tail", seed=config.seed + 1)
-    return _hf_sampler(config, log, sampling)
+    asked = config.evaluate.dtype if config.evaluate.dtype != "auto" else config.rollout.dtype
+    return _hf_sampler(config, log, sampling, asked)
 
 
-def _hf_sampler(config: RunConfig, log: StoredRunLog, sampling: SamplerSettings) -> HfSampler:
-    in_flight_updates = config.staleness.in_flight_updates
-    return HfSampler(student_skeleton(log).to(_device()), sampling, in_flight_updates=in_flight_updates)
+def _hf_sampler(config: RunConfig, log: StoredRunLog, sampling: SamplerSettings, asked: EngineDtype) -> HfSampler:
+    skeleton = student_skeleton(log, dtype_of("student", config.student, asked)).to(_device())
+    return HfSampler(skeleton, sampling, in_flight_updates=config.staleness.in_flight_updates)
 
 
 def _sampling(config: RunConfig, task: Task, *, head: int, num_draws: int, law: DrawLaw, seed: int) -> SamplerSettings:
     return SamplerSettings(
         slots=config.rollout.slots,
         max_context=_max_context(config, task),
-        eos_id=task.tokenizer.eos_id,
+        stop_ids=tuple(sorted(task.tokenizer.stop_ids)),
         seed=seed,
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
@@ -119,19 +131,25 @@ def make_scorer(config: RunConfig, task: Task, store: ObjectStore) -> Scorer:
         return _vllm_scorer(config, task, store, teacher)
     if isinstance(teacher, OpenAITeacher):
         return _openai_scorer(config, task, teacher)
-    return _hf_scorer(config, task, store, teacher)
+    return _hf_scorer(config, task, store, teacher, teacher.dtype)
 
 
 def evaluation_scorer(config: RunConfig, task: Task, store: ObjectStore) -> Scorer:
     """The run's teacher for its evaluations: what vLLM serves in the score process, transformers serves here."""
-    if isinstance(config.teacher, VllmTeacher):
-        return _hf_scorer(config, task, store, config.teacher)
+    teacher, asked = config.teacher, config.evaluate.dtype
+    if isinstance(teacher, HfTeacher):
+        return _hf_scorer(config, task, store, teacher, asked if asked != "auto" else teacher.dtype)
+    if isinstance(teacher, VllmTeacher):
+        return _hf_scorer(config, task, store, teacher, asked)
     return make_scorer(config, task, store)
 
 
-def _hf_scorer(config: RunConfig, task: Task, store: ObjectStore, teacher: HfTeacher | VllmTeacher) -> HfScorer:
+def _hf_scorer(
+    config: RunConfig, task: Task, store: ObjectStore, teacher: HfTeacher | VllmTeacher, asked: EngineDtype
+) -> HfScorer:
+    dtype = dtype_of("teacher", teacher.model, asked)
     return HfScorer(
-        load_model(config, store, teacher.model).to(_device()),
+        load_model(config, store, "teacher", dtype=dtype).to(_device()),
         name=teacher.name,
         tokenizer_digest=task.tokenizer.digest,
         row_capacity=config.score.row_capacity,
@@ -142,22 +160,23 @@ def _vllm_scorer(config: RunConfig, task: Task, store: ObjectStore, teacher: Vll
     """A teacher in a vLLM engine, which starts at once: the run's first responses are sampled meanwhile."""
     from asyncopd.vllm.scorer import VllmScorer  # an extra that takes ten seconds to import
 
-    folder = None
-    if isinstance(teacher.model, TinyModel):
-        made = read_model(store, config.model_digest(teacher.model))
-        folder = ModelFolder(len(made["model.safetensors"]))
-        folder.write(json.loads(made["config.json"]), made["model.safetensors"])
-        path = str(folder.path)
+    model, folder, settings = teacher.model, None, _vllm_settings(teacher.vllm, teacher.model)
+    if isinstance(model, PretrainedModel) and not (model.gguf_file or model.drop_layers):
+        path = str(ModelFiles(model, "teacher.model").local_folder())
     else:
-        path = teacher.model.path
+        made = load_model(config, store, "teacher")
+        weights = to_safetensors(made, None if settings.dtype == "auto" else getattr(torch, settings.dtype))
+        folder = ModelFolder(len(weights))
+        folder.write(made.config.to_dict(), weights)
+        path = str(folder.path)
     scorer = VllmScorer(
         path,
         name=teacher.name,
         tokenizer_digest=task.tokenizer.digest,
-        vocab_size=_vocab_size(task, teacher.model),
+        vocab_size=task.tokenizer.vocab_size,
         max_context=_max_context(config, task),
         max_sequences=teacher.max_sequences,
-        settings=teacher.vllm,
+        settings=settings,
         owned_folder=folder,
     )
     scorer.start()
@@ -177,7 +196,7 @@ def _openai_scorer(config: RunConfig, task: Task, teacher: OpenAITeacher) -> Ope
         model=teacher.model,
         name=teacher.name,
         tokenizer=task.tokenizer,
-        vocab_size=_vocab_size(task, config.student),
+        vocab_size=task.tokenizer.vocab_size,
         max_context=_max_context(config, task),
         compare_text=teacher.compare_text,
         concurrency=teacher.concurrency,
@@ -196,8 +215,17 @@ def _max_context(config: RunConfig, task: Task) -> int:
     return task.max_prompt_tokens + config.rollout.max_new_tokens
 
 
-def _vocab_size(task: Task, model: ModelConfig) -> int:
-    """Rows of the output embedding, which may exceed what the tokenizer produces."""
-    if isinstance(model, TinyModel):
-        return task.tokenizer.vocab_size
-    return int(AutoConfig.from_pretrained(model.path).vocab_size)
+def dtype_of(role: str, model: ModelConfig, asked: EngineDtype) -> torch.dtype:
+    """What an engine of this process computes in; says so where the choice was its own."""
+    dtype = resolved_dtype(asked, pretrained=isinstance(model, PretrainedModel), device=_device())
+    if asked == "auto":
+        logger.info("%s: %s weights and activations (dtype auto).", role, str(dtype).removeprefix("torch."))
+    return dtype
+
+
+def _vllm_settings(settings: VllmSettings, model: ModelConfig) -> VllmSettings:
+    """With `auto` resolved as everywhere else; vLLM's own `auto` is what config.json says."""
+    if settings.dtype != "auto":
+        return settings
+    dtype = str(dtype_of("vllm", model, "auto")).removeprefix("torch.")
+    return settings.model_copy(update={"dtype": dtype})

@@ -12,18 +12,28 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from asyncopd.config import RunConfig, TinyModel
+from asyncopd.config import PretrainedModel, RunConfig, TinyModel
 from asyncopd.evaluate import EvaluateStage
 from asyncopd.learner.stage import LearnStage
 from asyncopd.learner.student import Student
 from asyncopd.losses import build_estimator
+from asyncopd.models.files import ModelFiles
 from asyncopd.ports import Sampler, ScoreRequest, Task
 from asyncopd.rollout.stage import RolloutStage
 from asyncopd.tasks.build import build_task
 from asyncopd.tasks.tokenizers_hf import HfTokenizer
 from asyncopd.teacher.stage import ScoreStage
 from asyncopd.worker import Worker
-from flows.engines import evaluation_sampler, evaluation_scorer, load_model, make_model, make_scorer, rollout_sampler
+from flows.engines import (
+    dtype_of,
+    evaluation_sampler,
+    evaluation_scorer,
+    load_model,
+    make_model,
+    make_scorer,
+    rollout_sampler,
+)
+from flows.preflight import tokenizer_files
 from storage.run_log import StoredRunLog
 from storage.runs import open_run
 from storage.score_cache import StoredScoreCache
@@ -58,10 +68,17 @@ def open_stored_run(root: str, run_id: str) -> OpenRun:
 
 def task_of(config: RunConfig, seed: int) -> Task:
     """The task of a run, its streams seeded by `seed`; loads a Hugging Face tokenizer where the task names one."""
-    tokenizer = None
-    if config.task.kind == "text" and config.task.tokenizer != "bytes":
-        tokenizer = HfTokenizer(config.task.tokenizer)
-    return build_task(config.task, seed=seed, tokenizer=tokenizer)
+    task, tokenizer = config.task, None
+    if task.kind == "text" and task.tokenizer != "bytes":
+        student = config.student
+        # A student's generation_config lists every id that it ends with.
+        stop_ids = ModelFiles(student, "student").stop_ids if isinstance(student, PretrainedModel) else ()
+        tokenizer = HfTokenizer(
+            tokenizer_files(config), stop_ids=stop_ids, stop_tokens=task.stop_tokens, chat_date=task.chat_date
+        )
+        if task.prompt_format == "chat":
+            tokenizer.check_turns(task.chat_options)
+    return build_task(task, seed=seed, tokenizer=tokenizer)
 
 
 def pretrain_model(run: OpenRun, worker: Worker, role: str, model: TinyModel) -> None:
@@ -116,7 +133,7 @@ def score_stage(run: OpenRun, worker: Worker) -> ScoreStage:
 def learn_stage(run: OpenRun, worker: Worker) -> LearnStage:
     """The learner. Stores the student's architecture, which samplers wait for, before version 0."""
     config = run.config
-    causal_lm = load_model(config, run.store, config.student)
+    causal_lm = load_model(config, run.store, "student")
     run.log.publish_architecture({"config.json": json.dumps(causal_lm.config.to_dict()).encode()})
     if config.learner.publish.kind == "delta":
         run.log.publish_deltas(full_every=config.learner.publish.full_every)
@@ -132,11 +149,18 @@ def learn_stage(run: OpenRun, worker: Worker) -> LearnStage:
 
 def student_of(config: RunConfig, causal_lm: PreTrainedModel) -> Student:
     """The student that the run's learner trains, before its first step."""
+    sampling = config.rollout.vllm if config.rollout.engine == "vllm" else config.rollout
+    publish = config.learner.publish
+    asked = publish.dtype if publish.dtype != "auto" or sampling.dtype == "float16" else sampling.dtype
+    compute = dtype_of("learner", config.student, config.learner.compute_dtype)
+    published = dtype_of("published weights", config.student, asked)
     return Student(
         causal_lm,
         build_estimator(config.loss),
-        Accelerator(mixed_precision="bf16" if config.learner.compute_dtype == "bfloat16" else "no"),
-        config.learner,
+        Accelerator(mixed_precision="bf16" if compute == torch.bfloat16 else "no"),
+        config.learner.model_copy(
+            update={"publish": publish.model_copy(update={"dtype": str(published).removeprefix("torch.")})}
+        ),
         temperature=config.rollout.temperature,
     )
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from asyncopd.config.engines import VllmEngine, VllmSampling
-from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm
+from asyncopd.models.load import architecture_of_size, build_causal_lm
 from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import Sampler, SampleRequest
 from asyncopd.rollout.hf import HfSampler
@@ -65,7 +65,14 @@ def architecture() -> dict[str, Any]:
 @contextlib.asynccontextmanager
 async def sampler_of(engine: str, model: PreTrainedModel, **settings: Any) -> AsyncIterator[Sampler]:
     """A sampler engine with the model's weights as version 0; closed at the end."""
-    shared: dict[str, Any] = {"slots": 16, "max_context": MAX_CONTEXT, "eos_id": EOS_ID, "seed": 5, **LAW, **CANDIDATES}
+    shared: dict[str, Any] = {
+        "slots": 16,
+        "max_context": MAX_CONTEXT,
+        "stop_ids": (EOS_ID,),
+        "seed": 5,
+        **LAW,
+        **CANDIDATES,
+    }
     sampler: Sampler
     if engine == "hf":
         sampler = HfSampler(build_causal_lm(ARCHITECTURE, seed=9), SamplerSettings(**shared))

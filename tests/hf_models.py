@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.causal_lm import to_safetensors
+from asyncopd.models.load import architecture_of_size, build_causal_lm
 from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.hf import HfSampler
@@ -60,7 +61,7 @@ def requests(count: int, *, max_new_tokens: int = 40, seed: int = 0) -> list[Sam
 @contextlib.asynccontextmanager
 async def running_sampler(model: PreTrainedModel, **changes: Any) -> AsyncIterator[HfSampler]:
     """A sampler with the model's own weights as version 0; closed at the end."""
-    settings: dict[str, Any] = {"slots": 8, "max_context": MAX_CONTEXT, "eos_id": EOS_ID, "seed": 5}
+    settings: dict[str, Any] = {"slots": 8, "max_context": MAX_CONTEXT, "stop_ids": (EOS_ID,), "seed": 5}
     initial = weights(model)
     sampler = HfSampler(model, SamplerSettings(**{**settings, **changes}))
     try:

@@ -18,7 +18,7 @@ from asyncopd.config.schema import Learner
 from asyncopd.learner.optimize import LogprobModel
 from asyncopd.learner.student import Student
 from asyncopd.losses import build_estimator
-from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm
+from asyncopd.models.load import architecture_of_size, build_causal_lm
 from asyncopd.types import Candidates, DrawLaw, ScoredTrajectory, TeacherScores, Trajectory, VersionRun
 
 torch.set_num_threads(1)

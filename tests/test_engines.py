@@ -191,7 +191,7 @@ async def test_a_cancelled_call_harms_nobody(engine: Sampler) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 async def test_sampling_before_the_first_weights_is_refused(name: str) -> None:
-    shared: dict[str, Any] = {"slots": 2, "max_context": MAX_CONTEXT, "eos_id": EOS_ID, "seed": 0}
+    shared: dict[str, Any] = {"slots": 2, "max_context": MAX_CONTEXT, "stop_ids": (EOS_ID,), "seed": 0}
     sampler = HfSampler(byte_model(), SamplerSettings(**shared)) if name == "hf" else vllm_sampler(**shared)
     with pytest.raises(EngineError, match="no weights yet"):
         await sampler.sample(requests(1)[0])

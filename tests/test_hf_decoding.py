@@ -12,7 +12,7 @@ from hf_models import EOS_ID, FAMILIES, MAX_CONTEXT, law_rows, requests, tiny_mo
 from transformers import PreTrainedModel
 
 from asyncopd.errors import ConfigError, EngineError
-from asyncopd.models.causal_lm import build_causal_lm
+from asyncopd.models.load import build_causal_lm
 from asyncopd.models.sampling import LOGPROB_FLOOR, SamplerSettings
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout import decoding
@@ -28,7 +28,7 @@ def decoder(model: PreTrainedModel, **changes: Any) -> Decoder:
         "num_draws": 2,
         "law": "tail",
         "seed": 5,
-        "eos_id": EOS_ID,
+        "stop_ids": (EOS_ID,),
     }
     initial = weights(model)
     made = Decoder(model, SamplerSettings(**{**settings, **changes}))
@@ -115,8 +115,8 @@ def test_refresh_keeps_tokens_and_continues_under_the_new_weights(family: str) -
     old, new = tiny_model(family, seed=0), tiny_model(family, seed=1)
     # Without EOS every response has 12 tokens, so each number below is exact.
     asked = requests(6, max_new_tokens=12)
-    before = decode(decoder(tiny_model(family, seed=0), eos_id=-1), asked)
-    engine = decoder(tiny_model(family, seed=0), eos_id=-1)
+    before = decode(decoder(tiny_model(family, seed=0), stop_ids=()), asked)
+    engine = decoder(tiny_model(family, seed=0), stop_ids=())
     made = decode(engine, asked, {5: weights(new, 7)})
     assert engine.version is not None
     assert engine.version.number == 7
@@ -150,7 +150,7 @@ def test_refresh_while_slots_are_refilled_matches_running_alone() -> None:
 
 
 def test_two_refreshes_between_steps_leave_one_run() -> None:
-    engine = decoder(tiny_model(), eos_id=-1)
+    engine = decoder(tiny_model(), stop_ids=())
     engine.admit(requests(1, max_new_tokens=3)[0])
     with torch.inference_mode():
         engine.step()

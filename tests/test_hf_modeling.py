@@ -14,14 +14,8 @@ from transformers import PreTrainedModel
 
 from asyncopd.errors import EngineError
 from asyncopd.models import causal_lm as modeling
-from asyncopd.models.causal_lm import (
-    architecture_of_size,
-    build_causal_lm,
-    load_causal_lm,
-    load_safetensors,
-    to_safetensors,
-    weights_digest,
-)
+from asyncopd.models.causal_lm import load_safetensors, to_safetensors, weights_digest
+from asyncopd.models.load import architecture_of_size, build_causal_lm
 
 SIZES = {
     "vocab_size": 16,

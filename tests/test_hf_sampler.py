@@ -19,7 +19,7 @@ from asyncopd.types import PolicyVersion, PolicyWeights
 
 
 def endless(count: int) -> list[SampleRequest]:
-    """Requests that no EOS ends; use with eos_id = −1."""
+    """Requests that no EOS ends; use with no stop ids."""
     return requests(count, max_new_tokens=MAX_CONTEXT - 6)
 
 
@@ -59,7 +59,7 @@ async def test_first_tokens_follow_the_models_law() -> None:
 
 async def test_refresh_in_flight_keeps_tokens_and_records_runs() -> None:
     new = tiny_model(seed=1)
-    async with running_sampler(tiny_model(), eos_id=-1) as sampler:
+    async with running_sampler(tiny_model(), stop_ids=()) as sampler:
         running = asyncio.gather(*(sampler.sample(request) for request in endless(4)))
         while sampler.num_generated_tokens < 40:
             await asyncio.sleep(0.001)
@@ -91,14 +91,14 @@ async def test_requests_that_cannot_be_served_name_their_index() -> None:
 
 
 async def test_sampling_before_the_first_weights_is_refused() -> None:
-    sampler = HfSampler(tiny_model(), SamplerSettings(slots=2, max_context=MAX_CONTEXT, eos_id=EOS_ID, seed=0))
+    sampler = HfSampler(tiny_model(), SamplerSettings(slots=2, max_context=MAX_CONTEXT, stop_ids=(EOS_ID,), seed=0))
     with pytest.raises(EngineError, match="no weights yet"):
         await sampler.sample(requests(1)[0])
     await sampler.close()
 
 
 async def test_close_fails_what_is_pending_within_a_second() -> None:
-    async with running_sampler(tiny_model(), slots=2, eos_id=-1) as sampler:
+    async with running_sampler(tiny_model(), slots=2, stop_ids=()) as sampler:
         calls = [asyncio.ensure_future(sampler.sample(request)) for request in endless(40)]
         while sampler.num_active == 0:
             await asyncio.sleep(0.001)

@@ -15,7 +15,7 @@ from asyncopd.types import PolicyVersion, Trajectory
 
 
 def sampler_of(slots: int, *, in_flight_updates: bool) -> HfSampler:
-    sampling = SamplerSettings(slots=slots, max_context=MAX_CONTEXT, eos_id=-1, seed=0)
+    sampling = SamplerSettings(slots=slots, max_context=MAX_CONTEXT, stop_ids=(), seed=0)
     return HfSampler(tiny_model(), sampling, in_flight_updates=in_flight_updates)
 
 

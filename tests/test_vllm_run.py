@@ -16,7 +16,8 @@ from patience import stretched
 from test_deployment import Stack, _is_gone, stack, until
 
 from asyncopd.config import load_config
-from asyncopd.models.causal_lm import build_causal_lm, load_safetensors
+from asyncopd.models.causal_lm import load_safetensors
+from asyncopd.models.load import build_causal_lm
 from storage.run_log import StoredRunLog
 
 __all__ = ["stack"]

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 import storage.weight_delta
 from asyncopd.errors import ShardCorruptError
-from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, load_safetensors, to_safetensors
+from asyncopd.models.causal_lm import load_safetensors, to_safetensors
+from asyncopd.models.load import architecture_of_size, build_causal_lm
 from storage.weight_delta import apply_delta, encode_delta
 
 DTYPES = (

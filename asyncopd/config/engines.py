@@ -57,10 +57,20 @@ class PretrainedModel(Frozen):
 
     kind: Literal["pretrained"] = "pretrained"
     path: str
-    """Directory with config.json, *.safetensors and tokenizer files, or for example `Qwen/Qwen3-0.6B`."""
+    """Directory with config.json, *.safetensors and tokenizer files, for example `Qwen/Qwen3-0.6B`, or
+    `package:NAME`, the folder of an installed Python package that carries weights."""
     revision: str = "main"
     """Branch, tag or commit when `path` is a hub name."""
+    gguf_file: str = ""
+    """Name of a GGUF file in `path`, of which weights, configuration and tokenizer are taken; weights are
+    de-quantised."""
+    drop_layers: tuple[int, ...] = ()
+    """Layers to leave out, counted from 0: a shallower student, which distillation then heals."""
 
+
+EngineDtype = Literal["auto", "float32", "bfloat16"]
+"""Of an hf engine's weights and activations. `auto` is bfloat16 for a pretrained model where the processor multiplies
+it natively (CUDA, AMX, AVX512-BF16), float32 elsewhere; the role's log says which."""
 
 ModelConfig = Annotated[TinyModel | PretrainedModel, Field(discriminator="kind")]
 
@@ -69,7 +79,8 @@ class VllmEngine(Frozen):
     """One vLLM engine, as far as a run decides about it."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and activations. `auto` is what the model's config.json says; log-probs are float32 either way."""
+    """Of weights and activations. `auto` is bfloat16 for a pretrained model where the processor multiplies it
+    natively, float32 elsewhere; log-probs are float32 either way."""
     memory_fraction: float = Field(0.4, gt=0, le=1)
     """Share of a device's memory the engine takes, weights and KV cache together. 0.4 leaves room on one GPU for the
     learner and a teacher; a GPU of its own deserves 0.9. Without effect when `kv_cache_bytes` is set."""
@@ -120,6 +131,8 @@ class HfTeacher(Teacher):
     engine: Literal["hf"] = "hf"
     model: ModelConfig
     """Its weights: `kind: tiny`, made here by `pretrain`, or `kind: pretrained`."""
+    dtype: EngineDtype = "auto"
+    """Of weights and activations; log-probs are float32 either way."""
 
 
 class VllmTeacher(Teacher):

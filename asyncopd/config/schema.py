@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from asyncopd.config.base import Frozen
 from asyncopd.config.engines import (
+    EngineDtype,
     HfTeacher,
     ModelConfig,
     OracleTeacher,
@@ -134,6 +135,8 @@ class Rollout(Frozen):
     """`hf` for CPUs and small models; `vllm` for GPUs (docs/engines.md). Evaluations sample with hf either way."""
     vllm: VllmSampling = VllmSampling()
     """Only read when engine is vllm."""
+    dtype: EngineDtype = "auto"
+    """Of the hf engine's weights and activations; log-probs are float32 either way."""
     workers: int = Field(1, ge=1)
     """Rollout processes on this machine. One fills one core."""
     slots: int = Field(128, ge=1)
@@ -188,9 +191,9 @@ class Publish(Frozen):
     full_every: int = Field(16, ge=1)
     """Every so many versions the full weights are stored beside the delta: what a joining worker starts from. With
     deltas of 3 % of the full size, 16 makes a join cost at most half more than a full version."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: EngineDtype = "auto"
     """Of the published floating-point weights. The learner keeps float32 master weights and checkpoints; bfloat16
-    makes samplers act on rounded weights, which counts as drift."""
+    makes samplers act on rounded weights, which counts as drift. `auto` is the dtype the samplers compute in."""
 
 
 class Learner(Frozen):
@@ -216,7 +219,7 @@ class Learner(Frozen):
     where 256 takes 48. A longer response gets a longer row."""
     rows_per_micro_batch: int = Field(32, ge=1)
     """Packed rows of one forward and backward. The gradient does not depend on it, memory does."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: EngineDtype = "auto"
     """Of forward and backward. Master weights and the optimizer are float32 either way."""
     checkpoint_every: int = Field(20, ge=1)
     """Steps between checkpoints; what a crash can cost is at most this many optimizer steps, never a rollout."""
@@ -237,6 +240,8 @@ class Evaluate(Frozen):
     """Policy versions between evaluations; the first and the last are always evaluated. 0 evaluates none."""
     num_prompts: int = Field(300, ge=1)
     """Held-out prompts, the same ones every time. 300 gives a standard error of 2.7 points near 65 %."""
+    dtype: EngineDtype = "auto"
+    """Of the evaluator's student and teacher; `auto` is that of rollout and teacher."""
 
 
 class Limits(Frozen):

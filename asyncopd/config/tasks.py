@@ -7,6 +7,7 @@ Nothing here follows the run's seed except the order of training prompts: which 
 from __future__ import annotations
 
 import math
+from datetime import date
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -83,7 +84,15 @@ class TextConfig(Frozen):
     """Demonstration text after the prompt; `{answer}` is replaced by the reference. The blank separates it from
     `Answer:`; chat models want `{answer}`."""
     tokenizer: str = Field("bytes", min_length=1)
-    """`bytes` (259 ids, no download, for tiny models), or directory or hub name of a Hugging Face tokenizer."""
+    """`bytes` (259 ids, no download, for tiny models), `student` for that of the student's own files, or directory or
+    hub name of a Hugging Face tokenizer."""
+    tokenizer_revision: str = "main"
+    """Branch, tag or commit when `tokenizer` is a hub name."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a response besides those that tokenizer and generation_config.json name, for example
+    `["<|im_end|>"]`."""
+    chat_date: date | None = None
+    """What a chat template that asks for today's date is told: prompts must not change overnight."""
     max_prompt_tokens: int = Field(512, ge=1)
     """Longest admissible prompt. Even cut into pieces of four letters no GSM8K question has 300; as `bytes`, with the
     default template, the longest has 1010."""

@@ -13,7 +13,8 @@ from asyncopd.config.engines import Pretrain, TinyModel
 from asyncopd.learner.optimize import LogprobModel
 from asyncopd.learner.student import learning_rate
 from asyncopd.losses.divergences import cross_entropy
-from asyncopd.models.causal_lm import architecture_of_size, build_causal_lm, to_safetensors
+from asyncopd.models.causal_lm import to_safetensors
+from asyncopd.models.load import architecture_of_size, build_causal_lm
 from asyncopd.models.packing import pack
 from asyncopd.ports import Task
 from asyncopd.records import Facts

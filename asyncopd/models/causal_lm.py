@@ -1,4 +1,4 @@
-"""Causal language models as the learner and the hf engines see them: build, load, serialise, and one packed forward.
+"""Causal language models as the learner and the hf engines see them: one packed forward, the head, and serialising.
 
 Relies on transformers' public interfaces only: auto classes, 4-D attention masks, `base_model` and output embeddings.
 Suffixes: R rows, C columns, T predicted tokens, D hidden, V vocabulary.
@@ -9,179 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from asyncopd.errors import EngineError
-from asyncopd.models.packing import PackedTokens, pack
+from asyncopd.models.packing import PackedTokens
 
-# Sets where a model changes its logits after the output embedding, with the value that changes nothing.
-_LOGIT_CHANGES: Mapping[str, float | None] = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-}
 # Facts about where a model came from or how it runs; its numbers do not depend on them.
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "architectures", "use_cache")
-
-
-def architecture_of_size(
-    *,
-    num_layers: int,
-    hidden_size: int,
-    num_heads: int,
-    vocab_size: int,
-    max_positions: int,
-    eos_id: int,
-    pad_id: int,
-    bos_id: int | None = None,
-    model_type: Literal["gpt2", "llama", "qwen3"] = "gpt2",
-) -> dict[str, Any]:
-    """A small architecture, as the mapping that `build_causal_lm` takes; no dropout.
-
-    With 42 ids and 256 positions, 2 × 48 and 3 × 96 have 68,784 and 395,808 parameters as `llama` (MLP 10/3 wide,
-    untied embeddings), 68,832 and 395,952 as `qwen3`, 70,944 and 364,320 as `gpt2` (MLP 4 wide, tied, learned
-    positions; a third faster on a CPU because it is fewer operations).
-
-    Raises:
-        EngineError: the heads do not divide the hidden size.
-    """
-    if hidden_size % num_heads:
-        raise EngineError(f"hidden size {hidden_size} is not a multiple of {num_heads} heads; change one of them.")
-    # 0.02 is right for a width of 768; keep its ratio to 1/sqrt(width), or tiny models start almost silent.
-    initializer_range = 0.02 * (768 / hidden_size) ** 0.5
-    common = {
-        "model_type": model_type,
-        "vocab_size": vocab_size,
-        "initializer_range": initializer_range,
-        "eos_token_id": eos_id,
-        "pad_token_id": pad_id,
-        "bos_token_id": bos_id,
-    }
-    if model_type == "gpt2":
-        sizes = {"n_layer": num_layers, "n_embd": hidden_size, "n_head": num_heads, "n_positions": max_positions}
-        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        # The exact GELU is one operation where GPT-2's own approximation is eight.
-        return {**common, **sizes, **dropout, "activation_function": "gelu"}
-    return {
-        **common,
-        "num_hidden_layers": num_layers,
-        "hidden_size": hidden_size,
-        "intermediate_size": max(16, round(hidden_size * 10 / 3 / 16) * 16),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": num_heads,
-        "head_dim": hidden_size // num_heads,
-        "max_position_embeddings": max_positions,
-        "tie_word_embeddings": False,
-    }
-
-
-def build_causal_lm(
-    architecture: Mapping[str, Any], *, seed: int, dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """A randomly initialised model; the same architecture, seed and dtype give the same weights.
-
-    Args:
-        architecture: a transformers configuration as a mapping, `model_type` included.
-    Raises:
-        EngineError: unknown `model_type`, or an architecture that `check_architecture` refuses.
-    """
-    try:
-        config = AutoConfig.for_model(**architecture)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise EngineError(
-            f"architecture {dict(architecture)} cannot be built by transformers with torch's attention: {error}"
-        ) from error
-    check_architecture(model)
-    return model.eval()
-
-
-def load_causal_lm(directory: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model from a transformers checkpoint directory (or a hub name, where the hub can be reached).
-
-    Raises:
-        EngineError: nothing loadable is there, or an architecture that `check_architecture` refuses.
-    """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise EngineError(
-            f"{directory}: no causal language model could be loaded ({error}). Expected a directory with config.json "
-            "and safetensors weights, or a hub name that this machine can download."
-        ) from error
-    check_architecture(model)
-    return model.eval()
-
-
-def check_architecture(model: PreTrainedModel) -> None:
-    """Refuse what packed rows and gathering would silently get wrong: known causes by name, the rest by trial.
-
-    Raises:
-        EngineError: the logits are changed after the output embedding, a layer does not attend to its whole prefix
-            (sliding windows, linear attention), the position code depends on what else is in the batch, or two
-            sequences packed into one row do not get the logits they get alone.
-    """
-    config = model.config
-    for name, neutral in _LOGIT_CHANGES.items():
-        value = getattr(config, name, neutral)
-        if value is not None and value != neutral:
-            raise EngineError(
-                f"{config.model_type}: {name} = {value} changes the logits after the output embedding. "
-                f"Log-probs are gathered from hidden states here; only {name} = {neutral} is supported."
-            )
-    other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    uses_window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if other_layers or uses_window:
-        raise EngineError(
-            f"{config.model_type}: layers attend to less than their prefix "
-            f"({', '.join(sorted(other_layers)) or f'sliding_window = {config.sliding_window}'}). "
-            "Only full attention is supported; set sliding_window to null if the context fits the window."
-        )
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type in ("dynamic", "longrope"):
-        raise EngineError(
-            f"{config.model_type}: rope_type {rope_type} changes with the longest position of a batch, so a "
-            "token's log-prob would depend on its neighbours. Use default, linear, yarn or llama3."
-        )
-    _check_packed_logits(model)
-
-
-@torch.no_grad()
-def _check_packed_logits(model: PreTrainedModel) -> None:
-    sequences = [(np.array([1, 0, 1]), np.array([0])), (np.array([0, 1]), np.array([0]))]
-    model.eval()
-    try:
-        packed_2D = packed_hidden(model, pack(sequences, capacity=5))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise EngineError(
-            f"{model.config.model_type} does not take 4-D attention masks with position ids ({error}), so sequences "
-            "cannot be packed; it is not supported."
-        ) from error
-    weight_VD, bias_V = output_embedding(model)
-    found_2V = torch.nn.functional.linear(packed_2D, weight_VD, bias_V).float()
-    prompts = [torch.from_numpy(prompt)[None].to(model.device) for prompt, _ in sequences]
-    alone_2V = torch.cat(
-        [model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1].float() for ids in prompts]
-    )
-    difference, scale = (found_2V - alone_2V).abs().max().item(), alone_2V.abs().max().item()
-    # NaN fails too.
-    if not difference <= (1e-3 if model.dtype == torch.float32 else 0.1) * scale + 1e-6:
-        raise EngineError(
-            f"{model.config.model_type}: logits of two sequences packed into one row differ by {difference:.2g} from "
-            f"their own (at most {scale:.2g}). The architecture ignores 4-D masks or position ids, or changes its "
-            "logits after the output embedding; it is not supported."
-        )
 
 
 def packed_hidden(model: PreTrainedModel, packed: PackedTokens) -> Tensor:
@@ -220,13 +59,47 @@ def block_causal_mask(segments_RC: Tensor, dtype: torch.dtype) -> Tensor:
 def output_embedding(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """(weight_VD, bias_V or None) that turn hidden states into logits; the live parameters, not copies.
 
+    V are the rows of the head. Where the tokenizer has fewer ids than that (`mark_missing_ids`), the bias takes the
+    mass of the other rows away, whoever multiplies.
+
     Raises:
         EngineError: the model has no linear output embedding.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         raise EngineError(f"{model.config.model_type}: the output embedding is {type(head).__name__}, not linear.")
-    return head.weight, head.bias
+    missing_V: Tensor | None = getattr(head, "missing_ids_V", None)
+    if missing_V is None:
+        return head.weight, head.bias
+    return head.weight, missing_V if head.bias is None else head.bias + missing_V
+
+
+def mark_missing_ids(model: PreTrainedModel, num_ids: int) -> None:
+    """Say that only the ids 0 ... num_ids − 1 exist: no engine gives the other rows of the head any mass.
+
+    Kept in the model's configuration, so that whoever builds this architecture again knows it too.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or num_ids >= head.out_features:
+        return
+    model.config.num_ids = num_ids
+    missing_V = torch.zeros(head.out_features, dtype=head.weight.dtype, device=head.weight.device)
+    # Finite: −inf times a probability of 0 would make an entropy NaN.
+    missing_V[num_ids:] = max(-1e9, torch.finfo(missing_V.dtype).min / 2)
+    head.register_buffer("missing_ids_V", missing_V, persistent=False)
+
+
+def num_ids(model: PreTrainedModel) -> int:
+    """Ids that exist; the rows of the head may be more."""
+    return int(getattr(model.config, "num_ids", model.config.vocab_size))
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the processor has instructions for it: without AVX512-BF16 torch's products on a CPU are 50 times slower
+    than float32's."""
+    if device.type != "cpu":
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def to_safetensors(model: PreTrainedModel, dtype: torch.dtype | None = None) -> bytes:

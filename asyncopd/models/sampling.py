@@ -83,7 +83,8 @@ class SamplerSettings:
     """Responses that are generated side by side."""
     max_context: int
     """Most tokens of prompt and response together; sizes the cache."""
-    eos_id: int
+    stop_ids: tuple[int, ...]
+    """Ids that end a response."""
     seed: int
     """The run's seed; with a trajectory's index it decides every draw."""
     temperature: float = 1.0

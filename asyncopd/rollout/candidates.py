@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from asyncopd.errors import EngineError
-from asyncopd.models.causal_lm import load_safetensors, output_embedding, packed_hidden
+from asyncopd.models.causal_lm import load_safetensors, num_ids, output_embedding, packed_hidden
 from asyncopd.models.packing import pack
 from asyncopd.models.sampling import CandidateRule, check_law, draw, law_logprobs, policy_key
 from asyncopd.types import Candidates, Trajectory
@@ -51,7 +51,7 @@ class CandidateSource:
         Raises:
             ConfigError: candidates that do not fit the vocabulary.
         """
-        check_law(temperature=temperature, top_p=top_p, rule=rule, vocab_size=model.config.vocab_size)
+        check_law(temperature=temperature, top_p=top_p, rule=rule, vocab_size=num_ids(model))
         self._model, self._read_weights = model.eval(), read_weights
         self._rule, self._temperature, self._top_p, self._seed = rule, temperature, top_p, seed
         self._row_capacity = row_capacity

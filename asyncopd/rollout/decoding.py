@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asyncopd.errors import EngineError
+from asyncopd.models.causal_lm import num_ids
 from asyncopd.models.packing import PackedTokens, TokenPair, pack
 from asyncopd.models.sampling import SamplerSettings, draw, law_logprobs, policy_key
 from asyncopd.ports import SampleRequest
@@ -58,10 +59,11 @@ class Decoder:
             ConfigError: a sampling law that is no distribution.
             EngineError: the model cannot serve `max_context` or be given slots.
         """
-        rule = settings.rule(model.config.vocab_size)
+        rule = settings.rule(num_ids(model))
         num_slots, max_context = settings.slots, settings.max_context
         self._model = SlotModel(model, num_slots=num_slots, max_context=max_context)
         self._rule, self._settings = rule, settings
+        self._stop_ids = np.array(settings.stop_ids, np.int64)
         self.version: PolicyVersion | None = None
         self.num_slots, self.max_context = num_slots, max_context
         self.vocab_size = self._model.vocab_size
@@ -150,7 +152,7 @@ class Decoder:
         self._last_ids_S[active] = ids_AC[:, 0]
         self._is_cached_S[active] = True
         self._counts_S[active] += 1
-        is_finished_A = (ids_AC[:, 0] == self._settings.eos_id) | (self._counts_S[active] >= self._limits_S[active])
+        is_finished_A = np.isin(ids_AC[:, 0], self._stop_ids) | (self._counts_S[active] >= self._limits_S[active])
         return [self._finish(int(slot)) for slot in np.flatnonzero(is_finished_A)]
 
     def _hidden(self) -> Tensor:
@@ -213,7 +215,7 @@ class Decoder:
         self._responses[slot] = None
         self._holes.append(slot)
         count = int(self._counts_S[slot])
-        reason: FinishReason = "stop" if self._last_ids_S[slot] == self._settings.eos_id else "length"
+        reason: FinishReason = "stop" if self._last_ids_S[slot] in self._stop_ids else "length"
         ends = [start for _, start in response.runs[1:]] + [count]
         return response.ticket, self._rule.trajectory(
             response.request.index,

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from asyncopd.errors import EngineError
-from asyncopd.models.causal_lm import block_causal_mask, load_safetensors, output_embedding
+from asyncopd.models.causal_lm import block_causal_mask, load_safetensors, num_ids, output_embedding
 from asyncopd.models.packing import PackedTokens, pack
 
 ATTENTION_NAME = "asyncopd_slots"
@@ -163,7 +163,7 @@ class SlotModel:
                 f"and {num_slots} slots at least 1."
             )
         model.set_attn_implementation(ATTENTION_NAME)
-        self.vocab_size = int(model.config.vocab_size)
+        self.vocab_size = num_ids(model)
         self.cache = SlotCache(num_slots, max_context)
         self._model, self._num_layers = model.eval(), int(model.config.num_hidden_layers)
         # Kept, because the model finds them by walking its parameters, and a step asks many times.

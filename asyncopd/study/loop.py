@@ -170,7 +170,7 @@ async def _sampler(
     sampling = SamplerSettings(
         slots=SLOTS,
         max_context=task.max_prompt_tokens + settings.max_new_tokens,
-        eos_id=task.tokenizer.eos_id,
+        stop_ids=tuple(task.tokenizer.stop_ids),
         seed=seed,
         temperature=warm.config.rollout.temperature,
         head=head,

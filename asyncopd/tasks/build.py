@@ -36,7 +36,7 @@ def build_task(config: TaskConfig, seed: int, tokenizer: TextTokenizer | None = 
     if tokenizer is None:
         raise ConfigError(
             f"task.tokenizer {config.tokenizer!r}: no tokenizer was handed in. "
-            f"Pass HfTokenizer({config.tokenizer!r}) to build_task, or set task.tokenizer to bytes."
+            f"Hand an HfTokenizer to build_task, or set task.tokenizer to bytes."
         )
     return _build_text(config, seed, tokenizer)
 
@@ -51,11 +51,9 @@ def _build_text(config: TextConfig, seed: int, tokenizer: TextTokenizer) -> Text
     )
 
     def encode_prompt(question: str) -> list[int]:
-        # Replaced rather than formatted: templates such as "\boxed{}" keep their braces.
-        text = config.template.replace("{question}", question)
         if config.prompt_format == "chat":
-            return tokenizer.encode_chat(text, config.chat_options)
-        return tokenizer.encode_prompt(text)
+            return tokenizer.encode_chat(question, config.template, config.chat_options)
+        return tokenizer.encode_prompt(question, config.template)
 
     return TextTask(
         seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,15 +100,13 @@ class TextTask:
         return Prompt(index, item.question_id, item.ids, item.reference)
 
     def verify(self, prompt: Prompt, response_ids: Sequence[int]) -> bool:
-        """True when the final answer of the response, up to its first EOS, equals the reference's.
+        """True when the final answer of the response, up to its first stop id, equals the reference's.
 
         A response that hit its length limit is judged by what it says, as the public GSM8K harnesses do. Where the
         reference is words rather than a number, a response that says nothing else is right too.
         """
-        ids = [int(token_id) for token_id in response_ids]
-        if self.tokenizer.eos_id in ids:
-            ids = ids[: ids.index(self.tokenizer.eos_id)]
-        text = self.tokenizer.decode(ids)
+        stops = self.tokenizer.stop_ids
+        text = self.tokenizer.decode(list(itertools.takewhile(lambda id_: id_ not in stops, map(int, response_ids))))
         return answers_match(extract_answer(text), prompt.reference) or answers_match(text, prompt.reference)
 
     def demonstration(self, index: int, split: Split) -> Demonstration:

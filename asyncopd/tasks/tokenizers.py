@@ -15,12 +15,13 @@ from asyncopd.ports import Tokenizer
 class TextTokenizer(Tokenizer, Protocol):
     """A Tokenizer for running text, which also knows how a text and how a conversation begin."""
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text from its very beginning: with a BOS token where the model was trained with one."""
+    def encode_prompt(self, question: str, template: str) -> list[int]:
+        """Ids of `template` with the question for its `{question}`, from the very beginning: with a BOS token where
+        the model was trained with one."""
         ...
 
-    def encode_chat(self, message: str, options: Mapping[str, bool | int | str]) -> list[int]:
-        """Ids of a conversation in which the user said `message` and the assistant is about to speak.
+    def encode_chat(self, question: str, template: str, options: Mapping[str, bool | int | str]) -> list[int]:
+        """Ids of a conversation in which the user said that and the assistant is about to speak.
 
         Raises ConfigError where there is no chat template.
         """
@@ -50,6 +51,7 @@ class VocabTokenizer:
         self.vocab_size = len(self._words)
         self.pad_id = self._ids[pad]
         self.eos_id = self._ids[eos]
+        self.stop_ids = frozenset({self.eos_id})
         self.digest = _digest("words", self._words, pad, eos)
 
     def encode(self, text: str) -> list[int]:
@@ -82,6 +84,7 @@ class ByteTokenizer:
     pad_id = 256
     bos_id = 257
     eos_id = 258
+    stop_ids = frozenset({258})
     digest = hashlib.sha256(b'["bytes", 256, "<pad>", "<bos>", "<eos>"]').hexdigest()
 
     _SPECIALS = ("<pad>", "<bos>", "<eos>")
@@ -90,11 +93,11 @@ class ByteTokenizer:
         """The bytes of `text`, without specials; lone surrogates become `?`."""
         return list(text.encode("utf-8", errors="replace"))
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """`<bos>` and the bytes of `text`."""
-        return [self.bos_id, *self.encode(text)]
+    def encode_prompt(self, question: str, template: str) -> list[int]:
+        """`<bos>` and the bytes of the text."""
+        return [self.bos_id, *self.encode(template.replace("{question}", question))]
 
-    def encode_chat(self, message: str, options: Mapping[str, bool | int | str]) -> list[int]:
+    def encode_chat(self, question: str, template: str, options: Mapping[str, bool | int | str]) -> list[int]:
         """Raises ConfigError: bytes have no chat template."""
         raise ConfigError(
             "task.prompt_format chat: the byte tokenizer has no chat template. Use prompt_format plain, or set "

@@ -2,76 +2,122 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Collection, Mapping, Sequence
+from datetime import date
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from asyncopd.errors import ConfigError
+from asyncopd.models.files import ModelFiles
 from asyncopd.tasks.tokenizers import decode_mixed, unknown_text
+
+logger = logging.getLogger(__name__)
+
+# Stand for special tokens that a text merely mentions while a template is applied to it; from the private use area.
+_FIRST_STAND_IN = 0xF0000
 
 
 class HfTokenizer:
     """Implements `TextTokenizer`.
 
-    `digest` covers what text turns into which ids: vocabulary, merges, normalisation, added tokens. It leaves out the
-    chat template and which token counts as EOS, in which a base model and its tuned sibling differ.
+    Text stays text: a question that mentions `<|im_end|>` gets the ids of these letters, not the control token.
 
     Args:
-        path: directory with tokenizer files, or a name the local Hugging Face cache or the hub resolves.
-        revision: branch, tag or commit when `path` is a hub name.
+        files: where the tokenizer lies; `digest` and `vocab_size` are those of its TokenizerFacts.
+        stop_ids: ids that end a response besides the tokenizer's EOS, for example a model's generation_config's.
+        stop_tokens: texts of tokens that do so too.
+        chat_date: what a chat template is told when it asks for today's date.
     Raises:
-        ConfigError: no tokenizer is found there, or it has no EOS token.
+        ConfigError: no tokenizer is found there, it has no EOS token, or a stop token is none of its tokens.
     """
 
-    def __init__(self, path: str, revision: str = "main") -> None:
+    def __init__(
+        self,
+        files: ModelFiles,
+        *,
+        stop_ids: Collection[int] = (),
+        stop_tokens: Collection[str] = (),
+        chat_date: date | None = None,
+    ) -> None:
+        source = {"gguf_file": files.settings.gguf_file} if files.gguf else {}
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision)
-        except (OSError, ValueError) as error:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                files.folder or files.settings.path, revision=files.settings.revision, **source
+            )
+        # The tokenizers package raises Exception itself, transformers whatever comes.
+        except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
-                f"tokenizer {path!r} (revision {revision}) could not be loaded: {reason} Expected a directory with "
-                f"tokenizer.json, or a hub name that is in the local cache when this machine is offline."
+                f"{files.role}: the tokenizer of {files.where} could not be loaded: {reason} Expected a directory with "
+                "tokenizer.json, or a hub name that is in the local cache when this machine is offline."
             ) from error
         if self._tokenizer.eos_token_id is None:
             raise ConfigError(
-                f"tokenizer {path!r} has no EOS token, without which no response ends. "
+                f"{files.role}: the tokenizer of {files.where} has no EOS token, without which no response ends. "
                 f"Set eos_token in its tokenizer_config.json."
             )
+        self._where = files.where
         self.eos_id: int = self._tokenizer.eos_token_id
         pad_id = self._tokenizer.pad_token_id
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
-        self.vocab_size = len(self._tokenizer)
-        """Ids the tokenizer can produce; a model's embedding may be padded beyond it."""
-        self.digest = _digest(self._tokenizer)
+        self.vocab_size, self.digest = files.tokenizer.num_ids, files.tokenizer.digest
+        vocabulary = self._tokenizer.get_vocab()
+        if unknown := sorted(set(stop_tokens) - vocabulary.keys()):
+            raise ConfigError(
+                f"task.stop_tokens: {unknown} are no tokens of {files.where}. Expected texts of single tokens, such as "
+                f"{self._tokenizer.eos_token!r}."
+            )
+        named = {vocabulary[token] for token in stop_tokens}
+        self.stop_ids = frozenset({self.eos_id, *files.stop_ids, *stop_ids, *named})
+        self._chat_date = chat_date
+        # Longest first, or one that contains another would be cut in two.
+        self._specials = sorted(map(str, self._tokenizer.all_special_tokens), key=len, reverse=True)
         # What the tokenizer itself puts in front of a text: [BOS] for Llama, nothing for Qwen and GPT-2.
         automatic = self._tokenizer("", add_special_tokens=True)["input_ids"]
         bos_id = self._tokenizer.bos_token_id
         self._prefix_ids = [bos_id] if bos_id is not None and list(automatic[:1]) == [bos_id] else []
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        """Ids of a text in which special tokens are only mentioned."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))
 
-    def encode_prompt(self, text: str) -> list[int]:
-        return [*self._prefix_ids, *self.encode(text)]
+    def encode_prompt(self, question: str, template: str) -> list[int]:
+        """Ids of the template with the question in it, behind the tokenizer's BOS if it puts one there."""
+        question, stand_ins = self._mentioned(question)
+        # Replaced rather than formatted: templates such as "\\boxed{}" keep their braces.
+        return [*self._prefix_ids, *self._pieces(template.replace("{question}", question), stand_ins)]
 
-    def encode_chat(self, message: str, options: Mapping[str, bool | int | str]) -> list[int]:
+    def encode_chat(self, question: str, template: str, options: Mapping[str, bool | int | str]) -> list[int]:
         """Ids of one user message under the tokenizer's chat template, up to where the assistant speaks.
 
         Raises:
-            ConfigError: the tokenizer has no chat template.
+            ConfigError: the tokenizer has no chat template, or it fails, or asks for a date that nobody set.
         """
         if not self._tokenizer.chat_template:
             raise ConfigError(
-                f"task.prompt_format chat: tokenizer {self._tokenizer.name_or_path!r} has no chat template. "
+                f"task.prompt_format chat: the tokenizer of {self._where} has no chat template. "
                 f"Use prompt_format plain, or an instruction-tuned model's tokenizer."
             )
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True, **options
-        )
-        return self.encode(text)
+        question, stand_ins = self._mentioned(question)
+        message = template.replace("{question}", question)
+        rendered = self._rendered([{"role": "user", "content": message}], options, add_generation_prompt=True)
+        return self._pieces(rendered, stand_ins)
+
+    def check_turns(self, options: Mapping[str, bool | int | str]) -> None:
+        """Warn when the chat template ends an assistant's turn with a token that ends no response."""
+        said = "said"
+        turns = [{"role": "user", "content": "asked"}, {"role": "assistant", "content": said}]
+        after = self._rendered(turns, options, add_generation_prompt=False).rpartition(said)[2].strip()
+        ids = self._tokenizer.encode(after, add_special_tokens=False) if after else []
+        if ids and ids[0] in self._tokenizer.all_special_ids and ids[0] not in self.stop_ids:
+            logger.warning(
+                "%s: its chat template ends a turn with %s, which is none of the tokens that end a response (%s). "
+                "Add it to task.stop_tokens, or responses will go on after their end.",
+                *(self._where, self.token_text(ids[0]), ", ".join(map(self.token_text, sorted(self.stop_ids)))),
+            )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text with specials shown; ids no token has appear as `<?id>`."""
@@ -80,17 +126,52 @@ class HfTokenizer:
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id])
 
+    def _mentioned(self, text: str) -> tuple[str, dict[str, str]]:
+        """The text with a stand-in for every special token that it mentions, and what each stands for."""
+        stand_ins = {}
+        for number, special in enumerate(self._specials):
+            if special in text:
+                stand_ins[chr(_FIRST_STAND_IN + number)] = special
+                text = text.replace(special, chr(_FIRST_STAND_IN + number))
+        return text, stand_ins
+
+    def _pieces(self, text: str, stand_ins: Mapping[str, str]) -> list[int]:
+        """Ids of a text with control tokens in it, and with stand-ins for those that are only mentioned."""
+        pieces = re.split(f"([{''.join(stand_ins)}])", text) if stand_ins else [text]
+        return [
+            token_id
+            for piece in pieces
+            for token_id in (
+                self.encode(stand_ins[piece])
+                if piece in stand_ins
+                else self._tokenizer.encode(piece, add_special_tokens=False, verbose=False)
+            )
+        ]
+
     def _decode_known(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def _rendered(self, turns: Sequence[Mapping[str, str]], options: Mapping[str, Any], **asked: bool) -> str:
+        try:
+            # A variable of that name hides the function that transformers offers to templates.
+            return str(
+                self._tokenizer.apply_chat_template(
+                    turns, tokenize=False, **asked, **{"strftime_now": self._today, **options}
+                )
+            )
+        except ConfigError:
+            raise
+        # Templates are programs: jinja's errors and those of what a template calls.
+        except Exception as error:
+            raise ConfigError(
+                f"the chat template of {self._where} failed on a user's message: {type(error).__name__}: {error}. "
+                "Check task.chat_options, or use prompt_format plain."
+            ) from error
 
-def _digest(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        settings: Any = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_tokens)]
-    else:
-        settings = json.loads(backend.to_str())
-        # Set by whoever padded a batch last; no part of the mapping.
-        settings.pop("padding", None)
-        settings.pop("truncation", None)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    def _today(self, form: str) -> str:
+        if self._chat_date is None:
+            raise ConfigError(
+                f"the chat template of {self._where} asks for today's date, so prompts would change with the clock. "
+                "Set task.chat_date, for example 2026-01-01."
+            )
+        return self._chat_date.strftime(form)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asyncopd.errors import EngineError
-from asyncopd.models.causal_lm import output_embedding, packed_hidden, weights_digest
+from asyncopd.models.causal_lm import num_ids, output_embedding, packed_hidden, weights_digest
 from asyncopd.models.packing import pack
 from asyncopd.models.sampling import inverse_cdf, lane_uniforms, teacher_key
 from asyncopd.ports import ScoreRequest
@@ -54,7 +54,7 @@ class HfScorer:
         self._model = model.eval()
         self._row_capacity = row_capacity
         self._tokens_per_pass = tokens_per_pass
-        self._vocab_size = int(model.config.vocab_size)
+        self._vocab_size = num_ids(model)
         self._chunk_size = max(1, logprobs_per_chunk // self._vocab_size)
         # One pass at a time: two threads would only share the same cores or accelerator.
         self._turn = asyncio.Lock()

@@ -27,6 +27,7 @@ async def start_engine(
     name: str,
     max_context: int,
     max_sequences: int,
+    num_ids: int,
     **changes: Any,
 ) -> AsyncLLM:
     """An engine that serves `model`, loaded in its own process. Takes 10 to 60 s; the event loop goes on meanwhile.
@@ -36,6 +37,7 @@ async def start_engine(
         name: names the engine in errors.
         max_context: most tokens of prompt and response together.
         max_sequences: responses in one batch.
+        num_ids: ids that exist; other rows of the model's head get no mass.
         changes: further engine arguments.
     Raises:
         EngineError: vLLM cannot serve the model, or did not start.
@@ -70,6 +72,7 @@ async def start_engine(
         # In a thread: the role's heartbeats go on, and vLLM starts its output loop at the first request.
         engine = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
         await engine.collective_rpc("end_with", args=(os.getpid(),))
+        await engine.collective_rpc("keep_ids", args=(num_ids,))
         return engine
     except Exception as error:
         raise EngineError(

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
@@ -101,6 +102,20 @@ class EngineWorker:
         between = ancestors[: ancestors.index(role)] if role in ancestors else []
         watch = threading.Thread(target=_end_with, args=(role, between), name="end-with-role", daemon=True)
         watch.start()
+
+    def keep_ids(self, num_ids: int) -> None:
+        """Give rows of the head beyond the ids that exist no mass, when sampling and when scoring prompts."""
+        # vLLM offers no hook that prompt log-probs pass too.
+        model = self.model_runner.model  # type: ignore[attr-defined]  # of the worker this is mixed into
+        compute_logits = model.compute_logits
+
+        def of_existing(*args: Any, **kwargs: Any) -> Tensor | None:
+            logits: Tensor | None = compute_logits(*args, **kwargs)
+            if logits is not None and logits.shape[-1] > num_ids:
+                logits[..., num_ids:] = -torch.inf
+            return logits
+
+        model.compute_logits = of_existing
 
     def take_records(self, tickets: Sequence[str], abandoned: Sequence[str]) -> list[list[bytes]]:
         """Remove what is stored for `tickets` and return it; forget `abandoned` ones.

@@ -55,7 +55,7 @@ class VllmSampler:
         # The recorder is a logits processor of the V1 runner; the V2 runner has another interface for them.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         self._files = StudentFiles(architecture)
-        self._vocab_size = int(architecture["vocab_size"])
+        self._vocab_size = int(architecture.get("num_ids", architecture["vocab_size"]))
         self._rule, self._sampling = sampling.rule(self._vocab_size), sampling
         self._settings = settings or VllmSampling()
         self._engine: AsyncLLM | None = None
@@ -114,7 +114,7 @@ class VllmSampler:
             self._abandoned.append(ticket)
             raise
         return trajectory_of(
-            request, output.outputs[0], ids_bytes, logprobs_bytes, rule=self._rule, eos_id=self._sampling.eos_id
+            request, output.outputs[0], ids_bytes, logprobs_bytes, rule=self._rule, stop_ids=self._sampling.stop_ids
         )
 
     async def refresh(self, weights: PolicyWeights) -> None:
@@ -159,6 +159,7 @@ class VllmSampler:
             max_context=self._sampling.max_context,
             max_sequences=self._sampling.slots,
             logits_processors=["asyncopd.vllm.recorder:RecordingDraw"],
+            num_ids=self._vocab_size,
             additional_config={LAW: asdict(self._sampling)},
         )
 
@@ -195,7 +196,7 @@ class VllmSampler:
             temperature=0.0,
             max_tokens=request.max_new_tokens,
             ignore_eos=True,
-            stop_token_ids=[self._sampling.eos_id] if self._sampling.eos_id >= 0 else [],
+            stop_token_ids=list(self._sampling.stop_ids),
             detokenize=False,
             # Tokens are fetched with their records; nothing needs them one by one.
             output_kind=RequestOutputKind.FINAL_ONLY,

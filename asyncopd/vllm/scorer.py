@@ -50,7 +50,7 @@ class VllmScorer:
             model: directory in Hugging Face format, or a hub name; loaded by the engine process.
             name: names the score shards.
             tokenizer_digest: of the tokenizer the teacher was trained with; must equal the student's.
-            vocab_size: of the model, as its config.json says.
+            vocab_size: ids that exist; the rows of the model's head may be more.
             max_context: most tokens of prompt and response together.
             max_sequences: trajectories in one batch.
             owned_folder: emptied of weights once they are loaded, removed by `close`.
@@ -119,6 +119,7 @@ class VllmScorer:
             # vLLM keeps room for one generated token, which is thrown away.
             max_context=self._max_context + 1,
             max_sequences=self._max_sequences,
+            num_ids=self._vocab_size,
             max_logprobs=FULL,
             enable_prefix_caching=False,
         )
@@ -146,15 +147,17 @@ class VllmScorer:
         )
         flat = output.prompt_logprobs
         assert isinstance(flat, FlatLogprobs)
-        width = 1 + (self._vocab_size if number == FULL else number)
+        width = 1 + (engine.model_config.get_vocab_size() if number == FULL else number)
+        # Descending, so that rows of the head that are no ids, and have no mass, come last.
+        kept = slice(1, 1 + self._vocab_size)
         # Row i of the answer predicts prompt token i; the first has none. The token itself comes first in its row.
         start = flat.start_indices[num_prompt]
         ids_TJ = np.array(flat.token_ids[start:], np.int32).reshape(-1, width)
         logprobs_TJ = np.array(flat.logprobs[start:], np.float32).reshape(-1, width)
         return PromptAnswer(
             sampled_logprobs_T=logprobs_TJ[:, 0],
-            ids_TJ=ids_TJ[:, 1:],
-            logprobs_TJ=logprobs_TJ[:, 1:],
+            ids_TJ=ids_TJ[:, kept],
+            logprobs_TJ=logprobs_TJ[:, kept],
             asked_logprobs_TA=output.prompt_token_id_logprobs,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def trajectory_of(
     logprobs_bytes: bytes,
     *,
     rule: CandidateRule,
-    eos_id: int,
+    stop_ids: Collection[int],
 ) -> Trajectory:
     """A finished response, from what vLLM emitted and what the recorder drew (`EngineWorker.take_records`).
 
@@ -94,7 +94,7 @@ def trajectory_of(
             for span in completion.weight_versions
             if span.end > span.start
         ),
-        finish_reason="stop" if emitted[-1] == eos_id else "length",
+        finish_reason="stop" if emitted[-1] in stop_ids else "length",
     )
 
 
