@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from asyncopd.config import PretrainedModel
 from asyncopd.models.causal_lm import to_safetensors
+from asyncopd.models.files import ModelFiles
 from asyncopd.models.load import architecture_of_size, build_causal_lm
 from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest
@@ -133,3 +137,22 @@ def trajectory_of(
             law="tail",
         ),
     )
+
+
+def save_model(folder: Path, model: PreTrainedModel, *, num_ids: int | None = None, first: int = 0x4E00) -> Path:
+    """The model and a tokenizer of `num_ids` one-letter tokens as files, as `save_pretrained` writes them.
+
+    Args:
+        num_ids: those of the tokenizer; as many as the model has rows by default.
+        first: code point of id 0; the letter of id 1 ends a response.
+    """
+    model.save_pretrained(folder)
+    words = {chr(first + number): number for number in range(num_ids or model.config.vocab_size)}
+    backend = Tokenizer(models.WordLevel(words, unk_token=chr(first)))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=chr(first + EOS_ID)).save_pretrained(folder)
+    return folder
+
+
+def files_of(folder: Path, **settings: Any) -> ModelFiles:
+    return ModelFiles(PretrainedModel(path=str(folder), **settings), "student")

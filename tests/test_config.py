@@ -24,11 +24,11 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "digest"),
     [
-        ("gsm8k_qwen3", "e27bb9b0f16f99d2"),
-        ("gsm8k_tiny", "8ca9accd240a3fb4"),
-        ("quickstart", "3824bd1efaa33f2e"),
-        ("walk_neural", "12836c6705a16664"),
-        ("walk_vllm", "8849034ea581bc9e"),
+        ("gsm8k_qwen3", "423916edfe82910d"),
+        ("gsm8k_tiny", "d123b05b306aab1b"),
+        ("quickstart", "6ea3bd6e6e09cf8a"),
+        ("walk_neural", "a5a2b38d2d27ab59"),
+        ("walk_vllm", "46a7fdbb3b835a97"),
     ],
 )
 def test_a_configuration_keeps_its_digest(name: str, digest: str) -> None:
@@ -42,7 +42,7 @@ def test_a_configuration_keeps_its_digest(name: str, digest: str) -> None:
         ({"learner": {"lrr": 1}}, "learner.lrr: unknown key. Nearest known key: learner.lr"),
         ({"stalenes": {}}, "stalenes: unknown key. Nearest known key: staleness"),
         ({"max_staleness": 1}, "max_staleness: unknown key. Nearest known key: staleness.max_staleness"),
-        ({"evaluate": {"xyz": 1}}, "evaluate.xyz: unknown key. Known keys of evaluate: every, num_prompts"),
+        ({"evaluate": {"xyz": 1}}, "evaluate.xyz: unknown key. Known keys of evaluate: dtype, every, num_prompts"),
         ({"student": {"kind": "big"}}, "'kind' is 'big'; expected one of 'tiny', 'pretrained'"),
         ({"student": {"kind": "tiny", "num_layer": 2}}, "Nearest known key: student.num_layers"),
         ({"learner": {"lr": "fast"}}, "learner.lr: expected a number (found 'fast')"),

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hf_models import FAMILIES, tiny_model
+from hf_models import FAMILIES, files_of, save_model, tiny_model
 from transformers import PreTrainedModel
 
-from asyncopd.errors import EngineError
-from asyncopd.models import causal_lm as modeling
+from asyncopd.errors import ConfigError, EngineError
+from asyncopd.models import files
 from asyncopd.models.causal_lm import load_safetensors, to_safetensors, weights_digest
-from asyncopd.models.load import architecture_of_size, build_causal_lm
+from asyncopd.models.load import architecture_of_size, build_causal_lm, load_pretrained
 
 SIZES = {
     "vocab_size": 16,
@@ -94,8 +94,8 @@ def test_an_architecture_survives_json_and_a_directory(family: str, tmp_path: Pa
     rebuilt = build_causal_lm(json.loads(json.dumps(model.config.to_dict())), seed=0)
     load_safetensors(rebuilt, to_safetensors(model))
     assert weights_digest(rebuilt) == weights_digest(model)
-    model.save_pretrained(tmp_path)
-    assert_equal_states(load_causal_lm(tmp_path).state_dict(), model.state_dict())
+    loaded = load_pretrained(files_of(save_model(tmp_path, model)))
+    assert_equal_states(loaded.state_dict(), model.state_dict())
 
 
 def test_parameter_counts_are_those_the_docstring_states() -> None:
@@ -131,20 +131,20 @@ def test_parameter_counts_are_those_the_docstring_states() -> None:
     ],
 )
 def test_architectures_that_would_be_silently_wrong_are_refused(architecture: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(EngineError, match=complaint):
+    with pytest.raises(ConfigError, match=complaint):
         build_causal_lm({**SIZES, **architecture}, seed=0)
 
 
 def test_unknown_causes_are_found_by_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     # Granite divides its logits; here as if nobody had known that.
-    monkeypatch.setattr(modeling, "_LOGIT_CHANGES", {})
-    with pytest.raises(EngineError, match="packed into one row differ"):
+    monkeypatch.setattr(files, "_CHANGES", {})
+    with pytest.raises(ConfigError, match="packed into one row differ"):
         build_causal_lm({**SIZES, "model_type": "granite", "logits_scaling": 2.0}, seed=0)
     # ALiBi wants its own mask.
-    with pytest.raises(EngineError, match="does not take 4-D attention masks"):
+    with pytest.raises(ConfigError, match="does not take 4-D attention masks"):
         build_causal_lm({"model_type": "falcon", "alibi": True, "hidden_size": 16, "num_attention_heads": 2}, seed=0)
 
 
 def test_a_directory_without_a_model_says_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"Expected a directory with config\.json"):
-        load_causal_lm(tmp_path)
+    with pytest.raises(ConfigError, match=r"Expected a directory with config\.json"):
+        load_pretrained(files_of(tmp_path))

@@ -15,6 +15,7 @@ from typing import Any
 import pipeline
 import pytest
 import yaml
+from hf_models import save_model, tiny_model
 from synthetic_run import config_of, new_log, publish_run, weights_of
 
 from asyncopd import cli
@@ -59,11 +60,8 @@ def write_config(tmp_path: Path, **sections: Any) -> str:
 
 
 def write_model(folder: Path, *, context: int = 2048, vocabulary: str = "a") -> dict[str, str]:
-    """A directory that looks like a Hugging Face model from outside, and the section that names it."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": context}))
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {vocabulary: 0}}}))
-    (folder / "model.safetensors").write_bytes(b"")
+    """A tiny model in Hugging Face format, and the section that names it."""
+    save_model(folder, tiny_model(max_position_embeddings=context), first=ord(vocabulary))
     return {"kind": "pretrained", "path": str(folder)}
 
 
@@ -107,7 +105,7 @@ def test_a_model_whose_context_is_too_short(capsys: pytest.CaptureFixture[str], 
     task = text_task(tmp_path, tokenizer=student["path"])
     teacher = {"engine": "hf", "model": student}
     message = refusal(capsys, "train", write_config(tmp_path, student=student, teacher=teacher, task=task))
-    assert "has a context of 80 tokens, and task.max_prompt_tokens 64 + rollout.max_new_tokens 32 = 96" in message
+    assert "has a context of 80 tokens, and task.max_prompt_tokens + rollout.max_new_tokens = 96" in message
 
 
 def test_tokenizers_that_differ(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -115,7 +113,7 @@ def test_tokenizers_that_differ(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     teacher = {"engine": "hf", "model": write_model(tmp_path / "teacher", vocabulary="b")}
     task = text_task(tmp_path, tokenizer=student["path"])
     message = refusal(capsys, "train", write_config(tmp_path, student=student, teacher=teacher, task=task))
-    assert "tokenizers differ: {'student': " in message
+    assert "tokenizers differ: {'task.tokenizer': " in message
     assert "must share one tokenizer" in message
 
 

@@ -372,8 +372,8 @@ def test_a_foreign_tokenizer_has_to_be_handed_in() -> None:
 
 
 class ChattyBytes(ByteTokenizer):
-    def encode_chat(self, message: str, options: Any) -> list[int]:
-        return self.encode(f"<user>{message}<assistant>{options}")
+    def encode_chat(self, question: str, template: str, options: Any) -> list[int]:
+        return self.encode(f"<user>{template.replace('{question}', question)}<assistant>{options}")
 
 
 def test_chat_prompts_go_through_the_tokenizers_template(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from asyncopd.config import PretrainedModel
 from asyncopd.errors import ConfigError
+from asyncopd.models.files import ModelFiles
 from asyncopd.tasks.tokenizers import ByteTokenizer, VocabTokenizer
 from asyncopd.tasks.tokenizers_hf import HfTokenizer
 
@@ -22,7 +25,7 @@ WORDS = VocabTokenizer(["<pad>", "<eos>", "go", "stop"])
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_bytes_give_every_text_back(text: str) -> None:
     assert BYTES.decode(BYTES.encode(text)) == text
-    assert BYTES.encode_prompt(text) == [BYTES.bos_id, *BYTES.encode(text)]
+    assert BYTES.encode_prompt(text, "{question}") == [BYTES.bos_id, *BYTES.encode(text)]
 
 
 @given(st.lists(st.integers(-10, 10**6)))
@@ -52,7 +55,7 @@ def test_text_never_becomes_a_special_byte_token() -> None:
 
 def test_bytes_have_no_chat_template() -> None:
     with pytest.raises(ConfigError, match="no chat template"):
-        BYTES.encode_chat("hello", {})
+        BYTES.encode_chat("hello", "{question}", {})
 
 
 def test_words_go_both_ways_and_unknown_words_are_named() -> None:
@@ -105,35 +108,41 @@ def save_tokenizer(path: Path, *, eos: str | None = "<|end|>", chat: bool = Fals
     return str(path)
 
 
+def hf_tokenizer(path: str, **options: Any) -> HfTokenizer:
+    return HfTokenizer(ModelFiles(PretrainedModel(path=path)), **options)
+
+
 def test_a_hugging_face_tokenizer_gives_text_back_and_shows_specials(tmp_path: Path) -> None:
-    tokenizer = HfTokenizer(save_tokenizer(tmp_path))
+    tokenizer = hf_tokenizer(save_tokenizer(tmp_path))
     text = "Janet’s ducks, 16 − 3 = 13.\n"
     assert tokenizer.decode([*tokenizer.encode(text), tokenizer.eos_id]) == text + "<|end|>"
-    assert tokenizer.encode_prompt("a") == tokenizer.encode("a")
+    assert tokenizer.encode_prompt("a", "{question}") == tokenizer.encode("a")
     assert tokenizer.pad_id == tokenizer.eos_id == tokenizer.vocab_size - 1
     assert tokenizer.decode([*tokenizer.encode("a"), 10**6, -1]) == "a<?1000000><?-1>"
     assert tokenizer.token_text(tokenizer.eos_id) == "<|end|>"
 
 
 def test_a_hugging_face_digest_is_of_the_mapping(tmp_path: Path) -> None:
-    first = HfTokenizer(save_tokenizer(tmp_path / "a"))
-    same = HfTokenizer(save_tokenizer(tmp_path / "b", chat=True))
-    other = HfTokenizer(save_tokenizer(tmp_path / "c", extra="<tool>"))
+    first = hf_tokenizer(save_tokenizer(tmp_path / "a"))
+    same = hf_tokenizer(save_tokenizer(tmp_path / "b", chat=True))
+    other = hf_tokenizer(save_tokenizer(tmp_path / "c", extra="<tool>"))
     assert first.digest == same.digest != other.digest
     first._tokenizer(["a", "bc"], padding=True, truncation=True, max_length=4) if first._tokenizer.pad_token else None
-    assert HfTokenizer(str(tmp_path / "a")).digest == first.digest
+    assert hf_tokenizer(str(tmp_path / "a")).digest == first.digest
 
 
 def test_chat_goes_through_the_template(tmp_path: Path) -> None:
-    tokenizer = HfTokenizer(save_tokenizer(tmp_path / "chat", chat=True))
-    assert tokenizer.decode(tokenizer.encode_chat("hi", {})) == "<user>hi<assistant>"
-    assert tokenizer.decode(tokenizer.encode_chat("hi", {"thinking": True})) == "<user>hi<assistant><think>"
+    tokenizer = hf_tokenizer(save_tokenizer(tmp_path / "chat", chat=True))
+    assert tokenizer.decode(tokenizer.encode_chat("hi", "{question}", {})) == "<user>hi<assistant>"
+    assert (
+        tokenizer.decode(tokenizer.encode_chat("hi", "{question}", {"thinking": True})) == "<user>hi<assistant><think>"
+    )
     with pytest.raises(ConfigError, match="has no chat template"):
-        HfTokenizer(save_tokenizer(tmp_path / "plain")).encode_chat("hi", {})
+        hf_tokenizer(save_tokenizer(tmp_path / "plain")).encode_chat("hi", "{question}", {})
 
 
 def test_a_missing_tokenizer_or_eos_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="could not be loaded"):
-        HfTokenizer(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="there is no directory"):
+        hf_tokenizer(str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="no EOS token"):
-        HfTokenizer(save_tokenizer(tmp_path / "endless", eos=None))
+        hf_tokenizer(save_tokenizer(tmp_path / "endless", eos=None))

@@ -167,7 +167,7 @@ class ModelFiles:
                 {int(self.gguf["tokenizer.ggml.eos_token_id"])} if "tokenizer.ggml.eos_token_id" in self.gguf else ()
             )
         generation = self.json("generation_config.json") or {}
-        named = generation.get("eos_token_id", self.config.get("eos_token_id"))
+        named = generation.get("eos_token_id", (self.json("config.json") or {}).get("eos_token_id"))
         ids = named if isinstance(named, list) else [named]
         return frozenset(id_ for id_ in ids if isinstance(id_, int) and not isinstance(id_, bool))
 

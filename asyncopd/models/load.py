@@ -88,7 +88,8 @@ def build_causal_lm(
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"architecture {dict(architecture)} cannot be built by transformers with torch's attention: {error}"
+            f"architecture {dict(architecture)} cannot be built by transformers with torch's attention: "
+            f"{str(error)[:300]}"
         ) from error
     check_architecture(model)
     mark_missing_ids(model, architecture.get("num_ids", model.config.vocab_size))
@@ -120,8 +121,8 @@ def load_pretrained(files: ModelFiles, *, dtype: torch.dtype = torch.float32) ->
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
         raise ConfigError(
-            f"{files.role}.path: {files.where}: no causal language model could be loaded ({error}). Expected a "
-            "directory with config.json and safetensors weights, or a hub name that this machine can download."
+            f"{files.role}.path: {files.where}: no causal language model could be loaded ({str(error)[:300]}). "
+            "Expected a directory with config.json and safetensors weights, or a hub name that this machine can reach."
         ) from error
     wrong = {what: sorted(map(str, found[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
     if any(wrong.values()):
