@@ -23,7 +23,8 @@ from asyncopd.errors import NonFiniteError
 from asyncopd.evaluate import outcome_of
 from asyncopd.learner.student import Student
 from asyncopd.losses import build_estimator
-from asyncopd.models.causal_lm import build_causal_lm, load_safetensors
+from asyncopd.models.causal_lm import load_safetensors
+from asyncopd.models.load import build_causal_lm
 from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest, ScoreRequest
 from asyncopd.rollout.hf import HfSampler
