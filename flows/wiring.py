@@ -150,17 +150,15 @@ def learn_stage(run: OpenRun, worker: Worker) -> LearnStage:
 def student_of(config: RunConfig, causal_lm: PreTrainedModel) -> Student:
     """The student that the run's learner trains, before its first step."""
     sampling = config.rollout.vllm if config.rollout.engine == "vllm" else config.rollout
-    publish = config.learner.publish
-    asked = publish.dtype if publish.dtype != "auto" or sampling.dtype == "float16" else sampling.dtype
+    sampled = sampling.dtype if sampling.dtype != "float16" else "float32"
+    asked = config.learner.publish.dtype
     compute = dtype_of("learner", config.student, config.learner.compute_dtype)
-    published = dtype_of("published weights", config.student, asked)
     return Student(
         causal_lm,
         build_estimator(config.loss),
         Accelerator(mixed_precision="bf16" if compute == torch.bfloat16 else "no"),
-        config.learner.model_copy(
-            update={"publish": publish.model_copy(update={"dtype": str(published).removeprefix("torch.")})}
-        ),
+        config.learner,
+        published_dtype=dtype_of("published weights", config.student, asked if asked != "auto" else sampled),
         temperature=config.rollout.temperature,
     )
 

@@ -32,10 +32,12 @@ class Student:
         settings: Learner,
         *,
         temperature: float,
+        published_dtype: torch.dtype = torch.float32,
     ) -> None:
         """
         Args:
             causal_lm: float32 parameters, whatever the accelerator's mixed precision computes in.
+            published_dtype: of the floating-point weights that samplers get.
         Raises:
             ShapeError: a parameter is not float32; updates at small learning rates would be rounded away.
         """
@@ -44,6 +46,7 @@ class Student:
             raise ShapeError(f"master weights must be float32, found {wrong}; load the student with dtype float32.")
         self._causal_lm, self._estimator = causal_lm, estimator
         self._accelerator, self._settings = accelerator, settings
+        self._published_dtype = published_dtype
         causal_lm.train()
         model = LogprobModel(causal_lm, temperature)
         optimizer = torch.optim.AdamW(
@@ -90,7 +93,7 @@ class Student:
 
     def weights(self) -> bytes:
         """The current weights, as samplers load them."""
-        return to_safetensors(self._causal_lm, getattr(torch, self._settings.publish.dtype))
+        return to_safetensors(self._causal_lm, self._published_dtype)
 
     def checkpoint(self) -> dict[str, bytes]:
         """Everything a resumed learner needs: weights, optimizer, random state, steps done."""
