@@ -20,7 +20,6 @@ import asyncio
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from functools import partial
 from typing import Any
 
 from prefect import Flow, flow, task
@@ -47,15 +46,11 @@ from flows.wiring import (
 LaneTask = Callable[[ShardStage, int], Awaitable[int]]
 """`work_on_shards`, plain or as a Prefect task."""
 TaskFactory = Callable[[str, Worker], LaneTask]
+"""(its name, who does it) -> the lanes' work."""
 RoleFlow = Flow[[str, str], Coroutine[Any, Any, State[Any] | None]]
 
 
-def plain_task(name: str, worker: Worker) -> LaneTask:
-    """The lanes' work without Prefect around it."""
-    return work_on_shards
-
-
-async def roll_out(run: OpenRun, make_task: TaskFactory = plain_task) -> None:
+async def roll_out(run: OpenRun, make_task: TaskFactory = lambda name, worker: work_on_shards) -> None:
     """Sample trajectory shards until all indices of the run are produced."""
     worker = run.worker("rollout")
     settings = run.config.rollout
@@ -76,7 +71,7 @@ async def roll_out(run: OpenRun, make_task: TaskFactory = plain_task) -> None:
             await sampler.close()
 
 
-async def score_shards(run: OpenRun, make_task: TaskFactory = plain_task) -> None:
+async def score_shards(run: OpenRun, make_task: TaskFactory = lambda name, worker: work_on_shards) -> None:
     """Score trajectory shards with the run's teacher until all of them are scored."""
     worker = run.worker("score")
     shards_per_task = run.config.score.shards_per_task
@@ -117,7 +112,7 @@ async def pretrain_models(run: OpenRun) -> None:
             await asyncio.to_thread(pretrain_model, run, worker, role, model)
 
 
-def timed_task(name: str, worker: Worker) -> Callable[[ShardStage, int], Awaitable[int]]:
+def timed_task(name: str, worker: Worker) -> LaneTask:
     """`work_on_shards` as an async Prefect task whose orchestration overhead lands in the worker's timeline.
 
     One task run covers several shards (`shards_per_task`): it costs the client about 7 ms and the server 11–18 ms, a
@@ -140,7 +135,7 @@ def timed_task(name: str, worker: Worker) -> Callable[[ShardStage, int], Awaitab
     return measured
 
 
-def role_flow(role: str, body: Callable[[OpenRun], Awaitable[None]], description: str | None) -> RoleFlow:
+def role_flow(role: str, body: Callable[..., Awaitable[None]], **options: Any) -> RoleFlow:
     """A role's body as a Prefect flow; `run_id` is a run that `asyncopd/train` created, `root` its storage root.
 
     It ends as Cancelled when the run's record says that the run was stopped.
@@ -148,21 +143,21 @@ def role_flow(role: str, body: Callable[[OpenRun], Awaitable[None]], description
 
     async def run_role(run_id: str, root: str = "runs") -> State[Any] | None:
         try:
-            await body(open_stored_run(root, run_id))
+            await body(open_stored_run(root, run_id), **options)
         except RunStoppedError as stopped:
             return Cancelled(message=str(stopped))
         return None
 
     # Prefect names a flow's entrypoint after its function.
     run_role.__name__ = run_role.__qualname__ = role
-    return flow(name=role, flow_run_name=f"{role}-{{run_id}}", description=description)(run_role)
+    return flow(name=role, flow_run_name=f"{role}-{{run_id}}", description=body.__doc__)(run_role)
 
 
-rollout = role_flow("rollout", partial(roll_out, make_task=timed_task), roll_out.__doc__)
-score = role_flow("score", partial(score_shards, make_task=timed_task), score_shards.__doc__)
-learn = role_flow("learn", train_steps, train_steps.__doc__)
-evaluate = role_flow("evaluate", evaluate_versions, evaluate_versions.__doc__)
-pretrain = role_flow("pretrain", pretrain_models, pretrain_models.__doc__)
+rollout = role_flow("rollout", roll_out, make_task=timed_task)
+score = role_flow("score", score_shards, make_task=timed_task)
+learn = role_flow("learn", train_steps)
+evaluate = role_flow("evaluate", evaluate_versions)
+pretrain = role_flow("pretrain", pretrain_models)
 
 FLOWS = {"pretrain": pretrain, "rollout": rollout, "score": score, "learn": learn, "evaluate": evaluate}
 BODIES: dict[str, Callable[[OpenRun], Awaitable[None]]] = {

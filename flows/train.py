@@ -13,7 +13,6 @@ import socket
 import time
 import uuid
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -140,8 +139,9 @@ def _record_end(log: StoredRunLog, state: RunStateName, reason: str, flow_run: s
 def _requested_end(log: StoredRunLog) -> str:
     """Why somebody stopped the run: Prefect knows one way only, so the service writes down what was meant."""
     state, request = log.run_state(), LaunchLog(log.store).find_request(log.run_id)
-    is_new = request is not None and (state is None or request.recorded > state.recorded)
-    return "paused" if is_new and request is not None and request.state == "paused" else "cancelled"
+    if request is None or (state is not None and request.recorded <= state.recorded):
+        return "cancelled"
+    return "paused" if request.state == "paused" else "cancelled"
 
 
 class _CancelRequested(Exception):
@@ -171,12 +171,9 @@ def _open_or_create(
             "Name its storage root with `root`, or give a `config` to start a new run under that id."
         )
     preflight(resolved)
-    return resolved, create_run(store, run_id or new_run_id(resolved.name), new_record(resolved))
-
-
-def new_run_id(name: str) -> str:
-    """`quickstart-20261121-024605-3f2a`: sorts by time within a name."""
-    return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    # Such as `quickstart-20261121-024605-3f2a`, which sorts by time within a name.
+    run_id = run_id or f"{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    return resolved, create_run(store, run_id, new_record(resolved))
 
 
 async def _run_roles(config: RunConfig, log: StoredRunLog, specs: list[RoleSpec]) -> None:
@@ -242,7 +239,7 @@ async def _publish_report(log: StoredRunLog, config: RunConfig, started: float) 
     """Write the report into the run's folder and show it in Prefect as artifacts."""
     folder = home() / "reports" / log.run_id
     report = await asyncio.to_thread(report_run, log, config, folder)
-    get_run_logger().info(f"report: {Path(folder) / 'report.md'} ({time.time() - started:.0f} s since the flow began)")
+    get_run_logger().info(f"report: {folder / 'report.md'} ({time.time() - started:.0f} s since the flow began)")
     await acreate_progress_artifact(100.0, key="training-progress", description=log.run_id)
     await acreate_markdown_artifact(report.markdown, key="report", description=log.run_id)
     await acreate_table_artifact(report.table, key="evaluations", description=log.run_id)

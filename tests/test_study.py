@@ -107,7 +107,7 @@ def test_grids_cover_what_the_study_promises() -> None:
     assert set(FULL.lags) == {0, 1, 4, 16, 64}
     assert set(FULL.lrs) == {3e-4, 1e-3}
     assert len(FULL.seeds) >= 3
-    names = [cell.name(FULL.estimators[cell.estimator]) for cell in FULL.cells()]
+    names = [cell.name for cell in FULL.cells()]
     assert len(set(names)) == len(names) == 420
 
 

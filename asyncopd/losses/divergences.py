@@ -112,16 +112,15 @@ def bucket(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor) -> tuple[Te
     Returns:
         Two [T, K + 1]; the last column is log(1 − mass of S), at least log of the dtype's eps.
     """
-    return _with_tail(student_logprobs_TK), _with_tail(teacher_logprobs_TK)
+    student_tail_T1, teacher_tail_T1 = (
+        log1mexp(logprobs_TK.logsumexp(-1, keepdim=True)) for logprobs_TK in (student_logprobs_TK, teacher_logprobs_TK)
+    )
+    return torch.cat([student_logprobs_TK, student_tail_T1], -1), torch.cat([teacher_logprobs_TK, teacher_tail_T1], -1)
 
 
 def renormalise(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Both sides conditioned on S: the odds inside S are learned, the mass of S is not."""
     return torch.log_softmax(student_logprobs_TK, -1), torch.log_softmax(teacher_logprobs_TK, -1)
-
-
-def _with_tail(logprobs_TK: Tensor) -> Tensor:
-    return torch.cat([logprobs_TK, log1mexp(logprobs_TK.logsumexp(-1, keepdim=True))], -1)
 
 
 def log1mexp(logprobs: Tensor) -> Tensor:

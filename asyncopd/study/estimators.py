@@ -35,11 +35,9 @@ STUDY_CODE = 1
 """Raised whenever what a cell measures changes."""
 COSTS = (8, 16)
 """Teacher-scored ids per prefix at which estimators are compared."""
-DRIFTS = (0.0, 0.02, 0.05, 0.15, 0.5)
-"""nats."""
-DIRECTIONS = ("trained", "random")
 LOOP = LoopSettings(num_steps=80, batch_size=32, max_new_tokens=96, num_prompts=0)
 """Of the training run whose weights the snapshots are."""
+DIRECTIONS = ("trained", "random")
 DRIFT_TOLERANCE = 0.005
 """Relative; of the mean drift of a world."""
 
@@ -69,7 +67,8 @@ class Scale:
     """Training steps from a snapshot to the end of its `trained` direction."""
     num_prompts: int = 64
     num_prefixes: int = 192
-    drifts: tuple[float, ...] = DRIFTS
+    drifts: tuple[float, ...] = (0.0, 0.02, 0.05, 0.15, 0.5)
+    """nats."""
     loop: LoopSettings = LOOP
 
 
@@ -97,8 +96,7 @@ def contestants(cost: int, vocab_size: int) -> Iterator[Contestant]:
         for tail in ("bucket", "drop", "renormalise"):
             config = c.ReverseKLConfig.model_validate({"support": support, "top_k": cost, "tail": tail})
             yield Contestant(f"reverse KL, {support} top-{cost}, {tail}", config, "D_R", cost)
-    jsd = c.GeneralisedJSDConfig(top_k=cost)
-    yield Contestant(f"JSD β=½, teacher top-{cost}", jsd, "D_R", cost)
+    yield Contestant(f"JSD β=½, teacher top-{cost}", c.GeneralisedJSDConfig(top_k=cost), "D_R", cost)
     skew = c.SkewKLConfig(top_k=cost, direction="reverse")
     yield Contestant(f"skew reverse KL, teacher top-{cost}", skew, "D_R", cost)
     yield Contestant(f"teacher draws {cost}", c.ForwardKLDrawsConfig(num_teacher_draws=cost), "D_F", cost)
@@ -152,7 +150,7 @@ async def run_cells(
         if cell is None:
             if stage not in prefixes:
                 trajectories = await sample_prompts(warm, weights[stage], scale.loop, scale.num_prompts, seed=1)
-                prefixes[stage] = Prefixes.choose(trajectories, scale.num_prefixes, seed=0)
+                prefixes[stage] = Prefixes.choose(trajectories, scale.num_prefixes)
             world, s = _world(warm, prefixes[stage], weights[stage], weights[stage + scale.further], direction, drift)
             place = {"stage_steps": stage, "direction": direction, "drift_target_nats": drift}
             place |= {"drift_nats": mean_kl(world.behaviour_TV, world.student_TV), "scale": s}
@@ -221,11 +219,10 @@ class Prefixes:
     """[T] which response tokens, counted over all trajectories."""
 
     @classmethod
-    def choose(cls, trajectories: Sequence[Trajectory], count: int, seed: int) -> Prefixes:
+    def choose(cls, trajectories: Sequence[Trajectory], count: int) -> Prefixes:
         """`count` positions of the sampler's own distribution over prefixes, in a seeded random choice."""
         total = sum(len(t.response_ids) for t in trajectories)
-        rows_T = np.sort(np.random.default_rng(seed).permutation(total)[:count])
-        return cls(trajectories, rows_T)
+        return cls(trajectories, np.sort(np.random.default_rng(0).permutation(total)[:count]))
 
     @torch.no_grad()
     def student_logprobs(self, model: PreTrainedModel) -> Tensor:

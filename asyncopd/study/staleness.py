@@ -67,11 +67,11 @@ class Grid:
     def cells(self) -> list[Cell]:
         """Costly ones first, so that workers end together: at large lags nearly everything is sampled at once."""
         return [
-            Cell(name, lag, lr, seed)
+            Cell(name, loss, lag, lr, seed)
             for lag in sorted(self.lags)
             for seed in self.seeds
             for lr in self.lrs
-            for name in self.estimators
+            for name, loss in self.estimators.items()
         ]
 
 
@@ -96,14 +96,16 @@ class Cell:
     """One training run of the study."""
 
     estimator: str
+    loss: LossConfig
     lag: int
     lr: float
     seed: int
 
-    def name(self, loss: LossConfig) -> str:
+    @property
+    def name(self) -> str:
         """Part of the cell's key; other settings of an estimator make another cell."""
         slug = "".join(letter if letter.isalnum() else "-" for letter in self.estimator.lower())
-        return f"{slug}-{digest(loss.model_dump(mode='json'))[:6]}-lag{self.lag}-lr{self.lr:g}-seed{self.seed}"
+        return f"{slug}-{digest(self.loss.model_dump(mode='json'))[:6]}-lag{self.lag}-lr{self.lr:g}-seed{self.seed}"
 
 
 def run_cells(
@@ -118,30 +120,29 @@ def run_cells(
         RoleFailedError: a worker ended before its cell was done. Finished cells stay.
     """
     cells = CellStore(store, "staleness", {"code": STUDY_CODE, "loop": asdict(grid.loop), **warm.identity()})
-    named = {cell.name(grid.estimators[cell.estimator]): cell for cell in grid.cells()}
-    missing = [name for name in named if cells.find(name) is None]
-    found = len(named) - len(missing)
-    on_done(f"{found} cells found", found, len(named))
+    names = [cell.name for cell in grid.cells()]
+    missing = [cell for cell in grid.cells() if cells.find(cell.name) is None]
+    found = len(names) - len(missing)
+    on_done(f"{found} cells found", found, len(names))
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _end_with_parent)
     try:
-        losses = {name: grid.estimators[named[name].estimator] for name in missing}
-        work = {pool.submit(measure_cell, warm, named[name], losses[name], grid.loop): name for name in missing}
+        work = {pool.submit(measure_cell, warm, cell, grid.loop): cell.name for cell in missing}
         for number, done in enumerate(as_completed(work), found + 1):
             cells.put(work[done], done.result())
-            on_done(work[done], number, len(named))
+            on_done(work[done], number, len(names))
     except BrokenProcessPool as error:
         raise RoleFailedError(
             f"a worker of the study was killed or crashed; finished cells are kept, run the study again. {error}"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-    return [row for name in named if (row := cells.find(name)) is not None]
+    return [row for name in names if (row := cells.find(name)) is not None]
 
 
-def measure_cell(warm: WarmStart, cell: Cell, loss: LossConfig, loop: LoopSettings) -> dict[str, Any]:
+def measure_cell(warm: WarmStart, cell: Cell, loop: LoopSettings) -> dict[str, Any]:
     """Train and evaluate one cell."""
     started, cpu_started = time.time(), time.process_time()
-    trained = asyncio.run(train_lagged(warm, loss, loop, lag=cell.lag, lr=cell.lr, seed=cell.seed))
+    trained = asyncio.run(train_lagged(warm, cell.loss, loop, lag=cell.lag, lr=cell.lr, seed=cell.seed))
     quality = asyncio.run(evaluate(warm, trained.safetensors, loop))
     recent = trained.metrics[len(trained.metrics) // 2 :]
 
@@ -150,7 +151,7 @@ def measure_cell(warm: WarmStart, cell: Cell, loss: LossConfig, loop: LoopSettin
 
     return {
         **asdict(cell),
-        "loss": json.dumps(loss.model_dump(mode="json"), sort_keys=True),
+        "loss": json.dumps(cell.loss.model_dump(mode="json"), sort_keys=True),
         "num_steps": trained.num_steps,
         **quality,
         "drift_nats": over_recent(DRIFT),
