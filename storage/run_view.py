@@ -213,8 +213,7 @@ class RunView:
 
     def latest_checkpoint(self) -> PolicyVersion | None:
         """The newest complete checkpoint of the surviving lineage."""
-        states = self.states("checkpoint")
-        return states[-1] if states else None
+        return next(reversed(self.states("checkpoint")), None)
 
     # -- shards ---------------------------------------------------------------------------------------------------
     @property

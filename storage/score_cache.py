@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from asyncopd.ports import ScoreRequest
@@ -97,7 +97,7 @@ class StoredScoreCache:
 
 def _question(teacher_digest: str, request: ScoreRequest) -> str:
     """Digest of what decides the numbers, the tokens apart."""
-    parts: Mapping[str, object] = {
+    parts = {
         "teacher": teacher_digest,
         "temperature": request.temperature,
         "top_k": request.top_k,

@@ -154,11 +154,8 @@ def _check_due(view: RunView, config: RunConfig, mend: Mend) -> Iterator[Finding
     seen = _numbers("evaluation", [*view.records["evaluation"], *view.broken])
     for number in range(0, newest, every) if every else ():
         if number not in seen:
-            key, expected = (
-                layout.key("evaluation", state=PolicyVersion(number, 0)),
-                f"an evaluation of version {number}",
-            )
-            yield Finding("missing", key, expected, "no such object", mend.deployment("evaluate"))
+            key, advice = layout.key("evaluation", state=PolicyVersion(number, 0)), mend.deployment("evaluate")
+            yield Finding("missing", key, f"an evaluation of version {number}", "no such object", advice)
 
 
 def _numbers(kind: str, keys: Iterable[str]) -> set[int]:

@@ -147,7 +147,7 @@ class Ledger:
                     states[index] = moved(states.get(index), move, reason=reason, step=step)
                 except LedgerError as error:
                     at = f" by step {step}" if step is not None else ""
-                    refused.append(Violation(index, f"{str(error).replace(move, move + at, 1)}"))
+                    refused.append(Violation(index, str(error).replace(move, move + at, 1)))
         return cls(states, frozenset(admitted), tuple(refused))
 
     def counts(self) -> dict[State, int]:
