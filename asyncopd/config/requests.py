@@ -51,15 +51,16 @@ def _settings(value: Any) -> Any:
 
 
 def _setting(text: str) -> tuple[str, Any]:
+    value = text.partition("=")[2]
     try:
         # An alias in an alias … is a page of text in memory and the whole of it once written out.
-        is_alias = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text.partition("=")[2]))
-        key, value = parse_override(text)
+        is_alias = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(value))
+        yaml.safe_load(value)  # `parse_override` would refuse it in the words of a `--set`, which only one door has
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{text[:80]!r}: its value cannot be read: {str(error)[:200]}") from None
     if is_alias:
         raise ConfigError(f"{text[:80]!r}: expected a value without YAML aliases (*name); write it out.")
-    return key, value
+    return parse_override(text)
 
 
 def _weights(named: Any) -> Any:

@@ -319,12 +319,11 @@ class RunConfig(Frozen):
         if self.teacher.engine == "oracle" and self.task.kind != "walk":
             raise ValueError("teacher.engine oracle is the closed form of task.kind walk; use engine hf for text.")
         for role, model in self.models().items():
-            room = model.max_context if isinstance(model, TinyModel) else None
             needed = self.rollout.max_new_tokens + self.task.max_prompt_tokens
-            if room is not None and needed > room:
+            if isinstance(model, TinyModel) and needed > model.max_context:
                 raise ValueError(
                     f"{role}: task.max_prompt_tokens {self.task.max_prompt_tokens} + rollout.max_new_tokens "
-                    f"{self.rollout.max_new_tokens} = {needed} tokens do not fit max_context {room}. "
+                    f"{self.rollout.max_new_tokens} = {needed} tokens do not fit max_context {model.max_context}. "
                     f"Raise {role} max_context or lower rollout.max_new_tokens."
                 )
         return self
