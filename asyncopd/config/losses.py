@@ -152,14 +152,6 @@ class FullVocabulary(OnPolicySettings):
         return CacheRequirements(full_vocabulary=True)
 
 
-_NEEDS_RATIO = {
-    "correction": "there is no ratio to correct",
-    "baseline": "without the ratio E[∇log p_θ] is not 0 under stale draws, so a baseline would change the gradient it "
-    "is meant to leave alone",
-    "max_prefix_weight": "it would correct the prefixes and not the token",
-}
-
-
 def _default_baseline(values: dict[str, Any]) -> Literal["none", "leave_one_out"]:
     return "leave_one_out" if values.get("num_draws", 0) > 1 and values.get("ratio") == "importance" else "none"
 
@@ -212,16 +204,17 @@ class PolicyGradientConfig(OnPolicySettings):
                 "baseline exact is E[A] under the current advantage; under advantage 'behaviour' it would need full "
                 "rows of p_old, which no log holds. Use leave_one_out."
             )
-        if self.ratio == "none":
-            for option, value, off in (
-                ("correction", self.correction.name, "none"),
-                ("baseline", self.baseline, "none"),
-                ("max_prefix_weight", self.max_prefix_weight, None),
-            ):
-                if value != off:
-                    raise ValueError(
-                        f"{option} {value} with ratio 'none': {_NEEDS_RATIO[option]}. Set ratio: importance."
-                    )
+        no_baseline = (
+            "without the ratio E[∇log p_θ] is not 0 under stale draws, so a baseline would change the gradient it is "
+            "meant to leave alone"
+        )
+        for option, value, off, why in (
+            ("correction", self.correction.name, "none", "there is no ratio to correct"),
+            ("baseline", self.baseline, "none", no_baseline),
+            ("max_prefix_weight", self.max_prefix_weight, None, "it would correct the prefixes and not the token"),
+        ):
+            if self.ratio == "none" and value != off:
+                raise ValueError(f"{option} {value} with ratio 'none': {why}. Set ratio: importance.")
         return self
 
     def requirements(self) -> CacheRequirements:
