@@ -13,6 +13,7 @@ import hmac
 import json
 import os
 import secrets
+import tempfile
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -75,11 +76,9 @@ class TokenStore:
 
     def client_of(self, token: str) -> tuple[str, Scope] | None:
         """Whose token this is, and what it allows; compares with every hash in constant time."""
-        digest, found = _hash(token), None
-        for record in self._read():
-            if hmac.compare_digest(digest, record["sha256"]):
-                found = record["name"], Scope(record["scope"])
-        return found
+        digest = _hash(token)
+        found = [record for record in self._read() if hmac.compare_digest(digest, record["sha256"])]
+        return (found[-1]["name"], Scope(found[-1]["scope"])) if found else None
 
     def _read(self) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = json.loads(self._path.read_text()) if self._path.is_file() else []
@@ -87,12 +86,11 @@ class TokenStore:
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".new")
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        # mkstemp's file is its owner's alone from the first moment.
+        descriptor, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f"{self._path.name}.")
         with os.fdopen(descriptor, "w") as file:
             json.dump(records, file, indent=1)
-        temporary.replace(self._path)
+        Path(temporary).replace(self._path)
 
 
 def _hash(token: str) -> str:

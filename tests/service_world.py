@@ -114,9 +114,10 @@ class Prefect:
             return True
         if verb == "create_flow_run":
             key = body.get("idempotency_key") or uuid.uuid4().hex
-            if key not in self.keys:
-                self.keys[key] = str(uuid.uuid4())
-                self.flow_runs[self.keys[key]] = {"deployment": noun, **body}
+            # At once: requests come in threads, and a check before it once made two flow runs of one key.
+            made = str(uuid.uuid4())
+            if self.keys.setdefault(key, made) == made:
+                self.flow_runs[made] = {"deployment": noun, **body}
             return {"id": self.keys[key]}
         assert verb == "set_state", path
         self.cancelled.append(noun)
