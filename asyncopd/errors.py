@@ -6,22 +6,34 @@ class AsyncOPDError(Exception):
 
     ::
 
-        AsyncOPDError -- ConfigError, ShapeError, EngineError, NonFiniteError, DeadlineError, RunStoppedError,
+        AsyncOPDError -- ConfigError, ShapeError, NonFiniteError, DeadlineError, RunStoppedError,
           |              SupersededError, LedgerError, RoleFailedError
           +-- StorageError -- StoreUnusableError, ShardCorruptError, ObjectMissingError -- RunMissingError
           +-- QueryError -- QueryLimitError
+          +-- EngineError -- EngineAwayError
           `-- StackError -- ServerAwayError
 
     All of them are picklable: the message is the only argument.
     """
 
+    repeats = False
+    """Would a process that is started again fail the same way? Then a role is not, and its run ends at once."""
+
+
+REPEATS = 78
+"""Exit status of a role process whose error `repeats`; EX_CONFIG among Unix's."""
+
 
 class ConfigError(AsyncOPDError):
     """A configuration value, or a combination of values, that cannot work."""
 
+    repeats = True
+
 
 class ShapeError(AsyncOPDError):
     """Arrays of one value disagree in shape, dtype or id range."""
+
+    repeats = True
 
 
 class StorageError(AsyncOPDError):
@@ -53,7 +65,15 @@ class QueryLimitError(QueryError):
 
 
 class EngineError(AsyncOPDError):
-    """A sampler or scorer could not serve a request."""
+    """A sampler or scorer cannot serve the run, or a request."""
+
+    repeats = True
+
+
+class EngineAwayError(EngineError):
+    """An engine's process ended or failed to start, or its server does not answer; the next one may."""
+
+    repeats = False
 
 
 class NonFiniteError(AsyncOPDError):

@@ -28,7 +28,7 @@ from prefect.client.schemas.objects import State
 from prefect.exceptions import CancelledRun
 from prefect.states import Cancelled
 
-from asyncopd.errors import AsyncOPDError, RunStoppedError
+from asyncopd.errors import REPEATS, AsyncOPDError, RunStoppedError
 from asyncopd.evaluate import versions_to_evaluate
 from asyncopd.local.processes import watch_parent
 from asyncopd.worker import STOPPED, ShardStage, Worker, run_lanes, until_terminated, work_on_shards
@@ -170,7 +170,7 @@ BODIES: dict[str, Callable[[OpenRun], Awaitable[None]]] = {
 
 
 def main() -> None:
-    """Run one role to its end; errors of ours end with status 1 and their message."""
+    """Run one role to its end; errors of ours end with their message and status 1, or REPEATS."""
     parser = argparse.ArgumentParser(prog="python -m flows.roles", description="One role of a run, to its end.")
     parser.add_argument("role", choices=sorted(BODIES))
     parser.add_argument("--run-id", required=True)
@@ -180,13 +180,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.watch_parent:
         watch_parent()
-    if arguments.flow:
-        sys.exit(asyncio.run(_run_flow(arguments.role, arguments.run_id, arguments.root)))
     try:
-        run = open_stored_run(arguments.root, arguments.run_id)
-        status = asyncio.run(until_terminated(BODIES[arguments.role](run)))
+        if arguments.flow:
+            status = asyncio.run(_run_flow(arguments.role, arguments.run_id, arguments.root))
+        else:
+            run = open_stored_run(arguments.root, arguments.run_id)
+            status = asyncio.run(until_terminated(BODIES[arguments.role](run)))
     except AsyncOPDError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        status = REPEATS if error.repeats else 1
     sys.exit(status)
 
 

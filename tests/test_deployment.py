@@ -64,9 +64,11 @@ class Stack:
         return inherited | own | {"OMP_NUM_THREADS": "1"}
 
     def start(self, *arguments: str, module: str = "asyncopd.cli") -> subprocess.Popen[str]:
+        # A proxy that knows nothing of this machine's ports, as companies have them. Prefect's own command minds it.
+        proxies = dict.fromkeys(("http_proxy", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
         return subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
-            env=self.environment,
+            env=self.environment | (proxies if module == "asyncopd.cli" else {}),
             cwd=ROOT,
             text=True,
             stdin=subprocess.DEVNULL,
@@ -187,6 +189,18 @@ def test_up_finds_everything_running_and_status_shows_it(stack: Stack) -> None:
     ready = httpx.get(f"{stack.service_url}/readyz", timeout=30)
     assert ready.status_code == 200, ready.text
     assert "step 4 of 4" in stack.call("status", "whole", "--root", str(stack.root))
+
+
+def test_a_run_whose_failure_would_repeat_itself_ends_at_once(stack: Stack) -> None:
+    # The service answers, but is no teacher. The score role used to be started four times to find that out.
+    settings = ("engine=openai", "name=served", "model=m", f"urls=[{stack.service_url}]", "compare_text=false")
+    overrides = [part for setting in settings for part in ("--set", f"teacher.{setting}")]
+    output = stack.call(
+        "train", str(stack.config), "--run-id", "unfit", "--set", "evaluate.every=0", *overrides, expect=1
+    )
+    assert re.search(r"FAILED.*: score-0 ended with exit status 78: EngineError: teacher served: ", output)
+    assert f"{stack.service_url}/v1/models: status 404" in output
+    assert len(stack.log("unfit").failures()) == 1
 
 
 def test_a_run_that_fails_ends_with_status_1_and_the_roles_reason(stack: Stack) -> None:

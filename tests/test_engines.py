@@ -362,7 +362,7 @@ async def test_a_server_that_does_not_fit_is_refused_with_what_to_change(
         ({"model": "qwen"}, r"serves \['bytes'\], not 'qwen'"),
         ({"max_context": 500}, r"context of 97 tokens; this run needs 500"),
         ({"tokenizer": HfTokenizer(str(reversed_folder))}, r"splits 'Natalia .* the student's tokenizer into"),
-        ({"tokenizer": HfTokenizer(str(swapped_folder))}, r"the ids \[\d+\] are '<pad>', for the student's .* '<bos>'"),
+        ({"tokenizer": HfTokenizer(str(swapped_folder))}, r"the ids \[\d+\] are '<bos>', for the student's .* '<pad>'"),
         ({"vocab_size": 300}, r"refuses ids up to 299"),
     ):
         scorer = openai_scorer([server], teacher_folder, **changes)

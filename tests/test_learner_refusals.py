@@ -65,17 +65,21 @@ async def test_a_non_finite_step_is_recorded_with_its_indices_and_publishes_noth
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = await rolled_out(frozen(tmp_path))
+    bad = 13
     read_scores = StoredRunLog.read_scores
 
     def poisoned(log: StoredRunLog, teacher: str, shard: IndexRange) -> Sequence[TeacherScores]:
         return [
-            replace(score, head_logprobs_TK=score.head_logprobs_TK * np.float32(np.nan)) if score.index == 13 else score
+            replace(score, head_logprobs_TK=score.head_logprobs_TK * np.float32(np.nan))
+            if score.index == bad
+            else score
             for score in read_scores(log, teacher, shard)
         ]
 
     monkeypatch.setattr(StoredRunLog, "read_scores", poisoned)
-    with pytest.raises(NonFiniteError, match="step 1, indices 000008-000015"):
+    with pytest.raises(NonFiniteError, match="step 1, indices 000008-000015") as caught:
         await pipeline.train_steps(run)
+    assert not caught.value.repeats
     reason = run.log.failures()[-1].reason
     assert reason.startswith("NonFiniteError: step 1, indices 000008-000015")
     assert "Indices with a non-finite loss: 13." in reason
@@ -83,6 +87,13 @@ async def test_a_non_finite_step_is_recorded_with_its_indices_and_publishes_noth
     assert "train/ratio_max" in reason
     assert [step.step for step in run.log.steps()] == [0]
     assert run.log.latest_policy().number == 1
+
+    # Of the first step there can be no other outcome, so the learner is not started again.
+    first = await rolled_out(frozen(tmp_path / "first"))
+    bad = 2
+    with pytest.raises(NonFiniteError, match="step 0, indices 000000-000007") as caught:
+        await pipeline.train_steps(first)
+    assert caught.value.repeats
 
     # Once the cause is gone, the run goes on where it stood.
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from asyncopd.errors import RoleFailedError, StorageError
+from asyncopd.errors import REPEATS, RoleFailedError, StorageError
 from asyncopd.local import processes as roles
 from asyncopd.local.processes import RoleProcesses, RoleSpec
 
@@ -106,6 +106,15 @@ async def test_a_role_that_dies_at_once_is_given_up_after_its_restarts(tmp_path:
     with pytest.raises(RoleFailedError, match="score-0 ended with exit status 1: out of luck"):
         await processes.run()
     assert len(said) == 2
+
+
+async def test_a_role_whose_failure_would_repeat_itself_is_not_started_again(tmp_path: Path) -> None:
+    said: list[str] = []
+    processes = sleepers(tmp_path, said, [], dict)
+    processes.code = f"import sys; print('bad config'); sys.exit({REPEATS})"
+    with pytest.raises(RoleFailedError, match="score-0 ended with exit status 78: bad config\nIt would fail the same"):
+        await processes.run()
+    assert said == []
 
 
 async def test_a_role_that_lived_long_has_its_restarts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

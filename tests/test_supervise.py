@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -18,6 +21,7 @@ from asyncopd.local.processes import (
     Child,
     end_processes,
     marked_processes,
+    past_proxies,
     record_process,
     recorded_processes,
     tail,
@@ -68,6 +72,29 @@ def test_a_child_ends_with_its_parent_however_that_died(tmp_path: Path, ignores_
     took_s = until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, TERMINATE_GRACE_S + 2)
     assert (took_s > TERMINATE_GRACE_S - 1) == ignores_sigterm
     assert recorded_processes() == []
+
+
+def test_this_machine_is_reached_past_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "intranet.example")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert past_proxies() == {}
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        url = f"http://localhost:{server.server_port}/"
+        for proxy in ("http://127.0.0.1:9", "socks5://127.0.0.1:9"):
+            monkeypatch.setenv("ALL_PROXY", proxy)
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(url)
+            for name, value in past_proxies().items():
+                monkeypatch.setenv(name, value)
+            assert httpx.get(url).status_code == 200
+            with pytest.raises(httpx.ConnectError):
+                httpx.get("http://pypi.example/")
+            monkeypatch.setenv("NO_PROXY", "intranet.example")
+            monkeypatch.delenv("no_proxy")
+        server.shutdown()
 
 
 def test_a_record_names_one_process_and_not_the_next_with_its_pid() -> None:

@@ -6,6 +6,7 @@ A function is the command, its keyword arguments are the options, and its `Args:
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from asyncopd import __version__
 from asyncopd.errors import AsyncOPDError
+from asyncopd.local.processes import past_proxies
 
 REFUSED = 2
 """Exit status of a command line that cannot be understood, and of everything that is refused."""
@@ -83,6 +85,7 @@ FAMILIES = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; errors of ours end with status 2 and their message, without a traceback."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.update(past_proxies())
     try:
         status = _app()(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:

@@ -258,7 +258,8 @@ class Limits(Frozen):
     poll_s: float = Field(0.01, gt=0)
     """Pause between looks at storage. 10 ms on a local disk; 0.5 s is kinder to S3."""
     max_restarts: int = Field(3, ge=0)
-    """How often one role process is started again after it died."""
+    """How often one role process is started again after it died. One that failed in a way that would repeat itself (a
+    configuration or model that cannot work, a NaN in the first step) is not."""
 
 
 class RunConfig(Frozen):

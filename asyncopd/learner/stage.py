@@ -126,7 +126,10 @@ class LearnStage:
             try:
                 result = await asyncio.to_thread(self._student.train, step, batch.scored)
             except NonFiniteError as error:
-                raise NonFiniteError(f"step {step}, indices {batch.indices.name}: {error}") from error
+                failure = NonFiniteError(f"step {step}, indices {batch.indices.name}: {error}")
+                # The first batch under the first weights: there is no other way for it to go.
+                failure.repeats = step == 0
+                raise failure from error
         await asyncio.to_thread(self._check_not_superseded)
         seconds = time.time() - started
         version = PolicyVersion(step + 1, self._rewind)

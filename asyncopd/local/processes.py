@@ -8,7 +8,8 @@
 A pid alone may belong to somebody else by the time it is read; with the start time it names one process for ever.
 
     RoleProcesses   start all --> five times a second: ended well? done with it
-                                                       ended badly? start again, up to max_restarts, else fail
+                                                       ended badly? start again, up to max_restarts, else fail;
+                                                       fail at once where the error repeats
                                                        alive but no heartbeat for hang_s? SIGKILL, then as above
                     stop: SIGTERM to all at once, SIGKILL after the grace
 """
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import psutil
 
-from asyncopd.errors import RoleFailedError, StorageError
+from asyncopd.errors import REPEATS, RoleFailedError, StorageError
 
 TERMINATE_GRACE_S = 4.0
 """From SIGTERM to SIGKILL. Roles stop within a second or two; cancellation promises ten in all."""
@@ -38,6 +39,20 @@ STEADY_S = 300.0
 """A process that lived this long has its restarts again: what kills a role once an hour is not a broken role."""
 STACK_HOME = "ASYNCOPD_STACK_HOME"
 """Environment variable that marks everything a stack started, directly or not, with the home of that stack."""
+
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+
+
+def past_proxies() -> dict[str, str]:
+    """NO_PROXY, in both spellings, with this machine's own addresses added; nothing where no proxy is set.
+
+    A proxy knows another localhost: server, service and a teacher served here were looked for there.
+    """
+    if not {name.lower() for name, value in os.environ.items() if value} & {"http_proxy", "https_proxy", "all_proxy"}:
+        return {}
+    hosts = [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"), *LOOPBACK]
+    return dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(dict.fromkeys(filter(None, hosts))))
 
 
 def home() -> Path:
@@ -232,7 +247,8 @@ class RoleProcesses:
         """Run every role to its end.
 
         Raises:
-            RoleFailedError: a role ended badly more often than it may be restarted; all others are stopped first.
+            RoleFailedError: a role ended badly more often than it may be restarted, or with an error that would repeat
+                itself; all others are stopped first.
         """
         try:
             for spec in self.specs:
@@ -298,8 +314,11 @@ class RoleProcesses:
             self.retire(child.record.pid)
         if time.monotonic() - child.started > STEADY_S:
             self._restarts_left[spec] = self.max_restarts
-        if self._restarts_left[spec] == 0:
-            raise RoleFailedError(f"{spec.name} ended with {cause}: {reason}\nIts output is in {child.log_path}.")
+        if status == REPEATS or self._restarts_left[spec] == 0:
+            again = "\nIt would fail the same way again, so it is not started again." if status == REPEATS else ""
+            raise RoleFailedError(
+                f"{spec.name} ended with {cause}: {reason}{again}\nIts output is in {child.log_path}."
+            )
         self._restarts_left[spec] -= 1
         self.say(f"{spec.name} ended with {cause} and is started again ({self._restarts_left[spec]} left): {reason}")
         self._start(spec)

@@ -29,6 +29,7 @@ from asyncopd.local.processes import (
     end_processes,
     home,
     marked_processes,
+    past_proxies,
     record_process,
     recorded_processes,
     spawn,
@@ -158,6 +159,7 @@ def prefect_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
+        **past_proxies(),
     } | {key: value for key, value in os.environ.items() if key.startswith(("PREFECT_", "OMP_"))}
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from asyncopd.errors import AsyncOPDError, EngineError
+from asyncopd.errors import AsyncOPDError, EngineAwayError, EngineError
 from asyncopd.models.sampling import SamplerSettings
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.decoding import Decoder, check_request
@@ -127,7 +127,7 @@ class HfSampler:
         pending = _Pending(loop.create_future(), loop, work)
         with self._wake:
             if self._failure is not None:
-                raise EngineError(*self._failure.args)
+                raise type(self._failure)(*self._failure.args)
             inbox.append(pending)
             self._wake.notify()
         return await pending.future
@@ -142,7 +142,9 @@ class HfSampler:
         except Exception as error:
             logger.exception("hf-sampler: the engine failed")
             reason = str(error) if isinstance(error, AsyncOPDError) else f"{type(error).__name__}: {error}"
-            self._stop(EngineError(f"the sampler's engine failed: {reason}"))
+            # Not ours: out of memory, a driver's error.
+            kind = EngineError if isinstance(error, AsyncOPDError) else EngineAwayError
+            self._stop(kind(f"the sampler's engine failed: {reason}"))
 
     def _take(self) -> bool:
         """Wait for work, load pending weights, fill free slots. False when the engine is to stop."""
@@ -203,7 +205,7 @@ class HfSampler:
             self._waiting.clear()
             self._refreshes.clear()
             self._wake.notify()
-        _answer([(each, EngineError(*failure.args)) for each in pending])
+        _answer([(each, type(failure)(*failure.args)) for each in pending])
 
 
 def _answer(answers: Iterable[tuple[_Pending, Any]]) -> None:

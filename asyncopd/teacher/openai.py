@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from asyncopd.errors import EngineError
+from asyncopd.errors import EngineAwayError, EngineError
 from asyncopd.ports import ScoreRequest, Tokenizer
 from asyncopd.teacher.prompt_logprobs import FULL, PromptAnswer, all_answers, num_logprobs, scores_of
 from asyncopd.types import TeacherScores, Trajectory
@@ -116,7 +116,12 @@ class OpenAIScorer:
 
     # -- start-up checks --------------------------------------------------------------------------------------------
     async def _check_server(self, url: str, number: int) -> None:
-        _, answer = await self._ask(url, "GET", "/v1/models", None)
+        try:
+            _, answer = await self._ask(url, "GET", "/v1/models", None)
+        except _RefusedError as error:
+            raise EngineError(
+                f"teacher {self.name}: {error}. Expected a server that tells its models, as `vllm serve` does."
+            ) from error
         listed = answer.get("data")
         models = {str(m.get("id")): m for m in listed if isinstance(m, dict)} if isinstance(listed, list) else {}
         if self._model not in models:
@@ -234,7 +239,7 @@ class OpenAIScorer:
                 if response.status_code not in _TRANSIENT:
                     raise _RefusedError(problem)
             logger.warning("teacher %s, try %d of %d: %s", self.name, attempt + 1, 1 + self._max_retries, problem)
-        raise EngineError(
+        raise EngineAwayError(
             f"teacher {self.name} did not answer in {1 + self._max_retries} tries; the last: {problem}. Is the server "
             "up? What is unscored stays in storage; go on with the same run when it is."
         )

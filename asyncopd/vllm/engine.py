@@ -17,7 +17,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from asyncopd.config.engines import VllmEngine
-from asyncopd.errors import EngineError
+from asyncopd.errors import EngineAwayError, EngineError
 
 
 async def start_engine(
@@ -75,7 +75,9 @@ async def start_engine(
         await engine.collective_rpc("keep_ids", args=(num_ids,))
         return engine
     except Exception as error:
-        raise EngineError(
+        # vLLM judges configuration and architecture here, by ValueErrors; memory may be free the next time.
+        kind = EngineError if isinstance(error, ValueError) else EngineAwayError
+        raise kind(
             f"{name}: vLLM could not serve {model}: {type(error).__name__}: {error}. The engine process's own lines "
             "are above in this role's log. Expected an architecture vLLM knows (heads of at least 32 on a CPU) and "
             "memory for weights and KV cache."
@@ -97,7 +99,7 @@ async def final_output(
         async for output in engine.generate(prompt, params, request_id=request_id):
             final = output
     except (EngineDeadError, EngineGenerateError) as error:
-        raise EngineError(
+        raise EngineAwayError(
             f"index {index}: {name} ended or failed ({type(error).__name__}). The last lines of its process are in "
             "this role's log; the role starts it again, and what it had not finished is done again."
         ) from error

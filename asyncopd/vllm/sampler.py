@@ -24,7 +24,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from asyncopd.config.engines import VllmSampling
-from asyncopd.errors import EngineError
+from asyncopd.errors import EngineAwayError, EngineError
 from asyncopd.models.sampling import SamplerSettings, policy_key
 from asyncopd.ports import SampleRequest
 from asyncopd.rollout.decoding import check_request
@@ -247,7 +247,7 @@ class VllmSampler:
                 await engine.check_health()
             return calling.result()
         except Exception as error:
-            raise EngineError(
+            raise EngineAwayError(
                 f"the vLLM sampler's engine under version {self._version} could not {what}: "
                 f"{type(error).__name__}: {error}"
             ) from error
