@@ -133,7 +133,7 @@ def _file_rows(source: str, split: Split, fields: tuple[str, str]) -> Iterator[t
         found = "a directory; expected one file" if path.is_dir() else "no such file"
         raise ConfigError(
             f"{path}: {found}. In {folder.absolute()} there is {near}. Set task.train_path and task.eval_path to where "
-            "the questions are."
+            "the questions are, or to gsm8k."
         )
     if not path.name.endswith(endings):
         raise ConfigError(f"{source}: expected gsm8k, hf:<dataset>, or a path ending in .jsonl, .jsonl.gz or .parquet.")
