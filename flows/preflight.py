@@ -14,6 +14,7 @@ from asyncopd.errors import ConfigError
 from asyncopd.models.files import ModelFiles
 from asyncopd.tasks.build import build_task
 from asyncopd.tasks.prompts import read_questions
+from asyncopd.tasks.tokenizers import render_chat
 from asyncopd.teacher.prompt_logprobs import MAX_FULL_VOCABULARY
 from storage.runs import find_model
 from storage.stores import open_store
@@ -89,11 +90,22 @@ def _check_tokenizers(config: RunConfig, pretrained: Mapping[str, ModelFiles]) -
             "Distillation compares log-probs of the same ids, so student, teacher and task.tokenizer must "
             "share one tokenizer."
         )
-    if config.task.prompt_format == "chat" and not files[0].has_chat_template:
-        raise ConfigError(
-            f"task.prompt_format chat: the tokenizer of {files[0].where} has no chat template. Use prompt_format "
-            "plain, or an instruction-tuned model's tokenizer."
-        )
+    if config.task.prompt_format == "chat":
+        _check_template(config.task, files[0])
+
+
+def _check_template(task: TextConfig, files: ModelFiles) -> None:
+    named = files.json("tokenizer_config.json") if not files.gguf else None
+    specials = {name: token for name, token in (named or {}).items() if name.endswith("_token")}
+    render_chat(
+        files.chat_template,
+        [{"role": "user", "content": task.template}],
+        where=files.where,
+        chat_date=task.chat_date,
+        add_generation_prompt=True,
+        **{name: token["content"] if isinstance(token, dict) else token for name, token in specials.items()},
+        **task.chat_options,
+    )
 
 
 def check_vllm(config: RunConfig) -> None:

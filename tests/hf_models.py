@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from asyncopd.config import PretrainedModel
@@ -156,3 +156,30 @@ def save_model(folder: Path, model: PreTrainedModel, *, num_ids: int | None = No
 
 def files_of(folder: Path, **settings: Any) -> ModelFiles:
     return ModelFiles(PretrainedModel(path=str(folder), **settings), "student")
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def save_chat_tokenizer(folder: Path, *, template: str = CHATML, added: Sequence[str] = ()) -> Path:
+    """A tokenizer as Qwen's: bytes 0 to 255, 256 `<|endoftext|>` that ends a text, 257 and 258 that enclose a turn.
+
+    Args:
+        added: further tokens, which are no control tokens, as Qwen's `<think>`.
+    """
+    backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(_ALPHABET)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIALS))
+    backend.add_tokens(list(added))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIALS[0])
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -47,7 +47,9 @@ class Student:
         self._causal_lm, self._estimator = causal_lm, estimator
         self._accelerator, self._settings = accelerator, settings
         self._published_dtype = published_dtype
-        causal_lm.train()
+        # Not train(): dropout, layer dropping and noise in routers would make what is trained another policy than the
+        # one that was sampled.
+        causal_lm.eval()
         model = LogprobModel(causal_lm, temperature)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.95)

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,14 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from asyncopd.config.engines import PretrainedModel
 from asyncopd.errors import ConfigError
-from asyncopd.models.headers import TokenizerFacts, digest_of, read_gguf_metadata, tokenizer_facts, weight_shapes
+from asyncopd.models.headers import (
+    StoredTensor,
+    TokenizerFacts,
+    digest_of,
+    read_gguf_metadata,
+    stored_tensors,
+    tokenizer_facts,
+)
 
 PACKAGE_PREFIX = "package:"
 """Begins a path that is the folder of an installed Python package, which may carry weights."""
@@ -31,6 +39,15 @@ _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 # What one wrapper or another puts in front of all names.
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "_fsdp_wrapped_module.")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
+# Names of the tensors that turn ids into vectors, and vectors into logits.
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight")
+# Families of encoders, which transformers also builds as decoders when told to.
+_ENCODERS = re.compile("bert|electra|big_bird|data2vec|roformer|xmod|^ernie$")
+# Keys of models that carry a state along instead of attending: state spaces, linear attention, recurrence.
+_RECURRENT = re.compile(
+    "mamba_|ssm_|state_size$|linear_(attn|conv|key|num)|lru_width|rescale_every|mlstm|conv_L_cache|time_step_"
+)
 # Sets where a model changes its logits or attention scores, with the value that changes nothing.
 _CHANGES: Mapping[str, float | None] = {
     "final_logit_softcapping": None,
@@ -115,7 +132,7 @@ class ModelFiles:
         if path is None:
             return None
         try:
-            described = json.loads(path.read_bytes())
+            described = json.loads(path.read_text("utf-8"))
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{self.role}: {path} is not JSON in UTF-8: {error}.") from None
         if not isinstance(described, dict):
@@ -167,7 +184,9 @@ class ModelFiles:
                 {int(self.gguf["tokenizer.ggml.eos_token_id"])} if "tokenizer.ggml.eos_token_id" in self.gguf else ()
             )
         generation = self.json("generation_config.json") or {}
-        named = generation.get("eos_token_id", (self.json("config.json") or {}).get("eos_token_id"))
+        named = generation.get("eos_token_id")
+        # A tokenizer of its own may lie without a model.
+        named = (self.json("config.json") or {}).get("eos_token_id") if named is None else named
         ids = named if isinstance(named, list) else [named]
         return frozenset(id_ for id_ in ids if isinstance(id_, int) and not isinstance(id_, bool))
 
@@ -186,13 +205,17 @@ class ModelFiles:
             )
         return tokenizer_facts(path.resolve(), self.role)
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether a conversation can be written as its tokenizer wants it."""
+    @functools.cached_property
+    def chat_template(self) -> str:
+        """How its tokenizer writes a conversation, as a jinja program; empty where it does not say."""
         if self.gguf:
-            return "tokenizer.chat_template" in self.gguf
-        described = self.json("tokenizer_config.json") or {}
-        return bool(described.get("chat_template")) or self.find("chat_template.jinja") is not None
+            return str(self.gguf.get("tokenizer.chat_template", ""))
+        if (path := self.find("chat_template.jinja")) is not None:
+            return path.read_text("utf-8")
+        found = (self.json("tokenizer_config.json") or {}).get("chat_template") or ""
+        # Several, by name.
+        named = {each["name"]: each["template"] for each in found} if isinstance(found, list) else {"default": found}
+        return str(named.get("default", ""))
 
     # -- refusals -----------------------------------------------------------------------------------------------------
     def check(self, *, needed_context: int) -> None:
@@ -226,14 +249,19 @@ class ModelFiles:
             self._check_weights(self.folder, layers)
 
     def _check_architecture(self) -> None:
-        kind, names = self.config.get("model_type"), self.config.get("architectures") or []
-        if not isinstance(kind, str) or not _known(kind):
-            remote = " It needs code of its own (auto_map), which is not run here." if "auto_map" in self.config else ""
+        # That of the whole, where a model of text is part of it.
+        described = self.config if self.gguf else self.json("config.json") or {}
+        kind, names = described.get("model_type"), described.get("architectures") or []
+        if self.gguf:
+            kind = re.sub("moe$", "_moe", str(kind))
+        if reason := _not_built(kind):
+            remote = " It needs code of its own (auto_map), which is not run here." if "auto_map" in described else ""
             raise ConfigError(
-                f"{self.role}.path: {self.where} is of model_type {kind!r}, which this transformers does not "
-                f"know.{remote} Expected a Llama-, Qwen-, Mistral- or GPT-2-like model (docs/models.md)."
+                f"{self.role}.path: {self.where} is of model_type {kind!r}, {reason}.{remote} "
+                f"Expected a Llama-, Qwen-, Mistral- or GPT-2-like model (docs/models.md)."
             )
-        if names and not any(name.endswith(_GENERATES) for name in names):
+        is_encoder = _ENCODERS.search(str(kind)) and "decoder" not in str(kind) and not described.get("is_decoder")
+        if is_encoder or (names and not any(name.endswith(_GENERATES) for name in names)):
             raise ConfigError(
                 f"{self.role}.path: {self.where} says architectures {names} in config.json; expected a model that "
                 "generates text (…ForCausalLM). Is it an embedding or reward model?"
@@ -242,17 +270,18 @@ class ModelFiles:
             raise ConfigError(f"{self.role}.path: {self.where}: {kind}: {problem}")
 
     def _check_weights(self, folder: Path, num_layers: int | None) -> None:
-        shapes = weight_shapes(folder, self.role)
-        wrapped = next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in shapes)), None)
+        stored = stored_tensors(folder, self.role)
+        wrapped = next((prefix for prefix in _WRAPPERS if all(name.startswith(prefix) for name in stored)), None)
         if wrapped:
             raise ConfigError(
                 f"{self.role}.path: all tensors of {folder} have names that begin with {wrapped!r}: they were saved "
                 "from within a wrapper. Save the model inside it with `save_pretrained`, or strip the prefix."
             )
+        self._check_embeddings(folder, stored)
         layers: dict[int, dict[str, tuple[int, ...]]] = {}
-        for name, shape in shapes.items():
+        for name, tensor in stored.items():
             if found := re.search(r"(?<=\.)\d+(?=\.)", name):
-                layers.setdefault(int(found[0]), {})[name[: found.start()] + "N" + name[found.end() :]] = shape
+                layers.setdefault(int(found[0]), {})[name[: found.start()] + "N" + name[found.end() :]] = tensor.shape
         # A multimodal model numbers the layers of its other parts too.
         if "text_config" in self.config:
             return
@@ -261,15 +290,47 @@ class ModelFiles:
                 f"{self.role}.path: config.json says {num_layers} layers, and the weights in {folder} have none of "
                 f"the layers {missing[:8]}. Is the download complete?"
             )
-        # Layers of a mixture of experts may differ; two that have the same neighbours on both sides may not.
-        for number in range(1, (num_layers or 0) - 1):
-            before, here, after = layers[number - 1], layers[number], layers[number + 1]
-            if before == after != here:
-                name = sorted(set(before.items()) ^ set(here.items()))[0][0]
+        # Layers of a mixture of experts may differ, but none lacks what all others have, or has shapes of its own.
+        signatures = {number: frozenset(layer.items()) for number, layer in layers.items()}
+        counts = Counter(signatures.values())
+        for number, here in signatures.items():
+            others = [dict(other) for other in counts if other != here] if counts[here] == 1 else []
+            if others and all(layers[number].keys() < other.keys() for other in others):
+                names = [
+                    name.replace(".N.", f".{number}.") for name in sorted(others[0].keys() - layers[number].keys())
+                ]
+                raise ConfigError(f"{self.role}.path: {folder}: {names[:8]} are missing; the other layers have them.")
+            alike = [other for other in others if other.keys() == layers[number].keys()]
+            if len(alike) == 1 and counts[frozenset(alike[0].items())] > 1:
+                name, shape = next(item for item in layers[number].items() if item not in alike[0].items())
                 raise ConfigError(
-                    f"{self.role}.path: {folder}: tensor {name.replace('.N.', f'.{number}.')} is "
-                    f"{here.get(name, 'missing')}; expected {before.get(name, 'none')}, as in the layers beside it."
+                    f"{self.role}.path: {folder}: {name.replace('.N.', f'.{number}.')} has shape {list(shape)}; "
+                    f"expected {list(alike[0][name])}, as in the other layers."
                 )
+
+    def _check_embeddings(self, folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+        rows = self.config.get("vocab_size")
+        first = next((tensor for name, tensor in stored.items() if name.endswith(_EMBEDDINGS)), None)
+        head = next((tensor for name, tensor in stored.items() if name.endswith(_HEADS)), None)
+        for tensor in filter(None, (first, head)):
+            if isinstance(rows, int) and tensor.shape[0] != rows:
+                raise ConfigError(
+                    f"{self.role}.path: config.json says vocab_size {rows}, and {tensor.path} holds an embedding of "
+                    f"shape {list(tensor.shape)}. Expected {rows} rows; were tokens added after training?"
+                )
+        if self.config.get("tie_word_embeddings") is not True or first is None or head is None:
+            return
+        if (first.dtype, first.shape) == (head.dtype, head.shape) and not first.same_bytes(head):
+            raise ConfigError(heads_differ(self))
+
+
+def heads_differ(files: ModelFiles) -> str:
+    """Said when a model's file holds a head beside the embedding to which its configuration ties it."""
+    return (
+        f"{files.role}.path: config.json of {files.where} says tie_word_embeddings: true, and its weights hold a head "
+        "that differs from the embedding. Set tie_word_embeddings to false in config.json to have both, or delete "
+        "lm_head.weight from the weights."
+    )
 
 
 def unsupported(config: Mapping[str, Any]) -> str:
@@ -292,9 +353,14 @@ def unsupported(config: Mapping[str, Any]) -> str:
             f"layers attend to less than their prefix ({', '.join(others) or f'sliding_window = {window}'}). Only full "
             "attention is supported; set sliding_window to null if the context fits the window."
         )
+    if recurrent := sorted(key for key, value in config.items() if value and _RECURRENT.match(key)):
+        return (
+            f"layers carry a state along instead of attending to their prefix (it has {recurrent[0]}), so sequences "
+            "cannot be packed into one row. Only full attention is supported."
+        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type in ("dynamic", "longrope"):
+    if rope_type in ("dynamic", "longrope", "su"):
         return (
             f"rope_type {rope_type} changes with the longest position of a batch, so a token's log-prob would depend "
             "on its neighbours. Use default, linear, yarn or llama3."
@@ -302,11 +368,20 @@ def unsupported(config: Mapping[str, Any]) -> str:
     return ""
 
 
-def _known(model_type: str) -> bool:
-    """Whether transformers has a folder for it; its own registry cannot be asked without importing torch."""
+def _not_built(kind: object) -> str:
+    """Why transformers does not build this model type as it is needed here; empty if it does.
+
+    Its tables and classes are read as text, because importing them imports torch.
+    """
     found = importlib.util.find_spec("transformers")
     assert found is not None
     assert found.submodule_search_locations
     models = Path(found.submodule_search_locations[0]) / "models"
-    name = model_type.replace("-", "_")
-    return any((models / candidate).is_dir() for candidate in (name, name.removesuffix("_text")))
+    table = (models / "auto" / "modeling_auto.py").read_text().partition("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES =")[2]
+    if not isinstance(kind, str) or kind not in re.findall(r'\("([^"]+)",', table.partition("\n)")[0]):
+        return "which this transformers cannot generate text with"
+    name = kind.replace("-", "_")
+    sources = [path for folder in (name, name.removesuffix("_text")) for path in models.glob(f"{folder}/modeling_*.py")]
+    if sources and not any("_supports_sdpa = True" in path.read_text() for path in sources):
+        return "which transformers does not run on torch's scaled_dot_product_attention"
+    return ""

@@ -27,43 +27,81 @@ class TokenizerFacts:
     """Ids that exist: 0 ... num_ids − 1."""
 
 
-def weight_shapes(folder: Path, role: str) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in a folder's *.safetensors, from their first bytes.
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor of a safetensors file is, without its numbers."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors calls it, for example `BF16`."""
+    start: int
+    """Of its bytes in the file, as `stop` is the end."""
+    stop: int
+
+    def same_bytes(self, other: StoredTensor) -> bool:
+        """Whether both begin and end with the same MiB."""
+        return all(self._read(last) == other._read(last) for last in (False, True))
+
+    def _read(self, last: bool) -> bytes:
+        size = min(self.stop - self.start, 1 << 20)
+        with self.path.open("rb") as file:
+            file.seek(self.stop - size if last else self.start)
+            return file.read(size)
+
+
+def stored_tensors(folder: Path, role: str) -> dict[str, StoredTensor]:
+    """Every tensor of a model's safetensors files by name, from their first bytes.
 
     Raises:
         ConfigError: there are none, one is cut off or no safetensors file, or the index names one that is missing.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        if missing := [name for name in named if not (folder / name).is_file()]:
+    index, weight_map = folder / "model.safetensors.index.json", {}
+    if (single := folder / "model.safetensors").is_file():
+        files = [single]
+    elif index.is_file():
+        try:
+            weight_map = json.loads(index.read_bytes())["weight_map"]
+            files = [folder / name for name in sorted(set(weight_map.values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{role}.path: {index} is no index of weights: {error!r}. Fetch it again.") from None
+        if missing := [path.name for path in files if not path.is_file()]:
             raise ConfigError(f"{role}.path: {index} names {missing}, which are not there. Is the download complete?")
-        files = [folder / name for name in named]
-    if not files:
-        raise ConfigError(
-            f"{role}.path: {folder} holds no *.safetensors weights. Pickled weights (*.bin) are not read; convert them "
-            "with `save_pretrained`."
+    else:
+        found = sorted(
+            path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt", ".gguf")
         )
-    shapes: dict[str, tuple[int, ...]] = {}
+        raise ConfigError(
+            f"{role}.path: {folder} holds no model.safetensors and no index of several, but {found or 'no weights'}. "
+            "Pickled weights (*.bin) are not read; convert them with `save_pretrained`."
+        )
+    tensors: dict[str, StoredTensor] = {}
     for path in files:
         with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
+            first = file.read(8)
+            length = int.from_bytes(first, "little")
             size = path.stat().st_size
             try:
                 header = json.loads(file.read(length) if 0 < length < size else b"")
-            except ValueError:
+                header.pop("__metadata__", None)
+                data = 8 + length
+                end = data + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+                for name, entry in header.items():
+                    start, stop = (data + offset for offset in entry["data_offsets"])
+                    tensors[name] = StoredTensor(path, tuple(entry["shape"]), entry["dtype"], start, stop)
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+                pointer = first == b"version "
                 raise ConfigError(
-                    f"{role}.path: {path} ({size} bytes) is no safetensors file. Is it a pointer of Git LFS, or "
-                    "cut off?"
+                    f"{role}.path: {path} ({size} bytes) is no safetensors file. "
+                    + ("It is a pointer of Git LFS: run `git lfs pull`." if pointer else "Is it cut off?")
                 ) from None
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if size != end:
             raise ConfigError(f"{role}.path: {path} has {size} bytes; its header says {end}. Is it cut off?")
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
-    return shapes
+    if missing := sorted(weight_map.keys() - tensors.keys()):
+        raise ConfigError(
+            f"{role}.path: {index} names tensors that its files do not hold: {missing[:8]}. Fetch both again."
+        )
+    return tensors
 
 
 def read_gguf_metadata(path: Path) -> dict[str, Any]:
@@ -109,8 +147,6 @@ def read_gguf_metadata(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: the metadata of this GGUF file cannot be read: {error}. Is it cut off?") from None
 
 
-# Student, teacher and task usually name one file, or byte-equal copies of it.
-@functools.lru_cache(maxsize=8)
 def tokenizer_facts(path: Path, role: str) -> TokenizerFacts:
     """What a tokenizer.json says about ids.
 
@@ -118,12 +154,16 @@ def tokenizer_facts(path: Path, role: str) -> TokenizerFacts:
         ConfigError: the tokenizers package cannot read it, or an id below the largest has no token.
     """
     try:
-        settings = json.loads(Tokenizer.from_file(str(path)).to_str())
+        return _facts_of(path.read_bytes())
     # The library raises Exception itself.
     except Exception as error:
-        raise ConfigError(
-            f"{role}: {path} is not a tokenizer.json that this tokenizers package reads: {error}."
-        ) from None
+        raise ConfigError(f"{role}: {path} cannot serve as tokenizer.json: {error}") from None
+
+
+# Student, teacher and task usually name one file, or byte-equal copies of it, and reading one takes half a second.
+@functools.lru_cache(maxsize=4)
+def _facts_of(content: bytes) -> TokenizerFacts:
+    settings = json.loads(Tokenizer.from_buffer(content).to_str())
     vocabulary = settings["model"]["vocab"]
     # Unigram models list their pieces in the order of ids.
     ids = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
@@ -131,9 +171,9 @@ def tokenizer_facts(path: Path, role: str) -> TokenizerFacts:
     num_ids = max(ids) + 1
     if len(ids) != num_ids:
         holes = sorted(set(range(num_ids)) - ids)
-        raise ConfigError(
-            f"{role}: {path} leaves out {len(holes)} ids below {num_ids} ({holes[:5]} …). Expected ids without holes; "
-            "add placeholder tokens for them."
+        raise ValueError(
+            f"it leaves out {len(holes)} ids below {num_ids} ({holes[:5]} …). Expected ids without holes; add "
+            "placeholder tokens for them."
         )
     kept = {key: settings[key] for key in ("normalizer", "pre_tokenizer", "model")}
     added = sorted((token["id"], token["content"]) for token in settings["added_tokens"])

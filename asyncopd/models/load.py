@@ -11,12 +11,12 @@ from typing import Any, Literal
 import numpy as np
 import safetensors
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from asyncopd.config.engines import EngineDtype
 from asyncopd.errors import ConfigError
 from asyncopd.models.causal_lm import mark_missing_ids, multiplies_bfloat16, output_embedding, packed_hidden
-from asyncopd.models.files import ModelFiles, unsupported
+from asyncopd.models.files import ModelFiles, heads_differ, unsupported
 from asyncopd.models.packing import pack
 
 
@@ -82,7 +82,7 @@ def build_causal_lm(
         ConfigError: unknown `model_type`, or an architecture that `check_architecture` refuses.
     """
     try:
-        config = without_dropout(AutoConfig.for_model(**architecture))
+        config = AutoConfig.for_model(**architecture)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
@@ -97,7 +97,7 @@ def build_causal_lm(
 
 
 def load_pretrained(files: ModelFiles, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A pretrained model as its files hold it, or not at all: no tensor is left to chance, and no dropout is on.
+    """A pretrained model as its files hold it, or not at all: no tensor is left to chance.
 
     Raises:
         ConfigError: the files are not there or cannot be read.
@@ -107,7 +107,7 @@ def load_pretrained(files: ModelFiles, *, dtype: torch.dtype = torch.float32) ->
     settings, folder = files.settings, files.local_folder()
     source = {"gguf_file": settings.gguf_file} if settings.gguf_file else {}
     try:
-        config = without_dropout(AutoConfig.from_pretrained(folder, **source))
+        config = AutoConfig.from_pretrained(folder, **source)
         says_tied = config.tie_word_embeddings
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -139,11 +139,7 @@ def load_pretrained(files: ModelFiles, *, dtype: torch.dtype = torch.float32) ->
         or model.get_output_embeddings().weight is model.get_input_embeddings().weight
     )
     if says_tied and not tied:
-        raise ConfigError(
-            f"{files.role}.path: config.json of {files.where} says tie_word_embeddings: true, and its weights hold a "
-            "head that differs from the embedding. Set tie_word_embeddings to false in config.json to have both, or "
-            "delete lm_head.weight from the weights."
-        )
+        raise ConfigError(heads_differ(files))
     if settings.gguf_file or settings.drop_layers:
         model = _plain(model, settings.drop_layers)
     check_architecture(model)
@@ -157,21 +153,6 @@ def resolved_dtype(asked: EngineDtype, *, pretrained: bool, device: torch.device
     if asked != "auto":
         return torch.bfloat16 if asked == "bfloat16" else torch.float32
     return torch.bfloat16 if pretrained and multiplies_bfloat16(device) else torch.float32
-
-
-def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration with every dropout in it set to 0: what is trained must be the policy that was sampled."""
-    for name, value in config.to_dict().items():
-        if (
-            ("drop" in name or name.endswith("pdrop"))
-            and isinstance(value, float | int)
-            and not isinstance(value, bool)
-        ):
-            setattr(config, name, 0.0)
-    for inner in vars(config).values():
-        if isinstance(inner, PreTrainedConfig):
-            without_dropout(inner)
-    return config
 
 
 def _plain(model: PreTrainedModel, drop_layers: Collection[int]) -> PreTrainedModel:

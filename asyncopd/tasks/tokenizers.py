@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from datetime import date
+from typing import Any, Protocol
+
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from asyncopd.errors import ConfigError
 from asyncopd.ports import Tokenizer
@@ -121,6 +125,58 @@ class ByteTokenizer:
         if 256 <= token_id < self.vocab_size:
             return self._SPECIALS[token_id - 256]
         return unknown_text(token_id)
+
+
+def render_chat(
+    template: str, turns: Sequence[Mapping[str, str]], *, where: str, chat_date: date | None, **variables: Any
+) -> str:
+    """A conversation as a chat template writes it, in the dialect that transformers gives templates.
+
+    Args:
+        template: a jinja program.
+        turns: messages with `role` and `content`.
+        where: whose template it is, for messages.
+        chat_date: what it is told when it asks for today's date.
+        variables: further names that it may use: `add_generation_prompt`, special tokens, task.chat_options.
+    Raises:
+        ConfigError: the tokenizer has no template, or it fails, or asks for a date that nobody set.
+    """
+    if not template:
+        raise ConfigError(
+            f"task.prompt_format chat: the tokenizer of {where} has no chat template. Use prompt_format plain, or an "
+            "instruction-tuned model's tokenizer."
+        )
+
+    def strftime_now(form: str) -> str:
+        if chat_date is None:
+            raise ConfigError(
+                f"the chat template of {where} asks for today's date, so prompts would change with the clock. Set "
+                "task.chat_date, for example 2026-01-01."
+            )
+        return chat_date.strftime(form)
+
+    def raise_exception(said: str) -> None:
+        raise ValueError(said)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    # Jinja's own escapes characters of HTML.
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    # Marks what an assistant said, which matters to nobody here.
+    template = re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{%\1 if true \2%}{% endif %}", template)
+    try:
+        return environment.from_string(template).render(
+            messages=turns, **{"strftime_now": strftime_now, "raise_exception": raise_exception, **variables}
+        )
+    except ConfigError:
+        raise
+    # Templates are programs: jinja's errors and those of what a template calls.
+    except Exception as error:
+        raise ConfigError(
+            f"the chat template of {where} failed on a user's message: {type(error).__name__}: {error}. Check "
+            "task.chat_options, or use prompt_format plain."
+        ) from error
 
 
 def unknown_text(token_id: int) -> str:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from asyncopd.errors import ConfigError
 from asyncopd.models.files import ModelFiles
-from asyncopd.tasks.tokenizers import decode_mixed, unknown_text
+from asyncopd.tasks.tokenizers import decode_mixed, render_chat, unknown_text
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class HfTokenizer:
                 f"{files.role}: the tokenizer of {files.where} has no EOS token, without which no response ends. "
                 f"Set eos_token in its tokenizer_config.json."
             )
-        self._where = files.where
+        self._where, self._template = files.where, files.chat_template
         self.eos_id: int = self._tokenizer.eos_token_id
         pad_id = self._tokenizer.pad_token_id
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
@@ -96,11 +96,6 @@ class HfTokenizer:
         Raises:
             ConfigError: the tokenizer has no chat template, or it fails, or asks for a date that nobody set.
         """
-        if not self._tokenizer.chat_template:
-            raise ConfigError(
-                f"task.prompt_format chat: the tokenizer of {self._where} has no chat template. "
-                f"Use prompt_format plain, or an instruction-tuned model's tokenizer."
-            )
         question, stand_ins = self._mentioned(question)
         message = template.replace("{question}", question)
         rendered = self._rendered([{"role": "user", "content": message}], options, add_generation_prompt=True)
@@ -152,26 +147,5 @@ class HfTokenizer:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _rendered(self, turns: Sequence[Mapping[str, str]], options: Mapping[str, Any], **asked: bool) -> str:
-        try:
-            # A variable of that name hides the function that transformers offers to templates.
-            return str(
-                self._tokenizer.apply_chat_template(
-                    turns, tokenize=False, **asked, **{"strftime_now": self._today, **options}
-                )
-            )
-        except ConfigError:
-            raise
-        # Templates are programs: jinja's errors and those of what a template calls.
-        except Exception as error:
-            raise ConfigError(
-                f"the chat template of {self._where} failed on a user's message: {type(error).__name__}: {error}. "
-                "Check task.chat_options, or use prompt_format plain."
-            ) from error
-
-    def _today(self, form: str) -> str:
-        if self._chat_date is None:
-            raise ConfigError(
-                f"the chat template of {self._where} asks for today's date, so prompts would change with the clock. "
-                "Set task.chat_date, for example 2026-01-01."
-            )
-        return self._chat_date.strftime(form)
+        variables = {**self._tokenizer.special_tokens_map, **asked, **options}
+        return render_chat(self._template, turns, where=self._where, chat_date=self._chat_date, **variables)
