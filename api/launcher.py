@@ -20,6 +20,7 @@ from api.schemas import Run, RunCreate
 from asyncopd.config import RunConfig, load_config
 from asyncopd.errors import ConfigError, ServerAwayError
 from asyncopd.local.stack import FlowRun, create_flow_run
+from flows.preflight import preflight
 from storage.runs import RequestedState
 
 TRAIN = "asyncopd/train"
@@ -41,10 +42,12 @@ class RunLauncher:
 
         Raises:
             ProblemError: 409 for an id or idempotency key that already stands for something else.
-            ConfigError: the configuration cannot work.
+            ConfigError: the configuration cannot work, or a model or file that it names.
+            StoreUnusableError: the storage root has no room or cannot be written.
             ServerAwayError: Prefect does not answer; the launch is stored, and repeating the request goes on with it.
         """
         config = self._resolve(asked)
+        preflight(config)
         digest = hashlib.sha256(json.dumps(asked.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
         run_id = asked.run_id or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
         if idempotency_key is not None:

@@ -147,11 +147,12 @@ def evaluation_scorer(config: RunConfig, task: Task, store: ObjectStore) -> Scor
 def _hf_scorer(
     config: RunConfig, task: Task, store: ObjectStore, teacher: HfTeacher | VllmTeacher, asked: EngineDtype
 ) -> HfScorer:
+    digest = _tokenizer_digest(teacher.model, task)
     dtype = dtype_of("teacher", teacher.model, asked)
     return HfScorer(
         load_model(config, store, "teacher", dtype=dtype).to(_device()),
         name=teacher.name,
-        tokenizer_digest=task.tokenizer.digest,
+        tokenizer_digest=digest,
         row_capacity=config.score.row_capacity,
     )
 
@@ -160,6 +161,7 @@ def _vllm_scorer(config: RunConfig, task: Task, store: ObjectStore, teacher: Vll
     """A teacher in a vLLM engine, which starts at once: the run's first responses are sampled meanwhile."""
     from asyncopd.vllm.scorer import VllmScorer  # an extra that takes ten seconds to import
 
+    digest = _tokenizer_digest(teacher.model, task)
     model, folder, settings = teacher.model, None, _vllm_settings(teacher.vllm, teacher.model)
     if isinstance(model, PretrainedModel) and not (model.gguf_file or model.drop_layers):
         path = str(ModelFiles(model, "teacher.model").local_folder())
@@ -172,7 +174,7 @@ def _vllm_scorer(config: RunConfig, task: Task, store: ObjectStore, teacher: Vll
     scorer = VllmScorer(
         path,
         name=teacher.name,
-        tokenizer_digest=task.tokenizer.digest,
+        tokenizer_digest=digest,
         vocab_size=task.tokenizer.vocab_size,
         max_context=_max_context(config, task),
         max_sequences=teacher.max_sequences,
@@ -181,6 +183,19 @@ def _vllm_scorer(config: RunConfig, task: Task, store: ObjectStore, teacher: Vll
     )
     scorer.start()
     return scorer
+
+
+def _tokenizer_digest(model: ModelConfig, task: Task) -> str:
+    """Of the teacher's own tokenizer; a teacher of another run, or files on another machine, may have another one."""
+    if not isinstance(model, PretrainedModel):
+        return task.tokenizer.digest
+    files = ModelFiles(model, "teacher.model")
+    if files.tokenizer.digest != task.tokenizer.digest:
+        raise ConfigError(
+            f"tokenizers differ: that of {files.where} has digest {files.tokenizer.digest[:12]}, the task's "
+            f"{task.tokenizer.digest[:12]}. Expected a teacher with the student's tokenizer."
+        )
+    return files.tokenizer.digest
 
 
 def _openai_scorer(config: RunConfig, task: Task, teacher: OpenAITeacher) -> OpenAIScorer:

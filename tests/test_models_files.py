@@ -21,6 +21,9 @@ from asyncopd.config import RunConfig, load_config
 from asyncopd.errors import ConfigError
 from asyncopd.models.files import ModelFiles
 from flows.preflight import preflight
+from flows.train import _open_or_create
+from storage.runs import list_runs
+from storage.stores import open_store
 
 QUESTION = json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n"
 
@@ -398,6 +401,9 @@ import sys, time
 from asyncopd.config import load_config
 from asyncopd.errors import ConfigError
 from flows.preflight import preflight
+from flows.train import _open_or_create
+from storage.runs import list_runs
+from storage.stores import open_store
 config = load_config(sys.argv[1])
 began = time.process_time()
 try:
@@ -410,3 +416,11 @@ except ConfigError as error:
     assert "Expected 65795 rows" in said
     assert heavy == "set()"
     assert float(seconds) < 2.0
+
+
+def test_the_flow_refuses_before_a_run_exists(folder: Path) -> None:
+    edit_json(folder / "config.json", max_position_embeddings=95)
+    asked = run_of(folder)
+    with pytest.raises(ConfigError, match=r"a context of 95 tokens"):
+        _open_or_create(asked.model_dump(mode="json"), {}, "refused", None)
+    assert list_runs(open_store(asked.storage.root)) == []

@@ -77,6 +77,21 @@ def test_a_launch_starts_the_deployment_with_the_resolved_configuration(client: 
     assert "mine" in [run["id"] for run in client.get("/v1/runs").json()["data"]]
 
 
+def test_a_model_that_cannot_serve_is_refused_before_anything_is_stored(
+    client: TestClient, prefect: Prefect, root: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    (tmp_path / "train.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 2)
+    model = {"kind": "pretrained", "path": str(tmp_path)}
+    task = {"kind": "text", "train_path": str(tmp_path / "train.jsonl"), "tokenizer": "student"}
+    config = {"student": model, "teacher": {"engine": "hf", "model": model}, "task": task}
+    refused = client.post("/v1/runs", json={"config": config, "run_id": "refused"})
+    assert (refused.status_code, refused.json()["type"]) == (422, "urn:asyncopd:problem:config-refused")
+    assert "is of model_type 'mamba'" in refused.json()["detail"]
+    assert not prefect.flow_runs
+    assert LaunchLog(open_store(root)).find_launch("refused") is None
+
+
 def test_a_repeat_with_the_key_launches_once_and_says_so(client: TestClient, prefect: Prefect) -> None:
     first, second = launch(client, "k1"), launch(client, "k1")
     assert (first.status_code, second.status_code) == (201, 200)

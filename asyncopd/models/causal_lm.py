@@ -57,10 +57,10 @@ def block_causal_mask(segments_RC: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def output_embedding(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """(weight_VD, bias_V or None) that turn hidden states into logits; the live parameters, not copies.
+    """(weight_VD, bias_V or None) that turn hidden states into logits; views of the live parameters, not copies.
 
-    V are the rows of the head. Where the tokenizer has fewer ids than that (`mark_missing_ids`), the bias takes the
-    mass of the other rows away, whoever multiplies.
+    V are the ids that exist. The head may have more rows, padded to a round number, which are no ids: no engine ever
+    multiplies with them, so they get no mass, no draw and no gradient.
 
     Raises:
         EngineError: the model has no linear output embedding.
@@ -68,30 +68,15 @@ def output_embedding(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         raise EngineError(f"{model.config.model_type}: the output embedding is {type(head).__name__}, not linear.")
-    missing_V: Tensor | None = getattr(head, "missing_ids_V", None)
-    if missing_V is None:
+    number = getattr(model.config, "num_ids", head.out_features)
+    if number >= head.out_features:
         return head.weight, head.bias
-    return head.weight, missing_V if head.bias is None else head.bias + missing_V
-
-
-def mark_missing_ids(model: PreTrainedModel, num_ids: int) -> None:
-    """Say that only the ids 0 ... num_ids − 1 exist: no engine gives the other rows of the head any mass.
-
-    Kept in the model's configuration, so that whoever builds this architecture again knows it too.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or num_ids >= head.out_features:
-        return
-    model.config.num_ids = num_ids
-    missing_V = torch.zeros(head.out_features, dtype=head.weight.dtype, device=head.weight.device)
-    # Finite: −inf times a probability of 0 would make an entropy NaN.
-    missing_V[num_ids:] = max(-1e9, torch.finfo(missing_V.dtype).min / 2)
-    head.register_buffer("missing_ids_V", missing_V, persistent=False)
+    return head.weight[:number], None if head.bias is None else head.bias[:number]
 
 
 def num_ids(model: PreTrainedModel) -> int:
     """Ids that exist; the rows of the head may be more."""
-    return int(getattr(model.config, "num_ids", model.config.vocab_size))
+    return len(output_embedding(model)[0])
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from asyncopd.config.engines import EngineDtype
 from asyncopd.errors import ConfigError
-from asyncopd.models.causal_lm import mark_missing_ids, multiplies_bfloat16, output_embedding, packed_hidden
+from asyncopd.models.causal_lm import multiplies_bfloat16, output_embedding, packed_hidden
 from asyncopd.models.files import ModelFiles, heads_differ, unsupported
 from asyncopd.models.packing import pack
 
@@ -92,7 +92,6 @@ def build_causal_lm(
             f"{str(error)[:300]}"
         ) from error
     check_architecture(model)
-    mark_missing_ids(model, architecture.get("num_ids", model.config.vocab_size))
     return model.eval()
 
 
@@ -142,8 +141,10 @@ def load_pretrained(files: ModelFiles, *, dtype: torch.dtype = torch.float32) ->
         raise ConfigError(heads_differ(files))
     if settings.gguf_file or settings.drop_layers:
         model = _plain(model, settings.drop_layers)
+    if (number := files.tokenizer.num_ids) < model.config.vocab_size:
+        # In the configuration, so that whoever builds this architecture again knows it too.
+        model.config.num_ids = number
     check_architecture(model)
-    mark_missing_ids(model, files.tokenizer.num_ids)
     return model.eval()
 
 
@@ -210,7 +211,10 @@ def _check_packed_logits(model: PreTrainedModel) -> None:
     found_2V = torch.nn.functional.linear(packed_2D, weight_VD, bias_V).float()
     prompts = [torch.from_numpy(prompt)[None].to(model.device) for prompt, _ in sequences]
     alone_2V = torch.cat(
-        [model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1].float() for ids in prompts]
+        [
+            model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1, : len(weight_VD)].float()
+            for ids in prompts
+        ]
     )
     difference, scale = (found_2V - alone_2V).abs().max().item(), alone_2V.abs().max().item()
     # NaN fails too.

@@ -30,7 +30,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, proces
 
 from asyncopd.models.sampling import CandidateRule, SamplerSettings, draw, law_logprobs
 
-TICKET, KEY, LAW = "asyncopd_ticket", "asyncopd_key", "asyncopd_law"
+TICKET, KEY, LAW, NUM_IDS = "asyncopd_ticket", "asyncopd_key", "asyncopd_law", "asyncopd_num_ids"
 """Names in a request's `extra_args` (its ticket and random key) and in the engine's `additional_config`."""
 _LOOK_EVERY_S = 1.0
 
@@ -59,6 +59,7 @@ class RecordingDraw(LogitsProcessor):  # type: ignore[misc]  # vLLM is optional,
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._law = SamplerSettings(**vllm_config.additional_config[LAW])
+        self._num_ids = int(vllm_config.additional_config[NUM_IDS])
         self._rule = CandidateRule(self._law.head, self._law.num_draws, self._law.law)
         self._rows: dict[int, _Row] = {}
 
@@ -78,14 +79,16 @@ class RecordingDraw(LogitsProcessor):  # type: ignore[misc]  # vLLM is optional,
         positions_A = np.array([len(row.output_ids) for row in rows], np.int64)
         keys_A = np.array([row.key for row in rows], np.uint64)
         chosen = slice(None) if len(batch_rows) == len(logits) else torch.tensor(batch_rows, device=logits.device)
-        logprobs_AV = law_logprobs(logits[chosen], temperature=self._law.temperature, top_p=self._law.top_p)
+        logprobs_AV = law_logprobs(
+            logits[chosen, : self._num_ids], temperature=self._law.temperature, top_p=self._law.top_p
+        )
         draws = draw(logprobs_AV, keys_A, positions_A, self._rule)
         ids_AC = draws.ids_AC.int().to("cpu", non_blocking=True)
         logprobs_AC = torch.cat([draws.logprobs_AC, draws.tail_logmass_A[:, None]], dim=1)
         logprobs_AC = logprobs_AC.to("cpu", non_blocking=True)
         for place, (row, position) in enumerate(zip(rows, positions_A.tolist(), strict=True)):
             row.recording[position] = (ids_AC, logprobs_AC, place)
-        logits[chosen] = torch.full_like(logprobs_AV, -torch.inf).scatter_(1, draws.ids_AC[:, :1], 0.0)
+        logits[chosen] = torch.full_like(logits[chosen], -torch.inf).scatter_(1, draws.ids_AC[:, :1], 0.0)
         return logits
 
 
@@ -104,8 +107,8 @@ class EngineWorker:
         watch.start()
 
     def keep_ids(self, num_ids: int) -> None:
-        """Give rows of the head beyond the ids that exist no mass, when sampling and when scoring prompts."""
-        # vLLM offers no hook that prompt log-probs pass too.
+        """Give rows of the head beyond the ids that exist no mass in the log-probs of prompts."""
+        # vLLM has no hook that these pass.
         model = self.model_runner.model  # type: ignore[attr-defined]  # of the worker this is mixed into
         compute_logits = model.compute_logits
 

@@ -30,7 +30,7 @@ from asyncopd.ports import SampleRequest
 from asyncopd.rollout.decoding import check_request
 from asyncopd.types import PolicyVersion, PolicyWeights, Trajectory
 from asyncopd.vllm.engine import final_output, start_engine, stop_engine
-from asyncopd.vllm.recorder import KEY, LAW, TICKET
+from asyncopd.vllm.recorder import KEY, LAW, NUM_IDS, TICKET
 from asyncopd.vllm.student_files import StudentFiles, trajectory_of
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class VllmSampler:
             max_sequences=self._sampling.slots,
             logits_processors=["asyncopd.vllm.recorder:RecordingDraw"],
             num_ids=self._vocab_size,
-            additional_config={LAW: asdict(self._sampling)},
+            additional_config={LAW: asdict(self._sampling), NUM_IDS: self._vocab_size},
         )
 
     async def _reload(self, engine: AsyncLLM) -> None:
