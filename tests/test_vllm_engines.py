@@ -11,11 +11,30 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from engine_models import LAW, byte_model, engine_processes, requests, sampler_of
+import torch
+from engine_models import (
+    ARCHITECTURE,
+    EOS_ID,
+    LAW,
+    MAX_CONTEXT,
+    SMALL_CACHE,
+    VOCAB_SIZE,
+    byte_model,
+    engine_processes,
+    requests,
+    sampler_of,
+    save_teacher,
+    vllm_teacher_settings,
+)
 from hf_models import law_rows, sample_all, weights
 
 from asyncopd.config import load_config
+from asyncopd.config.engines import VllmSampling
 from asyncopd.errors import ConfigError, EngineError
+from asyncopd.models.load import build_causal_lm
+from asyncopd.models.sampling import SamplerSettings
+from asyncopd.ports import ScoreRequest
+from asyncopd.teacher.hf import HfScorer
 from asyncopd.types import Trajectory
 from flows.preflight import check_vllm
 
@@ -153,3 +172,44 @@ async def test_http_teachers_of_large_vocabularies_are_held_to_their_top_k(tmp_p
     with pytest.raises(ConfigError, match=r"student's candidates, evaluate.every 25 would need all 151936"):
         check_vllm(config(student=student, teacher=teacher))
     check_vllm(config(student=student, teacher=teacher, loss={"name": "npd"}, evaluate__every=0))
+
+
+async def test_rows_of_no_id_are_neither_drawn_nor_scored(tmp_path: Path) -> None:
+    # Qwen2.5 pads its head to a round number of rows; here they would be drawn most of the time.
+    from asyncopd.vllm.sampler import VllmSampler
+    from asyncopd.vllm.scorer import VllmScorer
+
+    model = build_causal_lm({**ARCHITECTURE, "vocab_size": 320, "num_ids": VOCAB_SIZE}, seed=1)
+    with torch.no_grad():
+        model.transformer.wte.weight[VOCAB_SIZE:] *= 5
+    # A nucleus of fewer ids than the head, which is filled up with others.
+    law: dict[str, Any] = {"slots": 4, "max_context": MAX_CONTEXT, "stop_ids": (EOS_ID,), "seed": 5, "top_p": 0.05}
+    settings = SamplerSettings(**law, head=40)
+    sampler = VllmSampler(model.config.to_dict(), settings, settings=VllmSampling.model_validate(SMALL_CACHE))
+    try:
+        await sampler.refresh(weights(model))
+        made = list((await sample_all(sampler, requests(4))).values())  # type: ignore[arg-type]
+    finally:
+        await sampler.close()
+    assert max(t.response_ids.max() for t in made) < VOCAB_SIZE
+    assert max(t.candidates.head_ids_TK.max() for t in made) < VOCAB_SIZE
+    whole = ScoreRequest(top_k=VOCAB_SIZE, num_teacher_draws=1, temperature=1.0, seed=0)
+    hf = HfScorer(model, name="t", tokenizer_digest="d")
+    expected = await hf.score(made, whole)
+    scorer = VllmScorer(
+        save_teacher(tmp_path, model),
+        name="t",
+        tokenizer_digest="d",
+        vocab_size=VOCAB_SIZE,
+        max_context=MAX_CONTEXT,
+        max_sequences=4,
+        settings=vllm_teacher_settings(),
+    )
+    try:
+        found = await scorer.score(made, whole)
+    finally:
+        await scorer.close()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.allclose(np.exp(ours.topk_logprobs_TK.astype(float)).sum(1), 1, atol=1e-4)
+        assert ours.topk_ids_TK.max() < VOCAB_SIZE
+        assert np.allclose(ours.sampled_logprobs_T, theirs.sampled_logprobs_T, atol=1e-3)

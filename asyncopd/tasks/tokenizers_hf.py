@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +17,7 @@ from asyncopd.tasks.tokenizers import decode_mixed, render_chat, unknown_text
 
 logger = logging.getLogger(__name__)
 
-# Stand for special tokens that a text merely mentions while a template is applied to it; from the private use area.
+# Stand for control tokens that a text merely mentions while a template is applied to it; from the private use area.
 _FIRST_STAND_IN = 0xF0000
 
 
@@ -73,8 +74,12 @@ class HfTokenizer:
         named = {vocabulary[token] for token in stop_tokens}
         self.stop_ids = frozenset({self.eos_id, *files.stop_ids, *stop_ids, *named})
         self._chat_date = chat_date
-        # Longest first, or one that contains another would be cut in two.
-        self._specials = sorted(map(str, self._tokenizer.all_special_tokens), key=len, reverse=True)
+        self._added: dict[int, Any] = self._tokenizer.added_tokens_decoder
+        # Control tokens are those marked as such and those that the template uses, as Qwen3's <think>. Others, such as
+        # Gemma's <table> and runs of blanks, are how this tokenizer writes text. Longest first, or one that contains
+        # another would be cut in two.
+        controls = [str(token) for token in self._added.values() if token.special or str(token) in self._template]
+        self._controls = sorted(filter(str.strip, controls), key=len, reverse=True)
         # What the tokenizer itself puts in front of a text: [BOS] for Llama, nothing for Qwen and GPT-2.
         automatic = self._tokenizer("", add_special_tokens=True)["input_ids"]
         bos_id = self._tokenizer.bos_token_id
@@ -105,9 +110,9 @@ class HfTokenizer:
         """Warn when the chat template ends an assistant's turn with a token that ends no response."""
         said = "said"
         turns = [{"role": "user", "content": "asked"}, {"role": "assistant", "content": said}]
-        after = self._rendered(turns, options, add_generation_prompt=False).rpartition(said)[2].strip()
-        ids = self._tokenizer.encode(after, add_special_tokens=False) if after else []
-        if ids and ids[0] in self._tokenizer.all_special_ids and ids[0] not in self.stop_ids:
+        _, found, after = self._rendered(turns, options, add_generation_prompt=False).rpartition(said)
+        ids = self._tokenizer.encode(after.strip(), add_special_tokens=False) if found else []
+        if ids and ids[0] in self._added and ids[0] not in self.stop_ids:
             logger.warning(
                 "%s: its chat template ends a turn with %s, which is none of the tokens that end a response (%s). "
                 "Add it to task.stop_tokens, or responses will go on after their end.",
@@ -122,13 +127,20 @@ class HfTokenizer:
         return self.decode([token_id])
 
     def _mentioned(self, text: str) -> tuple[str, dict[str, str]]:
-        """The text with a stand-in for every special token that it mentions, and what each stands for."""
+        """The text with a stand-in for every control token that it mentions, and what each stands for."""
         stand_ins = {}
-        for number, special in enumerate(self._specials):
-            if special in text:
-                stand_ins[chr(_FIRST_STAND_IN + number)] = special
-                text = text.replace(special, chr(_FIRST_STAND_IN + number))
+        free = (chr(code) for code in itertools.count(_FIRST_STAND_IN) if chr(code) not in text)
+        for control in self._controls:
+            if control in text:
+                stand_ins[stand_in := next(free)] = control
+                text = text.replace(control, stand_in)
         return text, stand_ins
+
+    def _spelled(self, control: str) -> list[int]:
+        """Ids of a control token's letters."""
+        ids = self.encode(control)
+        # Tokens that are not marked as control tokens are found in every text that has them whole.
+        return self.encode(control[:1]) + self.encode(control[1:]) if self._added.keys() & set(ids) else ids
 
     def _pieces(self, text: str, stand_ins: Mapping[str, str]) -> list[int]:
         """Ids of a text with control tokens in it, and with stand-ins for those that are only mentioned."""
@@ -137,7 +149,7 @@ class HfTokenizer:
             token_id
             for piece in pieces
             for token_id in (
-                self.encode(stand_ins[piece])
+                self._spelled(stand_ins[piece])
                 if piece in stand_ins
                 else self._tokenizer.encode(piece, add_special_tokens=False, verbose=False)
             )
