@@ -10,13 +10,25 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Collection
 
 from api.problems import no_run
-from api.schemas import Latest, Progress, Run
+from api.schemas import Latest, Progress, Run, Worker
 from asyncopd.errors import StorageError
 from asyncopd.metrics import DRIFT, KL, LOSS
-from asyncopd.report.measure import RECENT_STEPS, staleness_of, trained_per_s
-from storage.history import NUM_TOKENS, History, RunStatus, is_silent, role_of, status_of
+from asyncopd.report.measure import staleness_of, trained_per_s
+from storage.history import (
+    NUM_TOKENS,
+    RECENT_STEPS,
+    History,
+    RunStatus,
+    activity,
+    doing,
+    eta_s,
+    is_silent,
+    role_of,
+    status_of,
+)
 from storage.layout import RunLayout
 from storage.records import from_json
 from storage.run_view import RunView
@@ -125,6 +137,8 @@ class RunReader:
                 tokens=int(history.columns.values(NUM_TOKENS).sum()),
             ),
             latest=_latest(history),
+            eta_s=eta_s(history, view.config.plan) if status == "running" else None,
+            workers=_workers(history, view.alive_workers()) if status not in TERMINAL else [],
             sparkline=[step.metrics.get(LOSS.key) for step in steps[:: max(1, -(-len(steps) // SPARKLINE_POINTS))]],
             error=f"{failure.role}: {failure.reason}" if failure else None,
             flow_run_id=self.launches.find_flow_run(run_id) or (history.states[-1].by if history.states else None),
@@ -172,14 +186,28 @@ def _phase(history: History, status: RunStatus, num_steps: int) -> str:
         return {"succeeded": "finished", "queued": QUEUED}.get(status, status)
     if is_silent(history):
         return "without a sign of life: its processes may be gone; resume goes on with it"
-    beats = [beat for beat in history.beats.values() if not beat.retired]
-    if not beats:
-        is_trained = bool(history.steps) and history.steps[-1].step + 1 >= num_steps
-        return "trained; its flow is about to end" if is_trained else "starting its roles"
-    if all(role_of(beat) == "pretrain" for beat in beats):
-        return "making its models"
-    waits = sorted(f"{role_of(beat)} waits for {w}" for beat in beats if (w := beat.status.waiting_for))
-    return "training" + (f": {'; '.join(waits)}" if waits else "")
+    workers = history.workers
+    if not workers:
+        return "trained; its flow is about to end" if history.is_trained(num_steps) else "starting its roles"
+    if all(role_of(beat) == "pretrain" for beat in workers):
+        return f"making its models: {' · '.join(map(doing, workers))}"
+    return f"training: {' · '.join(map(doing, workers))}"
+
+
+def _workers(history: History, alive: Collection[str]) -> list[Worker]:
+    return [
+        Worker(
+            worker=beat.worker,
+            role=role_of(beat),
+            activity=activity(beat.status),
+            waiting_for=beat.status.waiting_for,
+            tokens_per_s=beat.status.tokens_per_s,
+            num_begun=beat.status.num_begun or 0,
+            num_tokens_in_flight=beat.status.num_tokens_in_flight or 0,
+        )
+        for beat in history.workers
+        if beat.worker in alive
+    ]
 
 
 def _latest(history: History) -> Latest:

@@ -72,6 +72,20 @@ class Progress(Schema):
     tokens: int = field("Response tokens trained.", 301_224)
 
 
+class Worker(Schema):
+    """A process that works on a run."""
+
+    worker: str = field("Its name.", "rollout-host-71-3f2a")
+    role: str = field("Its role.", "rollout")
+    activity: str = field(
+        "What it does, in words.", "samples with version 3, 24 responses done; 4 responses begun, 512 tokens in flight"
+    )
+    waiting_for: str | None = field("What its next piece of work waits for.", "version 4 to be published", None)
+    tokens_per_s: Number = field("Sampled or scored in the last seconds; null until the first are known.", 17.0, None)
+    num_begun: int = field("Responses it has begun and not finished.", 4, 0)
+    num_tokens_in_flight: int = field("Tokens of responses whose shard is not finished.", 512, 0)
+
+
 class Latest(Schema):
     """The newest measurements of a run."""
 
@@ -90,13 +104,15 @@ class Run(Schema):
     id: str = field("The run's id.", "quickstart-20261121-024605-3f2a")
     name: str = field("First part of ids made for this configuration.", "quickstart")
     status: RunStatus = field("Where the run is in its life.", "running")
-    phase: str = field("What it does or waits for, in words.", "training: rollout is busiest")
+    phase: str = field("What it does or waits for, in words.", "rollout samples with version 3, 24 responses done")
     created: float = field("When it was created.", 1_795_000_000.0)
     updated: float | None = field("When its last step was trained.", 1_795_000_100.0, None)
     config_hash: str | None = field("Digest of its configuration.", "9f2c11aa", None)
     parent: dict[str, Any] | None = field("What it was replayed from.", None, None)
     progress: Progress = field("How far it is.", {"steps": 1, "total_steps": 2, "tokens": 10})
     latest: Latest = field("Newest measurements.", {})
+    eta_s: Number = field("Seconds to the last step; null before the first shard is finished.", 340.0, None)
+    workers: list[Worker] = field("What works on it now, in the order of the pipeline.", [], [])
     sparkline: list[Number] = field("Loss over the run, at most 60 points.", [0.9, 0.6, 0.4])
     error: str | None = field("Why it failed, by its role's own words.", None, None)
     flow_run_id: str | None = field("Prefect's id of its last flow run.", None, None)

@@ -54,6 +54,8 @@ class EvaluateStage:
         self._log, self._worker, self._task, self._sampler, self._scorer = log, worker, task, sampler, scorer
         self._request = ScoreRequest(top_k=0, num_teacher_draws=0, temperature=temperature, seed=0)
         self._max_new_tokens = max_new_tokens
+        worker.tell(num_tokens=0)
+        worker.watch(sampler)
         self._prompts = [task.prompt(index, "eval") for index in range(num_prompts)]
 
     async def run(self, version_numbers: Sequence[int]) -> None:
@@ -63,7 +65,8 @@ class EvaluateStage:
             version = await self._wait_for_version(number)
             if version in done:
                 continue
-            with self._worker.span("evaluate", f"version {number}"):
+            name = f"version {number}"
+            with self._worker.span("evaluate", name), self._worker.doing(f"evaluates {name}"):
                 evaluation = await self.evaluate(version)
             await asyncio.to_thread(self._log.publish_evaluation, evaluation)
             self._worker.tell(version=number)
@@ -97,6 +100,7 @@ class EvaluateStage:
         await self._sampler.refresh(weights)
         requests = [SampleRequest(prompt.index, prompt.ids, self._max_new_tokens) for prompt in self._prompts]
         trajectories = await asyncio.gather(*map(self._sampler.sample, requests))
+        self._worker.count(num_tokens=sum(len(trajectory.response_ids) for trajectory in trajectories))
         scores = await self._scorer.score(trajectories, self._request)
         correct = [
             self._task.verify(p, t.response_ids.tolist()) for p, t in zip(self._prompts, trajectories, strict=True)

@@ -87,12 +87,27 @@ class SampleRequest:
     max_new_tokens: int
 
 
+@dataclass(frozen=True)
+class InFlight:
+    """What a sampler has in hand at one moment."""
+
+    doing: str | None
+    """What it does before or besides generating, in words: `loads version 3`, `prefills 4 prompts`."""
+    num_responses: int
+    """Begun and not finished."""
+    num_generated: int
+    """Tokens since it was made, those of unfinished responses included."""
+
+
 class Sampler(Protocol):
     """A generation engine with one set of weights at a time."""
 
     @property
     def version(self) -> PolicyVersion | None:
         """The version new tokens are sampled from; None before the first `refresh`."""
+
+    def in_flight(self) -> InFlight:
+        """What it does right now; from any thread, at any time."""
 
     async def sample(self, request: SampleRequest) -> Trajectory:
         """Generate one response; many calls run at once and share the engine's batch.
@@ -130,6 +145,9 @@ class Scorer(Protocol):
     name: str
     digest: str
     tokenizer_digest: str
+
+    async def start(self) -> None:
+        """Start the engine, where there is one to start; the first `score` does so too."""
 
     async def score(self, trajectories: Sequence[Trajectory], request: ScoreRequest) -> list[TeacherScores]:
         """Score every response token of every trajectory; the result is in the order of the argument."""

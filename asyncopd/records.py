@@ -39,6 +39,8 @@ class WorkerStatus:
     """Of its process on `host`."""
     busy: float | None = None
     """Share of the last seconds in which it had work in hand, 0 to 1."""
+    doing: str | None = None
+    """What it does besides or before its plain work, in words: `loads version 3`, `prefills 4 prompts`."""
     waiting_for: str | None = None
     """What its next piece of work needs, in words."""
     version: int | None = None
@@ -56,6 +58,13 @@ class WorkerStatus:
     num_trajectories: int | None = None
     """Sampled or scored since it started, as are `num_tokens`; a learner counts the tokens it trained."""
     num_tokens: int | None = None
+    num_begun: int | None = None
+    """Responses in its sampler that are not finished; those its teacher is asked about."""
+    num_tokens_in_flight: int | None = None
+    """Sampled, and in no finished shard yet; those its teacher is asked about."""
+    tokens_per_s: float | None = None
+    """Sampled or scored, of the last seconds; where a piece of work takes longer, of whole pieces. None until the first
+    tokens are known, so it is never 0."""
     num_tokens_discarded: int | None = None
     """Sampled for shards that another worker had published first."""
 

@@ -18,6 +18,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -27,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from asyncopd.errors import DeadlineError, RunStoppedError, StorageError
-from asyncopd.ports import RunLog
+from asyncopd.ports import RunLog, Sampler
 from asyncopd.records import WorkerStatus
 from asyncopd.schedule import OpenShards, Plan
 from asyncopd.types import IndexRange, Span
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 Found = TypeVar("Found")
 WINDOW_S = 10.0
 """Long enough to cover several steps of a small run, short enough to follow a change."""
+PACE_S = 5.0
+"""Over which tokens per second are averaged; several shards of the quickstart."""
 STOPPED = 143
 """Exit status of a role that was asked to stop, as a shell reports SIGTERM."""
 
@@ -57,18 +60,44 @@ class Worker:
         """Shown by every progress display; the stage changes it with `tell`, the heartbeat publishes it."""
         self.busy = BusyShare()
         """Stages wrap their pieces of work in `busy.working()`; the heartbeat tells the share."""
+        self._pace = Pace()
+        self._sampler: Sampler | None = None
+        # A training or loading thread tells beside the event loop; a lost change would be shown until the next one.
+        self._telling = threading.RLock()
         self._heartbeat_s = heartbeat_s
         self._stopped: str | None = None
         self._spans: list[Span] = []
         self._num_span_objects = 0
 
     def tell(self, **changes: Any) -> None:
-        """Change fields of the status, as of the next heartbeat."""
-        self.status = replace(self.status, **changes)
+        """Change fields of the status, as of the next heartbeat. From any thread."""
+        with self._telling:
+            self.status = replace(self.status, **changes)
 
     def count(self, **more: int) -> None:
         """Add to counters of the status."""
-        self.tell(**{name: (getattr(self.status, name) or 0) + number for name, number in more.items()})
+        with self._telling:
+            self.tell(**{name: (getattr(self.status, name) or 0) + number for name, number in more.items()})
+
+    def watch(self, sampler: Sampler) -> None:
+        """Tell with every heartbeat what `sampler` has in hand; its tokens are in flight until `count` counts them."""
+        self._sampler = sampler
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """The status says `what` while the body runs, and afterwards what it said before."""
+        before = self.status.doing
+        self.tell(doing=what)
+        try:
+            yield
+        finally:
+            self.tell(doing=before)
+
+    async def load(self, what: str, make: Callable[[], Found]) -> Found:
+        """What `make` returns, called in a thread: heartbeats go on, and say `what`, while a large model loads."""
+        with self.doing(what):
+            await asyncio.to_thread(self._beat)
+            return await asyncio.to_thread(make)
 
     # -- timeline -------------------------------------------------------------------------------------------------
     def record(self, activity: str, start: float, end: float, detail: str = "") -> None:
@@ -134,7 +163,16 @@ class Worker:
             self.log.retire(self.name)
 
     def _beat(self) -> None:
-        self.log.heartbeat(self.name, replace(self.status, busy=round(self.busy.share(), 3)))
+        now: dict[str, Any] = {"busy": round(self.busy.share(), 3)}
+        total = self.status.num_tokens
+        if self._sampler is not None and total is not None:
+            held = self._sampler.in_flight()
+            now |= {"num_begun": held.num_responses, "num_tokens_in_flight": max(0, held.num_generated - total)}
+            now |= {"doing": held.doing or self.status.doing}
+            total = max(total, held.num_generated)
+        if total is not None:
+            now["tokens_per_s"] = self._pace.rate(total, is_working=self.busy.is_working)
+        self.log.heartbeat(self.name, replace(self.status, **now))
 
     async def _beat_forever(self, body: asyncio.Task[Any]) -> None:
         ticks = 0
@@ -319,6 +357,10 @@ class BusyShare:
             if self._num_in_hand == 0:
                 self._stretches.append((self._since, self._clock()))
 
+    @property
+    def is_working(self) -> bool:
+        return self._num_in_hand > 0
+
     def share(self) -> float:
         """Busy part of the last WINDOW_S, or of the time since construction when that is shorter; 0 to 1."""
         now = self._clock()
@@ -329,3 +371,30 @@ class BusyShare:
         if self._num_in_hand:
             busy_s += now - max(self._since, start)
         return busy_s / (now - start) if now > start else 0.0
+
+
+class Pace:
+    """Tokens per second, from a total that is looked at now and then and may grow in bursts."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._marks: deque[tuple[float, int]] = deque()
+        """(when, total) when work began and whenever the total had grown; the rate is counted from the first."""
+
+    def rate(self, total: int, *, is_working: bool) -> float | None:
+        """Over PACE_S, or from one growth of the total to the next where that takes longer; None before the first.
+
+        Time in which a piece of work has not told its tokens yet does not count, time without work does.
+        """
+        now = self._clock()
+        if not self._marks:
+            if is_working:
+                self._marks.append((now, total))
+            return None
+        if total > self._marks[-1][1]:
+            self._marks.append((now, total))
+        while len(self._marks) > 2 and now - self._marks[1][0] >= PACE_S:
+            self._marks.popleft()
+        (start, before), (end, after) = self._marks[0], self._marks[-1]
+        seconds = (end if is_working else now) - start
+        return (after - before) / seconds if after > before and seconds > 0 else None

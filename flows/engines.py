@@ -158,7 +158,7 @@ def _hf_scorer(
 
 
 def _vllm_scorer(config: RunConfig, task: Task, store: ObjectStore, teacher: VllmTeacher) -> VllmScorer:
-    """A teacher in a vLLM engine, which starts at once: the run's first responses are sampled meanwhile."""
+    """A teacher in a vLLM engine, which the role starts at once: the run's first responses are sampled meanwhile."""
     from asyncopd.vllm.scorer import VllmScorer  # an extra that takes ten seconds to import
 
     digest = _tokenizer_digest(teacher.model, task)
@@ -171,7 +171,7 @@ def _vllm_scorer(config: RunConfig, task: Task, store: ObjectStore, teacher: Vll
         folder = ModelFolder(len(weights))
         folder.write(made.config.to_dict(), weights)
         path = str(folder.path)
-    scorer = VllmScorer(
+    return VllmScorer(
         path,
         name=teacher.name,
         tokenizer_digest=digest,
@@ -181,8 +181,6 @@ def _vllm_scorer(config: RunConfig, task: Task, store: ObjectStore, teacher: Vll
         settings=settings,
         owned_folder=folder,
     )
-    scorer.start()
-    return scorer
 
 
 def _tokenizer_digest(model: ModelConfig, task: Task) -> str:

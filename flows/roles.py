@@ -57,7 +57,7 @@ async def roll_out(run: OpenRun, make_task: TaskFactory = lambda name, worker: w
     async with worker.alive():
         # The learner stores the student's architecture before it publishes version 0.
         await worker.wait_for(run.log.latest_policy, "version 0 to be published")
-        stage, sampler = rollout_stage(run, worker)
+        stage, sampler = await worker.load("makes its sampler", lambda: rollout_stage(run, worker))
         task = make_task("rollout-shards", worker)
         try:
             async with stage.following_versions():
@@ -76,10 +76,12 @@ async def score_shards(run: OpenRun, make_task: TaskFactory = lambda name, worke
     worker = run.worker("score")
     shards_per_task = run.config.score.shards_per_task
     async with worker.alive():
-        stage = score_stage(run, worker)
+        stage = await worker.load("loads the teacher", lambda: score_stage(run, worker))
         task = make_task("score-shards", worker)
         # Two lanes: one reads or writes Parquet while the other is in the teacher.
         try:
+            with worker.doing("starts the teacher's engine, which loads its weights, compiles and makes its cache"):
+                await stage.start()
             await run_lanes(lambda: task(stage, shards_per_task), num_lanes=2, shards_per_task=shards_per_task)
         finally:
             await stage.close()
@@ -89,7 +91,8 @@ async def train_steps(run: OpenRun) -> None:
     """Train the run from its newest checkpoint to its last step, publishing a policy version after every step."""
     worker = run.worker("learn")
     async with worker.alive():
-        await learn_stage(run, worker).run()
+        stage = await worker.load("loads the student", lambda: learn_stage(run, worker))
+        await stage.run()
 
 
 async def evaluate_versions(run: OpenRun) -> None:
@@ -97,7 +100,7 @@ async def evaluate_versions(run: OpenRun) -> None:
     worker = run.worker("evaluate")
     async with worker.alive():
         await worker.wait_for(run.log.latest_policy, "version 0 to be published")
-        stage, sampler = evaluate_stage(run, worker)
+        stage, sampler = await worker.load("loads its models", lambda: evaluate_stage(run, worker))
         try:
             await stage.run(versions_to_evaluate(run.config.learner.num_steps, run.config.evaluate.every))
         finally:

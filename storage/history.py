@@ -1,6 +1,7 @@
-"""What is known of a run at one moment, and the two rules that follow from it: who is alive, and where the run is.
+"""What is known of a run at one moment, and the rules that follow from it: who is alive, and where the run is.
 
-    a worker's heartbeat --is_alive--> does it give signs of life?
+    a worker's heartbeat --is_alive--> does it give signs of life?  --activity--> what it does, in words
+    History --eta_s--> time left
     History, and what a user asked --status_of--> queued | running | pausing | paused | cancelling | cancelled | ...
 
 Page, terminal, report, SQL rows and maintenance all ask these; nobody has a rule of their own.
@@ -8,7 +9,9 @@ Page, terminal, report, SQL rows and maintenance all ask these; nobody has a rul
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 import time
 from array import array
 from collections.abc import Mapping, Sequence
@@ -18,13 +21,18 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncopd.records import Failure, Heartbeat, Rewind, RunState
+from asyncopd.records import Failure, Heartbeat, Rewind, RunState, WorkerStatus
+from asyncopd.schedule import Plan
 from asyncopd.types import Evaluation, TrainStep
 from storage.runs import StateRequest
 
 RunStatus = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
 SILENT_S, STARTING_S = 30.0, 120.0
 """Without a sign of life for so long, a run's processes count as gone; longer where its roles may just be starting."""
+RECENT_STEPS = 20
+"""Page and terminal show throughput and staleness of this many last steps; the report, of all of them."""
+_COUNTS = ("num_trajectories", "num_tokens", "num_tokens_in_flight")
+_PLACES = {"pretrain": 0, "rollout": 1, "score": 2, "learn": 3, "evaluate": 4}
 STEP, FINISHED, NUM_TOKENS = "step", "finished", "num_tokens"
 """Columns that every step has. Metrics have a slash in their names, so that these cannot be one."""
 
@@ -77,6 +85,74 @@ def is_silent(history: History, request: StateRequest | None = None, now: float 
 def role_of(beat: Heartbeat) -> str:
     """The role of a worker: as it says itself, else as its name begins."""
     return beat.status.role or beat.worker.partition("-")[0]
+
+
+def activity(status: WorkerStatus) -> str:
+    """What a worker does, in words; what its next piece of work waits for is not among them."""
+    done = f"{status.num_trajectories or 0:,} responses done"
+    told = [status.doing] if status.doing else []
+    match status.role:
+        case "rollout" if status.version is not None:
+            told.append(f"samples with version {status.version}, {done}")
+        case "score" if status.teacher is not None:
+            told.append(f"scores with {status.teacher}, {done}")
+        case "learn" if status.step is not None:
+            told.append(f"{status.step} of {status.num_steps} steps done")
+        case "evaluate" if status.version is not None:
+            told.append(f"version {status.version} evaluated")
+        case "pretrain" if status.model is not None:
+            told.append(f"makes the {status.model}, step {status.step or 0:,} of {status.num_steps or 0:,}")
+    if status.num_begun or status.num_tokens_in_flight:
+        told.append(f"{status.num_begun or 0:,} responses begun, {status.num_tokens_in_flight or 0:,} tokens in flight")
+    if status.tokens_per_s is not None and status.role in ("rollout", "score"):
+        told.append(f"{pace(status.tokens_per_s)} tokens/s")
+    return "; ".join(told) or "starting"
+
+
+def doing(beat: Heartbeat) -> str:
+    """The role of a worker, what it does and what it waits for, in words."""
+    waits = f", waits for {beat.status.waiting_for}" if beat.status.waiting_for else ""
+    return f"{role_of(beat)} {activity(beat.status)}{waits}"
+
+
+def pace(tokens_per_s: float | None) -> str:
+    """A rate as people read it: never 0, a dash while it is not known."""
+    if tokens_per_s is None:
+        return "–"
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 9.5 else f"{tokens_per_s:.2g}"
+
+
+def eta_s(history: History, plan: Plan) -> float | None:
+    """Seconds until the last step, by the time the last steps took; None while nothing is known of it.
+
+    Before two steps are trained: what the first finished shard says of the length of responses, times those that are
+    missing, at the rate of the slowest of sampling, scoring and training.
+    """
+    recent = history.steps[-RECENT_STEPS:]
+    left = plan.num_steps - 1 - recent[-1].step if recent else plan.num_steps
+    if left <= 0:
+        return 0.0
+    if gaps := [after.finished - before.finished for before, after in itertools.pairwise(recent)]:
+        # The median, because a resumed run has one gap that is hours long.
+        return left * statistics.median(gaps)
+    by_role: dict[str, list[Heartbeat]] = {}
+    for beat in history.beats.values():
+        by_role.setdefault(role_of(beat), []).append(beat)
+    counted = {
+        role: [sum(getattr(b.status, n) or 0 for b in beats) for n in _COUNTS] for role, beats in by_role.items()
+    }
+    num_responses, sampled, in_flight = counted.get("rollout", (0, 0, 0))
+    trained = sum(step.num_tokens for step in recent)
+    found = []
+    for role in ("rollout", "score", "learn"):
+        rate = sum(beat.status.tokens_per_s or 0.0 for beat in by_role.get(role, ()) if not beat.retired)
+        if num_responses and rate:
+            ahead = counted[role][1] - trained + (in_flight if role == "rollout" else 0)
+            found.append(max(0.0, left * plan.batch_size * sampled / num_responses - ahead) / rate)
+    if not found:
+        return None
+    # Without staleness the roles take turns, otherwise the slowest decides.
+    return sum(found) if plan.max_staleness == 0 else max(found)
 
 
 class Columns:
@@ -133,6 +209,12 @@ class History:
     def counters(self) -> tuple[int, ...]:
         """Changes exactly when something happened; heartbeats are not something."""
         return tuple(map(len, (self.states, self.rewinds, self.steps, self.evaluations, self.failures)))
+
+    @property
+    def workers(self) -> list[Heartbeat]:
+        """The last heartbeats of those that did not retire, in the order of the pipeline."""
+        beats = (beat for beat in self.beats.values() if not beat.retired)
+        return sorted(beats, key=lambda beat: (_PLACES.get(role_of(beat), len(_PLACES)), beat.worker))
 
     @property
     def is_over(self) -> bool:

@@ -10,7 +10,7 @@ from synthetic_run import config_of
 
 from asyncopd.cli.progress import ProgressWatch, bottleneck
 from asyncopd.records import WorkerStatus
-from asyncopd.worker import WINDOW_S, BusyShare
+from asyncopd.worker import WINDOW_S, BusyShare, Pace
 from storage.run_log import StoredRunLog
 from storage.run_view import RunView
 
@@ -54,6 +54,31 @@ def test_busy_counts_overlapping_work_once_and_forgets_what_is_long_ago() -> Non
         assert share.share() == pytest.approx((2 + 5) / (4 + 5))
     now += WINDOW_S
     assert share.share() == 0.0
+
+
+def paces(totals: dict[float, int], asked: list[float], *, is_working: bool = True) -> list[float | None]:
+    """The rate at each moment of `asked`, of a total that grows at the moments of `totals`; asked each second too."""
+    now, found = 0.0, {}
+    pace = Pace(lambda: now)
+    for tick in range(int(max(asked)) + 1):
+        now = float(tick)
+        total = max((total for when, total in totals.items() if when <= now), default=0)
+        found[now] = pace.rate(total, is_working=is_working or now <= max(totals))
+    return [found[when] for when in asked]
+
+
+def test_a_steady_pace_is_that_of_the_last_five_seconds() -> None:
+    steady = {float(s): 100 * min(s, 10) + 300 * max(0, s - 10) for s in range(21)}
+    assert paces(steady, [0, 1, 20]) == [None, pytest.approx(100), pytest.approx(300)]
+
+
+def test_the_pace_of_long_pieces_of_work_is_never_0_and_does_not_jump() -> None:
+    # A shard of 600 tokens every 30 s was shown as 120 tokens/s for five seconds and as 0 for the other 25.
+    assert paces({30.0: 600, 60.0: 1200, 90.0: 1800}, [29, 30, 45, 59, 60, 89, 90, 100]) == [None, *[20] * 7]
+
+
+def test_the_pace_of_a_role_without_work_fades() -> None:
+    assert paces({30.0: 600}, [30, 60, 120], is_working=False) == [20, 10, 5]
 
 
 CONFIG = config_of(learner={"num_steps": 10, "batch_size": 8})

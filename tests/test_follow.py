@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from synthetic_run import START, config_of, evaluation, new_log, publish_run, train_step, weights_of
 
-from asyncopd.cli.progress import ProgressWatch, panel
+from asyncopd.cli.progress import ProgressWatch, panel, plain_line
 from asyncopd.cli.train import follow, show_report
 from asyncopd.config import RunConfig
 from asyncopd.errors import StorageError
@@ -88,16 +90,14 @@ def test_totals_sum_over_workers_and_outlive_their_retirement(log: StoredRunLog)
     assert [role.worker for role in progress.workers] == ["rollout-host-9-cccc"]
 
 
-def test_rates_are_over_the_last_five_seconds(log: StoredRunLog) -> None:
-    clock = Clock()
-    watch = watch_of(log, clock)
-    log.heartbeat(ROLLOUT, WorkerStatus(role="rollout", num_tokens=1000))
-    assert watch.look().rates["rollout"] is None
-    for second in range(1, 21):
-        clock.now_s = second
-        log.heartbeat(ROLLOUT, WorkerStatus(role="rollout", num_tokens=1000 + (100 if second <= 10 else 300) * second))
-        progress = watch.look()
-    assert progress.rates["rollout"] == pytest.approx(300)
+def test_rates_are_those_that_living_workers_tell(log: StoredRunLog) -> None:
+    log.heartbeat(ROLLOUT, WorkerStatus(role="rollout", num_tokens=0))
+    assert watch_of(log).look().rates["rollout"] is None
+    log.heartbeat(ROLLOUT, WorkerStatus(role="rollout", tokens_per_s=300.0))
+    log.heartbeat("rollout-host-9-cccc", WorkerStatus(role="rollout", tokens_per_s=20.0))
+    assert watch_of(log).look().rates["rollout"] == 320
+    late = ProgressWatch(RunView(log), config_of(), wall_clock=lambda: time.time() + 60)
+    assert late.look().rates["rollout"] is None
 
 
 def test_each_step_is_read_once(log: StoredRunLog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +130,48 @@ def test_the_time_left_ignores_the_pause_before_a_resumption(log: StoredRunLog) 
         log.publish_step(train_step(number, finished=START + finished))
     log.heartbeat("learn-1", WorkerStatus(role="learn"))
     assert watch_of(log).look().eta_s == pytest.approx(6 * 2)
+
+
+def test_the_time_left_is_known_from_the_first_finished_shard(log: StoredRunLog) -> None:
+    # 12 steps of 8 responses of 100 tokens; 4 finished, 200 tokens of others made, 10 tokens/s.
+    config = config_of(learner={"num_steps": 12, "batch_size": 8})
+    sampling = WorkerStatus(role="rollout", num_begun=4, num_tokens_in_flight=200, tokens_per_s=10.0)
+    log.heartbeat(ROLLOUT, sampling)
+    assert ProgressWatch(RunView(log), config).look().eta_s is None
+    log.heartbeat(ROLLOUT, replace(sampling, num_trajectories=4, num_tokens=400))
+    assert ProgressWatch(RunView(log), config).look().eta_s == pytest.approx((12 * 8 * 100 - 600) / 10)
+    # A teacher that is slower decides.
+    log.heartbeat("score-1", WorkerStatus(role="score", num_trajectories=4, num_tokens=400, tokens_per_s=5.0))
+    assert ProgressWatch(RunView(log), config).look().eta_s == pytest.approx((12 * 8 * 100 - 400) / 5)
+
+
+def test_a_first_shard_on_its_way_is_seen_in_line_and_panel(log: StoredRunLog) -> None:
+    # Half a minute of sampling looked as if nothing happened: 0 responses, 0 tokens/s.
+    log.publish_policy(weights_of(0), worker=LEARN)
+    sampling = WorkerStatus(role="rollout", version=0, num_trajectories=0, num_tokens=0, num_begun=4)
+    now = replace(sampling, num_tokens_in_flight=512, tokens_per_s=0.4, doing="prefills 2 prompts")
+    log.heartbeat(ROLLOUT, now)
+    log.heartbeat("score-1", WorkerStatus(role="score", doing="loads the teacher"))
+    log.heartbeat(LEARN, WorkerStatus(role="learn", step=0, num_steps=12, waiting_for="scores of 000000-000003"))
+    progress = watch_of(log).look()
+    console = terminal(is_terminal=False)
+    console.width = 400
+    console.print(panel(progress, "run", config_of()))
+    for shown in (plain_line(progress, config_of()), text_of(console)):
+        assert "rollout prefills 2 prompts; samples with version 0" in shown.replace(
+            "rollout  prefills", "rollout prefills"
+        )
+        assert "4 responses begun, 512 tokens in flight; 0.4 tokens/s" in shown
+        assert "loads the teacher" in shown
+        assert "waits for scores of 000000-000003" in shown
+        assert " 0 tokens/s" not in shown
+    assert "time left not known yet" in plain_line(progress, config_of())
+
+
+def test_a_step_of_a_minute_shows_its_micro_batches(log: StoredRunLog) -> None:
+    log.publish_step(train_step(0))
+    log.heartbeat(LEARN, WorkerStatus(role="learn", step=1, num_steps=12, doing="step 2: micro-batch 3 of 8"))
+    assert "| learn step 2: micro-batch 3 of 8 |" in plain_line(watch_of(log).look(), config_of())
 
 
 def test_staleness_is_that_of_the_last_steps_tokens(log: StoredRunLog) -> None:

@@ -7,14 +7,17 @@ export const num = (value, digits = 3) => (missing(value) ? "–" : Number(value
 /** Of a mean log p − log q, log q − log p. */
 export const negated = (value) => (missing(value) ? null : -value);
 export const pct = (value) => (missing(value) ? "–" : `${(100 * value).toFixed(1)} %`);
+/** Tokens per second: never 0 while something is made. */
+export const rate = (value) => (missing(value) || value >= 9.5 ? int(value) : num(value, 2));
 export const time = (seconds) => (missing(seconds) || !seconds ? "–" : new Date(1000 * seconds).toLocaleString());
 export const logprob = (value) => (missing(value) ? "–" : value.toFixed(3));
 
-export function ago(seconds) {
-  if (missing(seconds) || !seconds) return "–";
-  const s = Date.now() / 1000 - seconds;
-  if (s < 90) return `${Math.max(0, Math.round(s))} s ago`;
-  if (s < 5400) return `${Math.round(s / 60)} min ago`;
-  if (s < 129600) return `${Math.round(s / 3600)} h ago`;
-  return `${Math.round(s / 86400)} d ago`;
+export function span(s) {
+  if (missing(s)) return "–";
+  if (s < 90) return `${Math.max(0, Math.round(s))} s`;
+  if (s < 5400) return `${Math.round(s / 60)} min`;
+  if (s < 129600) return `${Math.round(s / 3600)} h`;
+  return `${Math.round(s / 86400)} d`;
 }
+
+export const ago = (seconds) => (missing(seconds) || !seconds ? "–" : `${span(Date.now() / 1000 - seconds)} ago`);

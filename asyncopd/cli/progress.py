@@ -2,17 +2,17 @@
 
     RunView --refresh--> History --ProgressWatch.look--> Progress --> panel, plain_line
 
-Tokens generated and scored are what the workers' heartbeats count; tokens trained are those of the surviving steps.
+Tokens generated and scored, and their rates, are what the workers' heartbeats tell; tokens trained are those of the
+surviving steps.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
@@ -24,20 +24,17 @@ from rich.table import Table
 from asyncopd.config import RunConfig
 from asyncopd.metrics import DRIFT, KL, LOSS
 from asyncopd.records import Heartbeat, WorkerStatus
-from asyncopd.report.measure import PIPELINE, RECENT_STEPS, staleness_of, trained_per_s
+from asyncopd.report.measure import PIPELINE, staleness_of, trained_per_s
 from asyncopd.report.summary import StalenessFigures
 from asyncopd.report.text import duration, number, percent
-from asyncopd.types import Evaluation, TrainStep
-from storage.history import History, RunStatus, is_alive, role_of, status_of
+from asyncopd.types import Evaluation
+from storage.history import RECENT_STEPS, History, RunStatus, activity, doing, eta_s, is_alive, pace, role_of, status_of
 from storage.run_view import RunView
 from storage.runs import LaunchLog
 
-WINDOW_S = 5.0
-"""Over which rates of heartbeats are averaged; several shards of the quickstart."""
 SATURATED = 0.75
 """A role busy for less of the time waits itself, so no single one holds the others up. The workers' shares are of the
 last ten seconds (asyncopd/worker.py)."""
-_PLACES = {"pretrain": 0, "rollout": 1, "score": 2, "learn": 3, "evaluate": 4}
 
 
 @dataclass(frozen=True)
@@ -52,13 +49,13 @@ class Progress:
     tokens: Mapping[str, int]
     """`rollout`, `score`, `learn` -> response tokens done, as far as seen."""
     rates: Mapping[str, float | None]
-    """The same roles -> tokens per second: over the last WINDOW_S, those trained over the last RECENT_STEPS; None where
+    """The same roles -> tokens per second, as their workers tell, those trained over the last RECENT_STEPS; None where
     too little is known."""
     version: int | None
     staleness: StalenessFigures
     """Of the tokens of the last RECENT_STEPS."""
     eta_s: float | None
-    """None while too few steps are known, and for a run that is stopped."""
+    """None while no shard is finished, and for a run that is stopped."""
     stopped: str | None
     """Why no step is being trained now although some are missing; None while the run goes on or is finished."""
     bottleneck: str | None
@@ -98,29 +95,30 @@ class ProgressWatch:
         """
         Args:
             config: of the run, which need not exist yet.
-            clock: measures rates and elapsed time; `wall_clock` is compared with the heartbeats' own time.
+            clock: measures elapsed time; `wall_clock` is compared with the heartbeats' own time.
         """
-        self._view, self._num_steps, self._lease_s = view, config.learner.num_steps, config.limits.lease_s
+        self._view, self._plan, self._lease_s = view, config.plan, config.limits.lease_s
+        self._num_steps = config.learner.num_steps
         self._clock, self._wall_clock = clock, wall_clock
         self._began = clock()
-        self._tokens: dict[str, tuple[str, int]] = {}
-        """Worker -> (role, tokens), kept after a worker retires and its status is gone."""
-        self._counts: deque[tuple[float, Counter[str]]] = deque()
 
     def look(self) -> Progress:
         """Read what is new and say where the run is. Raises StorageError when storage does not answer."""
         history = self._view.refresh().history
         steps, recent, now = history.steps, history.steps[-RECENT_STEPS:], self._wall_clock()
-        workers = [beat for beat in history.beats.values() if beat.status.role and not beat.retired]
-        workers.sort(key=lambda beat: (_PLACES.get(role_of(beat), len(_PLACES)), beat.worker))
+        workers = [beat for beat in history.workers if beat.status.role]
         silent_s = {b.worker: now - b.beaten for b in workers if not is_alive(b, lease_s=self._lease_s, now=now)}
         alive = [beat for beat in workers if beat.worker not in silent_s]
-        tokens = self._count(history.beats.values())
-        rates = self._rates(tokens)
+        tokens: Counter[str] = Counter()
+        for beat in history.beats.values():
+            # Also of those that retired: a worker that died was replaced by one that counts from 0 again.
+            tokens[role_of(beat)] += beat.status.num_tokens or 0
+        told = {role: [b.status.tokens_per_s for b in alive if role_of(b) == role] for role in PIPELINE}
+        rates = {role: sum(filter(None, found)) or None for role, found in told.items()}
         if steps:
             # From the steps, not the heartbeats: exact also when the learner went back to a checkpoint.
             tokens["learn"] = sum(step.num_tokens for step in steps)
-            rates["learn"] = trained_per_s(steps[-RECENT_STEPS - 1 :])
+            rates["learn"] = trained_per_s(steps[-RECENT_STEPS - 1 :]) or rates["learn"]
         shares = {r: [b.status.busy for b in alive if role_of(b) == r and b.status.busy is not None] for r in PIPELINE}
         request = LaunchLog(self._view.store).find_request(self._view.run_id)
         status = status_of(history, self._num_steps, request, now)
@@ -134,21 +132,12 @@ class ProgressWatch:
             rates=rates,
             version=steps[-1].version.number if steps else (0 if self._view.find_policy(0) else None),
             staleness=staleness_of(recent),
-            eta_s=None if stopped else self._eta_s(recent),
+            eta_s=None if stopped else eta_s(history, self._plan),
             stopped=stopped,
             bottleneck=None if stopped else bottleneck(shares),
             workers=workers,
             silent_s=silent_s,
         )
-
-    def _count(self, beats: Iterable[Heartbeat]) -> Counter[str]:
-        for beat in beats:
-            if beat.status.num_tokens is not None:
-                self._tokens[beat.worker] = (role_of(beat), beat.status.num_tokens)
-        totals: Counter[str] = Counter()
-        for role, num_tokens in self._tokens.values():
-            totals[role] += num_tokens
-        return totals
 
     def _stopped(self, history: History, status: RunStatus, alive: Collection[str]) -> str | None:
         if status in ("paused", "cancelled", "failed"):
@@ -157,22 +146,6 @@ class ProgressWatch:
         is_missing = status != "succeeded" and not history.is_trained(self._num_steps) and "learn" not in alive
         # Before its first step a run makes models, and the learner's process starts.
         return "no learner gives a sign of life" if history.steps and is_missing else None
-
-    def _rates(self, tokens: Counter[str]) -> dict[str, float | None]:
-        now = self._clock()
-        self._counts.append((now, tokens.copy()))
-        while len(self._counts) > 2 and now - self._counts[1][0] >= WINDOW_S:
-            self._counts.popleft()
-        then, before = self._counts[0]
-        return {role: (total - before[role]) / (now - then) if now > then else None for role, total in tokens.items()}
-
-    def _eta_s(self, recent: Sequence[TrainStep]) -> float | None:
-        left = self._num_steps - 1 - (recent[-1].step if recent else -1)
-        gaps = [after.finished - before.finished for before, after in itertools.pairwise(recent)]
-        if left <= 0:
-            return 0.0
-        # The median, because a resumed run has one gap that is hours long.
-        return left * statistics.median(gaps) if gaps else None
 
 
 def panel(progress: Progress, title: str, config: RunConfig) -> RenderableType:
@@ -191,8 +164,7 @@ def panel(progress: Progress, title: str, config: RunConfig) -> RenderableType:
         done = len(progress.history.steps)
         text = f"step {done:,} of {progress.num_steps:,}, {_eta(progress)}"
         lines.add_row("train", _bar(done, progress.num_steps, text))
-        if any(rate is not None for rate in progress.rates.values()):
-            lines.add_row("tokens", _tokens(progress))
+        lines.add_row("tokens", _tokens(progress))
         lines.add_row("policy", _policy(progress, config))
         lines.add_row("step", _losses(progress))
         lines.add_row("quality", _quality(progress.history.evaluations))
@@ -217,28 +189,16 @@ def plain_line(progress: Progress, config: RunConfig) -> str:
     elif progress.pretraining:
         told = "; ".join(f"pretrain {_pretrained(beat.status)}" for beat in progress.pretraining)
     elif progress.version is None:
-        told = "; ".join(map(_doing, progress.workers)) or "starting"
+        told = " | ".join(map(doing, progress.workers)) or "starting"
     else:
         reached = f"step {len(progress.history.steps)} of {progress.num_steps}, {_eta(progress)}"
-        quality = _quality(progress.history.evaluations)
-        told = " | ".join([reached, _tokens(progress), _policy(progress, config), _losses(progress), quality])
+        pieces = [reached, *map(doing, progress.workers)]
+        if progress.history.steps:
+            now = [f"{role_of(beat)} {beat.status.doing}" for beat in progress.workers if beat.status.doing]
+            measured = [_policy(progress, config), _losses(progress), _quality(progress.history.evaluations)]
+            pieces = [reached, *now, _tokens(progress), *measured]
+        told = " | ".join(pieces)
     return f"[{progress.elapsed_s:6.1f} s] {told}"
-
-
-def activity(status: WorkerStatus) -> str:
-    """What a worker does, from its heartbeat."""
-    match status.role:
-        case "rollout":
-            return f"samples with version {status.version}, {status.num_trajectories or 0:,} responses"
-        case "score":
-            return f"scores with {status.teacher}, {status.num_trajectories or 0:,} responses"
-        case "learn" if status.step is not None:
-            return f"step {status.step} of {status.num_steps}"
-        case "evaluate":
-            return "no version evaluated yet" if status.version is None else f"version {status.version} evaluated"
-        case "pretrain" if status.model is not None:
-            return f"makes the {status.model}"
-    return "starting"
 
 
 # -- pieces -------------------------------------------------------------------------------------------------------
@@ -260,9 +220,11 @@ def _eta(progress: Progress) -> str:
 
 
 def _tokens(progress: Progress) -> str:
-    made, scored, trained = (number(progress.rates.get(role), ",.0f") for role in PIPELINE)
-    last_s, last_steps = f"(last {WINDOW_S:.0f} s)", f"(last {RECENT_STEPS} steps)"
-    return f"generated {made}, scored {scored} tokens/s {last_s}, trained {trained} tokens/s {last_steps}"
+    made, scored, trained = (pace(progress.rates.get(role)) for role in PIPELINE)
+    samplers = [beat.status for beat in progress.workers if role_of(beat) == "rollout"]
+    begun, in_flight = (sum(getattr(s, name) or 0 for s in samplers) for name in ("num_begun", "num_tokens_in_flight"))
+    held = f", {in_flight:,} in flight in {begun:,} responses begun" if in_flight or begun else ""
+    return f"generated {made} tokens/s{held}, scored {scored} tokens/s, trained {trained} tokens/s"
 
 
 def _policy(progress: Progress, config: RunConfig) -> str:
@@ -288,11 +250,6 @@ def _quality(evaluations: Sequence[Evaluation]) -> str:
         accuracy = "" if math.isnan(evaluation.accuracy) else f"accuracy {percent(evaluation.accuracy)}, "
         told.append(f"{accuracy}KL {_nats(evaluation.kl_nats)} at version {evaluation.version.number}")
     return " -> ".join(told) or "not evaluated yet"
-
-
-def _doing(beat: Heartbeat) -> str:
-    waits = f", waits for {beat.status.waiting_for}" if beat.status.waiting_for else ""
-    return f"{role_of(beat)}: {activity(beat.status)}{waits}"
 
 
 def _nats(value: float | None, form: str = ".4f") -> str:

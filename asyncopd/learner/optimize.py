@@ -7,7 +7,7 @@ step loss = Σ over all trained tokens of all micro-batches and ranks / number o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,11 +88,13 @@ def optimizer_step(
     *,
     accelerator: Accelerator,
     grad_clip: float,
+    on_micro_batch: Callable[[int, int], None] = lambda number, num_batches: None,
 ) -> StepResult:
     """Accumulate the gradient of the whole step, clip it, and take one optimizer step.
 
     Args:
         batches: this rank's share; every rank needs at least one, and ranks may have different numbers of them.
+        on_micro_batch: called before each with its number, from 1, and how many there are.
     Raises:
         NonFiniteError: the loss or the gradient norm is NaN or infinite; parameters are unchanged. Every rank raises
             it, with the statistics of the whole step.
@@ -102,6 +104,7 @@ def optimizer_step(
     statistics = StepStatistics()
     optimizer.zero_grad(set_to_none=True)
     for number, batch in enumerate(batches):
+        on_micro_batch(number + 1, len(batches))
         # Gradients of all but the last micro-batch stay local: one all-reduce a step.
         with accelerator.no_sync(model) if number < len(batches) - 1 else contextlib.nullcontext():
             loss_sum = _loss_sum(model, batch, estimator, context, statistics)

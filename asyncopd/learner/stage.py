@@ -67,7 +67,8 @@ class LearnStage:
             DeadlineError: shards of the next step did not come.
         """
         place = await self._worker.wait_for(self._take_place, "the learner's place, which another learner holds")
-        first_step = await asyncio.to_thread(self._resume, place.attempt)
+        with self._worker.doing("reads its newest checkpoint, or publishes version 0"):
+            first_step = await asyncio.to_thread(self._resume, place.attempt)
         next_batch = asyncio.create_task(self._intake.batch(first_step)) if first_step < self._plan.num_steps else None
         try:
             for step in range(first_step, self._plan.num_steps):
@@ -121,10 +122,14 @@ class LearnStage:
 
     async def _train(self, step: int, batch: Batch) -> None:
         self._check_cache(batch.scored)
-        started = time.time()
-        with self._worker.span("train", f"step {step}"):
+        started, name = time.time(), f"step {step + 1}"
+
+        def tell(number: int, num_batches: int) -> None:
+            self._worker.tell(doing=f"{name}: micro-batch {number} of {num_batches}")
+
+        with self._worker.span("train", f"step {step}"), self._worker.doing(f"packs {name}"):
             try:
-                result = await asyncio.to_thread(self._student.train, step, batch.scored)
+                result = await asyncio.to_thread(self._student.train, step, batch.scored, tell)
             except NonFiniteError as error:
                 failure = NonFiniteError(f"step {step}, indices {batch.indices.name}: {error}")
                 # The first batch under the first weights: there is no other way for it to go.
@@ -133,7 +138,8 @@ class LearnStage:
         await asyncio.to_thread(self._check_not_superseded)
         seconds = time.time() - started
         version = PolicyVersion(step + 1, self._rewind)
-        with self._worker.span("orchestrate:publish", f"version {version.number}"):
+        name = f"version {version.number}"
+        with self._worker.span("orchestrate:publish", name), self._worker.doing(f"publishes {name}"):
             await asyncio.to_thread(self._publish, version)
             record = self._record(step, version, batch, result.metrics, seconds)
             await asyncio.to_thread(self._log.publish_step, record)

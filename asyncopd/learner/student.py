@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,11 +63,17 @@ class Student:
         num_steps = settings.schedule_steps or settings.num_steps
         return learning_rate(step, settings.lr, settings.warmup_steps, num_steps, settings.schedule)
 
-    def train(self, step: int, batch: Sequence[ScoredTrajectory]) -> StepResult:
+    def train(
+        self,
+        step: int,
+        batch: Sequence[ScoredTrajectory],
+        on_micro_batch: Callable[[int, int], None] = lambda number, num_batches: None,
+    ) -> StepResult:
         """One optimizer step over `batch`, of which this rank works on every `num_processes`-th trajectory.
 
         Args:
             batch: of the whole step, the same on every rank.
+            on_micro_batch: see `optimizer_step`.
         Raises:
             NonFiniteError: see `optimizer_step`.
             ShapeError: fewer trajectories than ranks; raised on every rank, so that none waits for another.
@@ -86,9 +92,14 @@ class Student:
             rows_per_micro_batch=self._settings.rows_per_micro_batch,
             device=accelerator.device,
         )
-        grad_clip = self._settings.grad_clip
         result = optimizer_step(
-            self._model, self._optimizer, batches, self._estimator, accelerator=accelerator, grad_clip=grad_clip
+            self._model,
+            self._optimizer,
+            batches,
+            self._estimator,
+            accelerator=accelerator,
+            grad_clip=self._settings.grad_clip,
+            on_micro_batch=on_micro_batch,
         )
         self._step = step + 1
         return result

@@ -29,8 +29,6 @@ PIPELINE = ("rollout", "score", "learn")
 """The roles whose overlap is the point of the platform."""
 STANDSTILL_S = 30.0
 """A stretch this long without any span is a pause of the run, and the report says so."""
-RECENT_STEPS = 20
-"""Page and terminal show throughput and staleness of this many last steps; the report, of all of them."""
 
 Interval = tuple[float, float]
 """Start and end, Unix seconds."""

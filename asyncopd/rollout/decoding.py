@@ -93,6 +93,11 @@ class Decoder:
         return self._end - len(self._holes)
 
     @property
+    def num_prefilling(self) -> int:
+        """Active responses whose cache the next step, or the one in progress, makes."""
+        return sum(1 for r, cached in zip(self._responses, self._is_cached_S, strict=True) if r and not cached)
+
+    @property
     def num_free(self) -> int:
         return self.num_slots - self.num_active
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from asyncopd.errors import AsyncOPDError, EngineAwayError, EngineError
 from asyncopd.models.sampling import SamplerSettings
-from asyncopd.ports import SampleRequest
+from asyncopd.ports import InFlight, SampleRequest
 from asyncopd.rollout.decoding import Decoder, check_request
 from asyncopd.types import PolicyVersion, PolicyWeights, Trajectory
 
@@ -66,6 +66,7 @@ class HfSampler:
         self._wake = threading.Condition()
         self._failure: EngineError | None = None
         self._busy: list[tuple[float, float]] = []
+        self._loading: PolicyVersion | None = None
         self.num_generated_tokens = 0
         """Tokens of finished and unfinished responses since construction."""
         self._thread = threading.Thread(target=self._serve, name="hf-sampler", daemon=True)
@@ -84,6 +85,14 @@ class HfSampler:
     def num_waiting(self) -> int:
         """Requests without a slot; 0 means that the batch may be running empty."""
         return len(self._waiting)
+
+    def in_flight(self) -> InFlight:
+        """See `ports.Sampler`."""
+        loading, num_prefilling = self._loading, self._decoder.num_prefilling
+        doing = f"prefills {num_prefilling} prompt{'s' * (num_prefilling > 1)}" if num_prefilling else None
+        if loading is not None:
+            doing = f"loads version {loading.number}"
+        return InFlight(doing, self._decoder.num_active, self.num_generated_tokens)
 
     def busy_intervals(self) -> list[tuple[float, float]]:
         """(start, end) of the engine's busy stretches since the last call, Unix seconds, in order."""
@@ -171,10 +180,12 @@ class HfSampler:
         """Give the decoder other weights; weights that do not fit fail their `refresh` call and nothing else."""
         assert isinstance(pending.work, PolicyWeights)
         start, problem = time.time(), None
+        self._loading = pending.work.version
         try:
             self._decoder.refresh(pending.work)
         except EngineError as error:
             problem = error
+        self._loading = None
         _answer([(pending, problem)])
         self._record_busy(start, time.time())
 

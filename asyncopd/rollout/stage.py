@@ -57,6 +57,7 @@ class RolloutStage(ShardStage):
         self._unreadable: PolicyVersion | None = None
         self._read_again_s = 0.0
         worker.tell(num_trajectories=0, num_tokens=0, num_tokens_discarded=0)
+        worker.watch(sampler)
 
     @contextlib.asynccontextmanager
     async def following_versions(self) -> AsyncIterator[None]:
@@ -139,7 +140,8 @@ class RolloutStage(ShardStage):
 
     async def _load(self, latest: PolicyVersion) -> None:
         """Switch the sampler to the version that the caller compared: asked for again, it may have been rewound."""
-        with self._worker.span("orchestrate:refresh", f"version {latest.number}"):
+        name = f"version {latest.number}"
+        with self._worker.span("orchestrate:refresh", name), self._worker.doing(f"loads {name}"):
             weights = await asyncio.to_thread(self._newest_readable, latest)
             if weights is None:
                 return

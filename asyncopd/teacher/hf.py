@@ -59,6 +59,9 @@ class HfScorer:
         # One pass at a time: two threads would only share the same cores or accelerator.
         self._turn = asyncio.Lock()
 
+    async def start(self) -> None:
+        """Nothing to start: the model was loaded before."""
+
     async def score(self, trajectories: Sequence[Trajectory], request: ScoreRequest) -> list[TeacherScores]:
         """Score every response token, in a thread; see `ports.Scorer`.
 

@@ -85,6 +85,9 @@ class OpenAIScorer:
         self._checked: set[int] = set()
         """Values of `prompt_logprobs` that every server accepted."""
 
+    async def start(self) -> None:
+        """Nothing to start here: the first score checks the servers."""
+
     async def score(self, trajectories: Sequence[Trajectory], request: ScoreRequest) -> list[TeacherScores]:
         """Score every response token; see `ports.Scorer`.
 

@@ -44,6 +44,9 @@ class OracleScorer:
         self._logprobs_RV = np.log(self._oracle.probabilities_RV)
         self._tables: dict[float, RowTable] = {}
 
+    async def start(self) -> None:
+        """Nothing to start: a closed form has no engine."""
+
     async def score(self, trajectories: Sequence[Trajectory], request: ScoreRequest) -> list[TeacherScores]:
         """Score every response token; about 2 ms for 64 trajectories of 11 tokens.
 

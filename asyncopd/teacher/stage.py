@@ -45,6 +45,10 @@ class ScoreStage(ShardStage):
         self._scorer, self._request, self._cache = scorer, request, cache
         worker.tell(teacher=scorer.name, num_trajectories=0, num_tokens=0)
 
+    async def start(self) -> None:
+        """Start the teacher's engine. Raises EngineError."""
+        await self._scorer.start()
+
     async def close(self) -> None:
         """Stop the teacher's engine."""
         await self._scorer.close()
@@ -53,9 +57,14 @@ class ScoreStage(ShardStage):
         worker = self._worker
         with worker.span("orchestrate:parquet", shard.name):
             trajectories = await asyncio.to_thread(self._log.read_trajectories, shard)
-        answers = await score_through(
-            self._cache, self._scorer, trajectories, self._request, worker=worker, what=shard.name
-        )
+        num_tokens = sum(len(trajectory.response_ids) for trajectory in trajectories)
+        worker.count(num_begun=len(trajectories), num_tokens_in_flight=num_tokens)
+        try:
+            answers = await score_through(
+                self._cache, self._scorer, trajectories, self._request, worker=worker, what=shard.name
+            )
+        finally:
+            worker.count(num_begun=-len(trajectories), num_tokens_in_flight=-num_tokens)
         facts = answers.facts()
         with worker.span("orchestrate:parquet", shard.name):
             await asyncio.to_thread(

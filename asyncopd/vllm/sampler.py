@@ -26,7 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from asyncopd.config.engines import VllmSampling
 from asyncopd.errors import EngineAwayError, EngineError
 from asyncopd.models.sampling import SamplerSettings, policy_key
-from asyncopd.ports import SampleRequest
+from asyncopd.ports import InFlight, SampleRequest
 from asyncopd.rollout.decoding import check_request
 from asyncopd.types import PolicyVersion, PolicyWeights, Trajectory
 from asyncopd.vllm.engine import final_output, start_engine, stop_engine
@@ -34,6 +34,7 @@ from asyncopd.vllm.recorder import KEY, LAW, NUM_IDS, TICKET
 from asyncopd.vllm.student_files import StudentFiles, trajectory_of
 
 logger = logging.getLogger(__name__)
+STARTING = "starts its vLLM engine, which loads the weights, compiles and makes its cache"
 HEALTH_S = 0.5
 """How often a call that is not answered yet asks whether the engine process is alive."""
 
@@ -68,6 +69,8 @@ class VllmSampler:
         self._fetching: asyncio.Task[None] | None = None
         self._busy: list[tuple[float, float]] = []
         self._busy_since = 0.0
+        self._doing: str | None = None
+        self._num_finished_tokens = 0
 
     @property
     def version(self) -> PolicyVersion | None:
@@ -77,6 +80,14 @@ class VllmSampler:
     def num_active(self) -> int:
         """Responses in the engine, its own queue included."""
         return len(self._running)
+
+    def in_flight(self) -> InFlight:
+        """See `ports.Sampler`. Tokens reach this process as they are made; only outputs come at their end."""
+        states = list(self._engine.output_processor.request_states.values()) if self._engine else []
+        lengths = [state.detokenizer.num_output_tokens() for state in states if state.detokenizer is not None]
+        num_prefilling = lengths.count(0)
+        doing = f"prefills {num_prefilling} prompt{'s' * (num_prefilling > 1)}" if num_prefilling else None
+        return InFlight(self._doing or doing, self.num_active, self._num_finished_tokens + sum(lengths))
 
     def busy_intervals(self) -> list[tuple[float, float]]:
         """(start, end) of the stretches in which the engine had responses to make since the last call, Unix seconds."""
@@ -109,6 +120,7 @@ class VllmSampler:
         ticket = uuid.uuid4().hex
         try:
             output = await self._generate(request, ticket)
+            self._num_finished_tokens += len(output.outputs[0].token_ids)
             ids_bytes, logprobs_bytes = await self._records_of(ticket)
         except BaseException:
             self._abandoned.append(ticket)
@@ -125,17 +137,11 @@ class VllmSampler:
                 engine.
         """
         async with self._refreshing:
-            await asyncio.to_thread(self._files.write, weights)
-            if self._engine is None:
-                self._engine = await self._start()
-            else:
-                await self._reload(self._engine)
-            self._files.folder.drop_weights()
-            engine = self._started()
-            label = engine.update_weight_version(_label(weights.version))
-            await self._calling(engine, label, "label its weights")
-            self._version = weights.version
-            await self._calling(engine, engine.resume_generation(), "resume generation")
+            self._doing = f"loads version {weights.version.number}"
+            try:
+                await self._switch(weights)
+            finally:
+                self._doing = None
 
     async def close(self) -> None:
         """End the engine process and fail what is pending; harmless when repeated."""
@@ -149,6 +155,20 @@ class VllmSampler:
         self._files.folder.remove()
 
     # -- engine ---------------------------------------------------------------------------------------------------
+    async def _switch(self, weights: PolicyWeights) -> None:
+        await asyncio.to_thread(self._files.write, weights)
+        if self._engine is None:
+            self._doing = STARTING
+            self._engine = await self._start()
+        else:
+            await self._reload(self._engine)
+        self._files.folder.drop_weights()
+        engine = self._started()
+        label = engine.update_weight_version(_label(weights.version))
+        await self._calling(engine, label, "label its weights")
+        self._version = weights.version
+        await self._calling(engine, engine.resume_generation(), "resume generation")
+
     async def _start(self) -> AsyncLLM:
         if self._closed:
             raise EngineError("the sampler was closed; make a new one.")

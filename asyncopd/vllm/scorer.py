@@ -65,10 +65,13 @@ class VllmScorer:
         self._starting: asyncio.Task[AsyncLLM] | None = None
         self._num_requests = 0
 
-    def start(self) -> None:
-        """Start the engine in the background, so that it is up when there is something to score. In an event loop."""
-        if self._starting is None:
-            self._starting = asyncio.create_task(self._start())
+    async def start(self) -> None:
+        """Start the engine, unless it runs; see `ports.Scorer`.
+
+        Raises:
+            EngineError: vLLM cannot serve the model, or did not start.
+        """
+        await self._started()
 
     async def score(self, trajectories: Sequence[Trajectory], request: ScoreRequest) -> list[TeacherScores]:
         """Score every response token; see `ports.Scorer`.
@@ -106,8 +109,8 @@ class VllmScorer:
             self._owned_folder.remove()
 
     async def _started(self) -> AsyncLLM:
-        self.start()
-        assert self._starting is not None
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
         # A cancelled call must not end the engine of the others.
         return await asyncio.shield(self._starting)
 

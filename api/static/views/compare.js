@@ -4,7 +4,7 @@ import { go } from "../app.js";
 import { INK, lineChart } from "../charts.js";
 import { get, poll } from "../client.js";
 import { fill, h, table } from "../dom.js";
-import { int, num, pct } from "../format.js";
+import { int, num, pct, rate } from "../format.js";
 import { CURVES, KEYS } from "./run.js";
 import { LIVE, badge } from "./runs.js";
 
@@ -57,7 +57,7 @@ export async function compare(node, _parts, signal) {
     // A button in focus stays in focus.
     if (!facts.contains(document.activeElement)) {
       fill(facts, table([[h("span", { class: "sr" }, "letter"), 0], ["run", 0], ["state", 0], ["steps", 1], ["tokens", 1], ["loss, nats", 1], ["KL, nats", 1], ["accuracy", 1], ["tokens/s", 1], [h("span", { class: "sr" }, "action"), 0]],
-        loaded.map(({ run }, i) => [h("span", {}, h("i", { class: "swatch", style: `background:var(${INK[i % INK.length]})` }), letter(i)), h("a", { href: `/runs/${run.id}`, "data-link": "" }, run.id), badge(run.status), int(run.progress.steps), int(run.progress.tokens), num(run.latest.loss_nats), num(run.latest.kl_nats), pct(run.latest.accuracy), int(run.latest.tokens_per_s),
+        loaded.map(({ run }, i) => [h("span", {}, h("i", { class: "swatch", style: `background:var(${INK[i % INK.length]})` }), letter(i)), h("a", { href: `/runs/${run.id}`, "data-link": "" }, run.id), badge(run.status), int(run.progress.steps), int(run.progress.tokens), num(run.latest.loss_nats), num(run.latest.kl_nats), pct(run.latest.accuracy), rate(run.latest.tokens_per_s),
           h("button", { type: "button", "aria-label": `Remove ${run.id}`, onclick: () => drop(run.id) }, "remove")])));
     }
     const isOver = !loaded.some(({ run }) => LIVE.includes(run.status));

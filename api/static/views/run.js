@@ -3,7 +3,7 @@
 import { lineChart, stalenessMap } from "../charts.js";
 import { follow, get, poll, post } from "../client.js";
 import { fill, h, table, toast } from "../dom.js";
-import { ago, int, negated, num, pct } from "../format.js";
+import { ago, int, negated, num, pct, rate, span } from "../format.js";
 import { lineage } from "../lineage.js";
 import { timeline } from "../timeline.js";
 import { LIVE, badge } from "./runs.js";
@@ -50,12 +50,14 @@ export async function run(node, [id], signal) {
   async function header() {
     state = await get(path, signal);
     const { progress, latest, status, error } = state;
+    const sampled = state.workers.filter((worker) => worker.role === "rollout");
     fill(head, h("div", { class: "row spread" }, h("div", { class: "row" }, h("h1", {}, state.id), badge(status)),
       h("a", { href: `/compare?run=${state.id}`, "data-link": "" }, "Compare with …")),
       does);
     does.textContent = state.phase;
     if (LIVE.includes(status)) does.classList.add("live");  // and it stays so: nothing moves when the run ends
-    fill(facts, [["step", `${int(progress.steps)} of ${int(progress.total_steps)}`], ["tokens trained", int(progress.tokens)], ["tokens/s", int(latest.tokens_per_s)], ["loss, nats", num(latest.loss_nats)], ["KL, nats", num(latest.kl_nats)],
+    fill(facts, [["step", `${int(progress.steps)} of ${int(progress.total_steps)}`], ["tokens trained", int(progress.tokens)], ["tokens/s trained", rate(latest.tokens_per_s)],
+      ["tokens/s sampled", rate(sampled.reduce((sum, worker) => sum + worker.tokens_per_s, 0) || null)], ["tokens in flight", int(sampled.reduce((sum, worker) => sum + worker.num_tokens_in_flight, 0))], ["time left", span(state.eta_s)], ["loss, nats", num(latest.loss_nats)], ["KL, nats", num(latest.kl_nats)],
       ["accuracy", pct(latest.accuracy)], ["staleness, mean", num(latest.staleness_mean_versions)], ["created", ago(state.created)]].map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", {}, value))));
     for (const part of awaiting) part.over(!LIVE.includes(status));
     // Only when something changed: a button in focus stays in focus.

@@ -4,7 +4,7 @@ import { go } from "../app.js";
 import { sparkline } from "../charts.js";
 import { get, poll } from "../client.js";
 import { fill, h, table } from "../dom.js";
-import { ago, int, num, pct } from "../format.js";
+import { ago, int, num, pct, rate } from "../format.js";
 
 const STATES = ["queued", "running", "paused", "cancelled", "succeeded", "failed"];
 
@@ -37,7 +37,7 @@ export async function runs(node, _parts, signal) {
     return [
       box, h("a", { href: `/runs/${run.id}`, "data-link": "" }, run.id), h("span", { title: run.phase }, badge(run.status)),
       h("span", {}, h("progress", { max: progress.total_steps, value: progress.steps, "aria-label": "steps" }), ` ${int(progress.steps)} / ${int(progress.total_steps)}`),
-      sparkline(run.sparkline), num(latest.loss_nats), num(latest.kl_nats), pct(latest.accuracy), num(latest.staleness_mean_versions), int(latest.tokens_per_s), ago(run.created),
+      sparkline(run.sparkline), num(latest.loss_nats), num(latest.kl_nats), pct(latest.accuracy), num(latest.staleness_mean_versions), rate(latest.tokens_per_s), ago(run.created),
     ];
   }
 
