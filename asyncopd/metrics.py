@@ -113,7 +113,11 @@ TEACHER_FLOOR = _token_fraction(
     "share of the teacher's stored log-probs at the floor of −100 nats, to which lower ones and −inf are raised; a "
     "teacher that fits and works has next to none",
 )
-ENTROPY = _mean_nats("train/entropy_nats", "entropy of p_θ over the whole vocabulary")
+ENTROPY = _mean_nats("train/entropy_nats", "entropy of p_θ over the whole vocabulary, of its nucleus under top-p")
+OUTSIDE = _token_fraction(
+    "train/outside_nucleus_fraction",
+    "sampled tokens that top-p would not let the current student sample: their ratio is 0, and drift leaves them out",
+)
 DRIFT = _mean_nats(
     "train/drift_nats",
     "ratio − 1 − log ratio: the k3 estimate of KL(p_old‖p_θ), never negative; 0 when nothing is stale",

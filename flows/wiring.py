@@ -160,6 +160,7 @@ def student_of(config: RunConfig, causal_lm: PreTrainedModel) -> Student:
         config.learner,
         published_dtype=dtype_of("published weights", config.student, asked if asked != "auto" else sampled),
         temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
     )
 
 

@@ -31,7 +31,6 @@ SILENT_S, STARTING_S = 30.0, 120.0
 """Without a sign of life for so long, a run's processes count as gone; longer where its roles may just be starting."""
 RECENT_STEPS = 20
 """Page and terminal show throughput and staleness of this many last steps; the report, of all of them."""
-_COUNTS = ("num_trajectories", "num_tokens", "num_tokens_in_flight")
 _PLACES = {"pretrain": 0, "rollout": 1, "score": 2, "learn": 3, "evaluate": 4}
 STEP, FINISHED, NUM_TOKENS = "step", "finished", "num_tokens"
 """Columns that every step has. Metrics have a slash in their names, so that these cannot be one."""
@@ -135,24 +134,28 @@ def eta_s(history: History, plan: Plan) -> float | None:
     if gaps := [after.finished - before.finished for before, after in itertools.pairwise(recent)]:
         # The median, because a resumed run has one gap that is hours long.
         return left * statistics.median(gaps)
-    by_role: dict[str, list[Heartbeat]] = {}
-    for beat in history.beats.values():
-        by_role.setdefault(role_of(beat), []).append(beat)
-    counted = {
-        role: [sum(getattr(b.status, n) or 0 for b in beats) for n in _COUNTS] for role, beats in by_role.items()
-    }
-    num_responses, sampled, in_flight = counted.get("rollout", (0, 0, 0))
-    trained = sum(step.num_tokens for step in recent)
-    found = []
-    for role in ("rollout", "score", "learn"):
-        rate = sum(beat.status.tokens_per_s or 0.0 for beat in by_role.get(role, ()) if not beat.retired)
-        if num_responses and rate:
-            ahead = counted[role][1] - trained + (in_flight if role == "rollout" else 0)
-            found.append(max(0.0, left * plan.batch_size * sampled / num_responses - ahead) / rate)
-    if not found:
+    beats = list(history.beats.values())
+
+    def total(role: str, *names: str) -> int:
+        return sum(getattr(beat.status, name) or 0 for beat in beats if role_of(beat) == role for name in names)
+
+    num_responses = total("rollout", "num_trajectories")
+    if not num_responses:
         return None
-    # Without staleness the roles take turns, otherwise the slowest decides.
-    return sum(found) if plan.max_staleness == 0 else max(found)
+    length = total("rollout", "num_tokens") / num_responses
+    missing = left * plan.batch_size * length + sum(step.num_tokens for step in recent)
+    found = []
+    for role, *done in (
+        ("rollout", "num_tokens", "num_tokens_in_flight"),
+        ("score", "num_tokens"),
+        ("learn", "num_tokens"),
+    ):
+        mine = [beat.status for beat in beats if role_of(beat) == role and not beat.retired]
+        # One that mostly waits for the others goes at their pace.
+        mine = [s for s in mine if role == "rollout" or s.busy is None or s.busy >= 0.5]
+        if rate := sum(status.tokens_per_s or 0.0 for status in mine):
+            found.append(max(0.0, missing - total(role, *done)) / rate)
+    return max(found, default=None)
 
 
 class Columns:

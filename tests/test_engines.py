@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 
 from asyncopd.errors import EngineError
 from asyncopd.models.sampling import SamplerSettings
-from asyncopd.ports import Sampler, SampleRequest, Scorer, ScoreRequest
+from asyncopd.ports import InFlight, Sampler, SampleRequest, Scorer, ScoreRequest
 from asyncopd.rollout.hf import HfSampler
 from asyncopd.tasks.tokenizers import ByteTokenizer
 from asyncopd.tasks.tokenizers_hf import HfTokenizer
@@ -187,6 +187,21 @@ async def test_a_cancelled_call_harms_nobody(engine: Sampler) -> None:
     assert sum(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes) == 10
     assert {len(outcome.response_ids) for outcome in outcomes if isinstance(outcome, Trajectory)} == {60}
     assert engine.num_active == 0  # type: ignore[attr-defined]
+
+
+async def test_tokens_of_unfinished_responses_are_counted_as_they_are_made(engine: Sampler) -> None:
+    await use(engine, byte_model(seed=2, eos_bias=-9.0))
+    before = engine.in_flight()
+    assert (before.doing, before.num_responses) == (None, 0)
+    running = asyncio.ensure_future(sample(engine, requests(4, max_new_tokens=60)))
+    seen = {engine.in_flight()}
+    while not running.done():
+        await asyncio.sleep(0.001)
+        seen.add(engine.in_flight())
+    counted = {held.num_generated - before.num_generated for held in seen if held.num_responses}
+    assert any(0 < number < 4 * 60 for number in counted)
+    assert max(held.num_responses for held in seen) == 4
+    assert engine.in_flight() == InFlight(None, 0, before.num_generated + 4 * 60)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_flatten
 
 from asyncopd.errors import ShapeError
 from asyncopd.losses import gather_logprobs
+from asyncopd.models.sampling import law_logprobs
+from asyncopd.types import LOGPROB_FLOOR
 
 
 def inputs(
@@ -58,10 +60,31 @@ def test_value_and_gradient_equal_the_plain_computation(
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_numerical_derivatives_agree() -> None:
+def test_the_first_columns_are_of_the_truncated_law_where_there_is_one() -> None:
+    hidden_TD, weight_VD, bias_V, ids_TJ = inputs(num_ids=6)
+    found = gather_logprobs(
+        hidden_TD, weight_VD, ids_TJ, bias_V=bias_V, temperature=0.7, top_p=0.6, num_sampled=4, chunk_tokens=3
+    )
+    logits_TV = torch.nn.functional.linear(hidden_TD, weight_VD, bias_V)
+    law_TV = law_logprobs(logits_TV, temperature=0.7, top_p=0.6).double()
+    expected_TJ = law_TV.gather(-1, ids_TJ[:, :4]).clamp(min=LOGPROB_FLOOR)
+    assert (expected_TJ == LOGPROB_FLOOR).any()
+    torch.testing.assert_close(found.logprobs_TJ[:, :4], expected_TJ, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        found.logprobs_TJ[:, 4:], plain(hidden_TD, weight_VD, bias_V, ids_TJ[:, 4:], 0.7), rtol=0, atol=1e-12
+    )
+    entropy_T = -torch.where(law_TV.isfinite(), law_TV.exp() * law_TV, 0.0).sum(-1)
+    torch.testing.assert_close(found.entropy_T, entropy_T, rtol=0, atol=1e-6)
+    assert not found.entropy_T.requires_grad
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_numerical_derivatives_agree(top_p: float) -> None:
     hidden_TD, weight_VD, bias_V, ids_TJ = inputs(4, 6, 3, 2)
     assert torch.autograd.gradcheck(
-        lambda h, w, b: gather_logprobs(h, w, ids_TJ, bias_V=b, temperature=0.8, chunk_tokens=3).logprobs_TJ,
+        lambda h, w, b: (
+            gather_logprobs(h, w, ids_TJ, bias_V=b, temperature=0.8, top_p=top_p, chunk_tokens=3).logprobs_TJ
+        ),
         (hidden_TD, weight_VD, bias_V),
     )
 

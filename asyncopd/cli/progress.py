@@ -189,7 +189,7 @@ def plain_line(progress: Progress, config: RunConfig) -> str:
     elif progress.pretraining:
         told = "; ".join(f"pretrain {_pretrained(beat.status)}" for beat in progress.pretraining)
     elif progress.version is None:
-        told = " | ".join(map(doing, progress.workers)) or "starting"
+        told = " | ".join(map(doing, progress.workers)) or "its role processes are starting"
     else:
         reached = f"step {len(progress.history.steps)} of {progress.num_steps}, {_eta(progress)}"
         pieces = [reached, *map(doing, progress.workers)]

@@ -29,16 +29,27 @@ from asyncopd.types import ScoredTrajectory
 class LogprobModel(nn.Module):
     """A causal language model seen as what losses need: log-probs at given ids for every response token."""
 
-    def __init__(self, causal_lm: nn.Module, temperature: float) -> None:
+    def __init__(self, causal_lm: nn.Module, temperature: float, top_p: float = 1.0) -> None:
         super().__init__()
         self.causal_lm = causal_lm
-        self.temperature = temperature
+        self.temperature, self.top_p = temperature, top_p
 
-    def forward(self, packed: PackedTokens, ids_TJ: Tensor) -> tuple[Tensor, Tensor]:
-        """Log p_θ at `ids_TJ`, [T, J] float32 nats with gradient, and the entropy of each row, [T], without."""
+    def forward(self, packed: PackedTokens, ids_TJ: Tensor, num_sampled: int | None = None) -> tuple[Tensor, Tensor]:
+        """Log p_θ at `ids_TJ`, [T, J] float32 nats with gradient, and the entropy of each row, [T], without.
+
+        The first `num_sampled` columns, or all, are of the law that is sampled from; see `gather_logprobs`.
+        """
         hidden_TD = packed_hidden(self.causal_lm, packed)
         weight_VD, bias_V = output_embedding(self.causal_lm)
-        return gather_logprobs(hidden_TD, weight_VD, ids_TJ, bias_V=bias_V, temperature=self.temperature)
+        return gather_logprobs(
+            hidden_TD,
+            weight_VD,
+            ids_TJ,
+            bias_V=bias_V,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            num_sampled=num_sampled,
+        )
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,8 @@ def _loss_sum(
     rows = batch.rows
     # Column 0 is always the sampled token: drift, ratios and KL are measured on it whatever the estimator.
     ids_TJ = torch.cat([rows.response_ids_T[:, None], estimator.student_ids(rows)], dim=1)
-    logprobs_TJ, entropy_T = model(batch.packed, ids_TJ)
+    num_sampled = 1 + estimator.num_sampled(ids_TJ.shape[1] - 1)
+    logprobs_TJ, entropy_T = model(batch.packed, ids_TJ, num_sampled)
     losses = estimator(rows, logprobs_TJ[:, 1:], context)
     statistics.add(rows, ids_TJ, logprobs_TJ.detach(), entropy_T, losses)
     return losses.loss_T.sum()
@@ -144,8 +156,11 @@ def _step_context(
     """What the estimator must know of the whole step before its first micro-batch, for example m2po's threshold."""
     if not estimator.needs_step_pass:
         return StepContext()
-    mine = StepContext.join(
-        [estimator.step_context(b.rows, model(b.packed, estimator.student_ids(b.rows))[0]) for b in batches]
-    )
+    contexts = []
+    for batch in batches:
+        ids_TJ = estimator.student_ids(batch.rows)
+        logprobs_TJ, _ = model(batch.packed, ids_TJ, estimator.num_sampled(ids_TJ.shape[1]))
+        contexts.append(estimator.step_context(batch.rows, logprobs_TJ))
+    mine = StepContext.join(contexts)
     shifts_H = None if mine.harmful_shifts_H is None else mine.harmful_shifts_H.cpu()
     return StepContext.join(of_all_ranks(StepContext(shifts_H), accelerator))

@@ -43,7 +43,9 @@ class StepStatistics:
             logprobs_TJ: [T, J] log p_θ there, nats, detached.
             entropy_T: [T] entropy of p_θ, nats.
         """
-        self._log_ratios.append(_on_cpu(logprobs_TJ[:, 0] - rows.behaviour_logprobs_T))
+        outside_T = logprobs_TJ[:, 0] <= LOGPROB_FLOOR
+        log_ratio_T = logprobs_TJ[:, 0] - rows.behaviour_logprobs_T
+        self._log_ratios.append(_on_cpu(torch.where(outside_T, -torch.inf, log_ratio_T)))
         stored = (rows.topk_logprobs_TK, rows.head_teacher_logprobs_TK, rows.draw_teacher_logprobs_TN)
         teacher_TL = torch.cat([rows.teacher_logprobs_T[:, None], *stored, rows.teacher_draw_logprobs_TM], dim=1)
         own = {
@@ -51,6 +53,7 @@ class StepStatistics:
             # One draw per prefix from the sampling policy: unbiased for m.KL(p_old‖q) on its own responses.
             m.KL: rows.behaviour_logprobs_T - rows.teacher_logprobs_T,
             m.ENTROPY: entropy_T,
+            m.OUTSIDE: outside_T.float(),
             m.TEACHER_FLOOR: (teacher_TL <= LOGPROB_FLOOR).float().mean(-1),
         }
         masses = {} if m.SUPPORT_MASS_STUDENT in losses.statistics_T else drawn_masses(rows, ids_TJ, logprobs_TJ)
@@ -123,13 +126,15 @@ def ratio_metrics(log_ratio_T: NDArray[np.float32]) -> dict[m.Metric, float]:
     never negative. Effective sample size is (Σw)²/Σw² as a fraction of the tokens.
 
     Args:
-        log_ratio_T: [T] log p_θ − log p_old at the sampled tokens, nats.
+        log_ratio_T: [T] log p_θ − log p_old at the sampled tokens, nats; −inf where the token can no longer be sampled
+            (top-p), for which drift would be infinite: it is that of the others.
     """
     log_ratio = np.clip(log_ratio_T.astype(np.float64), -20, 20)
     ratio = np.exp(log_ratio)
+    inside = ~np.isneginf(log_ratio_T)
     percentiles = map(float, np.percentile(ratio, [1, 50, 99]))
     return {
-        m.DRIFT: float((ratio - log_ratio - 1).mean()),
+        m.DRIFT: float((ratio - log_ratio - 1)[inside].mean()) if inside.any() else 0.0,
         m.ESS: float(ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)),
         **dict(zip((m.RATIO_P01, m.RATIO_P50, m.RATIO_P99), percentiles, strict=True)),
         m.RATIO_MAX: float(ratio.max()),

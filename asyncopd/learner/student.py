@@ -32,11 +32,13 @@ class Student:
         settings: Learner,
         *,
         temperature: float,
+        top_p: float = 1.0,
         published_dtype: torch.dtype = torch.float32,
     ) -> None:
         """
         Args:
             causal_lm: float32 parameters, whatever the accelerator's mixed precision computes in.
+            temperature, top_p: of the law that responses are sampled from.
             published_dtype: of the floating-point weights that samplers get.
         Raises:
             ShapeError: a parameter is not float32; updates at small learning rates would be rounded away.
@@ -50,7 +52,7 @@ class Student:
         # Not train(): dropout, layer dropping and noise in routers would make what is trained another policy than the
         # one that was sampled.
         causal_lm.eval()
-        model = LogprobModel(causal_lm, temperature)
+        model = LogprobModel(causal_lm, temperature, top_p)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
         )

@@ -69,6 +69,16 @@ class Estimator(ABC):
         """Must `step_context` see the whole optimizer step before the first `__call__`?"""
         return False
 
+    def num_sampled(self, num_ids: int) -> int:
+        """At how many of its ids, the first ones, log p_θ is weighed against log p_old: under a truncated law (top-p)
+        these are log-probs of that law, like log p_old. The others are of the whole distribution.
+
+        Args:
+            num_ids: J of `student_ids`.
+        """
+        del num_ids
+        return 0
+
     @abstractmethod
     def student_ids(self, rows: TokenRows) -> Tensor:
         """[T, J] int64: the ids at which it wants log p_θ.

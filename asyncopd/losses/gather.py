@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from asyncopd.errors import ShapeError
 from asyncopd.models.causal_lm import multiplies_bfloat16
+from asyncopd.models.sampling import nucleus
+from asyncopd.types import LOGPROB_FLOOR
 
 
 class GatheredLogprobs(NamedTuple):
@@ -24,7 +27,7 @@ class GatheredLogprobs(NamedTuple):
     logprobs_TJ: Tensor
     """[T, J] nats, float32 (float64 for float64 hidden states), with gradient."""
     entropy_T: Tensor
-    """[T] nats, entropy of the whole distribution at the same temperature, same dtype, detached."""
+    """[T] nats, entropy of the distribution that is sampled from (temperature and top-p), same dtype, detached."""
 
 
 def gather_logprobs(
@@ -34,9 +37,15 @@ def gather_logprobs(
     *,
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
+    top_p: float = 1.0,
+    num_sampled: int | None = None,
     chunk_tokens: int = 512,
 ) -> GatheredLogprobs:
     """Log-softmax of (hidden · weightᵀ + bias) / temperature over the full vocabulary, at `ids_TJ`.
+
+    With `top_p` below 1 the first columns are of the truncated and renormalised law instead: LOGPROB_FLOOR, without
+    gradient, where the id is outside it. The set of ids inside is taken as given: moving it has no gradient. That costs
+    a sort of each row's vocabulary, and one more in backward.
 
     Value and gradient (hidden, weight, bias) equal the plain computation. The matrix product runs in the dtype of
     `hidden_TD`, as a plain LM head does (`weight_VD` is cast to it, autocast is ignored), or in float32 for half
@@ -49,7 +58,8 @@ def gather_logprobs(
         weight_VD: [V, D] LM head.
         ids_TJ: [T, J] int64 in [0, V); repeats are allowed.
         bias_V: [V] added to the logits before the temperature.
-        temperature: the one that was really used for sampling, > 0.
+        temperature: the one that was really used for sampling, > 0; as is `top_p`, in (0, 1].
+        num_sampled: how many columns are of the truncated law; None for all.
         chunk_tokens: rows per chunk, >= 1. 512 keeps a 152k vocabulary below 1 GB (docs/estimators.md).
     Raises:
         ShapeError: shapes disagree, or temperature or chunk_tokens is not positive.
@@ -64,8 +74,42 @@ def gather_logprobs(
         raise ShapeError(f"temperature {temperature} must be > 0 and chunk_tokens {chunk_tokens} >= 1.")
     # Autocast is on in forward but not in backward; with it the recomputed softmax would be another one.
     with torch.autocast(hidden_TD.device.type, enabled=False):
+        if top_p < 1.0:
+            num_sampled = ids_TJ.shape[1] if num_sampled is None else num_sampled
+            parts = [
+                checkpoint(
+                    _truncated,
+                    *(hidden_TD[rows], weight_VD, bias_V, ids_TJ[rows], temperature, top_p, num_sampled),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+                for rows in _chunks(len(hidden_TD), chunk_tokens) or [slice(0, 0)]
+            ]
+            return GatheredLogprobs(*map(torch.cat, zip(*parts, strict=True)))
         found = _Gather.apply(hidden_TD, weight_VD, bias_V, ids_TJ, temperature, chunk_tokens)  # type: ignore[no-untyped-call]
     return GatheredLogprobs(*found)
+
+
+def _truncated(
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    ids_CJ: Tensor,
+    temperature: float,
+    top_p: float,
+    num_sampled: int,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs [C, J] of a chunk, the first columns under the truncated law, and that law's entropy [C]."""
+    dtype = _product_dtype(hidden_CD)
+    logprobs_CV = torch.log_softmax(_logits(hidden_CD.to(dtype), weight_VD.to(dtype), bias_V, temperature), -1)
+    inside_CV = nucleus(logprobs_CV.detach(), top_p)
+    mass_C1 = logprobs_CV.masked_fill(~inside_CV, -torch.inf).logsumexp(-1, keepdim=True)
+    law_CV = (logprobs_CV - mass_C1).detach()
+    entropy_C = -torch.where(inside_CV, law_CV.exp() * law_CV, 0.0).sum(-1)
+    ids_CS = ids_CJ[:, :num_sampled]
+    sampled_CS = logprobs_CV.gather(-1, ids_CS) - mass_C1
+    sampled_CS = torch.where(inside_CV.gather(-1, ids_CS), sampled_CS, LOGPROB_FLOOR)
+    return torch.cat([sampled_CS, logprobs_CV.gather(-1, ids_CJ[:, num_sampled:])], -1), entropy_C
 
 
 class _Gather(torch.autograd.Function):

@@ -77,6 +77,9 @@ class HeadTail(Estimator):
     num_draws: int
     teacher_top_k: int
 
+    def num_sampled(self, num_ids: int) -> int:
+        return num_ids
+
     def student_ids(self, rows: TokenRows) -> Tensor:
         if rows.head_ids_TK.shape[1] != self.head:
             raise ShapeError(

@@ -82,6 +82,9 @@ class PolicyGradient(Estimator):
     def needs_step_pass(self) -> bool:
         return self.correction.needs_step_pass
 
+    def num_sampled(self, num_ids: int) -> int:
+        return num_ids
+
     def student_ids(self, rows: TokenRows) -> Tensor:
         ids_TN = self._draws(rows).ids_TN
         # The exact baseline looks at every id, behind the draws.
@@ -142,6 +145,9 @@ class PrefixWeighted(Estimator):
     @property
     def needs_step_pass(self) -> bool:
         return self.inner.needs_step_pass
+
+    def num_sampled(self, num_ids: int) -> int:
+        return 1 + self.inner.num_sampled(num_ids - 1)
 
     def student_ids(self, rows: TokenRows) -> Tensor:
         return torch.cat([rows.response_ids_T[:, None], self.inner.student_ids(rows)], -1)

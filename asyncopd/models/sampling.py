@@ -136,13 +136,16 @@ def law_logprobs(logits_AV: Tensor, *, temperature: float, top_p: float) -> Tens
     logprobs_AV = torch.log_softmax(logits_AV.float() / temperature, dim=-1)
     if top_p >= 1.0:
         return logprobs_AV
+    return torch.log_softmax(logprobs_AV.masked_fill(~nucleus(logprobs_AV, top_p), -torch.inf), dim=-1)
+
+
+def nucleus(logprobs_AV: Tensor, top_p: float) -> Tensor:
+    """[A, V] bool: is the id in the smallest set whose mass reaches `top_p`? Equal log-probs are ranked by id."""
     sorted_AV, order_AV = logprobs_AV.sort(dim=-1, descending=True, stable=True)
     probs_AV = sorted_AV.exp()
     # Mass before an id, so that the id which crosses top_p is still inside and the most likely one always is.
-    outside_AV = probs_AV.cumsum(dim=-1) - probs_AV >= top_p
-    masked_AV = torch.full_like(logprobs_AV, -torch.inf)
-    masked_AV.scatter_(1, order_AV, sorted_AV.masked_fill(outside_AV, -torch.inf))
-    return torch.log_softmax(masked_AV, dim=-1)
+    inside_AV = probs_AV.cumsum(dim=-1) - probs_AV < top_p
+    return torch.zeros_like(inside_AV).scatter_(1, order_AV, inside_AV)
 
 
 def draw(logprobs_AV: Tensor, keys_A: NDArray[np.uint64], positions_A: NDArray[np.int64], rule: CandidateRule) -> Draws:
