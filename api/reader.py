@@ -138,6 +138,7 @@ class RunReader:
             ),
             latest=_latest(history),
             eta_s=eta_s(history, view.config.plan) if status == "running" else None,
+            notes=view.config.caveats,
             workers=_workers(history, view.alive_workers()) if status not in TERMINAL else [],
             sparkline=[step.metrics.get(LOSS.key) for step in steps[:: max(1, -(-len(steps) // SPARKLINE_POINTS))]],
             error=f"{failure.role}: {failure.reason}" if failure else None,

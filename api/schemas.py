@@ -77,9 +77,7 @@ class Worker(Schema):
 
     worker: str = field("Its name.", "rollout-host-71-3f2a")
     role: str = field("Its role.", "rollout")
-    activity: str = field(
-        "What it does, in words.", "samples with version 3, 24 responses done; 4 responses begun, 512 tokens in flight"
-    )
+    activity: str = field("What it does, in words.", "samples with version 3, 24 responses done; 17 tokens/s")
     waiting_for: str | None = field("What its next piece of work waits for.", "version 4 to be published", None)
     tokens_per_s: Number = field("Sampled or scored in the last seconds; null until the first are known.", 17.0, None)
     num_begun: int = field("Responses it has begun and not finished.", 4, 0)
@@ -112,6 +110,7 @@ class Run(Schema):
     progress: Progress = field("How far it is.", {"steps": 1, "total_steps": 2, "tokens": 10})
     latest: Latest = field("Newest measurements.", {})
     eta_s: Number = field("Seconds to the last step; null before the first shard is finished.", 340.0, None)
+    notes: list[str] = field("What its settings cannot make right.", ["rollout.top_p 0.9: …"], [])
     workers: list[Worker] = field("What works on it now, in the order of the pipeline.", [], [])
     sparkline: list[Number] = field("Loss over the run, at most 60 points.", [0.9, 0.6, 0.4])
     error: str | None = field("Why it failed, by its role's own words.", None, None)

@@ -70,6 +70,8 @@ async def train(
     say = get_run_logger().info
     flow_run = str(get_run_context().flow_run.id)  # type: ignore[union-attr]
     say(f"run {log.run_id} in {resolved.storage.root}")
+    for caveat in resolved.caveats:
+        get_run_logger().warning(caveat)
     started = time.time()
     if RunView(log).is_finished(resolved):
         say("every step is trained and evaluated already")

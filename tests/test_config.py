@@ -159,3 +159,12 @@ def test_a_base_that_comes_back_to_itself_is_refused(tmp_path: Path) -> None:
 def test_digest_follows_every_value() -> None:
     assert load_config({}).digest() == load_config({}).digest()
     assert load_config({}).digest() != load_config({}, {"seed": 1}).digest()
+
+
+def test_what_top_p_leaves_uncorrected_is_said_and_nothing_without_it() -> None:
+    assert load_config({}).caveats == []
+    told = load_config({}, {"rollout.top_p": 0.9}).caveats
+    assert "up to 0.105 nats" in told[0]
+    assert len(told) == 2
+    *_, whole = load_config({"loss": {"name": "forward_kl"}, "rollout": {"top_p": 0.9}}).caveats
+    assert "forward_kl trains the whole student" in whole

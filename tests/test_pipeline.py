@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load
 from storage_builders import assert_same
 
+from asyncopd.metrics import DRIFT, ESS, OUTSIDE
 from asyncopd.schedule import step_of
 from asyncopd.types import PolicyVersion
 from flows.wiring import open_stored_run, rollout_stage
@@ -82,6 +83,17 @@ async def test_training_lowers_the_divergence_from_the_teacher(tmp_path: Path) -
     await pipeline.run_all(run)
     first, last = run.log.evaluations()
     assert last.kl_nats < first.kl_nats - 2 * np.hypot(first.kl_standard_error_nats, last.kl_standard_error_nats)
+
+
+async def test_a_student_sampled_with_top_p_does_not_drift_from_itself(tmp_path: Path) -> None:
+    # Log p_θ was of the whole distribution, log p_old of the truncated one: up to 0.105 nats apart at every token.
+    asked = {"rollout__top_p": 0.9, "staleness__max_staleness": 0, "evaluate__every": 0, "learner__num_steps": 2}
+    run = pipeline.new_run(pipeline.small_config(tmp_path, **asked))
+    await pipeline.run_all(run)
+    for step in run.log.steps():
+        assert step.metrics[DRIFT.key] < 1e-6
+        assert step.metrics[ESS.key] == pytest.approx(1, abs=1e-5)
+        assert step.metrics[OUTSIDE.key] == 0
 
 
 async def test_a_rewind_does_not_take_a_sampler_back_to_older_weights(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def train(
         run_id = run_id or f"{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
         parameters = {"run_id": run_id, "config": str(Path(config or QUICKSTART)), "overrides": asked}
     preflight(resolved)
+    for caveat in resolved.caveats:
+        console.print(f"[yellow]Note.[/] {escape(caveat)}", highlight=False)
     stack.up(lambda line: console.print(f"[dim]{line}[/]", highlight=False))
     return _see_through(resolved, run_id, {name: value for name, value in parameters.items() if value}, console)
 

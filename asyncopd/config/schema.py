@@ -7,6 +7,7 @@ as they can be without touching disk or a model; flows/preflight.py checks the r
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -22,7 +23,7 @@ from asyncopd.config.engines import (
     VllmSampling,
     VllmTeacher,
 )
-from asyncopd.config.losses import HeadTailConfig, LossConfig
+from asyncopd.config.losses import HeadTailConfig, LossConfig, PolicyGradientConfig
 from asyncopd.config.recorded import CacheRequirements
 from asyncopd.config.tasks import TaskConfig, WalkConfig
 from asyncopd.schedule import OnStale, Order, Plan
@@ -151,7 +152,8 @@ class Rollout(Frozen):
     temperature: float = Field(1.0, gt=0)
     """1 samples from the student itself. The learner and the teacher use the same temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """1 keeps the whole distribution; less truncates it, and the stored log-probs are those of the truncated law."""
+    """1 keeps the whole distribution; less truncates it, and the stored log-probs are those of the truncated law. A run
+    says at its start what then cannot be corrected (docs/estimators.md)."""
 
 
 class Recording(Frozen):
@@ -300,6 +302,24 @@ class RunConfig(Frozen):
     def cached(self) -> CacheRequirements:
         """The per-token arrays the run stores: what the loss needs joined with what `recording` asks for."""
         return self.loss.requirements().joined_with(**self.recording.model_dump())
+
+    @property
+    def caveats(self) -> list[str]:
+        """What no estimator can make right under these settings: said when a run starts, and in its report."""
+        top_p = self.rollout.top_p
+        if top_p == 1.0:
+            return []
+        told = [
+            f"rollout.top_p {top_p}: responses and evaluations are of the truncated student, the teacher is whole. Of "
+            f"equal models KL to the teacher is up to {-math.log(top_p):.3f} nats per token.",
+            "Ids that enter the student's nucleus after a response was sampled are missing from its gradient; those "
+            "that left it weigh 0 (train/outside_nucleus_fraction). Keep staleness low.",
+        ]
+        if not isinstance(self.loss, PolicyGradientConfig | HeadTailConfig):
+            told.append(
+                f"loss.name {self.loss.name} trains the whole student, on prefixes that only the truncated one made."
+            )
+        return told
 
     def models(self) -> dict[str, ModelConfig]:
         """The models of the run by role; a closed-form teacher is none."""

@@ -38,7 +38,7 @@ def head_tail(
 
     The head may be larger than the set the draws avoid (the teacher's top-k joined to the sampler's): a draw that
     falls into the joined head then counts 0 (`in_tail_TN`), which keeps the sum over the rest unbiased.
-    Needs p_old > 0 outside the head: truncated sampling (top-p < 1) never draws some ids, and their share is lost.
+    Needs p_old > 0 wherever p_θ is: under truncated sampling (top-p < 1) an id that entered the nucleus is never drawn.
 
     Args:
         head_student_logprobs_TK: [T, K] with gradient; K >= 1, fixed before any draw.

@@ -221,7 +221,7 @@ def _lengths(responses: Responses) -> Lengths:
 
 # -- what the reader must know ------------------------------------------------------------------------------------
 def _notes(seen: Observations, config: RunConfig) -> list[str]:
-    notes = []
+    notes = list(config.caveats)
     planned = config.learner.num_steps
     if len(seen.steps) < planned:
         notes.append(
