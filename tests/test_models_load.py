@@ -38,6 +38,10 @@ def edit_weights(folder: Path, edit: Callable[[Tensors], Tensors]) -> Path:
     return folder
 
 
+def in_both(name: str, tensor: torch.Tensor) -> Tensors:
+    return {name.format(layer): tensor.clone() for layer in range(2)}
+
+
 def with_value(tensors: Tensors, value: float) -> Tensors:
     tensors[UP][3, 4] = value
     return tensors
@@ -125,6 +129,23 @@ def test_bfloat16_weights_are_loaded_exactly_in_either_dtype(tmp_path: Path) -> 
     exact, half = (load_pretrained(files_of(folder), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     assert {p.dtype for p in exact.parameters()} == {torch.float32}
     assert to_safetensors(half) == to_safetensors(model) == to_safetensors(exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("family", "edit"),
+    [
+        # As openai-community/gpt2 is stored.
+        ("gpt2", lambda tensors: {name.removeprefix("transformer."): t for name, t in tensors.items()}),
+        ("gpt2", lambda tensors: tensors | in_both("transformer.h.{}.attn.bias", torch.ones(1, 1, 128, 128))),
+        ("gpt2", lambda tensors: tensors | in_both("transformer.h.{}.attn.masked_bias", torch.ones(1))),
+        ("llama", lambda tensors: tensors | in_both("model.layers.{}.self_attn.rotary_emb.inv_freq", torch.ones(4))),
+    ],
+)
+def test_files_of_earlier_versions_are_loaded(tmp_path: Path, family: str, edit: Callable[[Tensors], Tensors]) -> None:
+    model = tiny_model(family)
+    files = files_of(edit_weights(save_model(tmp_path, model), edit))
+    files.check(needed_context=96)
+    assert to_safetensors(load_pretrained(files)) == to_safetensors(model)
 
 
 SIZES = {

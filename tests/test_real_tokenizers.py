@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from datetime import date
@@ -17,14 +18,17 @@ import pipeline
 import pytest
 import torch
 from hf_models import CHATML, save_chat_tokenizer, tiny_model
+from offline_builders import QUIET
 from transformers import AutoTokenizer
 
 from asyncopd.config import PretrainedModel, load_config
+from asyncopd.config.requests import BackfillRequest
 from asyncopd.errors import ConfigError
 from asyncopd.models.causal_lm import weights_digest
 from asyncopd.models.files import ModelFiles
 from asyncopd.models.load import load_pretrained
 from asyncopd.tasks.tokenizers_hf import HfTokenizer
+from flows.backfill import run_backfill
 from flows.wiring import task_of
 
 END_OF_TEXT, TURN, END_OF_TURN = 256, 257, 258
@@ -188,6 +192,28 @@ async def test_models_with_other_rows_train_on_the_ids_that_exist(chat_model: Pa
         # A stop id is the last one, or there is none.
         assert not np.isin(trajectory.response_ids[:-1], sorted(stop_ids)).any()
         assert (trajectory.response_ids[-1] in stop_ids) == (trajectory.finish_reason == "stop")
+
+
+async def test_a_back_fill_knows_the_ids_too(chat_model: Path) -> None:
+    config = load_config(chat_sections(chat_model, loss={"name": "forward_kl"}))
+    run = await asyncio.to_thread(pipeline.new_run, config)
+    await pipeline.run_all(run)
+    stranger = shutil.copytree(chat_model / "teacher", chat_model / "stranger")
+    save_chat_tokenizer(stranger, added=["<more>"])
+
+    def asked(name: str, folder: Path, **more: Any) -> BackfillRequest:
+        model = {"kind": "pretrained", "path": str(folder)}
+        return BackfillRequest.of({"teacher": {"name": name, "model": model}, "top_k": 4, **more})
+
+    root, run_id = config.storage.root, run.log.run_id
+    with pytest.raises(ConfigError, match=r"tokenizers differ: that of .*stranger has digest"):
+        await run_backfill(root, run_id, asked("stranger", stranger), console=QUIET)
+    added = asked("itself", chat_model / "student", candidates="head=20,num_draws=2,law=tail")
+    done = await run_backfill(root, run_id, added, console=QUIET)
+    for shard in run.log.trajectory_shards():
+        trajectories = run.log.with_candidates("head20-draws2-tail", shard, run.log.read_trajectories(shard))
+        assert max(trajectory.candidates.head_ids_TK.max() for trajectory in trajectories) < 259
+        assert max(scores.topk_ids_TK.max() for scores in run.log.read_scores(done.folder, shard)) < 259
 
 
 def test_what_comes_before_a_stop_id_is_graded(chat_model: Path) -> None:

@@ -19,6 +19,9 @@ from asyncopd.models.causal_lm import multiplies_bfloat16, output_embedding, pac
 from asyncopd.models.files import ModelFiles, heads_differ, unsupported
 from asyncopd.models.packing import pack
 
+# Of masks and rotary codes, which earlier versions of transformers stored beside the weights.
+_CONSTANTS = (".attn.masked_bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+
 
 def architecture_of_size(
     *,
@@ -124,6 +127,7 @@ def load_pretrained(files: ModelFiles, *, dtype: torch.dtype = torch.float32) ->
             "Expected a directory with config.json and safetensors weights, or a hub name that this machine can reach."
         ) from error
     wrong = {what: sorted(map(str, found[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
+    wrong["unexpected"] = [name for name in wrong["unexpected"] if not name.endswith(_CONSTANTS)]
     if any(wrong.values()):
         listed = "; ".join(f"{what}: {', '.join(names[:8])}" for what, names in wrong.items() if names)
         raise ConfigError(
