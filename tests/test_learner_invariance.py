@@ -6,7 +6,16 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from learner_builders import HEAD, NUM_DRAWS, KeepsParameters, accelerator, flat_gradient, scored_batch, tiny_model
+from learner_builders import (
+    HEAD,
+    NUM_DRAWS,
+    KeepsParameters,
+    accelerator,
+    flat_gradient,
+    scored_batch,
+    student,
+    tiny_model,
+)
 
 from asyncopd.config import losses as c
 from asyncopd.learner.optimize import LogprobModel, MicroBatch, micro_batches, optimizer_step
@@ -104,3 +113,12 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_layout(name: str) -> Non
 def test_m2po_clips_here_so_that_its_pass_over_the_step_matters() -> None:
     metrics, _ = step_of(CONFIGS["m2po"], LAYOUTS["rows of 24"])
     assert 0 < metrics["loss/clipped_fraction"] < 1
+
+
+def test_a_step_tells_which_micro_batch_it_works_on() -> None:
+    told: list[tuple[int, int]] = []
+    with accelerator() as ready:
+        trained = student(tiny_model(), c.DenseReverseKLConfig(), ready, rows_per_micro_batch=1)
+        trained.train(0, scored_batch(law="tail"), lambda number, num_batches: told.append((number, num_batches)))
+    assert len(told) > 1
+    assert told == [(number, len(told)) for number in range(1, len(told) + 1)]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from service_world import client_of, settings_of
-from synthetic_run import config_of, evaluation, new_log, publish_run, train_step
+from synthetic_run import config_of, evaluation, new_log, publish_run, train_step, weights_of
 
 from api.reader import RunReader
-from asyncopd.cli.progress import ProgressWatch
+from asyncopd.cli.progress import ProgressWatch, plain_line
 from asyncopd.errors import StorageError
 from asyncopd.records import Heartbeat, WorkerStatus
 from asyncopd.types import PolicyVersion
@@ -93,6 +93,25 @@ def test_everybody_shows_the_same_evaluations_and_figures(log: StoredRunLog, tmp
     mean = summarise(log, CONFIG).staleness.mean_versions
     assert latest["staleness_mean_versions"] == progress.staleness.mean_versions == mean
     assert latest["tokens_per_s"] == progress.rates["learn"]
+
+
+def test_everybody_says_the_same_of_a_first_shard_on_its_way(tmp_path: Path) -> None:
+    log = new_log(open_store(str(tmp_path / "runs")), CONFIG, "young")
+    log.record_state("running", by="flow")
+    log.publish_policy(weights_of(0), worker="learn-1")
+    sampling = WorkerStatus(role="rollout", version=0, num_begun=4, num_tokens_in_flight=512, tokens_per_s=17.0)
+    log.heartbeat("rollout-1", replace(sampling, num_trajectories=4, num_tokens=400, doing="prefills 2 prompts"))
+    log.heartbeat("score-1", WorkerStatus(role="score", doing="loads the teacher"))
+    run = client_of(settings_of(log.store.url, tmp_path)).get("/v1/runs/young").json()
+    progress = ProgressWatch(RunView(log), CONFIG).look()
+    line = plain_line(progress, CONFIG)
+    assert [worker["role"] for worker in run["workers"]] == ["rollout", "score"]
+    for worker in run["workers"]:
+        told = f"{worker['role']} {worker['activity']}"
+        assert told in line
+        assert told in run["phase"]
+    assert "4 responses begun, 512 tokens in flight; 17 tokens/s" in run["phase"]
+    assert run["eta_s"] == progress.eta_s is not None
 
 
 def test_everybody_takes_the_same_workers_for_alive(log: StoredRunLog) -> None:

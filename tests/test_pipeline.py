@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +84,22 @@ async def test_training_lowers_the_divergence_from_the_teacher(tmp_path: Path) -
     await pipeline.run_all(run)
     first, last = run.log.evaluations()
     assert last.kl_nats < first.kl_nats - 2 * np.hypot(first.kl_standard_error_nats, last.kl_standard_error_nats)
+
+
+async def test_a_role_says_what_it_loads_while_that_takes_its_time(tmp_path: Path) -> None:
+    # A model that loads held the event loop up: no heartbeat, and "starting" at best.
+    run = pipeline.new_run(pipeline.small_config(tmp_path))
+    worker = run.worker("score")
+
+    def seen() -> list[str | None]:
+        first = run.log.heartbeats()[worker.name]
+        while (later := run.log.heartbeats()[worker.name]).beat < first.beat + 2:
+            time.sleep(0.01)
+        return [first.status.doing, later.status.doing]
+
+    async with worker.alive():
+        assert await worker.load("loads the teacher", seen) == ["loads the teacher"] * 2
+        assert worker.status.doing is None
 
 
 async def test_a_student_sampled_with_top_p_does_not_drift_from_itself(tmp_path: Path) -> None:
