@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import safetensors
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from asyncopd.config.engines import EngineDtype
@@ -89,10 +90,10 @@ def build_causal_lm(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ConfigError(
             f"architecture {dict(architecture)} cannot be built by transformers with torch's attention: "
-            f"{str(error)[:300]}"
+            f"{' '.join(str(error).split())[:300]}"
         ) from error
     check_architecture(model)
     return model.eval()
@@ -121,7 +122,10 @@ def load_pretrained(files: ModelFiles, *, dtype: torch.dtype = torch.float32) ->
             ignore_mismatched_sizes=True,
             **source,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
+        *(safetensors.SafetensorError, StrictDataclassError),
+    ) as error:
         raise ConfigError(
             f"{files.role}.path: {files.where}: no causal language model could be loaded ({str(error)[:300]}). "
             "Expected a directory with config.json and safetensors weights, or a hub name that this machine can reach."
@@ -214,12 +218,8 @@ def _check_packed_logits(model: PreTrainedModel) -> None:
     weight_VD, bias_V = output_embedding(model)
     found_2V = torch.nn.functional.linear(packed_2D, weight_VD, bias_V).float()
     prompts = [torch.from_numpy(prompt)[None].to(model.device) for prompt, _ in sequences]
-    alone_2V = torch.cat(
-        [
-            model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1, : len(weight_VD)].float()
-            for ids in prompts
-        ]
-    )
+    alone = [model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits for ids in prompts]
+    alone_2V = torch.cat([logits_1CV[:, -1, : len(weight_VD)].float() for logits_1CV in alone])
     difference, scale = (found_2V - alone_2V).abs().max().item(), alone_2V.abs().max().item()
     # NaN fails too.
     if not difference <= (1e-3 if model.dtype == torch.float32 else 0.1) * scale + 1e-6:

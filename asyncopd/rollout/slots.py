@@ -14,6 +14,7 @@ pass, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +26,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from asyncopd.errors import EngineError
-from asyncopd.models.causal_lm import block_causal_mask, load_safetensors, num_ids, output_embedding
+from asyncopd.models.causal_lm import block_causal_mask, load_safetensors, num_ids, output_embedding, packed_hidden
 from asyncopd.models.packing import PackedTokens, pack
 
 ATTENTION_NAME = "asyncopd_slots"
 
 
 class SlotCache:
-    """Key and value buffers [S + 1, G, L_max, head_dim] per layer, allocated when the first keys show their shape."""
+    """Key and value buffers [S + 1, G, L_max, head_dim] per layer, allocated when the first ones show their shape; heads
+    of keys and values may differ in width."""
 
     def __init__(self, num_slots: int, max_context: int) -> None:
         self.scratch_slot = num_slots
@@ -45,11 +47,16 @@ class SlotCache:
         """Layers that have attended through the cache."""
         return len(self._buffers)
 
-    def layer(self, number: int, like_GND: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(self, number: int, key_GND: Tensor, value_GND: Tensor) -> tuple[Tensor, Tensor]:
         """(keys, values) of a layer. Zeros at first: masked positions still enter a product, so must be finite."""
         if number not in self._buffers:
-            shape = (self.scratch_slot + 1, like_GND.shape[0], self.max_context, like_GND.shape[-1])
-            self._buffers[number] = (like_GND.new_zeros(shape), like_GND.new_zeros(shape))
+
+            def zeros(like_GND: Tensor) -> Tensor:
+                return like_GND.new_zeros(
+                    self.scratch_slot + 1, like_GND.shape[0], self.max_context, like_GND.shape[-1]
+                )
+
+            self._buffers[number] = (zeros(key_GND), zeros(value_GND))
         return self._buffers[number]
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -61,7 +68,7 @@ class SlotCache:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """Where the tokens of one forward pass belong; handed through the model to `slot_attention`."""
+    """Where the tokens of one forward pass belong; `slot_attention` finds it in `_PLAN`."""
 
     cache: SlotCache
     num_decode: int
@@ -75,6 +82,10 @@ class PassPlan:
     """Where the keys and values of each token of the pass are cached."""
 
 
+# Not an argument: some architectures do not hand theirs through to their attention.
+_PLAN: ContextVar[PassPlan] = ContextVar("plan")
+
+
 def slot_attention(
     module: torch.nn.Module,
     query_1HND: Tensor,
@@ -82,8 +93,6 @@ def slot_attention(
     value_1GND: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    *,
-    plan: PassPlan,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers attention function: cache the pass's keys and values, attend by slot and by packed row.
@@ -91,9 +100,10 @@ def slot_attention(
     Returns:
         ([1, N, H, head_dim], None), as the interface wants.
     """
+    plan = _PLAN.get()
     query_HND, key_GND, value_GND = query_1HND[0], key_1GND[0], value_1GND[0]
     layer: int = module.layer_idx  # type: ignore[assignment]
-    keys_SGLD, values_SGLD = plan.cache.layer(layer, key_GND)
+    keys_SGLD, values_SGLD = plan.cache.layer(layer, key_GND, value_GND)
     for buffer, new_GND in ((keys_SGLD, key_GND), (values_SGLD, value_GND)):
         buffer[plan.slots_N, :, plan.positions_N] = new_GND.transpose(0, 1)
 
@@ -162,6 +172,7 @@ class SlotModel:
                 f"max_context {max_context} must be at most the model's {positions} positions, "
                 f"and {num_slots} slots at least 1."
             )
+        expected_1D = _own_hidden(model)
         model.set_attn_implementation(ATTENTION_NAME)
         self.vocab_size = num_ids(model)
         self.cache = SlotCache(num_slots, max_context)
@@ -171,7 +182,7 @@ class SlotModel:
         self._weight_VD, self._bias_V = output_embedding(model)
         # Slot attention has its own masks. A 4-D one is handed through as it is, and stops models from making theirs.
         self._no_mask_1111 = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=self._device)
-        self._try_attention()
+        self._try_attention(expected_1D)
 
     def load(self, safetensors: bytes) -> None:
         """Other weights; what the cache holds is then outdated.
@@ -216,20 +227,21 @@ class SlotModel:
             slots = np.concatenate([slots, np.append(slots_U, self.cache.scratch_slot)[segments]])
             prefill_mask = block_causal_mask(self.on_device(packed.segments_RC), self._dtype)
         position_ids_N = self.on_device(positions)
-        plan = PassPlan(
-            cache=self.cache,
-            num_decode=num_decode,
-            decode_mask_A11L=decode_mask,
-            prefill_mask_R1CC=prefill_mask,
-            slots_N=self.on_device(slots),
-            positions_N=position_ids_N,
+        _PLAN.set(
+            PassPlan(
+                cache=self.cache,
+                num_decode=num_decode,
+                decode_mask_A11L=decode_mask,
+                prefill_mask_R1CC=prefill_mask,
+                slots_N=self.on_device(slots),
+                positions_N=position_ids_N,
+            )
         )
         output = self._model.base_model(
             input_ids=self.on_device(ids)[None],
             position_ids=position_ids_N[None],
             attention_mask=self._no_mask_1111,
             use_cache=False,
-            plan=plan,
         )
         hidden_ND: Tensor = output.last_hidden_state[0]
         if packed is None:
@@ -247,18 +259,33 @@ class SlotModel:
         return mask_AL.masked_fill_(self.on_device(hidden_AL), torch.finfo(self._dtype).min)[:, None, None]
 
     @torch.inference_mode()
-    def _try_attention(self) -> None:
-        """Prefill one token, so that a model that cannot be served says so now; allocates the cache."""
-        one_token = pack([(np.zeros(1, np.int32), np.zeros(1, np.int32))], capacity=1)
-        nothing_A = np.zeros(0, np.int64)
-        reason = ""
-        try:
-            self.forward_pass(nothing_A, nothing_A, one_token, np.array([self.cache.scratch_slot]))
-        except TypeError as error:
-            reason = f": {error}"
-        if reason or self.cache.num_layers != self._num_layers:
+    def _try_attention(self, expected_1D: Tensor) -> None:
+        """Prefill two tokens and decode a third, so that a model that cannot be served says so now; allocates the
+        cache."""
+        kind = self._model.config.model_type
+        packed = pack([(_TRIED_IDS[:2], _TRIED_IDS[2:])], capacity=2)
+        self.forward_pass(np.zeros(0, np.int64), np.zeros(0, np.int64), packed, np.zeros(1, np.int64))
+        if self.cache.num_layers != self._num_layers:
             raise EngineError(
-                f"{self._model.config.model_type}: {self.cache.num_layers} of {self._num_layers} layers attend through "
-                f"transformers' AttentionInterface, so the slot cache cannot serve it{reason}. "
-                "Use a Llama-, Qwen- or GPT-2-like student."
+                f"{kind}: {self.cache.num_layers} of {self._num_layers} layers attend through transformers' "
+                "AttentionInterface, so the slot cache cannot serve it. Use a Llama-, Qwen- or GPT-2-like student "
+                "(docs/models.md)."
             )
+        found_1D = self.forward_pass(_TRIED_IDS[2:].astype(np.int64), np.array([2]), None, np.zeros(0, np.int64))
+        difference, scale = (each.abs().max().item() for each in (found_1D - expected_1D, expected_1D))
+        # NaN fails too.
+        if not difference <= (1e-3 if self._dtype == torch.float32 else 0.1) * scale + 1e-6:
+            raise EngineError(
+                f"{kind}: hidden states through the slot cache differ by {difference:.2g} from the model's own (at "
+                f"most {scale:.2g}). Its attention is more than one softmax over keys and values per layer; it can be "
+                "no student. Use a Llama-, Qwen- or GPT-2-like one (docs/models.md)."
+            )
+
+
+_TRIED_IDS = np.array([1, 0, 1], np.int32)
+
+
+@torch.inference_mode()
+def _own_hidden(model: PreTrainedModel) -> Tensor:
+    """[1, D] hidden state after `_TRIED_IDS`, by the attention that the model has."""
+    return packed_hidden(model.eval(), pack([(_TRIED_IDS, np.zeros(1, np.int32))], capacity=3))
