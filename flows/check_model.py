@@ -65,29 +65,25 @@ class Agreement:
     scorer: HfScorer
 
 
-def check(
-    student: ModelFiles, teacher: ModelFiles | None, asked: EngineDtype, say: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
-    """Facts of the student and, if given, the teacher, by name; `difference` and `tolerance` in nats among them.
+def check(models: Sequence[ModelFiles], asked: EngineDtype, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """Facts of each model by its role; `difference_nats` and `tolerance_nats` among them.
 
     Args:
+        models: a student and, if there is one, its teacher, which scores the student's responses too.
         say: called before and after what may take long.
     Raises:
         ConfigError: a model that no run would take.
     """
-    torch.set_grad_enabled(True)
-    found, ours = {}, None
-    for files in filter(None, (student, teacher)):
-        facts, agreement = _facts(files, asked, say)
-        found[files.role] = facts
-        if ours is None:
-            ours = agreement.trajectories
-            continue
-        with _timed(say, "scoring the student's responses with the teacher"):
-            request = ScoreRequest(top_k=0, num_teacher_draws=0, temperature=1.0, seed=0)
-            scores = asyncio.run(agreement.scorer.score(ours, request))
-        gaps = [t.behaviour_logprobs_T - s.sampled_logprobs_T for t, s in zip(ours, scores, strict=True)]
-        facts["kl_of_student_nats"] = float(np.concatenate(gaps).mean())
+    found: dict[str, dict[str, Any]] = {}
+    sampled: tuple[Trajectory, ...] = ()
+    for files in models:
+        found[files.role], agreement = _facts(files, asked, say)
+        if sampled:
+            with _timed(say, f"{files.role}: scoring the responses of the {models[0].role}"):
+                scores = asyncio.run(agreement.scorer.score(sampled, ScoreRequest(0, 0, temperature=1.0, seed=0)))
+            gaps = [t.behaviour_logprobs_T - s.sampled_logprobs_T for t, s in zip(sampled, scores, strict=True)]
+            found[files.role]["kl_of_student_nats"] = float(np.concatenate(gaps).mean())
+        sampled = agreement.trajectories
     return found
 
 
@@ -104,7 +100,8 @@ def agree(
     skeleton = build_causal_lm(json.loads(json.dumps(causal_lm.config.to_dict())), seed=0, dtype=dtype)
     skeleton.to(causal_lm.device)
     context = max(map(len, prompts)) + NEW_TOKENS
-    sampler = HfSampler(skeleton, SamplerSettings(slots=len(prompts), max_context=context, stop_ids=tuple(stop_ids), seed=0))
+    settings = SamplerSettings(slots=len(prompts), max_context=context, stop_ids=tuple(stop_ids), seed=0)
+    sampler = HfSampler(skeleton, settings)
     trajectories = asyncio.run(_sample(sampler, PolicyWeights(PolicyVersion(0), published), prompts))
     # A sampler gives the model another attention.
     skeleton.set_attn_implementation("sdpa")

@@ -52,7 +52,9 @@ COMMANDS = {
         "and teacher.",
     },
     "Before a run": {
-        "plan:plan": "Predict throughput, overlap and staleness of a fleet, and its best split (docs/capacity.md)."
+        "plan:plan": "Predict throughput, overlap and staleness of a fleet, and its best split (docs/capacity.md).",
+        "models:check_model": "Whether the engines agree about a model, and what training takes (docs/models.md).\n\n"
+        "Status 1 when they do not, 2 when no run would take it.",
     },
     "This machine": {
         "service:up": "Start the local Prefect server, worker and service, and deploy prefect.yaml.",
@@ -127,7 +129,7 @@ def _app() -> App:
 
 def _add(app: App, commands: dict[str, str], **options: Any) -> None:
     for place, (path, about) in enumerate(commands.items()):
-        name = path.partition(":")[2].rstrip("_")
+        name = path.partition(":")[2].rstrip("_").replace("_", "-")
         app.command(f"asyncopd.cli.{path}", name=name, help=about, sort_key=place, **options)
 
 

@@ -33,8 +33,8 @@ ATTENTION_NAME = "asyncopd_slots"
 
 
 class SlotCache:
-    """Key and value buffers [S + 1, G, L_max, head_dim] per layer, allocated when the first ones show their shape; heads
-    of keys and values may differ in width."""
+    """Key and value buffers [S + 1, G, L_max, head_dim] per layer, allocated when the first ones show their shape, in
+    which heads of keys and values may differ."""
 
     def __init__(self, num_slots: int, max_context: int) -> None:
         self.scratch_slot = num_slots
