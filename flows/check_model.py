@@ -164,8 +164,8 @@ def _facts(files: ModelFiles, asked: EngineDtype, say: Callable[[str], None]) ->
         tokenizer = HfTokenizer(files, stop_ids=files.stop_ids, chat_date=date(2026, 1, 1))
     with _timed(say, f"{files.role}: loading {files.where}"):
         causal_lm = load_pretrained(files).to(device)
-    encode = tokenizer.encode_chat if files.has_chat_template else tokenizer.encode_prompt
-    options: tuple[Any, ...] = ({},) if files.has_chat_template else ()
+    encode = tokenizer.encode_chat if files.chat_template else tokenizer.encode_prompt
+    options: tuple[Any, ...] = ({},) if files.chat_template else ()
     room = (files.num_positions or 1024) - NEW_TOKENS
     prompts = [np.array(encode(text, "{question}", *options)[-room:], np.int32) for text in PROMPTS]
     with _timed(say, f"{files.role}: sampling, scoring and computing {len(prompts)} × {NEW_TOKENS} tokens"):

@@ -254,13 +254,13 @@ class ModelFiles:
         kind, names = described.get("model_type"), described.get("architectures") or []
         if self.gguf:
             kind = re.sub("moe$", "_moe", str(kind))
-        if reason := _not_built(kind, is_student=self.role == "student"):
+        is_encoder = _ENCODERS.search(str(kind)) and "decoder" not in str(kind) and not described.get("is_decoder")
+        if reason := _not_built(kind, samples=self.role == "student" and not is_encoder):
             remote = " It needs code of its own (auto_map), which is not run here." if "auto_map" in described else ""
             raise ConfigError(
                 f"{self.role}.path: {self.where} is of model_type {kind!r}, {reason}.{remote} "
                 f"Expected a Llama-, Qwen-, Mistral- or GPT-2-like model (docs/models.md)."
             )
-        is_encoder = _ENCODERS.search(str(kind)) and "decoder" not in str(kind) and not described.get("is_decoder")
         if is_encoder or (names and not any(name.endswith(_GENERATES) for name in names)):
             raise ConfigError(
                 f"{self.role}.path: {self.where} says architectures {names} in config.json; expected a model that "
@@ -368,7 +368,7 @@ def unsupported(config: Mapping[str, Any]) -> str:
     return ""
 
 
-def _not_built(kind: object, *, is_student: bool) -> str:
+def _not_built(kind: object, *, samples: bool) -> str:
     """Why transformers does not build this model type as it is needed here; empty if it does.
 
     Its tables and classes are read as text, because importing them imports torch.
@@ -381,11 +381,11 @@ def _not_built(kind: object, *, is_student: bool) -> str:
     if not isinstance(kind, str) or kind not in re.findall(r'\("([^"]+)",', table.partition("\n)")[0]):
         return "which this transformers cannot generate text with"
     name = kind.replace("-", "_")
-    sources = [path for folder in (name, name.removesuffix("_text")) for path in models.glob(f"{folder}/modeling_*.py")]
+    sources = [path for folder in {name, name.removesuffix("_text")} for path in models.glob(f"{folder}/modeling_*.py")]
     code = "".join(path.read_text() for path in sources)
     if code and "_supports_sdpa = True" not in code:
         return "which transformers does not run on torch's scaled_dot_product_attention"
     # A multimodal model has an attention for each of its parts.
-    if code and is_student and (calls := code.count("attention_interface(")) != 1 and "pixel_values" not in code:
+    if code and samples and (calls := code.count("attention_interface(")) != 1 and "pixel_values" not in code:
         return f"whose layers call transformers' attention {calls} times; a student's must once, a teacher's need not"
     return ""
