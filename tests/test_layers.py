@@ -32,6 +32,8 @@ ALLOWED = {
     "tasks": {"config", "ports", "models", "schedule"},
     "vllm": {"rollout", "teacher"},
     "study": {"rollout", "teacher", "learner", "evaluate", "report", "local"},
+    # Its preflight: what the flow would refuse, the service refuses at once.
+    "api": {"flows"},
 }
 """Neighbours of the same floor that a folder knows. Stages are siblings and never know each other."""
 STORAGE_KNOWS = {"types", "errors", "records", "schedule", "config", "tasks", "ports"}

@@ -120,6 +120,7 @@ QWEN3_5 = {
         ({"max_position_embeddings": 95}, "a context of 95 tokens, .* = 96"),
         ({"max_position_embeddings": None, "n_positions": 95}, "a context of 95 tokens, .* = 96"),
         ({"max_position_embeddings": None, "text_config": {"max_position_embeddings": 95}}, "a context of 95 tokens"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantised \(awq\) and cannot be trained"),
         ({"vocab_size": 23}, "has 23 rows in its embedding and a tokenizer with 24 ids"),
         ({"vocab_size": 25}, r"says vocab_size 25, and .*model.safetensors holds an embedding of shape \[24, 32\]"),
         ({"num_hidden_layers": 5}, r"says 5 layers, .* none of the layers \[4\]. Is the download complete"),

@@ -251,13 +251,20 @@ for revision in ("main", "v2"):
     files = ModelFiles(PretrainedModel(path="lab/small", revision=revision))
     tokenizer = HfTokenizer(files)
     config = json.loads(sys.argv[1])
-    config["student"] = config["teacher"]["model"] = {"kind": "pretrained", "path": "lab/small", "revision": revision}
+    for model in (config["student"], config["teacher"]["model"]):
+        model |= {"path": "lab/small", "revision": revision}
     try:
         preflight(load_config(config))
         refused = ""
     except ConfigError as error:
         refused = str(error)
     found.append([weights_digest(load_pretrained(files)), tokenizer.vocab_size, sorted(tokenizer.stop_ids), refused])
+config["student"]["revision"] = "main"
+config["task"]["max_prompt_tokens"] = 20
+try:
+    preflight(load_config(config))
+except ConfigError as error:
+    found.append(str(error))
 print(json.dumps(found))
 """
     config = chat_sections(tmp_path)
@@ -267,7 +274,7 @@ print(json.dumps(found))
         [sys.executable, "-c", code, json.dumps(config)], env=environment, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
-    first, second = json.loads(ended.stdout)
+    first, second, mixed = json.loads(ended.stdout)
     assert first[1:3] == [259, [64, END_OF_TEXT]]
     assert "lab/small (revision main) has a context of 64 tokens" in first[3]
     assert second[1:] == [260, [128, END_OF_TEXT], ""]
@@ -275,3 +282,5 @@ print(json.dumps(found))
     local = [weights_digest(load_pretrained(ModelFiles(PretrainedModel(path=folder)))) for folder in folders]
     assert [first[0], second[0]] == local
     assert local[0] != local[1]
+    # A1: models by hub name were not compared.
+    assert "tokenizers differ" in mixed

@@ -266,6 +266,11 @@ class ModelFiles:
                 f"{self.role}.path: {self.where} says architectures {names} in config.json; expected a model that "
                 "generates text (…ForCausalLM). Is it an embedding or reward model?"
             )
+        if self.role == "student" and (quantised := described.get("quantization_config")):
+            raise ConfigError(
+                f"student.path: the weights of {self.where} are quantised ({quantised.get('quant_method')}) and cannot "
+                "be trained. Take the model that they were made from, or a GGUF file, which is de-quantised."
+            )
         if problem := unsupported(self.config):
             raise ConfigError(f"{self.role}.path: {self.where}: {kind}: {problem}")
 
