@@ -19,7 +19,7 @@ from api import schemas
 from api.deps import KnownRun, Reader, Streams, View, query
 from api.events import Cursor
 from api.problems import responses
-from asyncopd.metrics import LOSS
+from asyncopd.metrics import LOSS, SECONDS
 from asyncopd.types import Span
 from storage.events import surviving
 from storage.history import FINISHED, NUM_TOKENS, STEP
@@ -111,19 +111,21 @@ def get_staleness(
 
 @router.get("/throughput", operation_id="get_throughput", responses=responses(404))
 def get_throughput(view: View, max_points: MaxPoints = 60) -> schemas.Throughput:
-    """Response tokens per second of rollout, scoring and learning."""
+    """Response tokens per second of rollout, scoring and learning; a shard's or step's are spread over its making."""
     view.read("scores", "trajectories")
     shards = {"generated": view.trajectories(), "scored": view.scores(view.config.teacher.name)}
-    stages = {stage: [(m.created, m.facts.num_tokens or 0) for m in found.values()] for stage, found in shards.items()}
-    stages["trained"] = [(step.finished, step.num_tokens) for step in view.history.steps]
-    times = [when for events in stages.values() for when, _ in events]
-    if not times or min(times) == max(times):
-        return schemas.Throughput(seconds=[], generated=[], scored=[], trained=[])
-    edges = np.linspace(min(times), max(times), max_points + 1)
-    rates = {
-        stage: np.histogram([t for t, _ in events], edges, weights=[n for _, n in events])[0] / (edges[1] - edges[0])
-        for stage, events in stages.items()
+    stages = {
+        stage: [(m.created, m.facts.seconds or 0.0, m.facts.num_tokens or 0) for m in found.values()]
+        for stage, found in shards.items()
     }
+    stages["trained"] = [(s.finished, s.metrics.get(SECONDS.key, 0.0), s.num_tokens) for s in view.history.steps]
+    # As short as a clock tells; then no piece is a point in time.
+    stages = {stage: [(end, max(s, 1e-3), num) for end, s, num in made] for stage, made in stages.items()}
+    pieces = [piece for made in stages.values() for piece in made]
+    if not pieces:
+        return schemas.Throughput(seconds=[], generated=[], scored=[], trained=[])
+    edges = np.linspace(min(end - s for end, s, _ in pieces), max(end for end, *_ in pieces), max_points + 1)
+    rates = {stage: spread(made, edges) for stage, made in stages.items()}
     middles = (edges[:-1] + edges[1:]) / 2 - edges[0]
     return schemas.Throughput(seconds=middles.tolist(), **{stage: rate.tolist() for stage, rate in rates.items()})
 
@@ -199,6 +201,27 @@ def _lane(role: str, worker: str, spans: Sequence[Span], origin: float, resoluti
 def stretches(num: int, max_points: int) -> NDArray[np.int64]:
     """Where each of at most `max_points` stretches of `num` steps begins."""
     return np.arange(0, num, max(1, -(-num // max_points)))
+
+
+def spread(pieces: Sequence[tuple[float, float, int]], edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Tokens per second between neighbouring `edges`, Unix seconds.
+
+    Args:
+        pieces: (end, seconds it took, tokens), each made evenly over its time: at its end alone, pieces longer than a
+            stretch would look like bursts between standstills.
+    """
+    if not pieces:
+        return np.zeros(len(edges) - 1)
+    ends, seconds, tokens = np.array(pieces, np.float64).T
+    ends = ends - edges[0]
+    starts = np.maximum(ends - seconds, 0.0)
+    times, slopes = np.concatenate([starts, ends]), tokens / (ends - starts)
+    changes = np.concatenate([slopes, -slopes])
+    order = times.argsort()
+    rates = changes[order].cumsum()[:-1]
+    totals = np.concatenate([[0.0], (rates * np.diff(times[order])).cumsum()])
+    found: NDArray[np.float64] = np.diff(np.interp(edges - edges[0], times[order], totals)) / np.diff(edges)
+    return found
 
 
 def means(values: NDArray[np.float64], starts: NDArray[np.int64]) -> list[float | None]:

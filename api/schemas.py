@@ -185,10 +185,10 @@ class Staleness(Schema):
 class Throughput(Schema):
     """Response tokens per second by stage, over time."""
 
-    seconds: list[float] = field("Middle of each stretch, seconds since the first shard.", [0.5, 1.5])
-    generated: list[Number] = field("Sampled, by the time their shard was published.", [11_000.0, 12_000.0])
+    seconds: list[float] = field("Middle of each stretch, seconds since the first shard was begun.", [0.5, 1.5])
+    generated: list[Number] = field("Sampled, spread over the time their shard took.", [11_000.0, 12_000.0])
     scored: list[Number] = field("Scored, by the same.", [9_000.0, 12_500.0])
-    trained: list[Number] = field("Trained, by the end of their step.", [8_000.0, 11_900.0])
+    trained: list[Number] = field("Trained, spread over the time their step took.", [8_000.0, 11_900.0])
 
 
 class Policy(Schema):

@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from service_world import DONE, LIVE, RUNS, client_of, make_root, settings_of
 from synthetic_run import config_of, evaluation, new_log, publish_run, train_step
 
 from api import runs
+from api.observe import spread
 from asyncopd.config import RunConfig, load_config
 from asyncopd.types import Span
 from storage.run_view import RunView
@@ -163,6 +165,13 @@ def test_throughput_integrates_to_the_tokens_of_the_run(client: TestClient) -> N
     width = found["seconds"][1] - found["seconds"][0]
     tokens = got(client, f"/v1/runs/{DONE}")["progress"]["tokens"]
     assert sum(found["trained"]) * width == pytest.approx(tokens)
+
+
+def test_a_shard_longer_than_a_stretch_is_no_burst_between_standstills() -> None:
+    # Two shards of 600 tokens and 30 s, one after the other, and one of 90 tokens beside the second.
+    rates = spread([(130.0, 30.0, 600), (160.0, 30.0, 600), (150.0, 9.0, 90)], np.linspace(100.0, 160.0, 7))
+    assert rates.tolist() == pytest.approx([20, 20, 20, 20, 20 + 9, 20])
+    assert spread([], np.linspace(0.0, 1.0, 3)).tolist() == [0, 0]
 
 
 def test_policies_checkpoints_and_evaluations_are_the_surviving_ones(client: TestClient) -> None:

@@ -54,7 +54,7 @@ export async function run(node, [id], signal) {
     fill(head, h("div", { class: "row spread" }, h("div", { class: "row" }, h("h1", {}, state.id), badge(status)),
       h("a", { href: `/compare?run=${state.id}`, "data-link": "" }, "Compare with …")),
       does);
-    does.textContent = state.phase;
+    does.textContent = does.title = state.phase;
     if (LIVE.includes(status)) does.classList.add("live");  // and it stays so: nothing moves when the run ends
     fill(facts, [["step", `${int(progress.steps)} of ${int(progress.total_steps)}`], ["tokens trained", int(progress.tokens)], ["tokens/s trained", rate(latest.tokens_per_s)],
       ["tokens/s sampled", rate(sampled.reduce((sum, worker) => sum + worker.tokens_per_s, 0) || null)], ["tokens in flight", int(sampled.reduce((sum, worker) => sum + worker.num_tokens_in_flight, 0))], ["time left", span(state.eta_s)], ["loss, nats", num(latest.loss_nats)], ["KL, nats", num(latest.kl_nats)],
