@@ -5,7 +5,7 @@ Used by learner, samplers, scorers, evaluation and back-fill alike, so that "the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -148,7 +148,7 @@ def load_pretrained(files: ModelFiles, *, dtype: torch.dtype = torch.float32) ->
     if says_tied and not tied:
         raise ConfigError(heads_differ(files))
     if settings.gguf_file or settings.drop_layers:
-        model = _plain(model, settings.drop_layers)
+        model = _plain(model, files)
     if (number := files.tokenizer.num_ids) < model.config.vocab_size:
         # In the configuration, so that whoever builds this architecture again knows it too.
         model.config.num_ids = number
@@ -164,18 +164,24 @@ def resolved_dtype(asked: EngineDtype, *, pretrained: bool, device: torch.device
     return torch.bfloat16 if pretrained and multiplies_bfloat16(device) else torch.float32
 
 
-def _plain(model: PreTrainedModel, drop_layers: Collection[int]) -> PreTrainedModel:
-    """The same tensors under a configuration that says nothing of quantisation, without some of the layers."""
-    described = model.config.to_dict()
+def _plain(model: PreTrainedModel, files: ModelFiles) -> PreTrainedModel:
+    """The same tensors under a configuration that says nothing of quantisation, without the layers to drop.
+
+    Raises:
+        ConfigError: fewer layers cannot be said in this architecture's configuration.
+    """
+    described, num_layers = model.config.to_dict(), model.config.num_hidden_layers
     described.pop("quantization_config", None)
-    kept = [layer for layer in range(model.config.num_hidden_layers) if layer not in drop_layers]
-    name = "n_layer" if "n_layer" in described else "num_hidden_layers"
-    described[name] = len(kept)
-    if described.get("layer_types"):
-        described["layer_types"] = [described["layer_types"][layer] for layer in kept]
-    plain = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**described), attn_implementation="sdpa", dtype=model.dtype
-    )
+    kept = [layer for layer in range(num_layers) if layer not in files.settings.drop_layers]
+    described["n_layer" if "n_layer" in described else "num_hidden_layers"] = len(kept)
+    for name, value in described.items():
+        # One entry a layer: layer_types, SmolLM3's no_rope_layers.
+        if isinstance(value, list) and len(value) == num_layers:
+            described[name] = [value[layer] for layer in kept]
+    if dense := described.get("first_k_dense_replace"):
+        described["first_k_dense_replace"] = sum(layer < dense for layer in kept)
+    if dense := described.get("mlp_only_layers"):
+        described["mlp_only_layers"] = [new for new, old in enumerate(kept) if old in dense]
     new_number = {old: new for new, old in enumerate(kept)}
     tensors = {}
     for tensor_name, tensor in model.state_dict().items():
@@ -186,9 +192,40 @@ def _plain(model: PreTrainedModel, drop_layers: Collection[int]) -> PreTrainedMo
                 continue
             parts[place] = str(new_number[int(parts[place])])
         tensors[".".join(parts)] = tensor
-    plain.load_state_dict(tensors)
+    try:
+        config = AutoConfig.for_model(**described)
+        plain = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=model.dtype).eval()
+        plain.load_state_dict(tensors)
+    except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
+        raise ConfigError(
+            f"{files.role}: {files.where}: the configuration that transformers makes of it ({model.config.model_type}) "
+            f"with the layers {kept} does not fit its tensors: {' '.join(str(error).split())[:300]}"
+        ) from error
     plain.generation_config = model.generation_config
+    _check_dropped(model.eval(), plain, files)
     return plain
+
+
+@torch.no_grad()
+def _check_dropped(model: PreTrainedModel, plain: PreTrainedModel, files: ModelFiles) -> None:
+    """A layer may do something because of its number; then it does something else under another."""
+
+    def skip(_: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        hidden = given[0] if given else named["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    layers = next(each for each in model.base_model.children() if isinstance(each, torch.nn.ModuleList))
+    hooks = [layers[number].register_forward_hook(skip, with_kwargs=True) for number in files.settings.drop_layers]
+    ids = torch.tensor([[1, 0, 1]], device=model.device)
+    expected, found = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, plain))
+    for hook in hooks:
+        hook.remove()
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
+        raise ConfigError(
+            f"{files.role}.drop_layers: {model.config.model_type} without {list(files.settings.drop_layers)} does not "
+            f"compute what {files.where} does when it skips them: its layers depend on their number. Drop others, for "
+            "example as many as its pattern of layers is long."
+        )
 
 
 def check_architecture(model: PreTrainedModel) -> None:
