@@ -108,6 +108,7 @@ QWEN3_5 = {
         ({"model_type": "granite", "logits_scaling": 8.0}, "logits_scaling = 8.0 changes the logits"),
         ({"model_type": "cohere", "logit_scale": 0.0625}, "logit_scale = 0.0625 changes the logits"),
         ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window = 4096"),
+        ({"model_type": "llama4", "attention_chunk_size": 8192}, "attention_chunk_size = 8192"),
         ({"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "sliding_attention"),
         ({"layer_types": ["linear_attention"] * 3 + ["full_attention"]}, "linear_attention"),
         (QWEN3_5, "linear_attention"),

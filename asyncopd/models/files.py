@@ -352,10 +352,10 @@ def unsupported(config: Mapping[str, Any]) -> str:
                 f"here; only {name} = {neutral} is supported."
             )
     others = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
-    window = config.get("sliding_window")
-    if others or (window and config.get("use_sliding_window", True)):
+    windows = [f"{key} = {config[key]}" for key in ("sliding_window", "attention_chunk_size") if config.get(key)]
+    if others or (windows and config.get("use_sliding_window", True)):
         return (
-            f"layers attend to less than their prefix ({', '.join(others) or f'sliding_window = {window}'}). Only full "
+            f"layers attend to less than their prefix ({', '.join(others or windows)}). Only full "
             "attention is supported; set sliding_window to null if the context fits the window."
         )
     if recurrent := sorted(key for key, value in config.items() if value and _RECURRENT.match(key)):
