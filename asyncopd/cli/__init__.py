@@ -48,6 +48,8 @@ COMMANDS = {
         "is.",
         "replay:counterfactual": "One log under other staleness bounds and orders: loss, drift, ESS and waste.",
         "query:sql": "Ask the run log in SQL (docs/queries.md).",
+        "models:export_model": "Write a version of the student as a folder that transformers and vLLM load, tokenizer "
+        "included.",
         "query:export": "Write selected trajectories as a dataset.\n\nEvery row has its run, index, policy versions "
         "and teacher.",
     },

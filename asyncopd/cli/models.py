@@ -1,4 +1,5 @@
-"""`asyncopd check-model`: a model is refused by what its files show, or loaded and tried (flows/check_model.py)."""
+"""`asyncopd check-model | export-model`: a model is refused by what its files show, or loaded and tried; a student
+leaves a run as a folder. The work is done in flows/, which loads torch."""
 
 from __future__ import annotations
 
@@ -9,10 +10,13 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
+from asyncopd.cli import Root
 from asyncopd.config.engines import EngineDtype, PretrainedModel
 from asyncopd.errors import ConfigError
 from asyncopd.local.console import console_table
 from asyncopd.models.files import ModelFiles
+from storage.runs import open_run
+from storage.stores import open_store
 
 DIFFERENT = 1
 """Status when the engines do not agree."""
@@ -69,6 +73,31 @@ def check_model(
     for role in wrong:
         console.print(f"[bold red]The engines do not agree about the {role}[/]; it cannot be trained faithfully.")
     return DIFFERENT if wrong else 0
+
+
+def export_model(
+    run_id: str,
+    /,
+    *,
+    output: Annotated[Path, Parameter(metavar="DIR")],
+    number: Annotated[int | None, Parameter("--policy-version", metavar="N")] = None,
+    root: Root = "runs",
+) -> int:
+    """Write a student.
+
+    Args:
+        run_id: Of the run that trained it.
+        output: New folder; must not exist.
+        number: Which version (default: the latest).
+    """
+    log = open_run(open_store(root), run_id)
+    if output.exists():
+        raise ConfigError(f"{output} exists; an export never overwrites. Remove it or name another folder.")
+    from flows.export_model import export_model as write_model  # loads transformers
+
+    version = write_model(log, number, output)
+    Console(highlight=False, soft_wrap=True).print(f"version {version.number} of {run_id} in {output}")
+    return 0
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
