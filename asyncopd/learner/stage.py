@@ -2,7 +2,7 @@
 
 for step s:  wait for the trajectories and scores of its batch (intake.py; prefetched while step s−1 trains)
              one optimizer step over all their tokens
-             publish PolicyVersion s+1, then TrainStep s, then every k steps a checkpoint
+             publish PolicyVersion s+1, then TrainStep s, then every k steps a checkpoint (while step s+1 trains)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from asyncopd.config import RunConfig
 from asyncopd.config.recorded import CacheRequirements, check_cache
@@ -23,6 +24,16 @@ from asyncopd.records import Claim, Facts
 from asyncopd.schedule import LEARNER_PLACE
 from asyncopd.types import PolicyVersion, PolicyWeights, ScoredTrajectory, TrainStep
 from asyncopd.worker import Worker
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What one step leaves behind, as it was when the step ended."""
+
+    weights: PolicyWeights
+    checkpoint: dict[str, bytes] | None
+    """Where one is due."""
+    record: TrainStep
 
 
 class LearnStage:
@@ -70,18 +81,30 @@ class LearnStage:
         with self._worker.doing("reads its newest checkpoint, or publishes version 0"):
             first_step = await asyncio.to_thread(self._resume, place.attempt)
         next_batch = asyncio.create_task(self._intake.batch(first_step)) if first_step < self._plan.num_steps else None
+        # What a step made is written while the next one trains; only its serialisation holds the learner up.
+        written: asyncio.Task[None] | None = None
         try:
             for step in range(first_step, self._plan.num_steps):
                 assert next_batch is not None
+                # The batch may wait for the version that is being written: its failure must end that wait.
+                waiting = {next_batch} | ({written} if written else set())
+                while not next_batch.done():
+                    done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                    if written in done:
+                        await written
                 batch = await next_batch
                 if step + 1 < self._plan.num_steps:
                     next_batch = asyncio.create_task(self._intake.batch(step + 1))
                 with self._worker.busy.working():
-                    await self._train(step, batch)
-                on_step(step)
+                    made = await self._train(step, batch)
+                if written is not None:
+                    await written
+                written = asyncio.create_task(self._write(step, made, on_step))
         finally:
             if next_batch is not None:
                 next_batch.cancel()
+            if written is not None:
+                await written
 
     def _take_place(self) -> Claim | None:
         return self._log.claim("learn", LEARNER_PLACE, worker=self._worker.name, lease_s=self._lease_s)
@@ -107,7 +130,7 @@ class LearnStage:
                 raise SupersededError(f"{self._worker.name} lost the learner's place while it loaded; another has it.")
             self._rewind = self._log.record_rewind(step, worker=self._worker.name)
         if self._log.latest_policy() is None:
-            self._publish(PolicyVersion(0))
+            self._publish(PolicyWeights(PolicyVersion(0), self._student.weights()))
         return step
 
     def _check_not_superseded(self) -> None:
@@ -120,7 +143,7 @@ class LearnStage:
                 "here; nothing it did counts, nothing is lost."
             )
 
-    async def _train(self, step: int, batch: Batch) -> None:
+    async def _train(self, step: int, batch: Batch) -> _Made:
         self._check_cache(batch.scored)
         started, name = time.time(), f"step {step + 1}"
 
@@ -135,30 +158,34 @@ class LearnStage:
                 # The first batch under the first weights: there is no other way for it to go.
                 failure.repeats = step == 0
                 raise failure from error
+        seconds, version = time.time() - started, PolicyVersion(step + 1, self._rewind)
+        with self._worker.span("orchestrate:serialise", f"version {version.number}"):
+            weights = PolicyWeights(version, await asyncio.to_thread(self._student.weights))
+            is_due = (step + 1) % self._checkpoint_every == 0 or step + 1 == self._plan.num_steps
+            checkpoint = await asyncio.to_thread(self._student.checkpoint) if is_due else None
+        return _Made(weights, checkpoint, self._record(step, version, batch, result.metrics, seconds))
+
+    async def _write(self, step: int, made: _Made, on_step: Callable[[int], None]) -> None:
+        """Version, then record, then checkpoint: what a crash leaves is a beginning of that."""
         await asyncio.to_thread(self._check_not_superseded)
-        seconds = time.time() - started
-        version = PolicyVersion(step + 1, self._rewind)
-        name = f"version {version.number}"
-        with self._worker.span("orchestrate:publish", name), self._worker.doing(f"publishes {name}"):
-            await asyncio.to_thread(self._publish, version)
-            record = self._record(step, version, batch, result.metrics, seconds)
-            await asyncio.to_thread(self._log.publish_step, record)
-            if (step + 1) % self._checkpoint_every == 0 or step + 1 == self._plan.num_steps:
-                objects = await asyncio.to_thread(self._student.checkpoint)
+        with self._worker.span("orchestrate:publish", f"version {made.weights.version.number}"):
+            await asyncio.to_thread(self._publish, made.weights)
+            await asyncio.to_thread(self._log.publish_step, replace(made.record, finished=time.time()))
+            if made.checkpoint is not None:
                 await asyncio.to_thread(
-                    self._log.publish_checkpoint, step + 1, self._rewind, objects, worker=self._worker.name
+                    self._log.publish_checkpoint, step + 1, self._rewind, made.checkpoint, worker=self._worker.name
                 )
         self._worker.tell(step=step + 1)
-        self._worker.count(num_tokens=record.num_tokens)
+        self._worker.count(num_tokens=made.record.num_tokens)
+        on_step(step)
 
     def _check_cache(self, batch: Sequence[ScoredTrajectory]) -> None:
         # Every batch, not the first alone: a log that was back-filled in part is narrower further on.
         for held in {CacheRequirements.held_by(scored, vocab_size=self._vocab_size) for scored in batch}:
             check_cache(self._required, held, run_id=self._log.run_id)
 
-    def _publish(self, version: PolicyVersion) -> None:
-        weights = PolicyWeights(version, self._student.weights())
-        self._log.publish_policy(weights, worker=self._worker.name, facts=Facts(step=version.number))
+    def _publish(self, weights: PolicyWeights) -> None:
+        self._log.publish_policy(weights, worker=self._worker.name, facts=Facts(step=weights.version.number))
 
     def _record(
         self, step: int, version: PolicyVersion, batch: Batch, measured: Mapping[str, float], seconds: float
