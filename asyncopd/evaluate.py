@@ -23,8 +23,11 @@ from numpy.typing import NDArray
 
 from asyncopd.errors import ShapeError
 from asyncopd.ports import RunLog, Sampler, SampleRequest, Scorer, ScoreRequest, Task
-from asyncopd.types import Evaluation, PolicyVersion, PolicyWeights, ScoredTrajectory
+from asyncopd.types import Evaluation, Example, PolicyVersion, PolicyWeights, ScoredTrajectory
 from asyncopd.worker import Worker
+
+NUM_EXAMPLES = 5
+"""Responses of an evaluation that are kept as text."""
 
 
 def versions_to_evaluate(num_steps: int, every: int) -> list[int]:
@@ -89,7 +92,15 @@ class EvaluateStage:
             num_prompts=len(self._prompts),
             accuracy_by_group={group: float(np.mean(rights)) for group, rights in sorted(by_group.items()) if group},
             finished=time.time(),
+            examples=self._examples(scored, correct),
             **outcome_of(scored, correct).figures(),
+        )
+
+    def _examples(self, scored: Sequence[ScoredTrajectory], correct: Sequence[bool]) -> tuple[Example, ...]:
+        decode, first = self._task.tokenizer.decode, slice(NUM_EXAMPLES)
+        return tuple(
+            Example(decode(each.trajectory.prompt_ids.tolist()), decode(each.trajectory.response_ids.tolist()), right)
+            for each, right in zip(scored[first], correct[first], strict=True)
         )
 
     async def respond(self, weights: PolicyWeights) -> tuple[list[ScoredTrajectory], list[bool]]:

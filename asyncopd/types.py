@@ -286,6 +286,16 @@ class TrainStep:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A held-out response to read; the same questions for every version."""
+
+    prompt: str
+    response: str
+    """Special tokens are shown."""
+    correct: bool
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Sampled-decoding quality of one PolicyVersion on held-out prompts."""
 
@@ -300,6 +310,8 @@ class Evaluation:
     mean_response_tokens: float
     finished: float
     """Unix time, seconds."""
+    examples: tuple[Example, ...] = ()
+    """The first few responses."""
 
 
 @dataclass(frozen=True)

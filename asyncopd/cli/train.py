@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import textwrap
 import time
 import uuid
 from collections.abc import Callable
@@ -190,6 +191,12 @@ def show_report(folder: Path, *, console: Console) -> None:
         console.print(f"[yellow]Note.[/] {escape(note)}", highlight=False)
     for shown in tables(summary):
         console.print(Padding(console_table(*shown), (1, 0, 0, 0)))
+    before, after = summary.examples[0] if summary.examples else (None, None)
+    if before and after:
+        width = 2 * console.width
+        for when, said in (("asked", before.prompt), ("before", before.response), ("after", after.response)):
+            shortened = textwrap.shorten(said, width, placeholder=" …")
+            console.print(f"[dim]{when:<8}[/]{escape(shortened)}", highlight=False)
     for failure in summary.incidents.failures:
         console.print(f"[red]failure[/] {escape(failure)}", highlight=False)
     files = ("report.md", "quality.png", "timeline.png", "training.png", "staleness.png", "lengths.png", "trace.json")

@@ -23,7 +23,7 @@ from asyncopd.report.summary import (
     Summary,
     Tokens,
 )
-from asyncopd.types import Evaluation, IntArray, Span, TrainStep
+from asyncopd.types import Evaluation, Example, IntArray, Span, TrainStep
 
 PIPELINE = ("rollout", "score", "learn")
 """The roles whose overlap is the point of the platform."""
@@ -124,7 +124,13 @@ def measure(seen: Observations, config: RunConfig) -> Summary:
         notes=tuple(_notes(seen, config)),
         order=config.staleness.order,
         on_stale=config.staleness.on_stale,
+        examples=_examples(seen.evaluations),
     )
+
+
+def _examples(evaluations: Sequence[Evaluation]) -> tuple[tuple[Example, Example | None], ...]:
+    first, last = (evaluations[0].examples, evaluations[-1].examples) if evaluations else ((), ())
+    return tuple(zip(first, last if len(evaluations) > 1 else itertools.repeat(None), strict=False))
 
 
 def trained_per_s(steps: Sequence[TrainStep]) -> float | None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pydantic import TypeAdapter
 
 from asyncopd.schedule import OnStale, Order
+from asyncopd.types import Example
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ class Summary:
     order: Order = "index"
     on_stale: OnStale | None = None
     """What became of trajectories older than τ; None in index order, where there are none."""
+    examples: tuple[tuple[Example, Example | None], ...] = ()
+    """Held-out responses of the first and of the last evaluated version; None when only one was evaluated."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -160,6 +160,7 @@ def to_markdown(summary: Summary, folder: str) -> str:
         *(f"## {shown.title}\n\n{table(shown.header, shown.rows, shown.left)}" for shown in tables(summary)),
         _tokens(summary),
         _incidents(summary),
+        _examples(summary),
         f"Plots, `summary.json` and `trace.json` (open it at https://ui.perfetto.dev) are in `{folder}`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -208,6 +209,22 @@ def _incidents(summary: Summary) -> str:
 
 
 # -- tables -------------------------------------------------------------------------------------------------------
+def _examples(summary: Summary) -> str:
+    """Held-out responses of the first and the last evaluated version, to be read."""
+    parts = ["## Held-out responses, before and after"] if summary.examples else []
+    for number, pair in enumerate(summary.examples, start=1):
+        parts.append(f"{number}. Asked:\n\n{_quoted(pair[0].prompt)}")
+        for when, said in zip(("before", "after"), pair, strict=True):
+            if said is not None:
+                parts.append(f"   {when} ({'right' if said.correct else 'wrong'}):\n\n{_quoted(said.response)}")
+    return "\n\n".join(parts)
+
+
+def _quoted(text: str) -> str:
+    """A block of its own inside a list item, whatever the text contains."""
+    return "\n".join(f"       {line}" for line in text.strip("\n").split("\n"))
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
     """A Markdown table with padded cells, a table in a terminal too; columns not in `left` align right."""
     widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]

@@ -227,7 +227,7 @@ def _step(step: TrainStep) -> Row:
 
 def _evaluation(evaluation: Evaluation) -> Row:
     return {
-        **vars(evaluation),
+        **{name: value for name, value in vars(evaluation).items() if name != "examples"},
         "version": evaluation.version.number,
         "rewind": evaluation.version.rewind,
         "accuracy": None if math.isnan(evaluation.accuracy) else evaluation.accuracy,
