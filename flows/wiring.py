@@ -105,6 +105,7 @@ def rollout_stage(run: OpenRun, worker: Worker) -> tuple[RolloutStage, Sampler]:
         task=run.task,
         sampler=sampler,
         max_new_tokens=config.rollout.max_new_tokens,
+        responses_per_prompt=config.rollout.responses_per_prompt,
         lease_s=config.limits.lease_s,
         busy_intervals=sampler.busy_intervals,
     )

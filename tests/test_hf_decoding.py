@@ -131,6 +131,18 @@ def test_refresh_keeps_tokens_and_continues_under_the_new_weights(family: str) -
             )
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_responses_to_one_prompt_are_what_they_are_alone(family: str) -> None:
+    prompts = [np.arange(2, 9, dtype=np.int32), np.array([5, 3], np.int32)]
+    asked = [SampleRequest(index, prompts[index // 5 % 2], 30) for index in range(20)]
+    refreshes = {step: weights(tiny_model(family, seed=1), step) for step in (3, 9)}
+    together = decode(decoder(tiny_model(family), stop_ids=()), asked, refreshes)
+    for request in asked[:8]:
+        # Admitted at step 0 either way, so that both see the new weights at the same positions.
+        alone = decode(decoder(tiny_model(family), stop_ids=()), [request], refreshes)
+        assert_same({request.index: together[request.index]}, alone)
+
+
 def test_refresh_while_slots_are_refilled_matches_running_alone() -> None:
     # Several versions pass while responses of many lengths start and end: each must be as if it ran by itself
     # under the versions it recorded.

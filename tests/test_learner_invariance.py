@@ -20,7 +20,7 @@ from learner_builders import (
 from asyncopd.config import losses as c
 from asyncopd.learner.optimize import LogprobModel, MicroBatch, micro_batches, optimizer_step
 from asyncopd.losses import TokenRows, build_estimator
-from asyncopd.models.packing import PackedTokens, TokenPair, pack, pad
+from asyncopd.models.packing import NO_PREFIX, PackedTokens, TokenPair, pack, pad
 from asyncopd.types import ScoredTrajectory
 
 CONFIGS: dict[str, c.LossConfig] = {
@@ -80,6 +80,8 @@ def _widened(tokens: PackedTokens, columns: int) -> PackedTokens:
         ids_RC=shifted(tokens.ids_RC, 3),
         positions_RC=shifted(tokens.positions_RC, 0),
         segments_RC=shifted(tokens.segments_RC, -1),
+        prefixes_RC=shifted(tokens.prefixes_RC, NO_PREFIX),
+        prompts_S=tokens.prompts_S,
         predict_rows_T=rows_T * (width + columns) + columns_T + columns,
     )
 

@@ -44,7 +44,7 @@ def test_layout_and_alignment_golden() -> None:
 )
 def test_every_prediction_sees_exactly_its_own_prefix(lengths: list[tuple[int, int]], capacity: int) -> None:
     pairs = sequences(*lengths)
-    packed = pack(pairs, capacity)
+    packed = pack(pairs, capacity, share_prompts=False)
     assert packed.ids_RC.shape[1] <= capacity
     ids, positions, segments = packed.ids_RC.ravel(), packed.positions_RC.ravel(), packed.segments_RC.ravel()
     predictions = iter(packed.predict_rows_T)
@@ -63,6 +63,42 @@ def test_every_prediction_sees_exactly_its_own_prefix(lengths: list[tuple[int, i
 def test_packing_wastes_less_than_padding() -> None:
     pairs = sequences(*[(3, int(n)) for n in np.random.default_rng(1).geometric(1 / 12, 100)])
     assert pack(pairs, 128).ids_RC.size < 0.4 * pad(pairs).ids_RC.size
+
+
+def test_a_shared_prompt_is_laid_out_once() -> None:
+    first, second = np.array([11, 12]), np.array([21])
+    pairs = [
+        (first, np.array([13, 14])),
+        (first.copy(), np.array([15])),
+        (first, np.array([16, 17, 18])),
+        (second, np.array([22])),
+    ]
+    packed = pack(pairs, capacity=8)
+    assert packed.ids_RC.tolist() == [[11, 12, 13, 16, 17, 21]]
+    assert packed.positions_RC.tolist() == [[0, 1, 2, 2, 3, 0]]
+    assert packed.segments_RC.tolist() == [[4, 4, 0, 2, 2, 3]]
+    assert packed.prefixes_RC.tolist() == [[-2, -2, 4, 4, 4, -2]]
+    assert packed.prompts_S.tolist() == [4, 4, 4, 3]
+    # 13 at 12, 14 at 13; 15 at 12; 16 at 12, 17 at 16, 18 at 17; 22 at 21.
+    assert packed.predict_rows_T.tolist() == [1, 2, 1, 1, 3, 4, 5]
+    # Where they do not fit one row together, each row has its copy.
+    assert (pack(pairs, capacity=4).ids_RC == 11).sum() == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_prompts_change_neither_values_nor_gradients(family: str) -> None:
+    model = tiny_model(family)
+    alone = sequences((5, 7), (5, 1), (5, 12), (2, 4), (9, 3), (9, 6))
+    pairs = [(alone[first][0], response) for (_, response), first in zip(alone, (0, 0, 0, 3, 4, 4), strict=True)]
+    hidden, gradients = {}, {}
+    for name, packed in (("shared", pack(pairs, 40)), ("padded", pad(pairs))):
+        model.zero_grad()
+        hidden[name] = packed_hidden(model, packed)
+        hidden[name].square().sum().backward()
+        gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert (hidden["shared"] - hidden["padded"]).abs().max() < 3e-6
+    scale = gradients["padded"].abs().max()
+    assert (gradients["shared"] - gradients["padded"]).abs().max() < 1e-5 * scale
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -46,6 +46,8 @@ async def test_two_steps(name: str, tmp_path: Path) -> None:
     assert 0.3 < first.metrics[KL.key] < 2.0
     assert first.metrics[DRIFT.key] == pytest.approx(0, abs=2e-3)
     assert first.metrics[ESS.key] == pytest.approx(1, abs=2e-3)
-    texts = [run.task.tokenizer.decode(t.response_ids.tolist()) for t in run.log.read_trajectories(run.config.plan.shard(0))]
+    texts = [
+        run.task.tokenizer.decode(t.response_ids.tolist()) for t in run.log.read_trajectories(run.config.plan.shard(0))
+    ]
     assert all(np.mean([letter.isascii() for letter in text]) > 0.9 for text in texts), texts
     assert all(t.finish_reason in ("stop", "length") for t in run.log.read_trajectories(run.config.plan.shard(0)))

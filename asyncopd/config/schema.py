@@ -147,6 +147,9 @@ class Rollout(Frozen):
     shards_per_task: int = Field(16, ge=1)
     """Shards one Prefect task writes. A task costs about 25 ms of CPU on both sides together; 16 walk shards take
     about 2 s, which keeps that near 1 % (docs/performance.md)."""
+    responses_per_prompt: int = Field(1, ge=1)
+    """Consecutive indices that answer one prompt. Prompts are then computed once for all of their responses, by
+    sampler, teacher and learner; a step sees fewer of them."""
     max_new_tokens: int = Field(192, ge=1)
     """Response limit. Above the longest walk demonstration, so that `length` means a lost student."""
     temperature: float = Field(1.0, gt=0)

@@ -76,7 +76,10 @@ def micro_batches(
     groups: list[list[ScoredTrajectory]] = [[]]
     size = 0
     for scored in batch:
-        length = len(scored.trajectory.prompt_ids) + len(scored.trajectory.response_ids)
+        prompt_ids, length = scored.trajectory.prompt_ids, len(scored.trajectory.response_ids)
+        # What `pack` lays out once costs once.
+        if not (groups[-1] and np.array_equal(groups[-1][-1].trajectory.prompt_ids, prompt_ids)):
+            length += len(prompt_ids)
         if groups[-1] and size + length > budget:
             groups.append([])
             size = 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from asyncopd.errors import EngineError
-from asyncopd.models.packing import PackedTokens
+from asyncopd.models.packing import NO_PREFIX, PackedTokens
 
 # Facts about where a model came from or how it runs; its numbers do not depend on them.
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "architectures", "use_cache")
@@ -33,26 +33,30 @@ def packed_hidden(model: PreTrainedModel, packed: PackedTokens) -> Tensor:
         [T, D] in the order of `packed.predict_rows_T`, in the model's dtype and on its device.
     """
     device = model.device
-    segments_RC = torch.from_numpy(packed.segments_RC).to(device)
+    mask = block_causal_mask(packed, model.dtype, device)
     output = model.base_model(
         input_ids=torch.from_numpy(packed.ids_RC).to(device),
         position_ids=torch.from_numpy(packed.positions_RC).to(device),
-        attention_mask=block_causal_mask(segments_RC, model.dtype),
+        attention_mask=mask,
         use_cache=False,
     )
     hidden_RCD: Tensor = output.last_hidden_state
     return hidden_RCD.flatten(0, 1)[torch.from_numpy(packed.predict_rows_T).to(device)]
 
 
-def block_causal_mask(segments_RC: Tensor, dtype: torch.dtype) -> Tensor:
-    """[R, 1, C, C] additive mask: 0 where a cell may look (its own segment, not later), the lowest number elsewhere.
+def block_causal_mask(packed: PackedTokens, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[R, 1, C, C] additive mask: 0 where a cell may look (its own segment and the shared prompt that it continues, not
+    later), the lowest number elsewhere.
 
     Padding looks at padding: a row of the mask that forbids everything would make its softmax NaN.
     """
+    segments_RC = torch.from_numpy(packed.segments_RC).to(device)
     num_columns = segments_RC.shape[1]
-    same_RCC = segments_RC[:, :, None] == segments_RC[:, None, :]
-    allowed_RCC = same_RCC & torch.ones(num_columns, num_columns, dtype=torch.bool, device=same_RCC.device).tril()
-    mask_RCC = torch.zeros(allowed_RCC.shape, dtype=dtype, device=same_RCC.device)
+    allowed_RCC = segments_RC[:, :, None] == segments_RC[:, None, :]
+    if (packed.prefixes_RC != NO_PREFIX).any():
+        allowed_RCC |= torch.from_numpy(packed.prefixes_RC).to(device)[:, :, None] == segments_RC[:, None, :]
+    allowed_RCC &= torch.ones(num_columns, num_columns, dtype=torch.bool, device=device).tril()
+    mask_RCC = torch.zeros(allowed_RCC.shape, dtype=dtype, device=device)
     return mask_RCC.masked_fill_(~allowed_RCC, torch.finfo(dtype).min)[:, None]
 
 

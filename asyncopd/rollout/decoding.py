@@ -12,8 +12,9 @@ draws; then the tail mass).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from asyncopd.models.causal_lm import num_ids
 from asyncopd.models.packing import PackedTokens, TokenPair, pack
 from asyncopd.models.sampling import SamplerSettings, draw, law_logprobs, policy_key
 from asyncopd.ports import SampleRequest
-from asyncopd.rollout.slots import SlotModel
+from asyncopd.rollout.slots import SlotModel, first_slots
 from asyncopd.types import FinishReason, PolicyVersion, PolicyWeights, Trajectory, VersionRun
 
 # Short rows keep the block-causal mask small: attention over C cells costs C² whatever the segments are.
@@ -174,6 +175,7 @@ class Decoder:
         hidden_AD: Tensor | None = None
         for slots_U, packed in self._prefill_groups(uncached_U):
             output_PD = self._model.forward_pass(ids_A[:num_decode], positions_A[:num_decode], packed, slots_U)
+            self._copy_shared_prompts(packed, slots_U)
             if hidden_AD is None:
                 hidden_AD = output_PD.new_empty(self._end, output_PD.shape[-1])
                 hidden_AD[:num_decode] = output_PD[:num_decode]
@@ -184,18 +186,33 @@ class Decoder:
 
     def _prefill_groups(self, uncached_U: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], PackedTokens]]:
         """Slots and packed tokens of each prefill pass: prompt and response so far, at most `_PREFILL_CELLS` a pass
-        unless a single response is longer."""
-        pairs: list[TokenPair] = []
-        for slot in uncached_U:
+        unless a single response is longer. A prompt that several responses answer is computed once."""
+        waiting: list[tuple[int, int, TokenPair]] = []
+        for slot in uncached_U.tolist():
             response = self._responses[slot]
             assert response is not None
             so_far = self._ids_STC[response.row, : self._counts_S[slot], 0]
-            pairs.append((np.concatenate([response.request.prompt_ids, so_far]), _NEXT_TOKEN))
-        ends_U = np.cumsum([len(ids) for ids, _ in pairs])
-        for group in np.unique(ends_U // _PREFILL_CELLS):
-            members = np.flatnonzero(ends_U // _PREFILL_CELLS == group)
-            chosen = [pairs[member] for member in members]
-            yield uncached_U[members], pack(chosen, max(_ROW_CAPACITY, max(len(ids) for ids, _ in chosen)))
+            pair = (response.request.prompt_ids, np.concatenate([so_far, _NEXT_TOKEN]))
+            waiting.append((response.request.index, slot, pair))
+        # Responses to one prompt have neighbouring indices, whatever slots they got.
+        waiting.sort(key=lambda each: each[:2])
+        lengths_U = np.array([len(prompt) + len(so_far) - 1 for _, _, (prompt, so_far) in waiting])
+        groups_U = np.cumsum(lengths_U) // _PREFILL_CELLS
+        for group in np.unique(groups_U):
+            members = np.flatnonzero(groups_U == group)
+            pairs = [waiting[member][2] for member in members]
+            capacity = max(_ROW_CAPACITY, int(lengths_U[members].max()))
+            are_shared = any(np.array_equal(one[0], two[0]) for one, two in itertools.pairwise(pairs))
+            packed = pack(pairs, 2 * capacity if are_shared else capacity)
+            # Only what comes next is asked for.
+            last_U = packed.predict_rows_T[np.cumsum([len(so_far) for _, so_far in pairs]) - 1]
+            yield np.array([waiting[member][1] for member in members]), replace(packed, predict_rows_T=last_U)
+
+    def _copy_shared_prompts(self, packed: PackedTokens, slots_U: NDArray[np.int64]) -> None:
+        """Give every slot behind a shared prompt the keys and values that the pass wrote into the first one's."""
+        for slot, source in zip(slots_U.tolist(), first_slots(packed, slots_U).tolist(), strict=True):
+            if slot != source:
+                self._model.cache.move(source, slot, int(self._prompt_lengths_S[slot]))
 
     def _fill_holes(self) -> None:
         """Move the last slots into holes, so that active slots are contiguous. Rare: new requests fill holes first."""

@@ -154,6 +154,12 @@ def _attend_rows(
     return output.transpose(1, 2).flatten(0, 1)
 
 
+def first_slots(packed: PackedTokens, slots_U: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[U] for each packed sequence the slot that its prompt's keys and values are written to."""
+    _, first, group = np.unique(packed.prompts_S, return_index=True, return_inverse=True)
+    return slots_U[first[group]]
+
+
 AttentionInterface.register(ATTENTION_NAME, slot_attention)
 
 
@@ -223,9 +229,12 @@ class SlotModel:
             segments = packed.segments_RC.ravel()
             ids = np.concatenate([ids, packed.ids_RC.ravel()])
             positions = np.concatenate([positions, packed.positions_RC.ravel()])
-            # Segment −1, padding, selects the last element.
-            slots = np.concatenate([slots, np.append(slots_U, self.cache.scratch_slot)[segments]])
-            prefill_mask = block_causal_mask(self.on_device(packed.segments_RC), self._dtype)
+            # By segment: sequences, then shared prompts, which go to their first sequence's slot; padding, −1, is last.
+            slot_of = np.full(max(int(segments.max()), len(slots_U) - 1) + 2, self.cache.scratch_slot)
+            slot_of[packed.prompts_S] = first_slots(packed, slots_U)
+            slot_of[: len(slots_U)] = slots_U
+            slots = np.concatenate([slots, slot_of[segments]])
+            prefill_mask = block_causal_mask(packed, self._dtype, self._device)
         position_ids_N = self.on_device(positions)
         _PLAN.set(
             PassPlan(

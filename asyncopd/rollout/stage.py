@@ -42,6 +42,7 @@ class RolloutStage(ShardStage):
         task: Task,
         sampler: Sampler,
         max_new_tokens: int,
+        responses_per_prompt: int = 1,
         lease_s: float,
         busy_intervals: Callable[[], list[tuple[float, float]]] = list,
     ) -> None:
@@ -52,6 +53,7 @@ class RolloutStage(ShardStage):
         super().__init__(log, worker, plan, stage="rollout", lease_s=lease_s)
         self._task, self._sampler = task, sampler
         self._max_new_tokens, self._busy_intervals = max_new_tokens, busy_intervals
+        self._responses_per_prompt = responses_per_prompt
         self._drift = (-1, 0.0)
         """The last step whose drift is known, and that drift, nats per token."""
         self._unreadable: PolicyVersion | None = None
@@ -88,7 +90,7 @@ class RolloutStage(ShardStage):
         self._record_busy()
 
     async def _one(self, index: int) -> Trajectory:
-        prompt = self._task.prompt(index, "train")
+        prompt = self._task.prompt(index // self._responses_per_prompt, "train")
         request = SampleRequest(index=index, prompt_ids=prompt.ids, max_new_tokens=self._max_new_tokens)
         trajectory = await self._sampler.sample(request)
         correct = self._task.verify(prompt, trajectory.response_ids.tolist())
