@@ -24,11 +24,13 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "digest"),
     [
-        ("gsm8k_qwen3", "423916edfe82910d"),
-        ("gsm8k_tiny", "d123b05b306aab1b"),
-        ("quickstart", "6ea3bd6e6e09cf8a"),
-        ("walk_neural", "a5a2b38d2d27ab59"),
-        ("walk_vllm", "46a7fdbb3b835a97"),
+        ("gsm8k_qwen3", "9ece4c05337e3bfc"),
+        ("gsm8k_tiny", "efb9308d424daf63"),
+        ("quickstart", "96b383c042827b60"),
+        ("smollm2", "436f7e1a0cc07cb9"),
+        ("smollm2_vllm", "4d1587d97c46a98e"),
+        ("walk_neural", "ba5859ac40b422f9"),
+        ("walk_vllm", "69e39397932821d2"),
     ],
 )
 def test_a_configuration_keeps_its_digest(name: str, digest: str) -> None:
