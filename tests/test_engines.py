@@ -32,7 +32,7 @@ from engine_models import (
     vllm_sampler,
     vllm_teacher_settings,
 )
-from hf_models import law_rows, trajectory_of, weights
+from hf_models import files_of, law_rows, trajectory_of, weights
 from test_deployment import until
 from transformers import PreTrainedModel
 
@@ -280,7 +280,7 @@ def openai_scorer(urls: list[str], folder: str, **changes: Any) -> OpenAIScorer:
     settings: dict[str, Any] = {
         "model": "bytes",
         "name": "teacher",
-        "tokenizer": HfTokenizer(folder),
+        "tokenizer": HfTokenizer(files_of(Path(folder))),
         "vocab_size": VOCAB_SIZE,
         "max_context": MAX_CONTEXT,
         "max_retries": 2,
@@ -376,8 +376,14 @@ async def test_a_server_that_does_not_fit_is_refused_with_what_to_change(
     for changes, complaint in (
         ({"model": "qwen"}, r"serves \['bytes'\], not 'qwen'"),
         ({"max_context": 500}, r"context of 97 tokens; this run needs 500"),
-        ({"tokenizer": HfTokenizer(str(reversed_folder))}, r"splits 'Natalia .* the student's tokenizer into"),
-        ({"tokenizer": HfTokenizer(str(swapped_folder))}, r"the ids \[\d+\] are '<bos>', for the student's .* '<pad>'"),
+        (
+            {"tokenizer": HfTokenizer(files_of(reversed_folder))},
+            r"splits 'Natalia .* the student's tokenizer into",
+        ),
+        (
+            {"tokenizer": HfTokenizer(files_of(swapped_folder))},
+            r"the ids \[\d+\] are '<bos>', for the student's .* '<pad>'",
+        ),
         ({"vocab_size": 300}, r"refuses ids up to 299"),
     ):
         scorer = openai_scorer([server], teacher_folder, **changes)

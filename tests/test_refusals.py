@@ -286,7 +286,7 @@ def test_every_command_that_help_lists_can_be_imported_and_explains_itself(capsy
     lines = [[path] for commands in cli.COMMANDS.values() for path in commands]
     lines += [[family, path] for family, commands in families.items() for path in commands]
     for line in lines:
-        words = [word.partition(":")[2].rstrip("_") or word for word in line]
+        words = [word.partition(":")[2].rstrip("_").replace("_", "-") or word for word in line]
         with pytest.raises(SystemExit) as ended:
             cli.main([*words, "--help"])
         assert ended.value.code == 0
