@@ -51,6 +51,20 @@ async def test_behaviour_logprobs_are_the_learners_own_when_nothing_is_stale(tmp
         assert step.metrics["train/ess_fraction"] == pytest.approx(1, abs=1e-6)
 
 
+async def test_responses_to_one_prompt_share_it_from_sampler_to_learner(tmp_path: Path) -> None:
+    changes = {"rollout__responses_per_prompt": 4, "staleness__max_staleness": 0, "evaluate__every": 0}
+    run = pipeline.new_run(pipeline.small_config(tmp_path, **changes))
+    await pipeline.run_all(run)
+    made = [t for shard in run.config.plan.shards() for t in run.log.read_trajectories(shard)]
+    asked = [trajectory.prompt_id for trajectory in made]
+    assert asked == [asked[number - number % 4] for number in range(len(asked))]
+    assert len(set(asked)) > 1
+    assert len({tuple(trajectory.response_ids) for trajectory in made}) > len(asked) // 4
+    for step in run.log.steps():
+        assert step.metrics["train/drift_nats"] < 1e-9
+        assert step.metrics["train/ess_fraction"] == pytest.approx(1, abs=1e-6)
+
+
 async def test_a_stopped_learner_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path: Path) -> None:
     # All rollouts and scores exist; one learner trains through, the other is stopped after step 3 and resumed.
     config = pipeline.small_config(tmp_path / "a", staleness__max_staleness=4, evaluate__every=0)
