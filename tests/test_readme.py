@@ -91,7 +91,7 @@ def commands_in(text: str) -> set[tuple[str, ...]]:
     """(command, option, ...) of every `asyncopd` call that a text shows, groups with their second word."""
     found = set()
     text = text.replace("\\\n", " ")
-    for call in re.findall(r"(?:^|\s|`|bin/)asyncopd ([a-z]+(?: [^`\n|]*)?)", text, re.M):
+    for call in re.findall(r"(?:^|\s|`|bin/)asyncopd ([a-z][a-z-]*(?: [^`\n|]*)?)", text, re.M):
         words = call.split("#")[0].split()
         command = words[0]
         if command in GROUPS and len(words) > 1 and re.fullmatch("[a-z]+", words[1]):
