@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from api import schemas
 from api.deps import KnownRun, Reader, Streams, View, query
 from api.events import Cursor
 from api.problems import responses
+from api.schemas import Number, Schema, field
 from asyncopd.metrics import LOSS, SECONDS
 from asyncopd.types import Span
 from storage.events import surviving
@@ -152,11 +154,39 @@ def list_checkpoints(view: View) -> schemas.CheckpointList:
     return schemas.CheckpointList(data=[schemas.Checkpoint(step=state.number, rewind=state.rewind) for state in states])
 
 
+class ExampleOut(Schema):
+    """A held-out response to read."""
+
+    prompt: str = field("The prompt.", "n0 7 goal 3")
+    response: str = field("The response, special tokens shown.", "+ 4 <eos>")
+    correct: bool = field("Whether the verifier accepts it.", True)
+
+
+class EvaluationOut(Schema):
+    """Quality of one version on held-out prompts."""
+
+    version: int = field("The version.", 100)
+    num_prompts: int = field("Held-out prompts.", 300)
+    accuracy: Number = field("Fraction right.", 0.78)
+    accuracy_by_group: dict[str, Number] = field("The same by difficulty.", {"noise 0.05": 0.9})
+    kl_nats: Number = field("KL to the teacher, nats per token.", 1.01)
+    kl_standard_error_nats: Number = field("Its standard error.", 0.1)
+    mean_response_tokens: Number = field("Mean length.", 33.0)
+    finished: float = field("When.", 1_795_000_000.0)
+    examples: list[ExampleOut] = field("The first few responses; the same prompts for every version.", [])
+
+
+class EvaluationList(Schema):
+    """Evaluations of the surviving lineage."""
+
+    data: list[EvaluationOut] = field("By version.", [])
+
+
 @router.get("/evals", operation_id="list_evaluations", responses=responses(404))
-def list_evaluations(view: View) -> schemas.EvaluationList:
+def list_evaluations(view: View) -> EvaluationList:
     """Quality on held-out prompts, by version."""
-    found = [{**vars(evaluation), "version": evaluation.version.number} for evaluation in view.history.evaluations]
-    return schemas.EvaluationList(data=[schemas.EvaluationOut(**fields) for fields in found])
+    found = [{**asdict(evaluation), "version": evaluation.version.number} for evaluation in view.history.evaluations]
+    return EvaluationList(data=[EvaluationOut(**fields) for fields in found])
 
 
 @router.get("/timeline", operation_id="get_timeline", responses=responses(404))

@@ -223,25 +223,6 @@ class CheckpointList(Schema):
     data: list[Checkpoint] = field("Oldest first.", [])
 
 
-class EvaluationOut(Schema):
-    """Quality of one version on held-out prompts."""
-
-    version: int = field("The version.", 100)
-    num_prompts: int = field("Held-out prompts.", 300)
-    accuracy: Number = field("Fraction right.", 0.78)
-    accuracy_by_group: dict[str, Number] = field("The same by difficulty.", {"noise 0.05": 0.9})
-    kl_nats: Number = field("KL to the teacher, nats per token.", 1.01)
-    kl_standard_error_nats: Number = field("Its standard error.", 0.1)
-    mean_response_tokens: Number = field("Mean length.", 33.0)
-    finished: float = field("When.", 1_795_000_000.0)
-
-
-class EvaluationList(Schema):
-    """Evaluations of the surviving lineage."""
-
-    data: list[EvaluationOut] = field("By version.", [])
-
-
 class Lane(Schema):
     """What one worker did, over time."""
 

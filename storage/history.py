@@ -152,7 +152,7 @@ def eta_s(history: History, plan: Plan) -> float | None:
     ):
         mine = [beat.status for beat in beats if role_of(beat) == role and not beat.retired]
         # One that mostly waits for the others goes at their pace.
-        mine = [s for s in mine if role == "rollout" or s.busy is None or s.busy >= 0.5]
+        mine = [status for status in mine if status.busy is None or status.busy >= 0.5]
         if rate := sum(status.tokens_per_s or 0.0 for status in mine):
             found.append(max(0.0, missing - total(role, *done)) / rate)
     return max(found, default=None)

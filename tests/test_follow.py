@@ -140,6 +140,10 @@ def test_the_time_left_is_known_from_the_first_finished_shard(log: StoredRunLog)
     assert ProgressWatch(RunView(log), config).look().eta_s is None
     log.heartbeat(ROLLOUT, replace(sampling, num_trajectories=4, num_tokens=400))
     assert ProgressWatch(RunView(log), config).look().eta_s == pytest.approx((12 * 8 * 100 - 600) / 10)
+    # One that waits for the learner, because of the staleness bound, says nothing of its pace.
+    log.heartbeat(ROLLOUT, replace(sampling, num_trajectories=4, num_tokens=400, tokens_per_s=0.1, busy=0.0))
+    assert ProgressWatch(RunView(log), config).look().eta_s is None
+    log.heartbeat(ROLLOUT, replace(sampling, num_trajectories=4, num_tokens=400, busy=1.0))
     # A teacher that is slower decides.
     log.heartbeat("score-1", WorkerStatus(role="score", num_trajectories=4, num_tokens=400, tokens_per_s=5.0))
     assert ProgressWatch(RunView(log), config).look().eta_s == pytest.approx((12 * 8 * 100 - 400) / 5)
