@@ -55,7 +55,8 @@ async def roll_out(run: OpenRun, make_task: TaskFactory = lambda name, worker: w
     worker = run.worker("rollout")
     settings = run.config.rollout
     async with worker.alive():
-        # The learner stores the student's architecture before it publishes version 0.
+        # Stored before version 0, and again by a resumed learner where it was lost.
+        await worker.wait_for(run.log.find_architecture, "the student's architecture to be stored")
         await worker.wait_for(run.log.latest_policy, "version 0 to be published")
         stage, sampler = await worker.load("makes its sampler", lambda: rollout_stage(run, worker))
         task = make_task("rollout-shards", worker)
@@ -99,6 +100,7 @@ async def evaluate_versions(run: OpenRun) -> None:
     """Evaluate version 0, every `evaluate.every`-th and the last version as they appear."""
     worker = run.worker("evaluate")
     async with worker.alive():
+        await worker.wait_for(run.log.find_architecture, "the student's architecture to be stored")
         await worker.wait_for(run.log.latest_policy, "version 0 to be published")
         stage, sampler = await worker.load("loads its models", lambda: evaluate_stage(run, worker))
         try:

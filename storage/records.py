@@ -144,6 +144,7 @@ def _read_step(fields: dict[str, Any]) -> dict[str, Any]:
 
 _SPAN_FIELDS = [field.name for field in dataclasses.fields(Span)]
 _WRITE: Mapping[type, Callable[[Any], dict[str, Any]]] = {
+    Evaluation: lambda made: _without(made, *([] if made.examples else ["examples"])),
     Claim: lambda claim: _without(claim, "stage", "shard", "attempt"),
     Heartbeat: lambda beat: _plain(vars(beat) | {"status": _told(beat.status)}),
     Manifest: lambda manifest: _plain(vars(manifest) | {"facts": _told(manifest.facts)}),

@@ -198,6 +198,10 @@ class StoredRunLog(PolicyLog, ClaimLog):
         named = {self.layout.key("architecture.data", nonce=nonce, object=name): body for name, body in objects.items()}
         return publish(self.store, self.layout.key("architecture"), named, kind="architecture", worker=worker)
 
+    def find_architecture(self) -> Manifest | None:
+        """What was stored of the student's architecture; None before the learner, also a resumed one, has stored it."""
+        return find_manifest(self.store, self.layout.key("architecture"))
+
     def read_architecture(self) -> Mapping[str, bytes]:
         """What `publish_architecture` stored, by name. Raises as `read_trajectories` does."""
         return read_named(self.store, self.layout.key("architecture"))

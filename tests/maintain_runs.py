@@ -15,6 +15,7 @@ from asyncopd.types import IndexRange, PolicyVersion, TrainStep
 from flows.wiring import OpenRun, open_stored_run
 from storage.manifests import find_manifest
 from storage.run_log import StoredRunLog
+from storage.run_view import RunView
 from storage.runs import create_run, find_model, open_run, read_model
 from storage.stores.base import ObjectStore
 
@@ -96,9 +97,11 @@ def read_everything(log: StoredRunLog, model_digest: str) -> list[AsyncOPDError]
         attempt(fresh.find_step, version.number)
     for checkpoint in attempt(fresh.checkpoints) or ():
         attempt(fresh.read_checkpoint, *checkpoint)
-    readers = (fresh.steps, fresh.evaluations, fresh.spans, fresh.failures, fresh.claims, fresh.heartbeats)
-    for reader in (*readers, fresh.read_architecture, fresh.teachers):
+    for reader in (fresh.steps, fresh.evaluations, fresh.failures, fresh.heartbeats, fresh.teachers):
         attempt(reader)
+    attempt(fresh.read_architecture)
+    for kind in ("spans", "claim"):
+        attempt(RunView(fresh).read, kind)
     attempt(find_model, log.store, model_digest)
     attempt(read_model, log.store, model_digest)
     return errors
