@@ -26,7 +26,7 @@ from engine_models import (
     save_teacher,
     vllm_teacher_settings,
 )
-from hf_models import law_rows, sample_all, weights
+from hf_models import files_of, law_rows, sample_all, save_model, tiny_model, weights
 
 from asyncopd.config import load_config
 from asyncopd.config.engines import VllmSampling
@@ -155,10 +155,10 @@ def config(**overrides: Any) -> Any:
 async def test_models_vllm_cannot_serve_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"student: heads of 48 / 4 = 12; vLLM's CPU attention"):
         check_vllm(config(rollout__engine="vllm"))
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForSequenceClassification"]}))
-    pretrained = {"engine": "vllm", "model": {"kind": "pretrained", "path": str(tmp_path)}}
-    with pytest.raises(ConfigError, match=r"Qwen3ForSequenceClassification.*models that generate text"):
-        check_vllm(config(teacher=pretrained))
+    described = {"model_type": "qwen3", "architectures": ["Qwen3ForSequenceClassification"]}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=r"Qwen3ForSequenceClassification.*generates text"):
+        files_of(tmp_path).check(needed_context=8)
 
     exact = {"kind": "tiny", "hidden_size": 64, "num_heads": 2, "max_context": 195}
     with pytest.raises(ConfigError, match=r"a context of 195 tokens; engine vllm needs 196"):
@@ -166,10 +166,10 @@ async def test_models_vllm_cannot_serve_are_refused_at_once(tmp_path: Path) -> N
 
 
 async def test_http_teachers_of_large_vocabularies_are_held_to_their_top_k(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 151_936}))
+    save_model(tmp_path, tiny_model(vocab_size=9_000))
     student = {"kind": "pretrained", "path": str(tmp_path)}
     teacher = {"engine": "openai", "urls": ["http://127.0.0.1:8000"], "model": "qwen"}
-    with pytest.raises(ConfigError, match=r"student's candidates, evaluate.every 25 would need all 151936"):
+    with pytest.raises(ConfigError, match=r"student's candidates, evaluate.every 25 would need all 9000"):
         check_vllm(config(student=student, teacher=teacher))
     check_vllm(config(student=student, teacher=teacher, loss={"name": "npd"}, evaluate__every=0))
 
