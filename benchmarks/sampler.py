@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import os
 import statistics
 import time
@@ -121,7 +122,8 @@ async def seconds_of_sampler(
     """All prompts at once through the engine; loading the weights is not timed."""
     weights = PolicyWeights(PolicyVersion(0), to_safetensors(model))
     sampling = SamplerSettings(slots=BATCH_SIZE, max_context=256, stop_ids=(), seed=0, head=4, num_draws=4, law="tail")
-    sampler = HfSampler(model, sampling)
+    # The sampler keeps its model, whose attention it replaces.
+    sampler = HfSampler(copy.deepcopy(model), sampling)
     await sampler.refresh(weights)
     requests = [
         SampleRequest(index, ids, int(length))

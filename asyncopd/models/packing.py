@@ -104,9 +104,11 @@ def _units(
     """Consecutive sequences that share one prompt and together fit `capacity` cells; and the cells of each unit."""
     units: list[range] = []
     lengths: list[int] = []
+    before = b""
     for number, (length, (prompt_ids, _)) in enumerate(zip(lengths_S.tolist(), sequences, strict=True)):
-        own = length - len(prompt_ids)
-        if units and lengths[-1] + own <= capacity and np.array_equal(prompt_ids, sequences[number - 1][0]):
+        own, prompt = length - len(prompt_ids), prompt_ids.tobytes()
+        is_shared, before = prompt == before, prompt
+        if units and is_shared and lengths[-1] + own <= capacity:
             units[-1] = range(units[-1].start, number + 1)
             lengths[-1] += own
         else:

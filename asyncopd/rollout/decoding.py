@@ -12,7 +12,6 @@ draws; then the tail mass).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -202,7 +201,7 @@ class Decoder:
             members = np.flatnonzero(groups_U == group)
             pairs = [waiting[member][2] for member in members]
             capacity = max(_ROW_CAPACITY, int(lengths_U[members].max()))
-            are_shared = any(np.array_equal(one[0], two[0]) for one, two in itertools.pairwise(pairs))
+            are_shared = len({prompt_ids.tobytes() for prompt_ids, _ in pairs}) < len(pairs)
             packed = pack(pairs, 2 * capacity if are_shared else capacity)
             # Only what comes next is asked for.
             last_U = packed.predict_rows_T[np.cumsum([len(so_far) for _, so_far in pairs]) - 1]
@@ -210,6 +209,8 @@ class Decoder:
 
     def _copy_shared_prompts(self, packed: PackedTokens, slots_U: NDArray[np.int64]) -> None:
         """Give every slot behind a shared prompt the keys and values that the pass wrote into the first one's."""
+        if packed.prompts_S.max() < len(slots_U):
+            return
         for slot, source in zip(slots_U.tolist(), first_slots(packed, slots_U).tolist(), strict=True):
             if slot != source:
                 self._model.cache.move(source, slot, int(self._prompt_lengths_S[slot]))

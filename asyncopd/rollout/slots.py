@@ -156,6 +156,8 @@ def _attend_rows(
 
 def first_slots(packed: PackedTokens, slots_U: NDArray[np.int64]) -> NDArray[np.int64]:
     """[U] for each packed sequence the slot that its prompt's keys and values are written to."""
+    if packed.prompts_S.max() < len(slots_U):
+        return slots_U
     _, first, group = np.unique(packed.prompts_S, return_index=True, return_inverse=True)
     return slots_U[first[group]]
 
