@@ -209,8 +209,6 @@ class Decoder:
 
     def _copy_shared_prompts(self, packed: PackedTokens, slots_U: NDArray[np.int64]) -> None:
         """Give every slot behind a shared prompt the keys and values that the pass wrote into the first one's."""
-        if packed.prompts_S.max() < len(slots_U):
-            return
         for slot, source in zip(slots_U.tolist(), first_slots(packed, slots_U).tolist(), strict=True):
             if slot != source:
                 self._model.cache.move(source, slot, int(self._prompt_lengths_S[slot]))
