@@ -56,7 +56,7 @@ async def roll_out(run: OpenRun, make_task: TaskFactory = lambda name, worker: w
     settings = run.config.rollout
     async with worker.alive():
         # Stored before version 0, and again by a resumed learner where it was lost.
-        await worker.wait_for(run.log.find_architecture, "the student's architecture to be stored")
+        await worker.wait_for(run.log.find_architecture, "architecture of the student to be stored")
         await worker.wait_for(run.log.latest_policy, "version 0 to be published")
         stage, sampler = await worker.load("makes its sampler", lambda: rollout_stage(run, worker))
         task = make_task("rollout-shards", worker)
@@ -100,7 +100,7 @@ async def evaluate_versions(run: OpenRun) -> None:
     """Evaluate version 0, every `evaluate.every`-th and the last version as they appear."""
     worker = run.worker("evaluate")
     async with worker.alive():
-        await worker.wait_for(run.log.find_architecture, "the student's architecture to be stored")
+        await worker.wait_for(run.log.find_architecture, "architecture of the student to be stored")
         await worker.wait_for(run.log.latest_policy, "version 0 to be published")
         stage, sampler = await worker.load("loads its models", lambda: evaluate_stage(run, worker))
         try:
